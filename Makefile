@@ -1,0 +1,40 @@
+# make test and make demo set themselves up: a fresh clone needs nothing but a Python from 3.12 to 3.13 and make.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+# One thread per process: the tests and the demo start several processes, which would otherwise fight over the cores.
+test test-fast demo: export OMP_NUM_THREADS = 1
+
+.PHONY: help setup demo test test-fast lint clean
+
+help:
+	@echo "make setup      make $(VENV) and install hymeg with its pinned dependencies (PYTHON=/path/to/python3.12 to choose the interpreter)"
+	@echo "make demo       a few minutes' tour on CPU: tools/demo.py"
+	@echo "make test       the whole test suite, on CPU"
+	@echo "make test-fast  the unit tests: no processes, under two minutes"
+	@echo "make lint       ruff check and ruff format --check"
+	@echo "make clean      remove $(VENV)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt Makefile tools/setup.sh
+	@bash tools/setup.sh $(VENV) $(PYTHON)
+	@touch $@
+
+demo: setup
+	$(BIN)/python tools/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,357 @@
+"""Which Hugging Face tensor lies where in which distributed (Megatron torch_dist) tensor: one table.
+
+Import, export, comparison, the in-memory adapter and the parameter count all read it. Names, shapes and slices only: no torch, no files, no bytes.
+To add a tensor, add a row.
+
+Hugging Face checkpoints come in two layouts, told apart by their names. "hub" is what the published files and `save_pretrained` hold: one tensor per
+expert. "fused" is what transformers (from 5.6 on) holds in memory: the experts of a layer stacked. Distributed keys are those of a GPTModel whose
+`moe_layer_freq` is a list (layers not stacked), as megatron-core 0.19.2 stores them.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+
+HF_LAYOUTS = ("hub", "fused")
+NUM_LISTED = 10  # tensors that a message names, of each kind
+
+Shape = tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """Where a tensor of `hf_shape` lies in one of `dist_shape`: reshape the latter to `view`, and the block of `extent` at `offset` is the former."""
+
+    hf_shape: Shape
+    dist_shape: Shape
+    view: Shape
+    offset: Shape
+    extent: Shape
+
+    def in_stack(self, index: int, count: int) -> "Place":
+        """The same in slice `index` of `count` such distributed tensors, stacked along a new first axis."""
+        return Place(self.hf_shape, (count, *self.dist_shape), (count, *self.view), (index, *self.offset), (1, *self.extent))
+
+
+# ---- how: the ways a Hugging Face tensor can lie in a distributed one. A size is a field of HyConfig or a product of some: "2*hidden_size".
+
+
+def _size(config: HyConfig, name: str) -> int:
+    return math.prod(int(factor) if factor.isdigit() else getattr(config, factor) for factor in name.split("*"))
+
+
+class Whole:
+    """The distributed tensor is the Hugging Face tensor."""
+
+    def __init__(self, *shape: str):
+        self.shape = shape
+
+    def place(self, config: HyConfig) -> Place:
+        shape = tuple(_size(config, name) for name in self.shape)
+        return Place(shape, shape, shape, (0,) * len(shape), shape)
+
+
+class Fp32Buffer(Whole):
+    """As `Whole`, and kept in fp32 whatever the training dtype; no parameter: the optimizer does not see it."""
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Half of a gate-up matrix [2 * width, hidden]: the gate is half 0 (rows 0 to width), the up projection half 1."""
+
+    half: int
+    width: str
+
+    def place(self, config: HyConfig) -> Place:
+        width, hidden = _size(config, self.width), config.hidden_size
+        return Place((width, hidden), (2 * width, hidden), (2 * width, hidden), (self.half * width, 0), (width, hidden))
+
+
+@dataclass(frozen=True)
+class QKV:
+    """The query, key or value heads in Megatron's `linear_qkv` [(heads + 2 * kv_heads) * head_dim, hidden], whose rows are, for each KV head, those
+    of its query heads, its key, its value. Seen as [kv_heads, rows per KV head, hidden], each part is a range of the middle axis."""
+
+    part: str  # "q", "k" or "v"
+
+    def place(self, config: HyConfig) -> Place:
+        groups, head, hidden = config.num_key_value_heads, config.head_dim, config.hidden_size
+        q = config.num_attention_heads // groups * head
+        start, length = {"q": (0, q), "k": (q, head), "v": (q + head, head)}[self.part]
+        rows = q + 2 * head
+        return Place((groups * length, hidden), (groups * rows, hidden), (groups, rows, hidden), (0, start, 0), (groups, length, hidden))
+
+
+# ---- the table
+
+
+class Row(NamedTuple):
+    layouts: tuple[str, ...]
+    hf: str  # below the scope's prefix; {expert} runs over the experts, which the distributed tensor holds stacked along its first axis
+    dist: str  # below the scope's prefix; DROPPED: accepted on reading, not imported
+    how: Whole | GateUp | QKV
+    alias: bool = False  # an older name of another row's tensor: accepted on reading, never written
+    when: str = ""  # the field of HyConfig without which there is no such tensor
+
+
+BOTH, HUB, FUSED = HF_LAYOUTS, HF_LAYOUTS[:1], HF_LAYOUTS[1:]
+DROPPED = ""
+VOCAB, HIDDEN, HEAD, HEADS = "vocab_size", "hidden_size", "head_dim", "num_attention_heads*head_dim"
+FFN, SHARED_FFN, EXPERT_FFN = "intermediate_size", "shared_expert_intermediate_size", "moe_intermediate_size"
+EXPERTS, EXPERT_BIAS = "num_experts", "moe_router_enable_expert_bias"
+
+# fmt: off
+TABLE = {
+    "model": (  # no prefix
+        Row(BOTH,  "model.embed_tokens.weight",             "embedding.word_embeddings.weight",            Whole(VOCAB, HIDDEN)),
+        Row(BOTH,  "model.norm.weight",                     "decoder.final_layernorm.weight",              Whole(HIDDEN)),
+        Row(BOTH,  "lm_head.weight",                        "output_layer.weight",                         Whole(VOCAB, HIDDEN)),
+    ),
+    "layer": (  # model.layers.{l}, decoder.layers.{l}
+        Row(BOTH,  "input_layernorm.weight",                "self_attention.linear_qkv.layer_norm_weight", Whole(HIDDEN)),
+        Row(BOTH,  "self_attn.q_proj.weight",               "self_attention.linear_qkv.weight",            QKV("q")),
+        Row(BOTH,  "self_attn.k_proj.weight",               "self_attention.linear_qkv.weight",            QKV("k")),
+        Row(BOTH,  "self_attn.v_proj.weight",               "self_attention.linear_qkv.weight",            QKV("v")),
+        Row(BOTH,  "self_attn.q_norm.weight",               "self_attention.q_layernorm.weight",           Whole(HEAD)),
+        Row(BOTH,  "self_attn.k_norm.weight",               "self_attention.k_layernorm.weight",           Whole(HEAD)),
+        Row(BOTH,  "self_attn.o_proj.weight",               "self_attention.linear_proj.weight",           Whole(HIDDEN, HEADS)),
+    ),
+    "dense": (  # as "layer"
+        Row(BOTH,  "post_attention_layernorm.weight",       "mlp.linear_fc1.layer_norm_weight",            Whole(HIDDEN)),
+        Row(BOTH,  "mlp.gate_proj.weight",                  "mlp.linear_fc1.weight",                       GateUp(0, FFN)),
+        Row(BOTH,  "mlp.up_proj.weight",                    "mlp.linear_fc1.weight",                       GateUp(1, FFN)),
+        Row(BOTH,  "mlp.down_proj.weight",                  "mlp.linear_fc2.weight",                       Whole(HIDDEN, FFN)),
+    ),
+    "moe": (  # as "layer"
+        Row(BOTH,  "post_attention_layernorm.weight",       "pre_mlp_layernorm.weight",                    Whole(HIDDEN)),
+        Row(HUB,   "mlp.router.gate.weight",                "mlp.router.weight",                           Whole(EXPERTS, HIDDEN)),
+        Row(FUSED, "mlp.gate.weight",                       "mlp.router.weight",                           Whole(EXPERTS, HIDDEN)),
+        Row(BOTH,  "mlp.gate.wg.weight",                    "mlp.router.weight",                           Whole(EXPERTS, HIDDEN), alias=True),
+        Row(HUB,   "mlp.expert_bias",                       "mlp.router.expert_bias",                      Fp32Buffer(EXPERTS), when=EXPERT_BIAS),
+        Row(FUSED, "mlp.e_score_correction_bias",           "mlp.router.expert_bias",                      Fp32Buffer(EXPERTS), when=EXPERT_BIAS),
+        Row(HUB,   "mlp.shared_mlp.gate_proj.weight",       "mlp.shared_experts.linear_fc1.weight",        GateUp(0, SHARED_FFN)),
+        Row(HUB,   "mlp.shared_mlp.up_proj.weight",         "mlp.shared_experts.linear_fc1.weight",        GateUp(1, SHARED_FFN)),
+        Row(HUB,   "mlp.shared_mlp.down_proj.weight",       "mlp.shared_experts.linear_fc2.weight",        Whole(HIDDEN, SHARED_FFN)),
+        Row(FUSED, "mlp.shared_experts.gate_proj.weight",   "mlp.shared_experts.linear_fc1.weight",        GateUp(0, SHARED_FFN)),
+        Row(FUSED, "mlp.shared_experts.up_proj.weight",     "mlp.shared_experts.linear_fc1.weight",        GateUp(1, SHARED_FFN)),
+        Row(FUSED, "mlp.shared_experts.down_proj.weight",   "mlp.shared_experts.linear_fc2.weight",        Whole(HIDDEN, SHARED_FFN)),
+        Row(HUB,   "mlp.experts.{expert}.gate_proj.weight", "mlp.experts.experts.linear_fc1.weight",       GateUp(0, EXPERT_FFN)),
+        Row(HUB,   "mlp.experts.{expert}.up_proj.weight",   "mlp.experts.experts.linear_fc1.weight",       GateUp(1, EXPERT_FFN)),
+        Row(HUB,   "mlp.experts.{expert}.down_proj.weight", "mlp.experts.experts.linear_fc2.weight",       Whole(HIDDEN, EXPERT_FFN)),
+        Row(FUSED, "mlp.experts.gate_up_proj",              "mlp.experts.experts.linear_fc1.weight",       Whole(EXPERTS, "2*" + EXPERT_FFN, HIDDEN)),
+        Row(FUSED, "mlp.experts.down_proj",                 "mlp.experts.experts.linear_fc2.weight",       Whole(EXPERTS, HIDDEN, EXPERT_FFN)),
+    ),
+    # An MTP layer is also a "layer" and a "moe", those two under mtp.layers.{i}.transformer_layer: its attribute is mtp_model_layer, but a GPTModel
+    # stores it under the older name (multi_token_prediction.py:1551). What is dropped, the publisher's own reader (vLLM's hy_v3_mtp) skips as well:
+    # the trunk's embedding and lm_head are used, and the norm before the head is final_layernorm.
+    "mtp": (  # model.layers.{num_hidden_layers + i}, mtp.layers.{i}
+        Row(BOTH,  "enorm.weight",                          "enorm.weight",                                Whole(HIDDEN)),
+        Row(BOTH,  "hnorm.weight",                          "hnorm.weight",                                Whole(HIDDEN)),
+        Row(BOTH,  "eh_proj.weight",                        "eh_proj.weight",                              Whole(HIDDEN, "2*" + HIDDEN)),
+        Row(BOTH,  "final_layernorm.weight",                "final_layernorm.weight",                      Whole(HIDDEN)),
+        Row(BOTH,  "embed_tokens.weight",                   DROPPED,                                       Whole(VOCAB, HIDDEN)),
+        Row(BOTH,  "shared_head.head.weight",               DROPPED,                                       Whole(VOCAB, HIDDEN)),
+        Row(BOTH,  "shared_head.norm.weight",               DROPPED,                                       Whole(HIDDEN)),
+    ),
+}
+# fmt: on
+
+# Megatron pads their rows to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size; the surplus rows stand for no token.
+VOCABULARY_KEYS = tuple(row.dist for row in TABLE["model"] if isinstance(row.how, Whole) and row.how.shape[0] == VOCAB)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One Hugging Face tensor and its place. The distributed tensor, reshaped to `view`, holds it as the block of `extent` at `offset`.
+
+    Only for q, k and v is `view` another shape than `dist_shape`; elsewhere `offset` and `extent` are those of a chunk of the distributed tensor
+    (with a leading 1 for one expert). `dist_shape` counts the vocabulary without padding.
+    """
+
+    hf_name: str
+    dist_key: str
+    is_fp32_buffer: bool  # expert_bias: kept in fp32 whatever the training dtype, and no parameter
+    hf_shape: Shape
+    dist_shape: Shape
+    view: Shape
+    offset: Shape
+    extent: Shape
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The block, as an index into the reshaped distributed tensor."""
+        return tuple(slice(start, start + length) for start, length in zip(self.offset, self.extent, strict=True))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the Hugging Face tensor's elements lie in one run, in their order, in the distributed tensor."""
+        first_long = next((axis for axis, length in enumerate(self.extent) if length > 1), len(self.extent))
+        return self.extent[first_long + 1 :] == self.view[first_long + 1 :]
+
+
+class HFMatch(NamedTuple):
+    """What `match_hf_tensors` found: entries under the names that the checkpoint uses, and the names of the copies that are not imported."""
+
+    layout: str
+    entries: list[Entry]
+    dropped: list[str]
+
+
+def plan(config: HyConfig, layout: str) -> list[Entry]:
+    """Every Hugging Face tensor of `layout` ("hub" or "fused") with its place. Together they fill every distributed tensor exactly once."""
+    return [entry for row, entry in _expand(config, layout) if not row.alias and row.dist != DROPPED]
+
+
+def hf_shapes(config: HyConfig, layout: str) -> dict[str, Shape]:
+    """Shape of every Hugging Face tensor of `layout`, by name."""
+    return {entry.hf_name: entry.hf_shape for entry in plan(config, layout)}
+
+
+def distributed_shapes(config: HyConfig, padded_vocab_size: int | None = None) -> dict[str, Shape]:
+    """Global shape of every distributed tensor, by key; the vocabulary's rows unpadded unless `padded_vocab_size` is given."""
+    shapes = {entry.dist_key: entry.dist_shape for entry in plan(config, "fused")}
+    for key in VOCABULARY_KEYS:
+        shapes[key] = (padded_vocab_size or config.vocab_size, *shapes[key][1:])
+    return shapes
+
+
+def num_parameters(config: HyConfig, include_mtp: bool = True, include_expert_bias: bool = False) -> int:
+    """Number of parameters, the vocabulary unpadded.
+
+    The expert bias is a buffer and does not count, unless asked for. The two published counts of Hy3 differ in this: 295,033,528,320 for the trunk is
+    without it (as transformers counts parameters); 298,786,155,776 with MTP is every element in the checkpoint, the 15,360 biases included.
+    """
+    entries = (entry for entry in plan(config, "fused") if include_mtp or not entry.dist_key.startswith("mtp."))
+    return sum(math.prod(entry.hf_shape) for entry in entries if include_expert_bias or not entry.is_fp32_buffer)
+
+
+def detect_layout(names: Iterable[str]) -> str:
+    """The layout that `names` are in; "hub" where none of them tells (no MoE layer).
+
+    Raises:
+        UserError: some names are of the one layout and some of the other.
+    """
+    found = {}
+    for name in names:
+        for layout, marks in _MARKS.items():
+            if layout not in found and marks.fullmatch(name):
+                found[layout] = name
+    if len(found) > 1:
+        raise UserError(f"the Hugging Face tensors mix two layouts: {found['hub']} is a hub name, {found['fused']} a fused one; keep to one")
+    return next(iter(found), "hub")
+
+
+def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
+    """Account for every tensor of a Hugging Face checkpoint, given the shapes by name.
+
+    Raises:
+        UserError: layouts are mixed; a tensor is missing, unexpected or of a wrong shape (one line: how many of each kind, and the first ten).
+    """
+    layout = detect_layout(shapes)
+    candidates = sorted(_expand(config, layout), key=lambda pair: pair[0].alias)  # an alias only where the name itself is absent
+    found, dropped, misshapen = {}, [], []
+    for row, entry in candidates:
+        place = entry.dist_key, entry.offset
+        if entry.hf_name not in shapes or place in found:
+            continue
+        if tuple(shapes[entry.hf_name]) != entry.hf_shape:
+            misshapen.append((entry.hf_name, shapes[entry.hf_name], entry.hf_shape))
+        if row.dist == DROPPED:
+            dropped.append(entry.hf_name)
+        else:
+            found[place] = entry
+    wanted = plan(config, layout)
+    missing = [entry.hf_name for entry in wanted if (entry.dist_key, entry.offset) not in found]
+    accounted_for = {entry.hf_name for entry in found.values()}.union(dropped)
+    _complain("the Hugging Face tensors", config, missing, [name for name in shapes if name not in accounted_for], misshapen)
+    return HFMatch(layout, [found[entry.dist_key, entry.offset] for entry in wanted], dropped)
+
+
+def check_distributed_tensors(config: HyConfig, shapes: Mapping[str, Shape], required: Collection[str] | None = None) -> None:
+    """Account for the distributed tensors of a model, given the global shapes by key. Embedding and output layer may have padding rows.
+
+    Args:
+        required: the keys that must be among them, for a part of a model such as a pipeline stage. None: all.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of a wrong shape (one line, as for `match_hf_tensors`).
+    """
+    wanted = distributed_shapes(config)
+    missing = [key for key in (wanted if required is None else required) if key not in shapes]
+    unexpected = [key for key in shapes if key not in wanted]
+    misshapen = [(key, shapes[key], wanted[key]) for key in wanted if key in shapes and not fits(key, tuple(shapes[key]), wanted[key])]
+    _complain("the distributed tensors", config, missing, unexpected, misshapen)
+
+
+def fits(key: str, found: Shape, wanted: Shape) -> bool:
+    """Whether a distributed tensor of shape `found` can stand where the unpadded shape is `wanted`: the same, or a vocabulary's with padding rows."""
+    if key in VOCABULARY_KEYS and len(found) == len(wanted):
+        return found[0] >= wanted[0] and found[1:] == wanted[1:]
+    return found == wanted
+
+
+def _scopes(config: HyConfig) -> Iterator[tuple[str, str, str]]:
+    """(scope of the table, Hugging Face prefix, distributed prefix) for everything that the model has."""
+    yield "model", "", ""
+    for layer in range(config.num_hidden_layers):
+        prefixes = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        yield "layer", *prefixes
+        yield "moe" if config.is_moe_layer(layer) else "dense", *prefixes
+    for i, layer in enumerate(config.mtp_layer_indices):
+        hf, dist = f"model.layers.{layer}.", f"mtp.layers.{i}."
+        yield "mtp", hf, dist
+        yield "layer", hf, f"{dist}transformer_layer."
+        yield "moe", hf, f"{dist}transformer_layer."
+
+
+def _expand(config: HyConfig, layout: str) -> Iterator[tuple[Row, Entry]]:
+    """Every tensor that may stand in a checkpoint of `layout`, with its row."""
+    if layout not in HF_LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; allowed are {HF_LAYOUTS}")
+    for scope, hf_prefix, dist_prefix in _scopes(config):
+        for row in TABLE[scope]:
+            if layout not in row.layouts or (row.when and not getattr(config, row.when)):
+                continue
+            hf, dist, is_fp32_buffer, place = hf_prefix + row.hf, dist_prefix + row.dist, isinstance(row.how, Fp32Buffer), row.how.place(config)
+            if "{expert}" not in hf:
+                yield row, Entry(hf, dist, is_fp32_buffer, *place)
+                continue
+            for expert in range(config.num_experts):
+                yield row, Entry(hf.replace("{expert}", str(expert)), dist, is_fp32_buffer, *place.in_stack(expert, config.num_experts))
+
+
+def _marks(layout: str) -> re.Pattern:
+    """Matches the names that only `layout` has."""
+    rows = (row for scope in TABLE if scope != "model" for row in TABLE[scope] if row.layouts == (layout,))
+    return re.compile(r"model\.layers\.\d+\.(?:" + "|".join(re.escape(row.hf).replace(r"\{expert\}", r"\d+") for row in rows) + ")")
+
+
+_MARKS = {layout: _marks(layout) for layout in HF_LAYOUTS}
+
+
+def _complain(what: str, config: HyConfig, missing: list[str], unexpected: list[str], misshapen: list[tuple[str, Shape, Shape]]) -> None:
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "misshapen": [f"{name} is {list(found)}, {list(wanted)} is needed" for name, found, wanted in misshapen],
+    }
+    if not any(kinds.values()):
+        return
+    told = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names]
+    advice = ""
+    if not misshapen and all(_is_mtp(config, name) for name in missing + unexpected):
+        advice = f". All belong to MTP layers: make num_nextn_predict_layers ({config.num_nextn_predict_layers} in config.json) agree with them"
+    raise UserError(f"{what} are not those of config.json: {'; '.join(told)}{advice}")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:NUM_LISTED]) + (f", and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else "")
+
+
+def _is_mtp(config: HyConfig, name: str) -> bool:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return name.startswith("mtp.") or (layer is not None and int(layer[1]) >= config.num_hidden_layers)

@@ -1,0 +1,1 @@
+"""From files of text, chats and translations to batches of tokens."""

@@ -1,0 +1,280 @@
+"""Plain text for pre-training: files of documents in, Megatron's indexed dataset (.bin, .idx) out.
+
+Memory is bounded by a few batches of rows, plus some tens of bytes a document for Megatron's index. Training on a dataset is Megatron's business.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hymeg import platform
+from hymeg.data.text_files import Batch, check_name, is_text, read_batches
+from hymeg.errors import UserError
+from hymeg.hf.files import fsync_folder, shown
+from hymeg.hf.tokenizer import load_tokenizer
+
+
+@dataclass
+class Progress:
+    """What has been done so far; at the end, the summary."""
+
+    total_bytes: int  # of all input files as they lie on disk
+    num_bytes_read: int = 0
+    num_documents: int = 0  # of all keys together
+    num_tokens: int = 0  # end-of-document tokens included
+    num_empty: int = 0  # texts without a single token: left out
+    num_bad_rows: int = 0
+    first_bad_row: str | None = None  # what is wrong with it
+    prefixes: list[str] = field(default_factory=list)  # for --data-path, one for each key; set once the files are there
+
+
+class Encoded(NamedTuple):
+    """The documents of one `Batch`: for each key the token ids, one document after another, and the number of tokens in each."""
+
+    token_ids: dict[str, np.ndarray]
+    lengths: dict[str, list[int]]
+    num_empty: int
+    bad_rows: list[str]
+    num_bytes_read: int
+
+
+def preprocess(
+    inputs: Iterable[str | os.PathLike],
+    output: str | os.PathLike,
+    tokenizer_dir: str | os.PathLike,
+    *,
+    json_keys: tuple[str, ...] = ("text",),
+    append_eod: bool = False,
+    num_workers: int = 1,
+    skip_bad_rows: bool = False,
+    overwrite: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Tokenize files into OUTPUT_KEY_document.bin and .idx for each key, the names that Megatron-LM's own tool gives.
+
+    Files appear whole or not at all. Documents keep the order of the files and of the rows in them. No special token is added but the
+    end-of-document token, if asked for.
+
+    Args:
+        inputs: files as `hymeg.data.text_files` reads them, UTF-8. A row of JSON lines is an object with a string under each key.
+        output: prefix of the files to write; missing folders are made.
+        tokenizer_dir: the checkpoint's folder. Token ids are stored as uint16 where the vocabulary is below 65500, else as int32.
+        json_keys: the keys of a row to tokenize, a dataset for each.
+        append_eod: end each document with the tokenizer's EOS token, which is what Megatron takes for end of document.
+        num_workers: 1: this process tokenizes, with the tokenizer's own threads. More: so many processes. The files are the same, to the byte.
+        skip_bad_rows: count rows that are not UTF-8, not JSON or lack a string under a key, instead of stopping at the first.
+        overwrite: replace files of the same names.
+        report: called before the first batch and after each.
+
+    Raises:
+        UserError: an input cannot be read, a row is bad, nothing is left to write, the tokenizer cannot be loaded or lacks EOS, the output exists
+            or cannot be written.
+    """
+    if num_workers < 1:
+        raise UserError(f"--workers is {num_workers}; at least 1 is needed")
+    paths = [check_name(path) for path in inputs]
+    if len(json_keys) > 1 and (text_file := next(filter(is_text, paths), None)):
+        raise UserError(f"{text_file}: a text file has no keys; with several --json-keys ({', '.join(json_keys)}) only JSON lines can be read")
+    prefixes = _prefixes(os.fspath(output), json_keys, overwrite)
+    settings = (str(tokenizer_dir), tuple(json_keys), append_eod, skip_bad_rows)
+    encoder = Encoder(*settings)
+    progress = Progress(total_bytes=sum(os.path.getsize(path) for path in paths))
+    batches = chain.from_iterable(map(read_batches, paths))
+    with contextlib.closing(_encode_all(batches, encoder, settings, num_workers)) as encoded:
+        _write(encoded, dict(zip(json_keys, prefixes, strict=True)), encoder.vocab_size, progress, report)
+    progress.prefixes = prefixes
+    return progress
+
+
+def _prefixes(output: str, json_keys: tuple[str, ...], overwrite: bool) -> list[str]:
+    if len(set(json_keys)) != len(json_keys):
+        raise UserError(f"--json-keys names a key twice: {', '.join(json_keys)}")
+    if os.path.isdir(output) or not os.path.basename(output):
+        raise UserError(f"--output {output}: is a folder; a prefix for the files is needed, such as {os.path.join(output, 'corpus')}")
+    prefixes = [f"{output}_{key}_document" for key in json_keys]
+    for path in (prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")):
+        if os.path.exists(path) and not overwrite:
+            raise UserError(f"{path}: exists already; give another --output, or --overwrite to replace it")
+    return prefixes
+
+
+class Encoder:
+    """Turns a `Batch` into an `Encoded`. Raises UserError where the tokenizer cannot be loaded or lacks the EOS token that is to be appended."""
+
+    def __init__(self, tokenizer_dir: str, json_keys: tuple[str, ...], append_eod: bool, skip_bad_rows: bool):
+        tokenizer = load_tokenizer(tokenizer_dir)
+        if append_eod and tokenizer.eos_token_id is None:
+            raise UserError(f"{tokenizer_dir}: the tokenizer has no EOS token (eos_token in tokenizer_config.json), which --append-eod needs")
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self._end = [tokenizer.eos_token_id] if append_eod else []
+        self._tokenizer = tokenizer.backend_tokenizer
+        # tokenizer.json may ask for either; transformers switches them off in its own calls.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._json_keys = json_keys
+        self._skip_bad_rows = skip_bad_rows
+
+    def __call__(self, batch: Batch) -> Encoded:
+        """Raises UserError at the first bad row, unless they are to be skipped."""
+        rows, bad_rows = [], []
+        for number, row in batch.rows:
+            try:
+                rows.append(self._texts(batch.path, number, row))
+            except UserError as error:
+                if not self._skip_bad_rows:
+                    raise
+                bad_rows.append(str(error))
+        token_ids, lengths, num_empty = {}, {}, 0
+        for index, key in enumerate(self._json_keys):
+            encodings = self._tokenizer.encode_batch_fast([texts[index] for texts in rows], add_special_tokens=False)
+            documents = [encoding.ids + self._end for encoding in encodings if len(encoding)]
+            num_empty += len(encodings) - len(documents)
+            lengths[key] = [len(document) for document in documents]
+            token_ids[key] = np.fromiter(chain.from_iterable(documents), np.int32, sum(lengths[key]))
+        return Encoded(token_ids, lengths, num_empty, bad_rows, batch.num_bytes_read)
+
+    def _texts(self, path: str, number: int, row: bytes) -> list[str]:
+        """The text under each key."""
+        try:
+            text = row.decode()
+        except UnicodeDecodeError as error:
+            number += row.count(b"\n", 0, error.start)
+            raise UserError(
+                f"{path}: line {number}: not UTF-8: byte {shown(row[error.start : error.start + 1])}; convert the file with iconv"
+            ) from error
+        if is_text(path):
+            return [text]
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number}: not JSON: {error}; an object a line is needed") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: line {number}: holds {shown(record)}; an object with the key {shown(self._json_keys[0])} is needed")
+        return [self._text(f"{path}: line {number}", record, key) for key in self._json_keys]
+
+    def _text(self, where: str, record: dict, key: str) -> str:
+        if key not in record:
+            raise UserError(f"{where}: no key {shown(key)} among {shown(list(record))}; --json-keys names the keys to read")
+        if not isinstance(record[key], str):
+            raise UserError(f"{where}: {shown(key)} is {shown(record[key])}; a string is needed")
+        try:
+            record[key].encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: {shown(key)} holds {shown(record[key][error.start])}, half of a surrogate pair, which is no text") from error
+        return record[key]
+
+
+_worker_encoder: Encoder
+
+
+def _start_worker(settings: tuple) -> None:
+    global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_encoder = Encoder(*settings)
+
+
+def _encode_in_worker(batch: Batch) -> Encoded:
+    return _worker_encoder(batch)
+
+
+def _encode_all(batches: Iterable[Batch], encoder: Encoder, settings: tuple, num_workers: int) -> Iterator[Encoded]:
+    """The batches, encoded, in their order."""
+    if num_workers == 1:
+        yield from map(encoder, batches)
+        return
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (settings,))
+    under_way = deque()
+    try:
+        for batch in batches:
+            under_way.append(pool.submit(_encode_in_worker, batch))
+            if len(under_way) == 2 * num_workers:  # a map over the pool would read all the input at once
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(f"a worker process died, perhaps killed for want of memory; try fewer --workers ({num_workers} now)") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write(encoded: Iterable[Encoded], prefixes: dict[str, str], vocab_size: int, progress: Progress, report: Callable[[Progress], None]) -> None:
+    """Write a dataset for each key under temporary names, flush them to disk, then give them their own, the .idx files last."""
+    with warnings.catch_warnings(action="ignore"):  # of optional packages that are not installed: nothing here needs them
+        platform.install()
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    bins = {key: Path(f"{prefix}.bin") for key, prefix in prefixes.items()}
+    indices = {key: Path(f"{prefix}.idx") for key, prefix in prefixes.items()}
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (*bins.values(), *indices.values())}
+    folder = next(iter(bins.values())).parent
+    try:
+        with _write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            builders = {key: IndexedDatasetBuilder(str(temporary[path]), DType.optimal_dtype(vocab_size)) for key, path in bins.items()}
+        report(progress)
+        for batch in encoded:
+            with _write_errors(folder):
+                for key, builder in builders.items():
+                    _add_documents(builder, batch.token_ids[key], batch.lengths[key])
+            _count(progress, batch)
+            report(progress)
+        for key, builder in builders.items():
+            if not builder.sequence_lengths:
+                raise UserError(f"nothing to write: the input holds no document with a token under {shown(key)} ({_skipped(progress)})")
+        with _write_errors(folder):
+            for key, builder in builders.items():
+                builder.finalize(str(temporary[indices[key]]))
+            for path in temporary.values():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            for path in indices.values():
+                path.unlink(missing_ok=True)  # an old index over new tokens would be read as a dataset
+            for path in (*bins.values(), *indices.values()):
+                temporary[path].rename(path)
+            fsync_folder(folder)
+    finally:
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _add_documents(builder, token_ids: np.ndarray, lengths: list[int]) -> None:
+    start = 0
+    for length in lengths:
+        builder.add_document(token_ids[start : start + length], [length])
+        start += length
+
+
+def _count(progress: Progress, batch: Encoded) -> None:
+    progress.num_bytes_read += batch.num_bytes_read
+    progress.num_documents += sum(len(lengths) for lengths in batch.lengths.values())
+    progress.num_tokens += sum(len(token_ids) for token_ids in batch.token_ids.values())
+    progress.num_empty += batch.num_empty
+    progress.num_bad_rows += len(batch.bad_rows)
+    progress.first_bad_row = progress.first_bad_row or next(iter(batch.bad_rows), None)
+
+
+def _skipped(progress: Progress) -> str:
+    return f"{progress.num_empty} empty texts, {progress.num_bad_rows} bad rows"

@@ -1,0 +1,53 @@
+"""Pre-training data: Megatron's indexed datasets, blends and splits, from its own flags."""
+
+import argparse
+
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
+
+
+def build_datasets(args: argparse.Namespace, tokenizer, pipeline_layout, num_samples: tuple[int, int, int]) -> tuple:
+    """The training, validation and test datasets; None for a split without samples.
+
+    Args:
+        tokenizer: Megatron's wrapper around the tokenizer.
+        pipeline_layout: the parsed `--pipeline-model-parallel-layout`, or None.
+        num_samples: how many samples of each split the run will draw at least.
+    """
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+    def reads_data() -> bool:
+        """Ranks whose stage takes tokens or labels; those of one tensor-parallel group share one reader."""
+        stage = is_first_or_last_pipeline_stage(vp_stage=None) or mtp_on_this_rank(layout=pipeline_layout, mtp_num_layers=args.mtp_num_layers)
+        return parallel_state.get_tensor_model_parallel_rank() == 0 and stage
+
+    print_rank_0("> building datasets ...")
+    return BlendedMegatronDatasetBuilder(MockGPTDataset if args.mock_data else GPTDataset, num_samples, reads_data, config).build()

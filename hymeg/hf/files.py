@@ -1,0 +1,80 @@
+"""Small files in and out: JSON read with errors a person can act on; files that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hymeg.errors import UserError
+
+_repr = reprlib.Repr(maxstring=160, maxlist=8, maxtuple=8, maxother=160)
+
+
+def shown(value: Any) -> str:
+    """`value`, whatever a file may hold, on one line of bounded length for a message."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else _repr.repr(value)
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes in "5GB", "500MB", "2GiB" or "1000000". Raises UserError for anything else."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
+    num_bytes = 0
+    if match:
+        number, prefix, binary = match.groups()
+        num_bytes = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix.upper()) if prefix else 0))
+    if num_bytes < 1:
+        raise UserError(f"size {shown(text)}: a number of bytes such as 5GB, 500MB, 2GiB or 1000000 is needed")
+    return num_bytes
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The JSON value in the file `path`. Raises UserError where the file is missing, unreadable or not JSON (with line and column)."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, an integer of thousands of digits, brackets thousands deep
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` for writing; on success flush it to disk and rename it to `path`, on any failure remove it.
+
+    Raises:
+        UserError: the disk is full, the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """`data` as the file `path`, whole or not at all. Raises UserError as `written_whole` does."""
+    with written_whole(path) as file:
+        file.write(data)
+
+
+def fsync_folder(folder: str | os.PathLike) -> None:
+    """Flush a folder's own entries, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

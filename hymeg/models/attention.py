@@ -1,0 +1,121 @@
+"""Core attention for the local layer spec: grouped queries, context parallelism, packed sequences.
+
+Megatron's local `DotProductAttention` refuses the last two. Keys and values are gathered over the context-parallel group; a rank's queries are two
+chunks of every sequence (chunk r and chunk 2 x cp - 1 - r, the load-balanced order of Megatron's batches), and each chunk attends to the keys up to
+its own end. Softmax is taken in fp32 by torch's kernel whatever the dtype, so `enable_attention_fp32_softmax` always holds.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention. Arguments as Megatron's core attention modules; of the masks only the causal one is offered."""
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.cp_group = pg_collection.cp
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type=None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: `[s, b, heads, head_dim]`, or `[t, heads, head_dim]` when packed; s and t are this rank's share under context parallelism.
+            key, value: the same with `query_groups` in place of heads.
+            attention_mask: ignored: the mask is causal, and within each sequence when packed.
+            packed_seq_params: where each sequence starts and ends, in tokens of the whole sequence (`cu_seqlens_q_padded` when there, else `cu_seqlens_q`).
+
+        Returns:
+            `[s, b, heads * head_dim]`, or `[t, heads * head_dim]` when packed.
+        """
+        packed = packed_seq_params is not None
+        if packed:
+            query, key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
+        cp_size = self.cp_group.size()
+        boundaries = _boundaries(packed_seq_params) if packed else [0, query.size(0) * cp_size]
+        if cp_size == 1:
+            spans = [(slice(a, b), slice(a, b)) for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)]
+        else:
+            key, value = _gather(key, value, boundaries, self.cp_group)
+            spans = _chunk_spans(boundaries, cp_size, self.cp_group.rank())
+        # [s, b, n, d] -> [b, n, s, d]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        parts = [self._attend(query[:, :, q], key[:, :, k], value[:, :, k]) for q, k in spans if q.stop > q.start]
+        # [b, n, s, d] -> [s, b, n * d]
+        context = torch.cat(parts, dim=2).permute(2, 0, 1, 3).flatten(2)
+        return context.squeeze(1) if packed else context
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """One span of queries `[b, n, sq, d]`, the last of its keys' positions, over keys `[b, groups, sk, d]`."""
+        sq, sk = query.size(2), key.size(2)
+        mask = None if sq == sk else torch.ones(sq, sk, dtype=torch.bool, device=query.device).tril(sk - sq)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=True,
+        )
+
+
+def _boundaries(packed: PackedSeqParams) -> list[int]:
+    padded = packed.cu_seqlens_q_padded
+    return (packed.cu_seqlens_q if padded is None else padded).tolist()
+
+
+def _chunk_spans(boundaries: list[int], cp_size: int, rank: int) -> list[tuple[slice, slice]]:
+    """For each sequence the rank's two chunks: where they lie in the local queries, and the keys (in the order of the whole sequence) up to their end."""
+    spans, local = [], 0
+    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        chunk = (end - start) // (2 * cp_size)
+        for index in (rank, 2 * cp_size - 1 - rank):
+            spans.append((slice(local, local + chunk), slice(start, start + (index + 1) * chunk)))
+            local += chunk
+    return spans
+
+
+def _gather(key: torch.Tensor, value: torch.Tensor, boundaries: list[int], group) -> tuple[torch.Tensor, torch.Tensor]:
+    """All ranks' keys and values, `[s, b, groups, d] -> [s * cp, b, groups, d]`, in the order of the whole sequence. Gradients are reduce-scattered."""
+    cp_size = group.size()
+    positions = []  # of the gathered rows, rank by rank
+    for rank in range(cp_size):
+        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+            chunk = (end - start) // (2 * cp_size)
+            for index in (rank, 2 * cp_size - 1 - rank):
+                positions.append(torch.arange(start + index * chunk, start + (index + 1) * chunk, device=key.device))
+    order = torch.argsort(torch.cat(positions))
+    both = torch.cat([key, value], dim=-1).contiguous()
+    both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=group)[order]
+    return both.split([key.size(-1), value.size(-1)], dim=-1)

@@ -1,0 +1,167 @@
+"""The two models, and the one function that constructs them.
+
+They are Megatron's GPTModel. Megatron 0.19 calls it deprecated in favour of HybridModel, which has no schedule for expert-parallel overlap yet and
+forbids pipeline layouts; the stored keys are the same. Nothing outside `construct` may depend on the class.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from hymeg.models.head import adapt_head
+from hymeg.models.router import Router
+from hymeg.models.specs import decoder_spec, mtp_spec
+
+logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
+
+
+@dataclasses.dataclass
+class HyTransformerConfig(TransformerConfig):
+    """Megatron's configuration and what these models add to it."""
+
+    hy_lm_head_fp32: bool = False
+    """Logits in fp32 from weights of a lower precision (config.json: enable_lm_head_fp32)."""
+
+
+class HYV3ForCausalLM(GPTModel):
+    """Hy3: the trunk and its multi-token-prediction layers.
+
+    `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None)` takes `[b, s]`, or `[1, t]` with
+    `packed_seq_params`, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every token `[b, s]` when labels are given; a pipeline stage but
+    the last returns hidden states `[s, b, h]`.
+    """
+
+    def __init__(self, config: HyTransformerConfig, *, vocab_size: int, padded_vocab_size: int, vp_stage: int | None = None, **kwargs):
+        super().__init__(
+            config=config,
+            transformer_layer_spec=decoder_spec(config, vp_stage),
+            mtp_block_spec=mtp_spec(config, vp_stage),
+            vocab_size=padded_vocab_size,
+            vp_stage=vp_stage,
+            **kwargs,
+        )
+        if self.post_process:
+            adapt_head(self.output_layer, vocab_size, config.hy_lm_head_fp32)
+        self._reduce_experts_over_expert_data_parallel_group()
+        if self.mtp_process and config.mtp_loss_scaling_factor == 0:
+            self.mtp.requires_grad_(False)
+
+    def _reduce_experts_over_expert_data_parallel_group(self) -> None:
+        """Mark the experts as Megatron does only when EP > 1. Without the mark it reduces their gradients over the wrong group when TP > ETP, and
+        the optimizer keeps one state where EP > 1 has two, so that neither loads the other's (FACTS, traps 3 and 4)."""
+        for name, parameter in self.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False
+
+
+class HyMT2ForCausalLM(HYV3ForCausalLM):
+    """Hy-MT2: the same architecture, published without multi-token-prediction layers."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class HyModelConfig(GPTModelConfig):
+    """What Megatron's training loop is given to build the model from."""
+
+    builder: ClassVar[str] = "hymeg.models.hy.HyModelBuilder"
+
+
+class HyModelBuilder(GPTModelBuilder):
+    """Megatron's builder, constructing our models."""
+
+    def build_model(
+        self, pg_collection: ProcessGroupCollection, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> HYV3ForCausalLM:
+        return construct(self._model_config, pg_collection, pre_process, post_process, vp_stage)
+
+
+def construct(
+    config: HyModelConfig,
+    pg_collection: ProcessGroupCollection,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+    vp_stage: int | None = None,
+) -> HYV3ForCausalLM:
+    """The one place where a model is constructed.
+
+    Args:
+        config: sizes and layout; `vocab_size` is the checkpoint's, padded here to divide by the tensor-parallel size.
+        pg_collection: the process groups.
+        pre_process, post_process: whether the stage holds the embedding and the head; None asks the pipeline groups.
+        vp_stage: the virtual pipeline stage.
+    """
+    transformer = config.transformer
+    vp_size = transformer.virtual_pipeline_model_parallel_size
+    if pre_process is None:
+        pre_process = is_vp_first_stage(vp_stage=vp_stage, vp_size=vp_size) and is_pp_first_stage(pg_collection.pp)
+    if post_process is None:
+        post_process = is_vp_last_stage(vp_stage=vp_stage, vp_size=vp_size) and is_pp_last_stage(pg_collection.pp)
+    model_class = HYV3ForCausalLM if transformer.mtp_num_layers else HyMT2ForCausalLM
+    return model_class(
+        config=transformer,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=calculate_padded_vocab_size(
+            config.vocab_size, config.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size, logging_enabled=False
+        ),
+        max_sequence_length=config.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_percent=1.0,
+        rotary_base=config.rotary_base,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+
+
+@contextlib.contextmanager
+def record_outputs(model: torch.nn.Module) -> Iterator[dict[str, dict[int, torch.Tensor]]]:
+    """Record what the layers of `model` (wrapped or not) compute while the context is open.
+
+    Yields:
+        `{"hidden_states": {layer: [s, b, h]}, "router_logits": {layer: [s, b, experts]}}`, filled by each forward pass with this rank's share. Layers are
+        counted from 0 as in config.json; a multi-token-prediction layer follows the last one of the trunk.
+    """
+    recorded = {"hidden_states": {}, "router_logits": {}}
+    undo = []
+
+    def number(module, is_mtp: bool) -> int:
+        return module.layer_number - 1 + (module.config.num_layers if is_mtp else 0)
+
+    def watch_layer(layer: TransformerLayer):
+        index = number(layer, getattr(layer, "is_mtp_layer", False))
+        handle = layer.register_forward_hook(lambda module, args, output: recorded["hidden_states"].__setitem__(index, output[0]))
+        undo.append(handle.remove)
+
+    def watch_router(router: Router):
+        gating, index = router.gating, number(router, router.is_mtp_layer)
+
+        def recorded_gating(input):
+            logits = gating(input)
+            recorded["router_logits"][index] = logits
+            return logits
+
+        router.gating = recorded_gating
+        undo.append(lambda: delattr(router, "gating"))
+
+    for module in model.modules():
+        if isinstance(module, TransformerLayer):
+            watch_layer(module)
+        elif isinstance(module, Router):
+            watch_router(module)
+    try:
+        yield recorded
+    finally:
+        for step in undo:
+            step()

@@ -1,0 +1,77 @@
+"""Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
+
+With CUDA nothing changes but one call that the wheel of megatron-core cannot serve (`megatron.use_shipped_dataset_helpers`). Without CUDA, `install`
+makes unmodified megatron-core train on CPU over gloo. It must run before anything imports Megatron: the packages that import it call it.
+`HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run without a GPU; unset, the presence of CUDA decides.
+"""
+
+import os
+import sys
+import warnings
+
+from hymeg.errors import UserError
+
+CHOICES = ("cpu", "cuda")
+_name: str | None = None
+
+
+def name() -> str:
+    """`"cpu"` or `"cuda"`: decided at the first call and the same ever after.
+
+    Raises:
+        UserError: `HYMEG_PLATFORM` holds something else, or asks for CUDA where there is none.
+    """
+    global _name
+    if _name is None:
+        wanted = os.environ.get("HYMEG_PLATFORM", "")
+        if wanted not in ("", *CHOICES):
+            raise UserError(f"HYMEG_PLATFORM is {wanted!r}; allowed are 'cpu' and 'cuda'. Unset it to let the machine decide.")
+        if wanted == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        import torch
+
+        has_cuda = torch.cuda.is_available()
+        if wanted == "cuda" and not has_cuda:
+            raise UserError(
+                "HYMEG_PLATFORM=cuda, but torch sees no CUDA device here. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or unset HYMEG_PLATFORM."
+            )
+        _name = "cuda" if has_cuda else "cpu"
+    return _name
+
+
+def is_cpu() -> bool:
+    return name() == "cpu"
+
+
+_installed = False
+
+
+def install() -> None:
+    """Make this process ready for Megatron. Idempotent.
+
+    Raises:
+        RuntimeError: Megatron was imported before (its modules have already bound the names that need replacing), or a patch target is gone.
+    """
+    global _installed
+    if _installed:
+        return
+    if is_cpu():
+        if "megatron.core" in sys.modules:
+            raise RuntimeError("hymeg.platform.install() must run before anything imports megatron")
+        # torch.compile's fusions cost a compiler run each and win nothing on CPU: four times slower to start.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        from hymeg.platform import gloo, torch_cuda
+
+        torch_cuda.install()
+        gloo.install()
+    _installed = True
+    from hymeg.platform import megatron
+
+    for message in (r"`torch.distributed.\w+` is deprecated", "MimoModelConfig is experimental"):
+        warnings.filterwarnings("ignore", message=message)
+    if is_cpu():
+        megatron.quieten()
+    megatron.use_shipped_dataset_helpers()
+    if is_cpu():
+        megatron.install()

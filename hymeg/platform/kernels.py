@@ -1,0 +1,12 @@
+"""Arithmetic that CPU and CUDA offer under different names."""
+
+import torch
+
+from hymeg import platform
+
+
+def matmul_to_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`[m, k] @ [k, n] -> [m, n]` in fp32 from bf16 or fp16 operands: no operand is copied to fp32 on CUDA, whose kernels accumulate in fp32 anyway."""
+    if platform.is_cpu():
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)

@@ -1,0 +1,117 @@
+"""Megatron's own names that must change: one function a patch. Line numbers are megatron-core 0.19.2's."""
+
+import contextlib
+import functools
+import logging
+import types
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+from hymeg.platform.patches import patch, patched
+
+
+def use_shipped_dataset_helpers() -> None:
+    """On every platform: initialize.py:178 runs `make`, and the wheel ships the compiled helper but no Makefile, so that rank 0 would exit with 1."""
+    from megatron.core.datasets import utils
+
+    def import_helper():
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+
+    patch(utils, "compile_helpers", import_helper, "initialize.py:178")
+
+
+def quieten() -> None:
+    """Before Megatron is imported: on a CPU it warns a dozen times of what is as it should be."""
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "Only transformer-engine",
+        "'pin_memory' argument is set",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # The device's generator is the CPU's, so that both change together.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def install() -> None:
+    """The patches that only the CPU needs."""
+    _allow_no_cuda()
+    _skip_kernel_warmup()
+    _use_fused_adam()
+    _provide_packed_context_parallel_indices()
+
+
+def _allow_no_cuda() -> None:
+    from megatron.training import initialize, training
+
+    new = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    patch(training, "initialize_megatron", new, "initialize.py:66 asserts torch.cuda.is_available()")
+
+
+def _skip_kernel_warmup() -> None:
+    from megatron.training import initialize
+
+    patch(initialize, "_warmup_jit_function", lambda tp_size=None: None, "initialize.py:497 runs full-size layers to warm up GPU kernels")
+
+
+def _use_fused_adam() -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from hymeg.platform.adam import FusedAdam
+
+    patch(optimizer, "Adam", FusedAdam, "optimizer/__init__.py:560")
+    patch(optimizer, "USING_PYTORCH_OPTIMIZER", False, "optimizer/__init__.py:556")
+    patch(distrib_optimizer, "Adam", FusedAdam, "distrib_optimizer.py:689")
+    patch(distrib_optimizer, "HAVE_APEX_OR_TE", True, "distrib_optimizer.py:837, 1025: torch's layout of the step cannot resume")
+    patch(distrib_optimizer, "USING_APEX_OPTIMIZER", True, "distrib_optimizer.py:851, 874: the step lies in the parameter group")
+
+
+def _provide_packed_context_parallel_indices() -> None:
+    from megatron.core import utils
+
+    def thd_get_partitioned_indices(cu_seqlens: torch.Tensor, num_tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:
+        """The tokens of rank `cp_rank`: of every sequence, cut into 2 x cp_size chunks, chunk cp_rank and its mirror from the end. [num_tokens / cp_size]."""
+        parts = []
+        for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+            chunk = (end - start) // (2 * cp_size)
+            parts.append(torch.arange(start + cp_rank * chunk, start + (cp_rank + 1) * chunk))
+            parts.append(torch.arange(end - (cp_rank + 1) * chunk, end - cp_rank * chunk))
+        return torch.cat(parts)
+
+    if utils.tex is None:
+        stand_in = types.SimpleNamespace(thd_get_partitioned_indices=thd_get_partitioned_indices)
+        patch(utils, "tex", stand_in, "core/utils.py:2441 slices packed sequences with Transformer Engine's kernel")
+
+
+@contextlib.contextmanager
+def flops_formula(flops: Callable[[int, float | None, float | None], float]) -> Iterator[None]:
+    """Count a step's FLOPs by `flops(batch_size, squared_lengths, num_tokens)` instead of Megatron's formula, which does not know these models."""
+    from megatron.training import training
+
+    def ours(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None):
+        return flops(batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
+
+    with patched(training, "num_floating_point_operations", ours, "training.py:2827, 3963: throughput and total FLOPs"):
+        yield
+
+
+@contextlib.contextmanager
+def log_line(line) -> Iterator[None]:
+    """Let `line` (a hymeg.training.metrics.LogLine) see every call of training_log and extend what it prints: Megatron has no hook there."""
+    from megatron.training import training
+
+    training_log, print_rank_last = training.training_log, training.print_rank_last
+
+    def logged(*args, **kwargs):
+        line.before(args[3], kwargs.get("is_first_iteration", False))
+        return training_log(*args, **kwargs)
+
+    with (
+        patched(training, "training_log", logged, "training.py:3985"),
+        patched(training, "print_rank_last", lambda message: print_rank_last(line.extended(message)), "training.py:2913"),
+    ):
+        yield

@@ -1,0 +1,79 @@
+"""What the log says beyond Megatron's own: tokens per second, model FLOPs by our formula, MFU, the load of the experts."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hymeg.hf.config import HyConfig
+from hymeg.models.router import Router
+from hymeg.planning.flops import packed_training_flops, peak_tflops, training_flops
+
+_ELAPSED = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+) \|")
+_THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
+
+
+def step_flops(config: HyConfig, seq_length: int, batch_size: int, squared_lengths: float | None = None, num_tokens: float | None = None) -> float:
+    """Model FLOPs of one training step over `batch_size` samples; of packed samples when their `squared_lengths` (sum of len^2) are known."""
+    if squared_lengths is not None:
+        return packed_training_flops(config, num_tokens if num_tokens is not None else batch_size * seq_length, squared_lengths)
+    return training_flops(config, batch_size, seq_length)
+
+
+def expert_load(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> dict[int, float]:
+    """Per layer (counted from 0, multi-token prediction after the trunk) the tokens of the busiest expert over the mean, since the last call.
+
+    Collective: every rank calls it. 1.0 is perfect balance, experts / top-k the worst there is.
+    """
+    counts = torch.zeros(
+        config.num_hidden_layers + config.num_nextn_predict_layers, config.num_experts, dtype=torch.int64, device=torch.cuda.current_device()
+    )
+    for chunk in model_chunks:
+        for router in chunk.modules():
+            if isinstance(router, Router):
+                counts[router.layer_number - 1 + (config.num_hidden_layers if router.is_mtp_layer else 0)] += router.expert_load
+                router.expert_load.zero_()
+    # Ranks of one layer see different tokens, ranks of different stages different layers: the sum over the world is the sum over both.
+    torch.distributed.all_reduce(counts)
+    counts = counts.double()
+    return {layer: (row.max() / row.mean()).item() for layer, row in enumerate(counts) if row.sum() > 0}
+
+
+class LogLine:
+    """Extends the line that Megatron prints at every log interval, and writes the same to TensorBoard."""
+
+    def __init__(self, args, config: HyConfig, device_name: str, writer: Callable):
+        self.args, self.config, self.writer = args, config, writer
+        self.peak = peak_tflops(device_name)
+        self.model_chunks: list[torch.nn.Module] = []
+        self.load: dict[int, float] = {}
+
+    def before(self, iteration: int, is_first_iteration: bool) -> None:
+        """Called on every rank before Megatron logs."""
+        if iteration % self.args.log_interval == 0 or is_first_iteration:
+            self.load = expert_load(self.model_chunks, self.config)
+            self.iteration = iteration
+
+    def extended(self, line: str) -> str:
+        """`line` with our figures; any other text that Megatron prints is returned as it is."""
+        elapsed = _ELAPSED.search(line)
+        if elapsed is None:
+            return line
+        seconds = float(elapsed.group(1)) / 1e3
+        batch_size = int(re.search(r"global batch size: +(\d+)", line).group(1))
+        tokens = batch_size * self.args.seq_length / seconds
+        tflops = step_flops(self.config, self.args.seq_length, batch_size) / seconds / self.args.world_size / 1e12
+        # Megatron's format has one decimal: 0.0 on a small model.
+        line = _THROUGHPUT.sub(f"throughput per GPU (TFLOP/s/GPU): {tflops:.4g} |", line)
+        line += f" tokens/s: {tokens:,.0f} |"
+        scalars = {"tokens-per-second": tokens, "model-tflops-per-gpu": tflops}
+        if self.peak is not None:
+            line += f" MFU: {tflops / self.peak:.1%} |"
+            scalars["mfu"] = tflops / self.peak
+        if self.load:
+            line += f" expert load max/mean: {max(self.load.values()):.2f} (by layer {' '.join(f'{n}:{v:.2f}' for n, v in self.load.items())}) |"
+            scalars |= {f"expert-load/layer-{n}": v for n, v in self.load.items()}
+        if (writer := self.writer()) is not None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, self.iteration)
+        return line

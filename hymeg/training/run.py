@@ -1,0 +1,111 @@
+"""From the command line to Megatron's training loop."""
+
+import contextlib
+import functools
+import os
+import socket
+import traceback
+from collections.abc import Sequence
+
+import torch
+
+from hymeg import platform
+from hymeg.errors import UserError, exit_on_user_error
+from hymeg.hf.config import HyConfig
+from hymeg.models.hy import HyModelConfig, HyTransformerConfig
+from hymeg.platform import megatron as megatron_patches
+from hymeg.training.arguments import parse
+from hymeg.training.metrics import LogLine, step_flops
+from hymeg.training.preflight import preflight
+from hymeg.training.step import forward_step
+from hymeg.training.weights import load_hf_weights
+
+
+def main(argv: Sequence[str]) -> None:
+    """`pretrain_hy.py`: everything but the process's own start."""
+    with exit_on_user_error():
+        _stand_alone()
+        args, config = parse(argv)
+        notes: list[str] = []
+        preflight(args, config, notes.append)
+        if platform.is_cpu():
+            notes.insert(0, "no CUDA: training on CPU over gloo, with --transformer-impl local, fusions off, no grouped GEMM")
+        if int(os.environ.get("RANK", "0")) == 0:
+            for note in notes:
+                print(f"hymeg: {note}", flush=True)
+        train(args, config)
+        # Without it gloo aborts at exit.
+        torch.distributed.destroy_process_group()
+
+
+def _stand_alone() -> None:
+    """Without a launcher this process is a world of its own: `python pretrain_hy.py` is `torchrun --nproc-per-node 1`."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
+def train(args, config: HyConfig) -> None:
+    """Run Megatron's `pretrain` on checked but not yet validated `args`."""
+    from megatron.core.enums import ModelType
+    from megatron.training import get_tensorboard_writer, get_tokenizer, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from hymeg.data.pretraining import build_datasets
+
+    with _megatron_refusals():
+        validate_args(args)
+        set_global_variables(args)
+        model_config = model_config_from_args(args)
+        settings = pretrain_cfg_container_from_args(args, model_config)
+    log_line = LogLine(args, config, torch.cuda.get_device_name(), get_tensorboard_writer)
+    model_config.post_wrap_hooks = [functools.partial(_prepare_model, args=args, config=config, log_line=log_line)]
+
+    def datasets(num_samples):
+        return build_datasets(args, get_tokenizer(), model_config.transformer.pipeline_model_parallel_layout, num_samples)
+
+    datasets.is_distributed = True
+    with megatron_patches.flops_formula(functools.partial(step_flops, config, args.seq_length)), megatron_patches.log_line(log_line):
+        pretrain(settings, datasets, ModelType.encoder_or_decoder, forward_step)
+
+
+def model_config_from_args(args) -> HyModelConfig:
+    """What the model is built from. `args` must be validated by Megatron."""
+    from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+
+    transformer = core_transformer_config_from_args(args, HyTransformerConfig)
+    if platform.is_cpu():
+        # Over gloo a freed output may still be on its way: wrong losses under interleaved stages, and no error.
+        transformer.deallocate_pipeline_outputs = False
+    padded_vocab_size, args.padded_vocab_size = args.padded_vocab_size, None
+    model_config = gpt_config_from_args(args, transformer, HyModelConfig)
+    args.padded_vocab_size = padded_vocab_size
+    return model_config
+
+
+def _prepare_model(model_chunks: list, args, config: HyConfig, log_line: LogLine) -> list:
+    """Called once the model is built and wrapped, before the optimizer copies its weights."""
+    log_line.model_chunks = model_chunks
+    if args.hf_weights is not None:
+        load_hf_weights(model_chunks, args.hf_weights, config)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"hymeg: weights loaded from {args.hf_weights}", flush=True)
+    return model_chunks
+
+
+@contextlib.contextmanager
+def _megatron_refusals():
+    """Megatron's validators raise assertions, often without a text: say which one, as a user's error."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if "megatron" not in frame.filename:
+            raise
+        reason = str(error) or f"it requires `{frame.line.removeprefix('assert ').rstrip(', \\')}`"
+        raise UserError(f"Megatron refuses this combination of flags: {reason} ({os.path.basename(frame.filename)}:{frame.lineno})") from error

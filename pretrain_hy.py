@@ -1,0 +1,10 @@
+"""The door: torchrun --nproc-per-node N pretrain_hy.py --hf-model DIR [--config FILE.yaml] [any Megatron flag]."""
+
+import sys
+
+from hymeg.errors import exit_on_user_error
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        from hymeg.training.run import main
+    main(sys.argv[1:])
