@@ -9,13 +9,14 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
 
 
-def build_datasets(args: argparse.Namespace, tokenizer, pipeline_layout, num_samples: tuple[int, int, int]) -> tuple:
+def build_datasets(args: argparse.Namespace, tokenizer, pipeline_layout, num_samples: tuple[int, int, int], vp_stage: int | None) -> tuple:
     """The training, validation and test datasets; None for a split without samples.
 
     Args:
         tokenizer: Megatron's wrapper around the tokenizer.
         pipeline_layout: the parsed `--pipeline-model-parallel-layout`, or None.
         num_samples: how many samples of each split the run will draw at least.
+        vp_stage: the virtual pipeline stage that will read them.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -46,7 +47,9 @@ def build_datasets(args: argparse.Namespace, tokenizer, pipeline_layout, num_sam
 
     def reads_data() -> bool:
         """Ranks whose stage takes tokens or labels; those of one tensor-parallel group share one reader."""
-        stage = is_first_or_last_pipeline_stage(vp_stage=None) or mtp_on_this_rank(layout=pipeline_layout, mtp_num_layers=args.mtp_num_layers)
+        stage = is_first_or_last_pipeline_stage(vp_stage) or mtp_on_this_rank(
+            layout=pipeline_layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+        )
         return parallel_state.get_tensor_model_parallel_rank() == 0 and stage
 
     print_rank_0("> building datasets ...")

@@ -1,7 +1,7 @@
 """Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
 
-With CUDA nothing changes but one call that the wheel of megatron-core cannot serve (`megatron.use_shipped_dataset_helpers`). Without CUDA, `install`
-makes unmodified megatron-core train on CPU over gloo. It must run before anything imports Megatron: the packages that import it call it.
+With CUDA nothing changes but a call that the wheel of megatron-core cannot serve and a count that it gets wrong (the two functions of
+`hymeg.platform.megatron` that say "on every platform"). Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports Megatron: the packages that import it call it.
 `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run without a GPU; unset, the presence of CUDA decides.
 """
 
@@ -73,5 +73,6 @@ def install() -> None:
     if is_cpu():
         megatron.quieten()
     megatron.use_shipped_dataset_helpers()
+    megatron.count_mtp_tokens_over_context_parallel_group()
     if is_cpu():
         megatron.install()

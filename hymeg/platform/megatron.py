@@ -22,6 +22,30 @@ def use_shipped_dataset_helpers() -> None:
     patch(utils, "compile_helpers", import_helper, "initialize.py:178")
 
 
+def count_mtp_tokens_over_context_parallel_group() -> None:
+    """On every platform: under context parallelism process_mtp_loss divides by the tokens of its own rank, so that the multi-token-prediction loss
+    depends on the context-parallel size. `roll_tensor` tells it that count: told the share of the whole sequence's, it divides by the right one.
+    """
+    from megatron.core.transformer import multi_token_prediction
+
+    roll_tensor = multi_token_prediction.roll_tensor
+
+    def roll(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None):
+        rolled, count = roll_tensor(tensor, shifts, dims, cp_group, packed_seq_params)
+        # Of what is rolled only the loss mask is a floating-point tensor.
+        if tensor is None or cp_group is None or cp_group.size() == 1 or not tensor.is_floating_point():
+            return rolled, count
+        # Tokens before the first roll, here and in the whole group: a mask that was rolled before carries them.
+        original, original_in_group = getattr(tensor, "hymeg_num_tokens", (tensor.sum(), None))
+        counts = torch.stack([count, original])
+        torch.distributed.all_reduce(counts, group=cp_group)
+        original_in_group = counts[1] if original_in_group is None else original_in_group
+        rolled.hymeg_num_tokens = (original, original_in_group)
+        return rolled, counts[0] * original / original_in_group.clamp(min=1)
+
+    patch(multi_token_prediction, "roll_tensor", roll, "multi_token_prediction.py, process_mtp_loss: num_tokens")
+
+
 def quieten() -> None:
     """Before Megatron is imported: on a CPU it warns a dozen times of what is as it should be."""
     for message in (

@@ -31,7 +31,7 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
     _check_devices(args)
     layouts.check(config, layout_of(args))
     _check_recompute(args)
-    _correct(args, config, say)
+    _correct(args, say)
     _check_data(args)
     load_tokenizer(args.hf_model, config)
     check_weights(args, config)
@@ -103,13 +103,13 @@ def _check_recompute(args) -> None:
         raise UserError(f"--recompute-method {args.recompute_method} goes with --recompute-granularity full only; leave it out or add that")
 
 
-def _correct(args, config: HyConfig, say) -> None:
+def _correct(args, say) -> None:
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         args.sequence_parallel = True
         say("--sequence-parallel set: experts under tensor parallelism need it")
-    if config.num_nextn_predict_layers and args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+    if args.eod_mask_loss and args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         args.calculate_per_token_loss = True
-        say("--calculate-per-token-loss set: without it the multi-token-prediction loss would depend on the context-parallel size")
+        say("--calculate-per-token-loss set: with masked tokens the loss would otherwise depend on the context-parallel size")
     if args.load is not None and not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
         # A resume under another --train-iters or --lr would otherwise end in an assertion of the scheduler.
         args.override_opt_param_scheduler = True

@@ -66,8 +66,8 @@ def train(args, config: HyConfig) -> None:
     log_line = LogLine(args, config, torch.cuda.get_device_name(), get_tensorboard_writer)
     model_config.post_wrap_hooks = [functools.partial(_prepare_model, args=args, config=config, log_line=log_line)]
 
-    def datasets(num_samples):
-        return build_datasets(args, get_tokenizer(), model_config.transformer.pipeline_model_parallel_layout, num_samples)
+    def datasets(num_samples, vp_stage=None):
+        return build_datasets(args, get_tokenizer(), model_config.transformer.pipeline_model_parallel_layout, num_samples, vp_stage)
 
     datasets.is_distributed = True
     with megatron_patches.flops_formula(functools.partial(step_flops, config, args.seq_length)), megatron_patches.log_line(log_line):

@@ -1,0 +1,268 @@
+"""Text becomes Megatron's dataset, and Megatron reads back what the tokenizer says of each row. What is wrong is told, and leaves nothing behind."""
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from hymeg.data import text_files
+from hymeg.data.corpus import preprocess
+from hymeg.data.text_files import read_batches
+from hymeg.errors import UserError
+from hymeg.hf.tokenizer import train_tiny_tokenizer
+
+UDHR = Path(__file__).parents[2] / "examples/data/udhr"
+GOOD = '{"text": "good"}'
+
+
+def udhr_texts(language):
+    return [json.loads(line)["text"] for line in (UDHR / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tiny_tokenizer(udhr_texts("en") + udhr_texts("zh"), vocab_size=600).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir):
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+def read_back(prefix):
+    """(dtype, the documents as lists of token ids) of a dataset, by Megatron's reader."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    boundaries = dataset.document_indices.tolist()
+    documents = [np.concatenate(dataset[start:end]).tolist() for start, end in itertools.pairwise(boundaries)]
+    return dataset.index.dtype, documents
+
+
+def write_rows(path, texts, key="text"):
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
+    return path
+
+
+def all_rows(path):
+    return [row for batch in read_batches(str(path)) for row in batch.rows]
+
+
+# Reading
+
+
+def test_json_lines_keep_their_numbers_and_lose_their_ends(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}')
+    assert all_rows(path) == [(1, b'{"text": "a"}'), (4, b'{"text": "b"}')]
+
+
+def test_text_documents_are_separated_by_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n\none\r\n  still one\n\n \t \n\ntwo\n\nthree\nstill three")
+    assert all_rows(path) == [(3, b"one\n  still one"), (8, b"two"), (10, b"three\nstill three")]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_gzipped_files_read_as_plain_ones(tmp_path, language):
+    plain = UDHR / f"{language}.jsonl"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    assert all_rows(tmp_path / "a.jsonl.gz") == all_rows(plain)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".txt"])
+def test_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path, monkeypatch, suffix):
+    data = b"".join(b'{"text": "%d"}\n\n' % number for number in range(3000))
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    whole = all_rows(path)
+    monkeypatch.setattr(text_files, "BATCH_BYTES", 1000)
+    batches = list(read_batches(str(path)))
+    assert [row for batch in batches for row in batch.rows] == whole
+    assert len(whole) == 3000
+    assert all(sum(len(row) for _, row in batch.rows) < 1020 for batch in batches)
+    assert sum(batch.num_bytes_read for batch in batches) == path.stat().st_size
+
+
+@pytest.mark.parametrize(("name", "first_line"), [("a.jsonl", 2), ("a.txt", 3)])
+def test_a_row_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name, first_line):
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 100)
+    path = tmp_path / name
+    path.write_bytes(b"short\n\nlong\n" + b"x" * 200 if name.endswith(".txt") else b"short\n" + b"x" * 200)
+    with pytest.raises(UserError, match=f"line ({first_line}|{first_line + 1}): a document of more than"):
+        all_rows(path)
+
+
+# Datasets
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_megatron_reads_back_what_the_tokenizer_says_of_each_row(tmp_path, tokenizer_dir, tokenizer, append_eod):
+    (tmp_path / "prose.txt").write_text("first\nparagraph\n\nsecond\n")
+    inputs = [UDHR / "zh.jsonl", tmp_path / "prose.txt", UDHR / "en.jsonl"]
+    summary = preprocess(inputs, tmp_path / "new" / "corpus", tokenizer_dir, append_eod=append_eod)
+    texts = [*udhr_texts("zh"), "first\nparagraph", "second", *udhr_texts("en")]
+    expected = [tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * append_eod for text in texts]
+    dtype, documents = read_back(tmp_path / "new" / "corpus_text_document")
+    assert documents == expected
+    assert dtype == np.uint16
+    assert summary.prefixes == [str(tmp_path / "new" / "corpus_text_document")]
+    assert (summary.num_documents, summary.num_tokens) == (len(expected), sum(map(len, expected)))
+    assert summary.num_bytes_read == summary.total_bytes == sum(path.stat().st_size for path in inputs)
+
+
+def test_a_large_vocabulary_is_stored_as_int32(tmp_path, tokenizer):
+    large = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    large.add_tokens([f"<{number}>" for number in range(65500)])
+    large.save_pretrained(tmp_path / "tokenizer")
+    write_rows(tmp_path / "a.jsonl", ["<65499> good"])
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer")
+    dtype, [document] = read_back(tmp_path / "corpus_text_document")
+    assert dtype == np.int32
+    assert document == large.encode("<65499> good", add_special_tokens=False)
+    assert document[0] > 2**16
+
+
+def test_each_key_is_a_dataset(tmp_path, tokenizer_dir, tokenizer):
+    rows = [{"source": "hello", "target": "bonjour", "other": 1}, {"source": "", "target": "monde"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = preprocess([tmp_path / "a.jsonl"], tmp_path / "pairs", tokenizer_dir, json_keys=("source", "target"))
+    assert read_back(tmp_path / "pairs_source_document")[1] == [tokenizer.encode("hello")]
+    assert read_back(tmp_path / "pairs_target_document")[1] == [tokenizer.encode("bonjour"), tokenizer.encode("monde")]
+    assert (summary.num_documents, summary.num_empty) == (3, 1)
+
+
+def test_truncation_and_padding_in_the_tokenizers_file_do_not_apply(tmp_path, tokenizer_dir, tokenizer):
+    settings = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(settings))
+    preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer")
+    assert read_back(tmp_path / "corpus_text_document")[1] == [tokenizer.encode(text, add_special_tokens=False) for text in udhr_texts("en")]
+
+
+BAD_ROWS = {
+    "not JSON": (b'{"text": "cut', "line 2: not JSON: .*; an object a line is needed"),
+    "not UTF-8": (b'{"text": "\xff"}', r"line 2: not UTF-8: byte b'\\xff'"),
+    "not an object": (b'["text"]', r"line 2: holds \['text'\]; an object with the key 'text'"),
+    "no such key": (b'{"content": "a"}', r"line 2: no key 'text' among \['content'\]; --json-keys"),
+    "not a string": (b'{"text": 7}', "line 2: 'text' is 7; a string is needed"),
+    "half a surrogate pair": (b'{"text": "\\ud83d"}', "line 2: 'text' holds .*surrogate"),
+    "brackets without end": (b"[" * 200000, "line 2: not JSON"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, tokenizer_dir, row, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"{GOOD}\n".encode() + row + f"\n{GOOD}\n".encode())
+    with pytest.raises(UserError, match=message) as caught:
+        preprocess([path], tmp_path / "corpus", tokenizer_dir)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bad_rows_are_counted_and_left_out_where_that_is_asked_for(tmp_path, tokenizer_dir, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(row + f"\n{GOOD}\n".encode() for row, _ in BAD_ROWS.values()))
+    summary = preprocess([path], tmp_path / "corpus", tokenizer_dir, skip_bad_rows=True)
+    assert (summary.num_bad_rows, summary.num_documents) == (len(BAD_ROWS), len(BAD_ROWS))
+    assert f"{path}: line 1: not JSON" in summary.first_bad_row
+    assert read_back(tmp_path / "corpus_text_document")[1] == [tokenizer.encode("good")] * len(BAD_ROWS)
+
+
+def test_a_bad_byte_in_text_is_found_on_its_own_line(tmp_path, tokenizer_dir):
+    (tmp_path / "a.txt").write_bytes(b"fine\n\nfine\nfine\n\xe4 is latin-1\n")
+    with pytest.raises(UserError, match="line 5: not UTF-8"):
+        preprocess([tmp_path / "a.txt"], tmp_path / "corpus", tokenizer_dir)
+
+
+def bad_inputs():
+    cut = gzip.compress(json.dumps({"text": "x" * 5000}).encode())[:-20]
+    return {
+        "missing": ("none.jsonl", None, "no such file"),
+        "a folder": (".", None, "is a folder; name the files in it"),
+        "an unknown kind": ("a.parquet", b"PAR1", "its name does not tell what it holds; .jsonl, .json"),
+        "zstd": ("a.jsonl.zst", b"(", "zstd files cannot be read here; decompress"),
+        "no gzip": ("a.jsonl.gz", GOOD.encode(), "cannot be read: Not a gzipped file"),
+        "cut gzip": ("a.jsonl.gz", cut, "broken or cut short"),
+        "empty": ("a.jsonl", b"", "nothing to write: the input holds no document with a token under 'text'"),
+        "blank": ("a.txt", b"\n \n\n", "nothing to write"),
+        "empty texts": ("a.jsonl", b'{"text": ""}', "nothing to write.*1 empty"),
+    }
+
+
+@pytest.mark.parametrize(("name", "data", "message"), bad_inputs().values(), ids=bad_inputs())
+def test_an_unreadable_input_is_named_and_nothing_is_written(tmp_path, tokenizer_dir, name, data, message):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    before = list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        preprocess([UDHR / "en.jsonl", tmp_path / name][1 if "nothing" in message else 0 :], tmp_path / "corpus", tokenizer_dir)
+    assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokenizer_dir": "/nonexistent"}, "/nonexistent: no such folder"),
+        ({"output": "/proc/corpus"}, "/proc.*cannot be written"),
+        ({"output": f"{UDHR}/README.md/corpus"}, "README.md: cannot be written"),
+        ({"output": "/tmp/"}, "--output /tmp/: is a folder; a prefix"),
+        ({"json_keys": ("text", "text")}, "--json-keys names a key twice"),
+        ({"num_workers": 0}, "--workers is 0"),
+    ],
+)
+def test_a_wrong_argument_is_named(tmp_path, tokenizer_dir, arguments, message):
+    with pytest.raises(UserError, match=message):
+        preprocess(**{"inputs": [UDHR / "en.jsonl"], "output": tmp_path / "corpus", "tokenizer_dir": tokenizer_dir} | arguments)
+
+
+def test_text_files_have_no_keys_to_choose_from(tmp_path, tokenizer_dir):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="a text file has no keys"):
+        preprocess([tmp_path / "a.txt"], tmp_path / "corpus", tokenizer_dir, json_keys=("a", "b"))
+
+
+def test_without_an_eos_token_no_end_of_document_can_be_appended(tmp_path, tokenizer):
+    without = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    without.eos_token = None
+    without.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="no EOS token"):
+        preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=True)
+
+
+def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(tmp_path, tokenizer_dir, tokenizer):
+    good, bad, output = write_rows(tmp_path / "good.jsonl", ["good"]), tmp_path / "bad.jsonl", tmp_path / "out" / "corpus"
+    bad.write_text(f"{GOOD}\n{{}}\n")
+
+    def files():
+        return {path.name: path.read_bytes() for path in output.parent.iterdir()}
+
+    preprocess([UDHR / "en.jsonl"], output, tokenizer_dir)
+    before = files()
+    assert sorted(before) == ["corpus_text_document.bin", "corpus_text_document.idx"]
+    with pytest.raises(UserError, match="exists already; give another --output, or --overwrite"):
+        preprocess([good], output, tokenizer_dir)
+    with pytest.raises(UserError, match="no key 'text'"):
+        preprocess([bad], output, tokenizer_dir, overwrite=True)
+    assert files() == before
+    preprocess([good], output, tokenizer_dir, overwrite=True)
+    assert sorted(files()) == sorted(before)
+    assert read_back(f"{output}_text_document")[1] == [tokenizer.encode("good")]
