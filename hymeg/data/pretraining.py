@@ -9,6 +9,23 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
 
 
+class _FreshMasks:
+    """Megatron caches the loss mask of a process's first sample, and masks that sample's padding tokens in the cache: every later sample would then be
+    masked in the same places, and the loss depend on which rank read which sample first (gpt_dataset.py:266)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.masks_and_position_ids_are_cacheable = False
+
+
+class TextDataset(_FreshMasks, GPTDataset):
+    """Samples of `seq_length` tokens cut from concatenated documents."""
+
+
+class RandomDataset(_FreshMasks, MockGPTDataset):
+    """Made-up samples (`--mock-data`)."""
+
+
 def build_datasets(args: argparse.Namespace, tokenizer, pipeline_layout, num_samples: tuple[int, int, int], vp_stage: int | None) -> tuple:
     """The training, validation and test datasets; None for a split without samples.
 
@@ -53,4 +70,4 @@ def build_datasets(args: argparse.Namespace, tokenizer, pipeline_layout, num_sam
         return parallel_state.get_tensor_model_parallel_rank() == 0 and stage
 
     print_rank_0("> building datasets ...")
-    return BlendedMegatronDatasetBuilder(MockGPTDataset if args.mock_data else GPTDataset, num_samples, reads_data, config).build()
+    return BlendedMegatronDatasetBuilder(RandomDataset if args.mock_data else TextDataset, num_samples, reads_data, config).build()

@@ -41,21 +41,20 @@ def _fp32_logits(*, input, weight, sequence_parallel: bool, allreduce_dgrad: boo
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     elif allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    return _LinearToFp32.apply(input, weight)
+    return _LinearToFp32.apply(input.flatten(0, -2), weight).view(*input.shape[:-1], weight.shape[0])
 
 
 class _LinearToFp32(torch.autograd.Function):
-    """`[s, b, h] x [v, h] -> [s, b, v]` in fp32. The gradient of the logits is rounded to the weight's dtype for the two products of the backward
-    pass, as Megatron's cross-entropy rounds it for a head in that dtype."""
+    """`[n, h] x [v, h] -> [n, v]` in fp32. The gradient of the logits is rounded to the weight's dtype for the two products of the backward pass, as
+    Megatron's cross-entropy rounds it for a head in that dtype."""
 
     @staticmethod
     def forward(ctx, input, weight):
         ctx.save_for_backward(input, weight)
-        return matmul_to_fp32(input.flatten(0, -2), weight.t()).view(*input.shape[:-1], weight.shape[0])
+        return matmul_to_fp32(input, weight.t())
 
     @staticmethod
     def backward(ctx, grad_logits):
         input, weight = ctx.saved_tensors
         grad = grad_logits.to(weight.dtype)
-        grad_weight = grad.flatten(0, -2).t() @ input.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return grad @ weight, grad_weight
+        return grad @ weight, grad.t() @ input if ctx.needs_input_grad[1] else None

@@ -56,6 +56,16 @@ class HYV3ForCausalLM(GPTModel):
         self._reduce_experts_over_expert_data_parallel_group()
         if self.mtp_process and config.mtp_loss_scaling_factor == 0:
             self.mtp.requires_grad_(False)
+        self.register_load_state_dict_post_hook(_allow_missing_extra_state)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """What a distributed checkpoint holds: tensors only, the same under both layer specs and from the converter. Megatron would add an object
+        `_extra_state` for every linear layer, every expert and each of Transformer Engine's norms, and refuse to load a checkpoint without them;
+        they are empty but where quantization keeps a state."""
+        state_dict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if _quantization_keeps_state(self.config):
+            return state_dict
+        return {key: value for key, value in state_dict.items() if "._extra_state" not in key}
 
     def _reduce_experts_over_expert_data_parallel_group(self) -> None:
         """Mark the experts as Megatron does only when EP > 1. Without the mark it reduces their gradients over the wrong group when TP > ETP, and
@@ -63,6 +73,16 @@ class HYV3ForCausalLM(GPTModel):
         for name, parameter in self.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False
+
+
+def _quantization_keeps_state(config: TransformerConfig) -> bool:
+    """FP8's delayed scaling keeps a history of maxima, a custom recipe may; the others keep nothing (transformer_engine/pytorch/_extra_state.py)."""
+    return bool(config.fp8 and config.fp8_recipe in ("delayed", "custom")) or bool(config.fp4 and config.fp4_recipe == "custom")
+
+
+def _allow_missing_extra_state(model: torch.nn.Module, incompatible_keys) -> None:
+    """What `sharded_state_dict` leaves out, a strict `load_state_dict` does not miss."""
+    incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if not key.endswith("._extra_state")]
 
 
 class HyMT2ForCausalLM(HYV3ForCausalLM):

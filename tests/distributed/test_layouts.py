@@ -1,0 +1,89 @@
+"""Every layout trains as one process does: from one loaded checkpoint, in fp32, four steps, losses and gradient norms to 1e-5."""
+
+import pytest
+from worlds import assert_same_training, largest_difference, launch
+
+TP2, PP2, CP2, EP2 = (f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model"))
+VPP2 = "--num-virtual-stages-per-pipeline-rank 2"
+
+LAYOUTS = {  # world size -> name -> flags, checkpoint
+    2: {
+        "TP2 SP": (TP2, "trunk"),
+        "PP2": (PP2, "mtp"),
+        "PP2 VPP2": (f"{PP2} {VPP2}", "mtp"),
+        "PP2 uneven": (f"{PP2} --decoder-first-pipeline-num-layers 1", "trunk"),
+        "PP2 layout string": (f"{PP2} --pipeline-model-parallel-layout Et|tttmL", "mtp"),
+        "EP2 alltoall": (EP2, "trunk"),
+        "EP2 allgather": (f"{EP2} --moe-token-dispatcher-type allgather", "mtp"),
+        "ETP2": ("--expert-tensor-parallel-size 2", "trunk"),
+        "TP2 ETP1": (f"{TP2} --expert-tensor-parallel-size 1", "trunk"),
+        "CP2": (CP2, "mtp"),
+        "DP2": ("", "trunk"),
+        "DP2 overlap": ("--overlap-grad-reduce", "trunk"),
+        "DP2 distributed optimizer": ("--use-distributed-optimizer", "mtp"),
+        "DP2 distributed optimizer, overlaps": ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", "trunk"),
+        "TP2 recompute": (f"{TP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "trunk"),
+    },
+    4: {
+        "TP2 PP2": (f"{TP2} {PP2}", "trunk"),
+        "TP2 EP2": (f"{TP2} {EP2}", "mtp"),
+        "EP2 CP2": (f"{EP2} {CP2}", "trunk"),
+        "PP2 EP2": (f"{PP2} {EP2} --use-distributed-optimizer", "trunk"),
+        "EP4": ("--expert-model-parallel-size 4", "trunk"),
+    },
+    8: {
+        "TP2 PP2 EP2": (f"{TP2} {PP2} {EP2} --use-distributed-optimizer", "trunk"),
+        "TP2 PP2 CP2 EP2": (f"{TP2} {PP2} {CP2} {EP2}", "mtp"),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def worlds(folder, command):
+    started = {}
+
+    def results(size: int) -> dict:
+        if size not in started:
+            cases = {name: command(flags, checkpoint=checkpoint) for name, (flags, checkpoint) in LAYOUTS[size].items()}
+            if size == 2:
+                cases["bf16"] = command(f"--bf16 {TP2}")
+                cases["bias update"] = command(f"{EP2} --moe-router-bias-update-rate 1e-2")
+            started[size] = launch(size, cases, folder / f"layouts-{size}")
+        return started[size]
+
+    return results
+
+
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, of_size in LAYOUTS.items() for name in of_size])
+def test_same_as_one_process(worlds, one_process, size, name):
+    checkpoint = LAYOUTS[size][name][1]
+    assert_same_training(worlds(size)[name]["steps"], one_process[checkpoint]["steps"][:4])
+
+
+def test_multi_token_prediction_counts(one_process):
+    """Were the MTP layer without effect, no layout test could fail on it."""
+    assert largest_difference(one_process["mtp"]["steps"], one_process["trunk"]["steps"], "grad_norm") > 1e-3
+
+
+def test_recompute_changes_nothing(one_process):
+    assert_same_training(one_process["recompute"]["steps"], one_process["mtp"]["steps"][:4], tolerance=1e-6)
+
+
+def test_micro_batch_size_changes_nothing(one_process):
+    assert_same_training(one_process["large micro-batch"]["steps"], one_process["trunk"]["steps"][:4])
+
+
+def test_bf16_trains_like_fp32_to_its_precision(one_process, worlds):
+    """bf16 has 8 bits: losses within 1 % of fp32's, in one process and under tensor parallelism."""
+    for steps in (one_process["bf16"]["steps"], worlds(2)["bf16"]["steps"]):
+        difference = largest_difference(steps, one_process["trunk"]["steps"][:4], "loss")
+        assert 0 < difference < 1e-2
+
+
+def test_expert_bias_is_updated_over_the_whole_world_when_asked(one_process, worlds):
+    assert_same_training(worlds(2)["bias update"]["steps"], one_process["bias update"]["steps"])
+    assert largest_difference(one_process["bias update"]["steps"], one_process["trunk"]["steps"][:4], "loss") > 1e-5
+
+
+def test_corrections_are_said(worlds):
+    assert any("--sequence-parallel" in note for note in worlds(2)["TP2 SP"]["notes"])

@@ -1,0 +1,32 @@
+"""A run saved under one layout and resumed under another, optimizer state included, goes on as if nothing had happened."""
+
+import pytest
+from worlds import assert_same_training, launch
+
+TP2, PP2, CP2, EP2 = (f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model"))
+DISTRIBUTED = "--use-distributed-optimizer"
+
+PAIRS = {  # name -> saved under, resumed under, checkpoint
+    "TP2 to PP2": (TP2, PP2, "trunk"),
+    "EP1 to EP2": (DISTRIBUTED, f"{EP2} {DISTRIBUTED}", "trunk"),
+    "EP2 to TP2": (f"{EP2} {DISTRIBUTED}", f"{TP2} {DISTRIBUTED}", "trunk"),
+    "PP2 to CP2": (f"{PP2} {DISTRIBUTED}", f"{CP2} {DISTRIBUTED}", "mtp"),
+    "CP2 to PP2 VPP2": (CP2, f"{PP2} --num-virtual-stages-per-pipeline-rank 2", "mtp"),
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(folder, command):
+    cases = {}
+    for name, (before, after, checkpoint) in PAIRS.items():
+        save = str(folder / "saves" / name.replace(" ", "-"))
+        cases[f"save {name}"] = command(before, f"--save {save}", checkpoint=checkpoint, steps=3)
+        cases[name] = command(after, checkpoint=checkpoint, load=save, steps=6)
+    return launch(2, cases, folder / "resume-2")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_next_losses_equal_the_uninterrupted_run(resumed, one_process, name):
+    expected = one_process[PAIRS[name][2]]["steps"]
+    assert_same_training(resumed[f"save {name}"]["steps"], expected[:3])
+    assert_same_training(resumed[name]["steps"], expected[3:])
