@@ -14,7 +14,17 @@ def launch(num_processes: int, cases: dict[str, list[str]], folder: Path) -> dic
     folder.mkdir(parents=True, exist_ok=True)
     wanted, results = folder / "cases.json", folder / "results.json"
     wanted.write_text(json.dumps([{"name": name, "argv": argv} for name, argv in cases.items()]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), str(WORKER), str(wanted), str(results)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_processes),
+        str(WORKER),
+        str(wanted),
+        str(results),
+    ]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         lines = [line for line in done.stdout.splitlines() if " .... " not in line]

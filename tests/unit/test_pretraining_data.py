@@ -26,7 +26,13 @@ def dataset(tmp_path):
     builder.finalize(str(tmp_path / "text.idx"))
     tokenizer = SimpleNamespace(vocab_size=1000, eod=0, pad=PAD, unique_identifiers={})
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=8, split="100,0,0", tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False
+        random_seed=1,
+        sequence_length=8,
+        split="100,0,0",
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
     )
     low_level = IndexedDataset(str(tmp_path / "text"))
     return TextDataset(low_level, str(tmp_path / "text"), np.arange(10), 40, Split.train, config)

@@ -1,0 +1,89 @@
+"""Transformer Engine without its compiled part: its own Python sources, under which a layer spec can be constructed, saved and loaded on a CPU.
+
+The sources are those of the `transformer-engine` wheel (environment.sh). What they import from the compiled `transformer_engine_torch` is replaced
+here: enumerations whose numbers they use have the real ones, the versions they ask for are a plausible build's, and every other name is a placeholder
+that may be imported, compared and written into tables, and that raises when called. So names, shapes and classes of the modules are the real ones,
+and nothing can run.
+"""
+
+import enum
+import importlib
+import os
+import sys
+import types
+import warnings
+from typing import NoReturn
+
+_NAME = "transformer_engine_torch"
+
+# As Transformer Engine's C++ headers number them (transformer_engine.h, fused_attn.h, pytorch/csrc/common.h).
+_ENUMERATIONS = {
+    "DType": {"kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6, "kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat4E2M1": 10},
+    "FP8FwdTensors": {f"GEMM{gemm + 1}_{part}": 3 * gemm + i for gemm in range(3) for i, part in enumerate(("INPUT", "WEIGHT", "OUTPUT"))},
+    "FP8BwdTensors": {f"GRAD_{part}{gemm + 1}": 2 * gemm + i for gemm in range(3) for i, part in enumerate(("OUTPUT", "INPUT"))},
+    "NVTE_Fused_Attn_Backend": {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2},
+}
+_VERSIONS = {"get_cublasLt_version": 130100, "get_cudnn_version": 92000, "get_num_cublas_streams": 4}
+
+_NUMBERS: dict[str, int] = {}
+
+
+class _Placeholder(type):
+    """The class of a name that nobody declared: a class itself, because the sources subscript, compare and annotate with such names."""
+
+    def __getattr__(cls, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        member = _placeholder(f"{cls.__name__}.{name}")
+        setattr(cls, name, member)
+        return member
+
+    def __int__(cls) -> int:
+        """Of an enumeration's member: a number that no other has, though not the real one."""
+        return _NUMBERS.setdefault(cls.__name__, len(_NUMBERS))
+
+    def __call__(cls, *args, **kwargs) -> NoReturn:
+        raise RuntimeError(f"{_NAME}.{cls.__name__} was called: the compiled part of Transformer Engine is only stood in for, nothing can run")
+
+
+def _placeholder(name: str) -> type:
+    return _Placeholder(name, (), {"__module__": _NAME})
+
+
+def _compiled_part() -> types.ModuleType:
+    module = types.ModuleType(_NAME, "Stands in for the compiled part of Transformer Engine.")
+    module.__file__ = __file__
+    for name, members in _ENUMERATIONS.items():
+        setattr(module, name, enum.IntEnum(name, members, module=_NAME))
+    for name, version in _VERSIONS.items():
+        setattr(module, name, lambda version=version: version)
+
+    def __getattr__(name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(module, name, _placeholder(name))
+        return getattr(module, name)
+
+    module.__getattr__ = __getattr__
+    return module
+
+
+def install() -> None:
+    """Make `import transformer_engine.pytorch` work in this process. Before anything imports Megatron, which looks for Transformer Engine once.
+
+    Raises:
+        ModuleNotFoundError: the wheel's sources, or the onnxscript they import, are not on the path.
+        RuntimeError: Megatron was imported before.
+    """
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("stand_in.install() must run before anything imports megatron")
+    sys.modules[_NAME] = _compiled_part()
+    # Its own switch for a machine that only builds it: transformer_engine.common then looks for no libraries.
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    os.environ.pop("NVTE_RELEASE_BUILD", None)
+    with warnings.catch_warnings():
+        # The package tries its PyTorch part as it is imported, finds no compiled module and goes on without.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        common = importlib.import_module("transformer_engine.common")
+    common.load_framework_extension = lambda framework: None
+    importlib.import_module("transformer_engine.pytorch")

@@ -1,0 +1,250 @@
+"""The two layer specs are one model: local modules on a CPU, Transformer Engine's on a GPU, the same tensors under the same keys in a checkpoint.
+
+Transformer Engine is its own Python sources over a stand-in for the compiled part (stand_in.py): its model is constructed, loaded and saved by the
+trainer, and cannot run.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hymeg.checkpoint.mapping import distributed_shapes
+from hymeg.hf.config import HyConfig
+from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+
+HERE = Path(__file__).parent
+TE_SITE = Path(sys.prefix) / "te-site"
+LOCAL, TE = SPECS = ("local", "transformer_engine")
+MOE_LAYERS = [*(f"decoder.layers.{layer}" for layer in (1, 2, 3)), "mtp.layers.0.mtp_model_layer"]
+RANKS = (1, 6)  # of 8 in TP2 PP2 DP2, EP2: one on each stage, of either tensor-parallel rank, with either half of the experts
+LOST = "mtp.layers.0.enorm.weight"
+
+# Where Transformer Engine's fused and grouped modules keep what the local spec keeps in modules of its own.
+TE_TO_LOCAL = (
+    (r"self_attention\.linear_qkv\.layer_norm_weight$", "input_layernorm.weight"),
+    (r"mlp\.linear_fc1\.layer_norm_weight$", "pre_mlp_layernorm.weight"),
+    (r"mlp\.experts\.linear_(fc1|fc2)\.weight(\d+)$", r"mlp.experts.local_experts.\2.linear_\1.weight"),
+)
+
+
+@pytest.fixture(scope="module")
+def te_site() -> Path:
+    """Transformer Engine's sources, beside the packages of this interpreter's environment; installed when they are not there."""
+    command = ["bash", str(HERE / "environment.sh"), str(TE_SITE), sys.executable]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"Transformer Engine's sources cannot be installed into {TE_SITE}: pip took more than 300 s")
+    if result.returncode != 0:
+        pytest.skip(f"Transformer Engine's sources cannot be installed into {TE_SITE}: {result.stderr.strip()[-300:]}")
+    return TE_SITE
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory) -> Path:
+    """A tiny checkpoint with a multi-token-prediction layer."""
+    folder = tmp_path_factory.mktemp("hf") / "mtp"
+    write_tiny_checkpoint(folder, num_mtp_layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(hf_folder) -> HyConfig:
+    return HyConfig.from_dir(str(hf_folder))
+
+
+@pytest.fixture(scope="module")
+def made(te_site, hf_folder, tmp_path_factory) -> dict[str, dict]:
+    """What worker.py wrote down: the local spec trains two steps and saves, Transformer Engine's loads and saves again, the local one loads that."""
+    folder = tmp_path_factory.mktemp("specs")
+    common = f"--hf-model {hf_folder} --bf16 --mock-data --seq-length 32 --train-iters 2 --lr 1e-3"
+    one = f"{common} --global-batch-size 1 --eval-iters 0 --use-distributed-optimizer --save-interval 1000"
+    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+    fresh = f"{common} --global-batch-size 2 --init-from-scratch"
+    ranks = {f"rank {rank}": {"argv": f"{fresh} {layout}", "rank": rank, "world_size": 8} for rank in RANKS}
+    fp8 = {recipe: {"argv": fresh, "rank": 0, "world_size": 1, "gpu": {"fp8": "hybrid", "fp8_recipe": recipe}} for recipe in ("delayed", "blockwise")}
+    of_local, of_te, lacking = (folder / name for name in ("of_local", "of_te", "lacking"))
+
+    results = _work(LOCAL, {"trained": {"argv": f"{one} --load {hf_folder} --save {of_local}"}, **ranks}, folder)
+    _copy_without(LOST, of_local, lacking)
+    jobs = {
+        "from hf": {"argv": f"{one} --load {hf_folder} --skip-train"},
+        "frozen": {"argv": f"{one} --load {hf_folder} --skip-train --mtp-loss-scaling-factor 0"},
+        "from local": {"argv": f"{one} --load {of_local} --save {of_te}"},
+        "lacking": {"argv": f"{one} --load {lacking}"},
+    }
+    results |= _work(TE, jobs | ranks | fp8, folder, te_site)
+    results |= _work(LOCAL, {"from te": {"argv": f"{one} --load {of_te}"}, "lacking": jobs["lacking"]}, folder)
+    return results
+
+
+def _work(spec: str, jobs: dict[str, dict], folder: Path, *python_path: Path) -> dict[str, dict]:
+    """Run worker.py on the jobs (name -> job); `{"spec name": what it wrote}`, and as "spec log" what it printed."""
+    listed = [{**job, "argv": job["argv"].split(), "out": str(folder / f"{spec} {name}.pt")} for name, job in jobs.items()]
+    jobs_file, log = folder / f"{spec}.json", folder / f"{spec}.log"
+    jobs_file.write_text(json.dumps(listed))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environment = os.environ | world | {"PYTHONPATH": os.pathsep.join(map(str, python_path)), "HYMEG_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as output:
+        command = [sys.executable, str(HERE / "worker.py"), spec, str(jobs_file)]
+        result = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=300)
+    assert result.returncode == 0, f"{spec}:\n{log.read_text()[-6000:]}"
+    results = {f"{spec} {name}": torch.load(job["out"], weights_only=False) for name, job in zip(jobs, listed, strict=True)}
+    return results | {f"{spec} log": log.read_text()}
+
+
+def _copy_without(key: str, checkpoint: Path, copy: Path) -> None:
+    """A copy of a distributed checkpoint that lacks one tensor."""
+    shutil.copytree(checkpoint, copy)
+    (path,) = copy.glob("iter_*/.metadata")
+    metadata = pickle.loads(path.read_bytes())
+    del metadata.state_dict_metadata[key]
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def local_name(name: str) -> str:
+    for pattern, replacement in TE_TO_LOCAL:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("model", [f"{LOCAL} trained", f"{TE} from hf"])
+def test_a_checkpoint_holds_exactly_the_tensors_of_the_mapping(made, config, model):
+    """Names and shapes are the table's that the converter goes by; everything is bf16 but the expert bias."""
+    expected = {key: (shape, torch.float32 if key.endswith("expert_bias") else torch.bfloat16) for key, shape in distributed_shapes(config).items()}
+    assert {shard["key"]: (shard["global_shape"], shard["dtype"]) for shard in made[model]["stored"]} == expected
+
+
+def test_both_specs_store_the_same_shards(made):
+    """Key, dtype, global shape, the piece's offset and shape, and which replica writes it."""
+    assert made[f"{TE} from hf"]["stored"] == made[f"{LOCAL} trained"]["stored"]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_both_specs_store_the_same_shards_of_a_layout(made, rank):
+    """On a rank of TP2 PP2 EP2, where tensors are cut and experts are counted over ranks."""
+    stored = made[f"{TE} rank {rank}"]
+    assert any(shard["local_shape"] != shard["global_shape"] for shard in stored)
+    assert stored == made[f"{LOCAL} rank {rank}"]
+
+
+def test_only_the_norms_of_transformer_engine_have_an_extra_state_more_and_all_are_empty(made):
+    """Why `sharded_state_dict` may leave them out: what Megatron would store without that is the same but for these, and none says anything."""
+    objects = {spec: {s["key"]: s["size"] for s in made[model]["megatron_stores"] if s["dtype"] is None} for spec, model in _one_of_each().items()}
+    layers = [f"decoder.layers.{layer}" for layer in range(4)] + ["mtp.layers.0.transformer_layer"]
+    norms = [f"{layer}.self_attention.{norm}_layernorm" for layer in layers for norm in "qk"]
+    norms += [f"{layer}.pre_mlp_layernorm" for layer in layers[1:]]
+    norms += ["decoder.final_layernorm", *(f"mtp.layers.0.{norm}" for norm in ("enorm", "hnorm", "final_layernorm"))]
+    assert objects[TE].keys() - objects[LOCAL].keys() == {f"{norm}._extra_state" for norm in norms}
+    assert objects[LOCAL].keys() < objects[TE].keys()
+    assert set(objects[TE].values()) == {0} and set(objects[LOCAL].values()) == {None}
+
+
+def _one_of_each() -> dict[str, str]:
+    return {LOCAL: f"{LOCAL} trained", TE: f"{TE} from hf"}
+
+
+def test_both_specs_have_the_parameters_of_the_mapping(made, config):
+    """The same number, by arithmetic on shapes; and the same names, but for those that fused and grouped modules give."""
+    parameters = {spec: made[model]["trainable"] for spec, model in _one_of_each().items()}
+    assert {local_name(name) for name in parameters[TE]} == parameters[LOCAL]
+    expected = sum(math.prod(shape) for key, shape in distributed_shapes(config).items() if not key.endswith("expert_bias"))
+    for spec, model in _one_of_each().items():
+        assert sum(made[model]["tensors"][name].numel() for name in parameters[spec]) == expected
+
+
+def test_what_the_local_spec_saved_transformer_engine_loads(made):
+    """By the trainer's own --load and its default strictness: every tensor, and the optimizer's state, in the module where it belongs."""
+    saved, loaded = made[f"{LOCAL} trained"], made[f"{TE} from local"]
+    assert_same({local_name(name): tensor for name, tensor in loaded["tensors"].items()}, saved["tensors"])
+    assert saved["optimizer"].keys() == {local_name(name) for name in loaded["optimizer"]}
+    for name, states in loaded["optimizer"].items():
+        assert states.keys() == {"param", "exp_avg", "exp_avg_sq"} and states["exp_avg"].any()
+        assert_same(states, saved["optimizer"][local_name(name)])
+
+
+def test_what_transformer_engine_saved_the_local_spec_loads(made):
+    """Through both: what the local spec saved at first comes back unchanged."""
+    saved, loaded = made[f"{LOCAL} trained"], made[f"{LOCAL} from te"]
+    assert_same(loaded["tensors"], saved["tensors"])
+    assert loaded["optimizer"].keys() == saved["optimizer"].keys()
+    for name, states in loaded["optimizer"].items():
+        assert_same(states, saved["optimizer"][name])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_loading_says_nothing_of_keys(made, spec):
+    """Megatron answers a strict load that fails by a lax one, and each rank prints the names of what was missing: thousands, in a large model."""
+    assert "successfully loaded checkpoint" in made[f"{spec} log"]
+    assert "load_return" not in made[f"{spec} log"] and "Unexpected keys" not in made[f"{spec} log"]
+
+
+def test_only_recipes_that_keep_a_state_store_one(made):
+    """FP8's delayed scaling resumes from the history in `_extra_state`; block scaling has none to keep."""
+    linear = "decoder.layers.1.self_attention.linear_proj"
+    keys = {recipe: {shard["key"] for shard in made[f"{TE} {recipe}"]} for recipe in ("delayed", "blockwise")}
+    assert {f"{linear}.weight", f"{linear}._extra_state"} <= keys["delayed"]
+    assert keys["blockwise"] == {key for key in keys["delayed"] if not key.endswith("._extra_state")}
+
+
+def test_the_adapter_fills_and_reads_transformer_engines_model(made, hf_folder):
+    """load_into (--load of a Hugging Face folder) and gather_from, on grouped experts and fused norms: every bit of the files comes back."""
+    files = {name: tensor for file in hf_folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert_same(made[f"{TE} from hf"]["hf"], files)
+    assert_same(made[f"{TE} from local"]["hf"], made[f"{LOCAL} trained"]["hf"])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_checkpoint_that_lacks_a_weight_is_refused(made, spec):
+    """The tolerance is for `_extra_state` alone: a lost weight would otherwise train on from chance."""
+    assert LOST in made[f"{spec} lacking"].get("error", "")
+
+
+def test_the_te_spec_is_transformer_engines_with_our_router(made):
+    """Attention, norms and grouped experts are Transformer Engine's; the router is ours in every MoE layer, that of multi-token prediction too."""
+    modules = made[f"{TE} from hf"]["modules"]
+    extensions = "megatron.core.extensions.transformer_engine"
+    for layer in MOE_LAYERS:
+        assert modules[f"{layer}.mlp.router"] == "hymeg.models.router.Router"
+        assert modules[f"{layer}.self_attention.core_attention"] == f"{extensions}.TEDotProductAttention"
+        assert modules[f"{layer}.mlp.experts.linear_fc1"] == f"{extensions}.TEColumnParallelGroupedLinear"
+        assert modules[f"{layer}.pre_mlp_layernorm"] == "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+    assert [name for name, kind in modules.items() if kind.endswith("Router")] == [f"{layer}.mlp.router" for layer in MOE_LAYERS]
+
+
+def test_te_experts_are_reduced_over_their_own_group(made):
+    """Exactly the grouped experts' weights carry `allreduce = False`, although EP is 1 (FACTS, traps 3 and 4)."""
+    expected = {f"{layer}.mlp.experts.linear_{fc}.weight{expert}" for layer in MOE_LAYERS for fc in ("fc1", "fc2") for expert in range(8)}
+    assert made[f"{TE} from hf"]["not_allreduced"] == expected
+
+
+def test_the_te_specs_head_computes_fp32_logits(made):
+    """config.json says enable_lm_head_fp32, and the weights are bf16."""
+    assert made[f"{TE} from hf"]["head"] == "_fp32_logits"
+
+
+def test_mtp_is_frozen_under_the_te_spec_when_its_loss_does_not_count(made):
+    """--mtp-loss-scaling-factor 0: the multi-token-prediction layer keeps its weights, everything else trains."""
+    every, trainable = made[f"{TE} from hf"]["trainable"], made[f"{TE} frozen"]["trainable"]
+    assert every - trainable == {name for name in every if name.startswith("mtp.")} != set()

@@ -1,0 +1,167 @@
+"""Builds our model under one layer spec, job by job, and writes down what it is: python worker.py local|transformer_engine JOBS.json.
+
+A job is `{"argv": [...], "out": FILE}`: the trainer's command line, run in a world of one process, and the file for torch.save. With `"rank"` and
+`"world_size"` it is one rank of a larger world that does not exist, of which the model is constructed and no more. `"gpu"` holds flags that are set
+although a CPU cannot serve them. For Transformer Engine's spec its sources must be on PYTHONPATH; nothing can run there, so that a job must have no
+iteration left to train.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+IMPL = sys.argv[1]
+if IMPL == "transformer_engine":
+    import stand_in
+
+    stand_in.install()
+
+from hymeg import platform  # noqa: E402
+
+platform.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factories  # noqa: E402
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.utils import unwrap_model  # noqa: E402
+from megatron.training import training  # noqa: E402
+from megatron.training.arguments import validate_args  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+
+from hymeg.checkpoint.adapter import HyStateDictAdapter  # noqa: E402
+from hymeg.models import hy  # noqa: E402
+from hymeg.platform.patches import patched  # noqa: E402
+from hymeg.training.arguments import parse  # noqa: E402
+from hymeg.training.preflight import preflight  # noqa: E402
+from hymeg.training.run import model_config_from_args, train  # noqa: E402
+
+
+def parsed(argv: list[str], gpu: dict | None = None):
+    args, config = parse(argv)
+    preflight(args, config, lambda note: None)
+    if IMPL == "transformer_engine":
+        # The two defaults of a GPU that decide about modules.
+        vars(args).update({"transformer_impl": IMPL, "moe_grouped_gemm": True, **(gpu or {})})
+    return args, config
+
+
+@contextlib.contextmanager
+def pretended_cuda() -> Iterator[None]:
+    """Transformer Engine's modules refuse to be constructed where CUDA is not available (transformer_engine/pytorch/module/base.py:895)."""
+    construct = hy.construct
+
+    def pretending(*args):
+        with patched(torch.cuda, "is_available", lambda: True, "module/base.py:895"):
+            return construct(*args)
+
+    with patched(hy, "construct", pretending if IMPL == "transformer_engine" else construct, "module/base.py:895"):
+        yield
+
+
+def run(argv: list[str]) -> dict:
+    """Let the trainer set up, load, train what iterations are left, save; describe the model and the optimizer that it ends with."""
+    args, config = parsed(argv)
+    made = []
+    set_up = training.setup_model_and_optimizer
+
+    def watched(*set_up_args, **set_up_kwargs):
+        made.extend(set_up(*set_up_args, **set_up_kwargs))
+        return made
+
+    with patched(training, "setup_model_and_optimizer", watched, "the test looks at what the trainer made"), pretended_cuda():
+        try:
+            train(args, config)
+        except (CheckpointException, CheckpointingException) as error:
+            return {"error": str(error)}
+    models, optimizer, _ = made
+    return {
+        **described(unwrap_model(models)[0]),
+        "hf": HyStateDictAdapter(config).gather_from(models),
+        "optimizer": optimizer_states(models, optimizer),
+    }
+
+
+def described(model: GPTModel) -> dict:
+    """Its tensors by name, what it stores and what unchanged Megatron would, and what the rest of hymeg counts on."""
+    tensors = {name: value.clone() for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+    parameters = dict(model.named_parameters())
+    return {
+        "tensors": tensors,
+        "stored": stored(model.sharded_state_dict(metadata={})),
+        "megatron_stores": stored(GPTModel.sharded_state_dict(model, metadata={})),
+        "trainable": {name for name, parameter in parameters.items() if parameter.requires_grad},
+        "not_allreduced": {name for name, parameter in parameters.items() if not getattr(parameter, "allreduce", True)},
+        "modules": {name: f"{type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()},
+        "head": getattr(model.output_layer._forward_impl, "__qualname__", None),
+    }
+
+
+def stored(state_dict) -> list[dict]:
+    """The shards, of tensors and of objects (those without a dtype), that this process would write."""
+    apply_factories(state_dict)
+    shards, remaining = [], [state_dict]
+    while remaining:
+        value = remaining.pop()
+        if isinstance(value, ShardedBase):
+            shard = {name: getattr(value, name) for name in ("key", "global_shape", "global_offset", "replica_id")}
+            shard |= {name: getattr(value, name, None) for name in ("dtype", "local_shape")}
+            shards.append(shard | {"size": None if value.data is None else value.data.numel()})
+        else:
+            remaining.extend(value.values() if isinstance(value, dict) else value)
+    return sorted(shards, key=lambda shard: (shard["key"], shard["global_offset"]))
+
+
+def optimizer_states(models, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """The fp32 parameter and the moments of every parameter, by its name."""
+    names = {parameter: name for name, parameter in unwrap_model(models)[0].named_parameters()}
+    states = {}
+    for part in optimizer.chained_optimizers if optimizer is not None else ():
+        for parameter in part.model_param_group_index_map:
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            states[names[parameter]] = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    return states
+
+
+def one_rank(argv: list[str], rank: int, world_size: int, gpu: dict | None = None) -> list[dict]:
+    """What one rank of a layout stores."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    args, _ = parsed(argv, gpu)
+    validate_args(args)
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    with pretended_cuda():
+        model = hy.construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups())
+    return stored(model.sharded_state_dict(metadata={}))
+
+
+def main(jobs_path: str) -> None:
+    with open(jobs_path) as file:
+        jobs = json.load(file)
+    for job in jobs:
+        out = job.pop("out")
+        print("===", job, flush=True)
+        torch.save(one_rank(**job) if "rank" in job else run(**job), out)
+        training.destroy_global_state()
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[2])

@@ -1,0 +1,188 @@
+"""What our models add to Megatron's: the head, the router, frozen parts, packed input, and the size of the published ones."""
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from single_process import build, ensure_world, positions
+
+from hymeg.checkpoint.mapping import num_parameters
+from hymeg.hf.config import HyConfig
+from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
+from hymeg.models.flags import architecture_flags
+from hymeg.models.hy import HYV3ForCausalLM, HyModelConfig, HyMT2ForCausalLM, HyTransformerConfig, construct
+from hymeg.models.router import Router
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_tiny_checkpoint(folder / "trunk", dtype="fp32")
+    write_tiny_checkpoint(folder / "mtp", dtype="fp32", num_mtp_layers=2)
+    odd = HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1000})
+    write_tiny_checkpoint(folder / "odd", odd, dtype="fp32")
+    write_tiny_checkpoint(folder / "bf16-head", HyConfig.from_dict(TINY_CONFIG | {"enable_lm_head_fp32": False}), dtype="fp32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 900, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+def routers(model) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def test_classes(folder):
+    assert type(build(folder / "trunk")) is HyMT2ForCausalLM
+    assert type(build(folder / "mtp")) is HYV3ForCausalLM
+
+
+def test_packed_sample_equals_its_sequences(folder):
+    model = build(folder / "trunk").eval()
+    lengths = [5, 1, 17, 9]
+    tokens = torch.randint(0, 900, (1, sum(lengths)), generator=torch.Generator().manual_seed(3))
+    boundaries = torch.tensor([0, 5, 6, 23, 32], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=17, max_seqlen_kv=17)
+    restarting = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        found = model(tokens, restarting, None, packed_seq_params=packed)
+        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+            alone = tokens[:, start:end]
+            assert (found[:, start:end] - model(alone, positions(alone), None)).abs().max() <= 1e-5
+
+
+class TestHead:
+    def test_logits_are_fp32_from_bf16_weights(self, folder, tokens):
+        wrapped = build(folder / "trunk", "--bf16").eval()
+        model, states = unwrap_model(wrapped), []
+        model.output_layer.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+        with torch.no_grad():
+            found = model(tokens, positions(tokens), None).transpose(0, 1)
+            hidden, weight = states[0], model.output_layer.weight
+            assert hidden.dtype == weight.dtype == torch.bfloat16
+            expected = hidden.double() @ weight.double().T
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() < 1e-5 < (expected.bfloat16() - expected).abs().max()
+
+    def test_without_the_setting_they_are_bf16(self, folder, tokens):
+        model = unwrap_model(build(folder / "bf16-head", "--bf16").eval())
+        assert model(tokens, positions(tokens), None).dtype == torch.bfloat16
+
+    def test_gradients_of_fp32_logits(self, folder, tokens):
+        """Against autograd through the same product in fp32, to the 8 bits of bf16."""
+        model = unwrap_model(build(folder / "trunk", "--bf16"))
+        head = model.output_layer
+        hidden = torch.randn(7, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+        target = torch.randn(7, 2, 1024)
+        logits, _ = head(hidden)
+        (logits * target).sum().backward()
+        exact_hidden = hidden.detach().float().requires_grad_()
+        exact_weight = head.weight.detach().float().requires_grad_()
+        ((exact_hidden @ exact_weight.T) * target).sum().backward()
+        for found, exact in ((hidden.grad, exact_hidden.grad), (head.weight.grad, exact_weight.grad)):
+            assert found.dtype == torch.bfloat16
+            assert (found - exact).norm() / exact.norm() < 2**-8
+
+    def test_rows_that_pad_the_vocabulary_have_no_probability(self, folder, tokens):
+        padded = build(folder / "odd").eval()
+        plain = build(folder / "odd", "--make-vocab-size-divisible-by", "1").eval()
+        with torch.no_grad():
+            logits = padded(tokens, positions(tokens), None)
+            assert logits.shape[-1] == 1024 and torch.softmax(logits, -1)[..., 1000:].max() == 0
+            assert torch.equal(logits[..., :1000], plain(tokens, positions(tokens), None))
+            losses = [model(tokens, positions(tokens), None, labels=tokens) for model in (padded, plain)]
+        assert torch.allclose(*losses, rtol=1e-6)
+
+
+class TestRouter:
+    def test_bias_and_counts_stay_fp32_in_bf16(self, folder, tokens):
+        reference = build(folder / "trunk")
+        model = build(folder / "trunk", "--bf16")
+        model(tokens, positions(tokens), None)
+        for router, exact in zip(routers(model), routers(reference), strict=True):
+            assert router.weight.dtype == torch.bfloat16
+            assert router.expert_bias.dtype == router.local_tokens_per_expert.dtype == torch.float32
+            assert torch.equal(router.expert_bias, exact.expert_bias) and exact.expert_bias.abs().min() > 0
+
+    def test_counts_above_256_are_exact(self, folder):
+        model = build(folder / "trunk", "--bf16")
+        router = routers(model)[0]
+        router._maintain_float32_expert_bias()
+        for _ in range(9):
+            router._apply_expert_bias(torch.ones(100, 8, dtype=torch.bool))
+        assert router.local_tokens_per_expert.tolist() == [900] * 8
+        assert router.expert_load.tolist() == [900] * 8
+
+    def test_expert_load_counts_training_tokens_once(self, folder, tokens):
+        model = build(folder / "trunk")
+        with torch.no_grad():
+            model(tokens, positions(tokens), None)
+        assert all(router.expert_load.sum() == 0 for router in routers(model))
+        model(tokens, positions(tokens), None)
+        assert [router.expert_load.sum().item() for router in routers(model)] == [tokens.numel() * 2] * 3
+
+    def test_bias_is_frozen_unless_a_rate_is_given(self, folder):
+        assert all(router.frozen_expert_bias for router in routers(build(folder / "trunk")))
+        assert not any(router.frozen_expert_bias for router in routers(build(folder / "trunk", "--moe-router-bias-update-rate", "1e-3")))
+
+
+def test_frozen_multi_token_prediction(folder):
+    model = build(folder / "mtp", "--mtp-loss-scaling-factor", "0")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith("mtp.")} and frozen
+    assert all(parameter.requires_grad for parameter in build(folder / "mtp").parameters())
+
+
+def test_experts_are_reduced_over_their_own_group(folder):
+    model = build(folder / "mtp")
+    own = {name for name, parameter in model.named_parameters() if not getattr(parameter, "allreduce", True)}
+    assert own == {name for name, _ in model.named_parameters() if ".local_experts." in name} and own
+
+
+def test_fp32_combine_changes_no_bit():
+    """`enable_moe_fp32_combine` adds routed and shared output in fp32 and rounds, which is how a sum of bf16 is computed anyway: Megatron's sum
+    honours the setting either way."""
+    a, b = (torch.randn(2**16, generator=torch.Generator().manual_seed(seed)).mul_(10.0**power).bfloat16() for seed, power in ((0, 0), (1, -2)))
+    assert torch.equal(a + b, (a.float() + b.float()).bfloat16())
+
+
+PUBLISHED = {
+    "Hy-MT2-30B-A3B": dict(
+        hidden_size=2048, intermediate_size=6912, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, num_experts=128
+    )
+    | dict(moe_intermediate_size=768, expert_hidden_dim=768, head_dim=128, vocab_size=120832, num_experts_per_tok=8),
+    "Hy3": dict(hidden_size=4096, intermediate_size=13312, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, num_experts=192)
+    | dict(moe_intermediate_size=1536, expert_hidden_dim=1536, head_dim=128, vocab_size=120832, num_experts_per_tok=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_mtp_layers", "expected"),
+    [("Hy-MT2-30B-A3B", 0, 30_064_719_872), ("Hy3", 0, 295_033_528_320), ("Hy3", 1, 298_786_140_416)],
+)
+def test_published_models_have_their_size(monkeypatch, name, num_mtp_layers, expected):
+    """The whole model is built, on the meta device. Hy3's published 298,786,155,776 counts the 15,360 expert biases, which are buffers."""
+    config = HyConfig.from_dict(TINY_CONFIG | PUBLISHED[name] | {"num_nextn_predict_layers": num_mtp_layers})
+    ensure_world()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    flags = architecture_flags(config)
+    fields = {key: value for key, value in flags.items() if key in HyTransformerConfig.__dataclass_fields__}
+    transformer = HyTransformerConfig(
+        **fields,
+        num_moe_experts=config.num_experts,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        transformer_impl="local",
+        perform_initialization=False,
+    )
+    model_config = HyModelConfig(transformer=transformer, vocab_size=config.vocab_size, should_pad_vocab=True, seq_length=4096)
+    with torch.device("meta"):
+        model = construct(model_config, ProcessGroupCollection.use_mpu_process_groups())
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    biases = sum(router.expert_bias.numel() for router in routers(model))
+    assert num_parameters(config) == expected and biases == (config.num_hidden_layers - 1 + num_mtp_layers) * config.num_experts
+    if num_mtp_layers:
+        assert expected + biases == 298_786_155_776
