@@ -5,6 +5,7 @@ chunks of every sequence (chunk r and chunk 2 x cp - 1 - r, the load-balanced or
 its own end. Softmax is taken in fp32 by torch's kernel whatever the dtype, so `enable_attention_fp32_softmax` always holds.
 """
 
+import itertools
 import math
 
 import torch
@@ -52,7 +53,7 @@ class CoreAttention(MegatronModule):
             query: `[s, b, heads, head_dim]`, or `[t, heads, head_dim]` when packed; s and t are this rank's share under context parallelism.
             key, value: the same with `query_groups` in place of heads.
             attention_mask: ignored: the mask is causal, and within each sequence when packed.
-            packed_seq_params: where each sequence starts and ends, in tokens of the whole sequence (`cu_seqlens_q_padded` when there, else `cu_seqlens_q`).
+            packed_seq_params: where each sequence starts and ends, in tokens of the whole sample (`cu_seqlens_q_padded`, or `cu_seqlens_q` without it).
 
         Returns:
             `[s, b, heads * head_dim]`, or `[t, heads * head_dim]` when packed.
@@ -63,7 +64,7 @@ class CoreAttention(MegatronModule):
         cp_size = self.cp_group.size()
         boundaries = _boundaries(packed_seq_params) if packed else [0, query.size(0) * cp_size]
         if cp_size == 1:
-            spans = [(slice(a, b), slice(a, b)) for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)]
+            spans = [(slice(a, b), slice(a, b)) for a, b in itertools.pairwise(boundaries)]
         else:
             key, value = _gather(key, value, boundaries, self.cp_group)
             spans = _chunk_spans(boundaries, cp_size, self.cp_group.rank())
@@ -96,9 +97,9 @@ def _boundaries(packed: PackedSeqParams) -> list[int]:
 
 
 def _chunk_spans(boundaries: list[int], cp_size: int, rank: int) -> list[tuple[slice, slice]]:
-    """For each sequence the rank's two chunks: where they lie in the local queries, and the keys (in the order of the whole sequence) up to their end."""
+    """For each sequence the rank's two chunks: where they lie in the local queries, and the keys (in the whole sample's order) up to their end."""
     spans, local = [], 0
-    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for start, end in itertools.pairwise(boundaries):
         chunk = (end - start) // (2 * cp_size)
         for index in (rank, 2 * cp_size - 1 - rank):
             spans.append((slice(local, local + chunk), slice(start, start + (index + 1) * chunk)))
@@ -107,11 +108,11 @@ def _chunk_spans(boundaries: list[int], cp_size: int, rank: int) -> list[tuple[s
 
 
 def _gather(key: torch.Tensor, value: torch.Tensor, boundaries: list[int], group) -> tuple[torch.Tensor, torch.Tensor]:
-    """All ranks' keys and values, `[s, b, groups, d] -> [s * cp, b, groups, d]`, in the order of the whole sequence. Gradients are reduce-scattered."""
+    """All ranks' keys and values, `[s, b, groups, d] -> [s * cp, b, groups, d]`, in the whole sample's order. Gradients are reduce-scattered."""
     cp_size = group.size()
     positions = []  # of the gathered rows, rank by rank
     for rank in range(cp_size):
-        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        for start, end in itertools.pairwise(boundaries):
             chunk = (end - start) // (2 * cp_size)
             for index in (rank, 2 * cp_size - 1 - rank):
                 positions.append(torch.arange(start + index * chunk, start + (index + 1) * chunk, device=key.device))

@@ -38,8 +38,8 @@ class HYV3ForCausalLM(GPTModel):
     """Hy3: the trunk and its multi-token-prediction layers.
 
     `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None)` takes `[b, s]`, or `[1, t]` with
-    `packed_seq_params`, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every token `[b, s]` when labels are given; a pipeline stage but
-    the last returns hidden states `[s, b, h]`.
+    `packed_seq_params`, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every token `[b, s]` when labels are given; every pipeline
+    stage but the last returns hidden states `[s, b, h]`.
     """
 
     def __init__(self, config: HyTransformerConfig, *, vocab_size: int, padded_vocab_size: int, vp_stage: int | None = None, **kwargs):
@@ -150,8 +150,8 @@ def record_outputs(model: torch.nn.Module) -> Iterator[dict[str, dict[int, torch
     """Record what the layers of `model` (wrapped or not) compute while the context is open.
 
     Yields:
-        `{"hidden_states": {layer: [s, b, h]}, "router_logits": {layer: [s, b, experts]}}`, filled by each forward pass with this rank's share. Layers are
-        counted from 0 as in config.json; a multi-token-prediction layer follows the last one of the trunk.
+        `{"hidden_states": {layer: [s, b, h]}, "router_logits": {layer: [s, b, experts]}}`, filled by each forward pass with this rank's share.
+        Layers are counted from 0 as in config.json; a multi-token-prediction layer follows the last one of the trunk.
     """
     recorded = {"hidden_states": {}, "router_logits": {}}
     undo = []

@@ -1,8 +1,9 @@
 """Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
 
 With CUDA nothing changes but a call that the wheel of megatron-core cannot serve and a count that it gets wrong (the two functions of
-`hymeg.platform.megatron` that say "on every platform"). Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports Megatron: the packages that import it call it.
-`HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run without a GPU; unset, the presence of CUDA decides.
+`hymeg.platform.megatron` that say "on every platform"). Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo. It must run
+before anything imports Megatron: the packages that import it call it. `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run
+without a GPU; unset, the presence of CUDA decides.
 """
 
 import os
@@ -41,6 +42,17 @@ def name() -> str:
 
 def is_cpu() -> bool:
     return name() == "cpu"
+
+
+def announcement() -> list[str]:
+    """What a run is told once, at its start, of where it runs."""
+    return ["no CUDA: training on CPU over gloo, with --transformer-impl local, fusions off, no grouped GEMM"] if is_cpu() else []
+
+
+def transformer_overrides() -> dict[str, bool]:
+    """Fields of Megatron's TransformerConfig that no flag sets."""
+    # Over gloo a freed output may still be on its way: wrong losses under interleaved stages, and no error.
+    return {"deallocate_pipeline_outputs": False} if is_cpu() else {}
 
 
 _installed = False

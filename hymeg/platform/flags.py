@@ -2,19 +2,20 @@
 
 from typing import Any
 
-REQUIRED: dict[str, Any] = {
-    "transformer_impl": "local",
-    "distributed_backend": "gloo",
-    "apply_rope_fusion": False,
-    "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "moe_grouped_gemm": False,
-}
-"""What every run on CPU is given; a flag that says otherwise is refused."""
-
 _NEEDS_TE = "it needs Transformer Engine on a GPU"
 _NEEDS_CUDA = "it needs CUDA"
+_NO_NCCL = "it is NCCL's, and the CPU's backend is gloo"
+
+REQUIRED: dict[str, tuple[Any, str]] = {
+    "transformer_impl": ("local", "Transformer Engine needs a GPU, and the CPU takes local"),
+    "distributed_backend": ("gloo", "the CPU's backend is gloo"),
+    "apply_rope_fusion": (False, _NEEDS_TE),
+    "no_persist_layer_norm": (True, _NEEDS_CUDA),
+    "masked_softmax_fusion": (False, _NEEDS_CUDA),
+    "gradient_accumulation_fusion": (False, _NEEDS_CUDA),
+    "moe_grouped_gemm": (False, "its kernels are Transformer Engine's, which needs a GPU"),
+}
+"""Destination -> (what every run on CPU is given, why); a flag that says otherwise is refused."""
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "fp8": (None, _NEEDS_TE),
@@ -37,8 +38,32 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "optimizer_cpu_offload": (False, "the optimizer is on the CPU already"),
     "use_torch_fsdp2": (False, _NEEDS_CUDA),
     "use_megatron_fsdp": (False, _NEEDS_CUDA),
-    "nccl_ub": (False, "it is NCCL's"),
-    "use_sharp": (False, "it is NCCL's"),
+    "nccl_ub": (False, _NO_NCCL),
+    "use_sharp": (False, _NO_NCCL),
+    "nccl_communicator_config_path": (None, _NO_NCCL),
+    "fp8_param_gather": (False, _NEEDS_TE),
+    "fp4_param_gather": (False, _NEEDS_TE),
+    "moe_router_padding_for_quantization": (False, _NEEDS_TE),
+    "moe_router_padding_for_fp8": (False, _NEEDS_TE),
+    "cuda_graph_modules": ([], _NEEDS_CUDA),
+    "cuda_graph_scope_deprecated": (None, _NEEDS_CUDA),
+    "optimizer_cuda_graph": (False, _NEEDS_CUDA),
+    "use_transformer_engine_op_fuser": (False, _NEEDS_TE),
+    "use_grouped_gemm_for_shared_expert": (False, _NEEDS_TE),
+    "use_grouped_gemm_for_dense_mlp": (False, _NEEDS_TE),
+    "moe_single_grouped_weight": (False, _NEEDS_TE),
+    "fused_residual_rmsnorm": (False, _NEEDS_TE),
+    "overlap_dispatch_backward_with_experts_wgrad": (False, _NEEDS_TE),
+    "moe_paged_stash": (False, _NEEDS_CUDA),
+    "use_flash_attn": (False, _NEEDS_CUDA),
+    "log_max_attention_logit": (False, _NEEDS_TE),
+    "symmetric_ar_type": (None, _NEEDS_CUDA),
+    "batch_invariant_mode": (False, _NEEDS_CUDA),
+    "log_energy": (False, "it reads a GPU's power"),
+    "log_straggler": (False, "it times GPU kernels"),
+    "gpu_sniff_test_interval": (None, _NEEDS_CUDA),
+    "record_memory_history": (False, "it is CUDA's memory that it records"),
+    "nvtx_ranges": (False, _NEEDS_CUDA),
 }
 """Destination -> (the only value the CPU allows, why)."""
 

@@ -98,7 +98,7 @@ def _provide_packed_context_parallel_indices() -> None:
     from megatron.core import utils
 
     def thd_get_partitioned_indices(cu_seqlens: torch.Tensor, num_tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:
-        """The tokens of rank `cp_rank`: of every sequence, cut into 2 x cp_size chunks, chunk cp_rank and its mirror from the end. [num_tokens / cp_size]."""
+        """The tokens of rank `cp_rank`, [num_tokens / cp_size]: of every sequence, cut into 2 x cp_size chunks, chunk cp_rank and its mirror."""
         parts = []
         for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
             chunk = (end - start) // (2 * cp_size)

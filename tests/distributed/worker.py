@@ -1,6 +1,7 @@
 """Runs many trainings in one gloo world: python -m torch.distributed.run --nproc-per-node N worker.py CASES.json RESULTS.json.
 
-A case is `{"name": ..., "argv": [...]}`; its result the losses and gradient norms of every step as the trainer computed them, unrounded, or the error.
+A case is `{"name": ..., "argv": [...], "check": None}`; its result the losses and gradient norms of every step as the trainer computed them,
+unrounded. With a check, the function of that name in checks.py is called instead, and its result is the case's.
 """
 
 import gc
@@ -12,6 +13,7 @@ from hymeg import platform
 
 platform.install()
 
+import checks  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
@@ -39,11 +41,10 @@ def run(argv: list[str]) -> dict:
 
     with patched(training, "train_step", recorded, "tests read losses unrounded"):
         train(args, config)
-    mtp = {}
     last = dist.get_world_size() - 1
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, steps)
-    return {"steps": gathered[last], "notes": notes, **mtp}
+    return {"steps": gathered[last], "notes": notes}
 
 
 def clean_up() -> None:
@@ -63,7 +64,7 @@ def main(cases_path: str, results_path: str) -> None:
     for case in cases:
         if dist.get_rank() == 0:
             print(f"=== {case['name']}", flush=True)
-        results[case["name"]] = run(case["argv"])
+        results[case["name"]] = getattr(checks, case["check"])(case["argv"]) if case["check"] else run(case["argv"])
         clean_up()
         if dist.get_rank() == 0:
             with open(results_path, "w") as file:

@@ -9,11 +9,16 @@ from pathlib import Path
 WORKER = Path(__file__).parent / "worker.py"
 
 
-def launch(num_processes: int, cases: dict[str, list[str]], folder: Path) -> dict[str, dict]:
-    """Run every case (name -> command line of pretrain_hy.py) in one world of `num_processes`; name -> what worker.py recorded."""
+def launch(num_processes: int, cases: dict[str, list[str]], folder: Path, checks: dict[str, str] | None = None) -> dict[str, dict]:
+    """Run every case (name -> command line of pretrain_hy.py) in one world of `num_processes`; name -> what worker.py recorded.
+
+    Args:
+        checks: for cases that are no training, the function of checks.py to call.
+    """
+    checks = checks or {}
     folder.mkdir(parents=True, exist_ok=True)
     wanted, results = folder / "cases.json", folder / "results.json"
-    wanted.write_text(json.dumps([{"name": name, "argv": argv} for name, argv in cases.items()]))
+    wanted.write_text(json.dumps([{"name": name, "argv": argv, "check": checks.get(name)} for name, argv in cases.items()]))
     command = [
         sys.executable,
         "-m",

@@ -1,5 +1,7 @@
 """What our models add to Megatron's: the head, the router, frozen parts, packed input, and the size of the published ones."""
 
+import itertools
+
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -11,7 +13,7 @@ from hymeg.checkpoint.mapping import num_parameters
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.models.flags import architecture_flags
-from hymeg.models.hy import HYV3ForCausalLM, HyModelConfig, HyMT2ForCausalLM, HyTransformerConfig, construct
+from hymeg.models.hy import HyModelConfig, HyMT2ForCausalLM, HyTransformerConfig, HYV3ForCausalLM, construct
 from hymeg.models.router import Router
 
 
@@ -49,7 +51,7 @@ def test_packed_sample_equals_its_sequences(folder):
     restarting = torch.cat([torch.arange(n) for n in lengths])[None]
     with torch.no_grad():
         found = model(tokens, restarting, None, packed_seq_params=packed)
-        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        for start, end in itertools.pairwise(boundaries):
             alone = tokens[:, start:end]
             assert (found[:, start:end] - model(alone, positions(alone), None)).abs().max() <= 1e-5
 

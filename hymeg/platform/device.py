@@ -1,0 +1,23 @@
+"""The device, for the rest of hymeg: nothing else asks for one."""
+
+import torch
+
+
+def current() -> torch.device:
+    """Where this process's tensors live."""
+    return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def count() -> int:
+    """How many processes this machine can serve: its GPUs; without any, as many as the launcher started."""
+    return torch.cuda.device_count()
+
+
+def name() -> str:
+    """The GPU's name as its driver gives it, or "cpu"."""
+    return torch.cuda.get_device_name()
+
+
+def move(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the device, copied without waiting where its memory is pinned."""
+    return tensor.cuda(non_blocking=True)

@@ -1,0 +1,77 @@
+"""Checks that run inside a world, called by name from worker.py. Each returns what the test judges; every rank must come to the same collectives."""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.arguments import validate_args
+
+from hymeg.models.attention import _chunk_spans
+from hymeg.models.hy import construct
+from hymeg.training.arguments import parse
+from hymeg.training.run import model_config_from_args
+from hymeg.training.weights import load_hf_weights
+
+
+def _build(argv: list[str]):
+    args, config = parse(argv)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        validate_args(args)
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups())
+    load_hf_weights([model], args.hf_model, config)
+    return model
+
+
+def packed_context_parallel(argv: list[str]) -> dict:
+    """Losses and embedding gradient of a packed sample `[1, t]` cut over the context-parallel group, put together again in the sample's order."""
+    model = _build(argv)
+    group = parallel_state.get_context_parallel_group()
+    lengths = [8, 16, 4, 12]
+    boundaries = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    tokens = torch.randint(0, 900, (1, boundaries[-1] + 1), generator=torch.Generator().manual_seed(3))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    mine = torch.cat(_mine(boundaries, group)) if group.size() > 1 else torch.arange(boundaries[-1])
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=16, max_seqlen_kv=16)
+    losses = model(tokens[:, :-1][:, mine], positions[None, mine], None, labels=tokens[:, 1:][:, mine], packed_seq_params=packed)
+    losses.sum().backward()
+    whole = torch.zeros(boundaries[-1])
+    whole[mine] = losses.detach()[0]
+    gradient = model.embedding.word_embeddings.weight.grad.clone()
+    dist.all_reduce(whole)
+    dist.all_reduce(gradient)
+    return {"losses": whole.tolist(), "gradient": gradient.flatten()[::7].tolist()}
+
+
+def _mine(boundaries: list[int], group) -> list[torch.Tensor]:
+    """The sample's positions on this rank: for each sequence its two chunks, whose keys end where they do."""
+    spans = _chunk_spans(boundaries, group.size(), group.rank())
+    return [torch.arange(keys.stop - (queries.stop - queries.start), keys.stop) for queries, keys in spans]
+
+
+def gloo_collectives(argv: list[str]) -> dict:
+    """What gloo lacks, as the platform provides it: split sizes as tensors, shards of unequal length."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    gathered = [torch.empty(n + 1, 2) for n in range(size)]
+    dist.all_gather(gathered, torch.full((rank + 1, 2), float(rank)))
+    scattered = torch.empty(rank + 1)
+    dist.reduce_scatter(scattered, [torch.full((n + 1,), float(rank + n)) for n in range(size)])
+    received = torch.empty(size * (rank + 1))
+    sends = torch.tensor([n + 1 for n in range(size)])
+    dist.all_to_all_single(received, torch.arange(float(sends.sum())) + 100 * rank, torch.full((size,), rank + 1), sends)
+    dist.barrier(device_ids=[0])
+    found = {"gathered": [t.tolist() for t in gathered], "scattered": scattered.tolist(), "received": received.tolist()}
+    everyone = [None] * size
+    dist.all_gather_object(everyone, found)
+    return {"ranks": everyone}

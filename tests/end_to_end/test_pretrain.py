@@ -1,0 +1,102 @@
+"""The commands of a first day: a recipe under torchrun, its log and TensorBoard, the same command again to resume."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hymeg.hf.config import HyConfig
+from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.planning.flops import training_flops
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+seq-length: 64
+micro_batch_size: 1
+global-batch-size: 4
+lr: 1e-3
+lr-decay-style: constant
+log-interval: 2
+eval-interval: 4
+eval-iters: 1
+save-interval: 4
+tensor-model-parallel-size: 2
+mock-data: true
+"""
+
+
+def run(*words: str, processes: int = 2) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "pretrain_hy.py"), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def iterations(log: str) -> dict[int, str]:
+    return {int(found.group(1)): found.group(0) for found in re.finditer(r" iteration +(\d+)/.*", log)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_tiny_checkpoint(folder / "model", layout="fused", num_mtp_layers=1)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lives(folder):
+    """The logs of a run's first life and of its second, started by the same words but for the number of iterations."""
+    model, out = str(folder / "model"), str(folder / "out")
+    words = ["--config", str(folder / "recipe.yaml"), "--hf-model", model, "--pretrained-checkpoint", model, "--load", out, "--save", out]
+    words += ["--tensorboard-dir", str(folder / "tensorboard"), "--bf16"]
+    return run(*words, "--train-iters", "4"), run(*words, "--train-iters", "8")
+
+
+def test_first_life_starts_from_the_published_weights(lives, folder):
+    first, _ = lives
+    assert f"hymeg: weights loaded from {folder / 'model'}" in first
+    assert first.count("hymeg: no CUDA: training on CPU") == 1
+    assert (folder / "out" / "latest_checkpointed_iteration.txt").read_text() == "8"
+    assert "GPTModel IS DEPRECATED" not in first and "Traceback" not in first
+
+
+def test_second_life_resumes(lives):
+    first, second = (iterations(log) for log in lives)
+    assert list(first)[-1] == 4 and list(second)[0] == 5 and list(second)[-1] == 8
+    assert "weights loaded from" not in lives[1]
+    assert float(re.search(r"consumed samples: +(\d+)", second[8]).group(1)) == 32
+
+
+def test_log_line(lives, folder):
+    line = iterations(lives[0])[4]
+    seconds = float(re.search(r"elapsed time per iteration \(ms\): ([\d.]+)", line).group(1)) / 1e3
+    tokens = float(re.search(r"tokens/s: ([\d,]+)", line).group(1).replace(",", ""))
+    assert tokens == pytest.approx(4 * 64 / seconds, abs=1)
+    tflops = float(re.search(r"\(TFLOP/s/GPU\): ([\d.e+-]+) \|", line).group(1))
+    flops = training_flops(HyConfig.from_dir(folder / "model"), 4, 64)
+    assert tflops == pytest.approx(flops / seconds / 2 / 1e12, rel=1e-2)
+    assert re.search(r"lm loss: [\d.E+]+ \|", line) and re.search(r"mtp_1 loss: [\d.E+]+ \|", line) and re.search(r"grad norm: [\d.]+ \|", line)
+    layers = re.search(r"expert load max/mean: ([\d.]+) \(by layer (.*?)\)", line)
+    loads = dict(entry.split(":") for entry in layers.group(2).split())
+    assert list(loads) == ["1", "2", "3", "4"] and max(map(float, loads.values())) == float(layers.group(1)) >= 1
+
+
+def test_tensorboard(lives, folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    names = events.Tags()["scalars"]
+    for name in ("lm loss", "grad-norm", "tokens-per-second", "model-tflops-per-gpu", "expert-load/layer-1", "expert-load/layer-4"):
+        assert name in names
+    assert [event.step for event in events.Scalars("tokens-per-second")][-1] == 8

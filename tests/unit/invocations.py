@@ -1,0 +1,341 @@
+"""Files that a command line can name, right and wrong ones, and the table of wrong invocations: what each must be told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from hymeg import platform
+
+platform.install()
+
+import torch  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+
+from hymeg.checkpoint.mapping import distributed_shapes  # noqa: E402
+from hymeg.hf.config import HyConfig  # noqa: E402
+from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint  # noqa: E402
+
+NEEDED = "--hf-model {hf} --train-iters 10 --lr 1e-4 --seq-length 32 --mock-data --init-from-scratch"
+"""A command line that is right; an invocation adds to it, and what is said last wins."""
+
+DATA = "--no-mock-data --eval-iters 0"
+LOAD = "--no-init-from-scratch"
+PP2 = "--pipeline-model-parallel-size 2"
+
+
+def make_places(folder: Path) -> dict[str, str]:
+    """Write the files; name -> path, for `str.format`."""
+    write_tiny_checkpoint(folder / "hf")
+    write_tiny_checkpoint(folder / "mtp", num_mtp_layers=1)
+    other = write_tiny_checkpoint(folder / "other", HyConfig.from_dict(TINY_CONFIG | {"num_hidden_layers": 3, "hidden_size": 32}))
+    write_tiny_checkpoint(folder / "sharded", max_shard_bytes=100_000)
+    next((folder / "sharded").glob("model-00002-*")).unlink()
+    _copy(folder, "truncated", lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-100]))
+    _copy(folder, "bad_json", lambda path: (path / "config.json").write_text('{"vocab_size": 1024,\n "hidden_size" 64}'))
+    _copy(folder, "bad_field", lambda path: _change_config(path, num_experts="eight"))
+    _copy(folder, "other_family", lambda path: _change_config(path, model_type="qwen3_moe"))
+    _copy(folder, "small_vocabulary", lambda path: _change_config(path, vocab_size=512, bos_token_id=0, eos_token_id=1, pad_token_id=2))
+    _copy(folder, "no_tokenizer", lambda path: (path / "tokenizer.json").unlink())
+    _copy(folder, "bad_tokenizer", lambda path: (path / "tokenizer.json").write_text("{}"))
+
+    _write_data(folder / "text", 1000)
+    _write_data(folder / "corpus_text_document", 1000)
+    _write_data(folder / "other_vocabulary", 60000)
+    _write_data(folder / "cut", 1000)
+    (folder / "cut.bin").write_bytes((folder / "cut.bin").read_bytes()[:-10])
+    _write_data(folder / "index_cut", 1000)
+    (folder / "index_cut.idx").write_bytes((folder / "index_cut.idx").read_bytes()[:60])
+    _write_data(folder / "no_index", 1000)
+    (folder / "no_index.idx").unlink()
+    _write_data(folder / "in_folder" / "text", 1000)
+    for name in ("garbage.idx", "garbage.bin"):
+        (folder / name).write_text("not an index of Megatron's, though long enough to hold a header")
+    (folder / "blend.txt").write_text(f"0.5 {folder}/text 0.5 {folder}/nowhere")
+    (folder / "per_split.json").write_text(json.dumps({"train": [f"{folder}/text"], "valid": None}))
+
+    config = HyConfig.from_dir(folder / "hf")
+    _write_checkpoint(folder / "ckpt", config, (10, 20), "20")
+    _write_checkpoint(folder / "ckpt_unfinished", config, (10,), "20")
+    _write_checkpoint(folder / "ckpt_empty_tracker", config, (10,), "")
+    _write_checkpoint(folder / "ckpt_bad_tracker", config, (10,), "latest")
+    _write_checkpoint(folder / "ckpt_other", other, (10,), "10")
+    _write_checkpoint(folder / "ckpt_unreadable", config, (10,), "10")
+    (folder / "ckpt_unreadable/iter_0000010/.metadata").write_bytes(b"cut off")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("a file")
+    return {path.stem if path.is_file() else path.name: str(path.with_suffix("")) for path in folder.iterdir()} | {
+        "tmp": str(folder),
+        "blend": str(folder / "blend.txt"),
+        "per_split": str(folder / "per_split.json"),
+    }
+
+
+def _copy(folder: Path, name: str, change) -> None:
+    shutil.copytree(folder / "hf", folder / name)
+    change(folder / name)
+
+
+def _change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _write_data(prefix: Path, vocab_size: int) -> None:
+    prefix.parent.mkdir(exist_ok=True)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in (40, 50, 60):
+        builder.add_document(np.random.default_rng(length).integers(vocab_size - 100, vocab_size, length), [length])
+    builder.finalize(f"{prefix}.idx")
+
+
+def _write_checkpoint(folder: Path, config: HyConfig, iterations: tuple[int, ...], tracker: str) -> None:
+    """A distributed checkpoint as Megatron's torch_dist lays it out, without optimizer."""
+    for iteration in iterations:
+        path = folder / f"iter_{iteration:07d}"
+        path.mkdir(parents=True)
+        dcp.save({key: torch.zeros(shape) for key, shape in distributed_shapes(config).items()}, checkpoint_id=path, no_dist=True)
+        (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
+
+
+WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    # what is wrong: (number of processes, what is added to NEEDED, (flag, what was found, what to do))
+    # ---- names
+    "short name": (2, "--tp 2", ("--tp", "did you mean --tensor-model-parallel-size?")),
+    "name of another trainer": (1, "--learning-rate 1e-5", ("--learning-rate", "did you mean --lr?")),
+    "half a name": (1, "--tensor-parallel-size 2", ("--tensor-parallel-size", "did you mean --tensor-model-parallel-size?")),
+    "underscores": (1, "--micro_batch_size 2", ("--micro_batch_size", "did you mean --micro-batch-size?")),
+    "misspelt": (1, "--seq-lenght 32", ("--seq-lenght", "did you mean --seq-length?")),
+    "misspelt with value": (1, "--trian-iters=10", ("--trian-iters", "did you mean --train-iters?")),
+    "torchrun's flag": (1, "--nproc-per-node 8", ("--nproc-per-node", "torchrun's", "before pretrain_hy.py")),
+    "no such thing": (1, "--xyzzy 1", ("--xyzzy", "--help lists all flags")),
+    "one dash": (1, "-lr 1", ("-lr", "--help lists all flags")),
+    "stray word": (1, "--lr 1e-4 recipe.yaml", ("'recipe.yaml'", "--config FILE.yaml")),
+    "removed from Megatron": (1, "--batch-size 4", ("--batch-size 4", "--micro-batch-size and --global-batch-size")),
+    "removed switch": (1, "--checkpoint-activations", ("--checkpoint-activations", "--recompute-granularity")),
+    "ignored by Megatron": (1, "--rampup-batch-size 2 2 100", ("--rampup-batch-size 2 2 100", "--step-batch-size-schedule")),
+    "Megatron's own YAML": (1, "--yaml-cfg {file}", ("--yaml-cfg", "--config FILE.yaml")),
+    "no recipe": (1, "--config {tmp}/none.yaml", ("--config {tmp}/none.yaml", "No such file", "give a YAML file")),
+    # ---- values
+    "value for a switch": (1, "--bf16 true", ("--bf16", "found 'true'", "--no-bf16 to undo")),
+    "value for a switch with =": (1, "--bf16=true", ("--bf16", "found 'true'", "write --bf16 alone")),
+    "no value": (1, "--lr --bf16", ("--lr", "found none", "write it after --lr")),
+    "word for a number": (1, "--lr fast", ("--lr fast", "a number such as 1e-5")),
+    "number in the wrong form": (1, "--train-iters 1e4", ("--train-iters 1e4", "a whole number")),
+    "no such choice": (1, "--lr-decay-style cosin", ("--lr-decay-style", "'cosin'", "'cosine'")),
+    "no such backend": (1, "--attention-backend flash2", ("--attention-backend flash2", "one of flash, fused")),
+    "two precisions": (1, "--bf16 --no-fp16 --fp16", ("--fp16", "--bf16", "")),
+    # ---- architecture
+    "other experts": (1, "--num-experts 64", ("--num-experts 64", "says 8", "leave --num-experts out")),
+    "other layers": (1, "--num-layers 12", ("--num-layers 12", "says 4", "leave --num-layers out")),
+    "other top-k": (1, "--moe-router-topk 9", ("--moe-router-topk 9", "says 2", "leave --moe-router-topk out")),
+    "other vocabulary": (1, "--vocab-size 32000", ("--vocab-size 32000", "says 1024", "leave --vocab-size out")),
+    "other tokenizer": (1, "--tokenizer-type NullTokenizer", ("--tokenizer-type NullTokenizer", "says HuggingFaceTokenizer", "out")),
+    "MTP that is not there": (1, "--mtp-num-layers 1", ("--mtp-num-layers 1", "says none", "leave --mtp-num-layers out")),
+    "switch against it": (1, "--no-qk-layernorm", ("--no-qk-layernorm", "says the opposite", "leave --no-qk-layernorm out")),
+    "another model": (1, "--window-size 128,0", ("--window-size 128 0", "another model", "leave --window-size out")),
+    "another rotary embedding": (1, "--rotary-interleaved", ("--rotary-interleaved", "another model", "leave --rotary-interleaved out")),
+    "from the checkpoint": (1, "--use-checkpoint-args", ("--use-checkpoint-args", "config.json", "leave it out")),
+    "positions reset": (1, "--reset-position-ids", ("--reset-position-ids", "would change nothing", "leave it out")),
+    # ---- the model's folder
+    "no folder": (1, "--hf-model {tmp}/hff", ("--hf-model {tmp}/hff", "no such folder", "hf download")),
+    "a name on the hub": (1, "--hf-model tencent/Hy-MT2-30B-A3B", ("--hf-model tencent/Hy-MT2-30B-A3B", "no such folder", "hf download")),
+    "empty model folder": (1, "--hf-model {empty}", ("--hf-model {empty}/config.json", "No such file")),
+    "config.json broken": (1, "--hf-model {bad_json}", ("--hf-model {bad_json}/config.json", "line 2, column 16", "not valid JSON")),
+    "config.json wrong": (
+        1,
+        "--hf-model {bad_field}",
+        ("--hf-model {bad_field}/config.json", "num_experts is 'eight'", "a positive integer is needed"),
+    ),
+    "other family": (1, "--hf-model {other_family}", ("--hf-model {other_family}/config.json", "'qwen3_moe'", '"hy_v3"')),
+    "no tokenizer": (1, "--hf-model {no_tokenizer}", ("--hf-model {no_tokenizer}/tokenizer.json", "missing", "needed")),
+    "tokenizer broken": (1, "--hf-model {bad_tokenizer}", ("--hf-model {bad_tokenizer}", "cannot be loaded")),
+    "tokenizer too large": (1, "--hf-model {small_vocabulary}", ("--hf-model {small_vocabulary}", "outside the model's vocabulary", "(512)")),
+    # ---- layout
+    "TP without processes": (1, "--tensor-model-parallel-size 2", ("--tensor-model-parallel-size 2", "1 process of", "start 2 ")),
+    "world no multiple": (6, f"--tensor-model-parallel-size 2 {PP2}", ("x --pipeline-model-parallel-size 2 = 4", "6 processes", "start 4 or 8")),
+    "TP against heads": (3, "--tensor-model-parallel-size 3", ("--tensor-model-parallel-size 3", "8 attention heads", "may be 1, 2")),
+    "TP against query groups": (4, "--tensor-model-parallel-size 4", ("--tensor-model-parallel-size 4", "2 query groups", "may be 1, 2")),
+    "EP against experts": (3, "--expert-model-parallel-size 3", ("--expert-model-parallel-size 3", "8 experts", "may be 1, 2, 4, 8")),
+    "EP against world": (2, "--expert-model-parallel-size 4", ("--expert-model-parallel-size 4", "2 processes", "size 1, 2 would do")),
+    "ETP follows TP": (
+        8,
+        "--tensor-model-parallel-size 2 --expert-model-parallel-size 8",
+        ("--expert-model-parallel-size 8 x --expert-tensor-parallel-size 2 = 16", "8 processes", "--expert-tensor-parallel-size 1"),
+    ),
+    "PP against layers": (3, "--pipeline-model-parallel-size 3", ("--pipeline-model-parallel-size 3", "4 layers", "1, 2, 4 stages")),
+    "negative size": (1, "--context-parallel-size -2", ("--context-parallel-size -2", "at least 1")),
+    "no virtual stages": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 0", ("--num-virtual-stages-per-pipeline-rank 0", "at least 1")),
+    "VPP without PP": (
+        1,
+        "--num-virtual-stages-per-pipeline-rank 2",
+        ("--num-virtual-stages-per-pipeline-rank", "--pipeline-model-parallel-size 2 or more"),
+    ),
+    "VPP against batch": (
+        2,
+        f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 3",
+        ("--global-batch-size 3", "3 micro-batches", "use 2 or 4"),
+    ),
+    "VPP twice": (
+        2,
+        f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 1",
+        ("--num-layers-per-virtual-pipeline-stage 1", "--num-virtual-stages-per-pipeline-rank 2", "keep one"),
+    ),
+    "VPP against layers": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 3", ("--num-layers-per-virtual-pipeline-stage 3", "4 layers", "lower")),
+    "trap 2": (
+        2,
+        f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 2 --no-overlap-p2p-communication",
+        ("--no-overlap-p2p-communication", "--pipeline-model-parallel-size 2", "leave it out"),
+    ),
+    "uneven stages": (2, f"{PP2} --decoder-first-pipeline-num-layers 4", ("--decoder-first-pipeline-num-layers 4", "0 of 4 layers", "change it")),
+    "layers beyond the model": (2, f"{PP2} --decoder-last-pipeline-num-layers 5", ("--decoder-last-pipeline-num-layers 5", "4 layers", "lower it")),
+    "layout string short": (
+        2,
+        f"{PP2} --pipeline-model-parallel-layout Et|ttL",
+        ("--pipeline-model-parallel-layout Et|ttL", "3 layers (t)", "model 4"),
+    ),
+    "layout string letter": (
+        2,
+        f"{PP2} --pipeline-model-parallel-layout Ed|ttL",
+        ("--pipeline-model-parallel-layout Ed|ttL", "found 'd'", "E, t, m, L"),
+    ),
+    "layout string stages": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tL", ("-layout Ett|t|tL", "3 stages", "use 2 or 4")),
+    "sequence against CP": (2, "--context-parallel-size 2 --seq-length 30", ("--seq-length 30", "2 x --context-parallel-size 2", "use 28 or 32")),
+    "sequence beyond the context": (1, "--seq-length 8192", ("--seq-length 8192", "4096", "max_position_embeddings")),
+    # ---- batches
+    "odd batch": (4, "--global-batch-size 6", ("--global-batch-size 6", "data-parallel size 4", "use 4 or 8")),
+    "batch below one step": (2, "--micro-batch-size 4 --global-batch-size 4", ("--global-batch-size 4", "--micro-batch-size 4", "use 8")),
+    "no micro-batch": (1, "--micro-batch-size 0", ("--micro-batch-size 0", "at least 1")),
+    "negative batch": (1, "--global-batch-size -8", ("--global-batch-size -8", "at least 1")),
+    "evaluation batch": (2, "--global-batch-size 4 --eval-global-batch-size 3", ("--eval-global-batch-size 3", "data-parallel size 2", "use 2")),
+    # ---- schedule
+    "no iterations": (1, "--train-iters 0", ("--train-iters 0", "at least 1")),
+    "iterations and samples": (1, "--train-samples 100", ("--train-iters", "--train-samples", "keep one")),
+    "warm-up to the end": (1, "--lr-warmup-iters 20", ("--lr-warmup-iters 20", "--train-iters 10", "lower it")),
+    "warm-up in samples": (1, "--lr-warmup-samples 5", ("--lr-warmup-samples 5", "--train-iters", "--lr-warmup-iters")),
+    "warm-up twice": (1, "--lr-warmup-iters 2 --lr-warmup-fraction 0.1", ("--lr-warmup-iters 2", "--lr-warmup-fraction 0.1", "keep one")),
+    "warm-up fraction": (1, "--lr-warmup-fraction 3", ("--lr-warmup-fraction 3.0", "below 1")),
+    "min above max": (1, "--min-lr 1e-3", ("--min-lr 0.001", "--lr 0.0001", "lower it")),
+    "not a rate": (1, "--lr nan", ("--lr nan", "a finite number")),
+    "WSD without decay": (1, "--lr-decay-style WSD", ("--lr-decay-style WSD", "--lr-wsd-decay-iters")),
+    "weight decay that grows": (1, "--weight-decay-incr-style linear", ("--weight-decay-incr-style linear", "found None", "--start-weight-decay")),
+    "no seed": (1, "--seed 0", ("--seed 0", "from 1")),
+    "evaluation interval": (1, "--eval-interval 0", ("--eval-interval 0", "at least 1", "--eval-iters 0")),
+    "log interval": (1, "--log-interval 0", ("--log-interval 0", "at least 1")),
+    "save interval": (1, "--save {tmp}/new --save-interval 0", ("--save-interval 0", "at least 1", "leave --save out")),
+    "saves without a folder": (1, "--save-interval 5", ("--save-interval 5", "without --save", "add --save FOLDER")),
+    "dropout": (1, "--hidden-dropout 1.5", ("--hidden-dropout 1.5", "below 1")),
+    "workers": (1, "--num-workers -1", ("--num-workers -1", "at least 0")),
+    # ---- recomputation and overlap
+    "recompute how": (1, "--recompute-granularity full", ("--recompute-granularity full", "--recompute-method uniform")),
+    "recompute how much": (1, "--recompute-granularity full --recompute-method block", ("--recompute-granularity full", "--recompute-num-layers")),
+    "recompute selectively": (
+        1,
+        "--recompute-granularity selective --recompute-num-layers 1",
+        ("--recompute-num-layers 1", "full only", "leave it out"),
+    ),
+    "recompute what": (1, "--recompute-granularity selective --recompute-modules attn", ("--recompute-modules attn", "core_attn, moe_act")),
+    "recompute for nothing": (1, "--recompute-modules moe", ("--recompute-modules moe", "--recompute-granularity selective", "leave it out")),
+    "overlap of nothing": (1, "--overlap-param-gather", ("--overlap-param-gather", "--use-distributed-optimizer", "add it")),
+    # ---- data
+    "no data": (1, DATA, ("--data-path PREFIX", "--mock-data")),
+    "two sources": (1, "--data-path {text}", ("--mock-data", "--data-path", "keep one")),
+    "two kinds of paths": (1, f"{DATA} --data-path {{text}} --train-data-path {{text}}", ("--data-path", "--train-data-path", "keep one")),
+    "data misspelt": (1, f"{DATA} --data-path {{tmp}}/txt", ("--data-path {tmp}/txt", "no file {tmp}/txt.idx", "preprocess_data.py")),
+    "data without suffix": (1, f"{DATA} --data-path {{tmp}}/corpus", ("--data-path {tmp}/corpus", "{tmp}/corpus_text_document?")),
+    "data with .bin": (1, f"{DATA} --data-path {{text}}.bin", ("--data-path {text}.bin", "without .bin", "{text}")),
+    "data is a folder": (1, f"{DATA} --data-path {{in_folder}}", ("--data-path {in_folder}", "is a folder", "{in_folder}/text?")),
+    "data without .idx": (1, f"{DATA} --data-path {{no_index}}", ("--data-path {no_index}", "no file {no_index}.idx")),
+    "data no index": (1, f"{DATA} --data-path {{garbage}}", ("--data-path {garbage}", "not an index", "preprocess_data.py")),
+    "data cut off": (1, f"{DATA} --data-path {{cut}}", ("--data-path {cut}", "290 bytes of the 300", "copy or make it again")),
+    "index cut off": (1, f"{DATA} --data-path {{index_cut}}", ("--data-path {index_cut}", "60 bytes of at least 102", "copy or make it again")),
+    "another vocabulary": (
+        1,
+        f"{DATA} --data-path {{other_vocabulary}}",
+        ("--data-path {other_vocabulary}", "token 599", "vocabulary of 1024", "tokenize"),
+    ),
+    "weights in some places": (1, f"{DATA} --data-path 0.5 {{text}} {{text}}", ("--data-path", "the weight 0.5", "WEIGHT PREFIX WEIGHT PREFIX")),
+    "weights swapped": (1, f"{DATA} --data-path {{text}} 1.0", ("--data-path", "the weight 1.0", "WEIGHT PREFIX")),
+    "weights negative": (1, f"{DATA} --data-path -1 {{text}} 2 {{text}}", ("--data-path", "-1 2", "must not be negative")),
+    "weights zero": (1, f"{DATA} --data-path 0 {{text}} 0 {{text}}", ("--data-path", "0 0", "nor all zero")),
+    "blend in a file": (1, f"{DATA} --data-args-path {{blend}}", ("--data-args-path {blend}", "{tmp}/nowhere.idx", "preprocess_data.py")),
+    "no blend file": (1, f"{DATA} --data-args-path {{tmp}}/none.txt", ("--data-args-path {tmp}/none.txt", "No such file", "readable file")),
+    "per split no JSON": (
+        1,
+        f"{DATA} --per-split-data-args-path {{blend}}",
+        ("--per-split-data-args-path {blend}", "not JSON", "train, valid and test"),
+    ),
+    "per split keys": (1, f"{DATA} --per-split-data-args-path {{per_split}}", ("--per-split-data-args-path {per_split}", "train, valid and test")),
+    "no training data": (1, f"{DATA} --valid-data-path {{text}}", ("--train-data-path is missing", "none to train on")),
+    "split and per split": (1, f"{DATA} --train-data-path {{text}} --split 9,1,0", ("--split 9,1,0", "leave it out")),
+    "split of nothing": (1, "--split 0,1,1", ("--split 0,1,1", "969,30,1")),
+    "split in words": (1, "--split train", ("--split train", "969,30,1")),
+    "cache is a file": (1, f"{DATA} --data-path {{text}} --data-cache-path {{file}}", ("--data-cache-path {file}", "is a file", "give a folder")),
+    # ---- weights
+    "nothing to load": (1, LOAD, ("--load FOLDER", "--init-from-scratch")),
+    "load misspelt": (1, f"{LOAD} --load {{tmp}}/ckpt2", ("--load {tmp}/ckpt2", "no such folder", "did you mean {tmp}/ckpt?")),
+    "load misspelt, from scratch": (1, "--load {tmp}/ckpt2", ("--load {tmp}/ckpt2", "no such folder", "did you mean {tmp}/ckpt?")),
+    "load empty": (1, f"{LOAD} --load {{empty}}", ("--load {empty}", "no checkpoint in it", "config.json")),
+    "load a file": (1, f"{LOAD} --load {{file}}", ("--load {file}", "a file, not a folder")),
+    "load one iteration": (1, f"{LOAD} --load {{ckpt}}/iter_0000010", ("--load {ckpt}/iter_0000010", "--load {ckpt} --ckpt-step 10")),
+    "pretrained empty": (1, f"{LOAD} --pretrained-checkpoint {{empty}}", ("--pretrained-checkpoint {empty}", "no checkpoint in it", "config.json")),
+    "tracker empty": (1, f"{LOAD} --load {{ckpt_empty_tracker}}", ("--load {ckpt_empty_tracker}", "names ''", "complete in it: 10", "--ckpt-step")),
+    "tracker no number": (1, f"{LOAD} --load {{ckpt_bad_tracker}}", ("--load {ckpt_bad_tracker}", "names 'latest'", "--ckpt-step")),
+    "save not finished": (1, f"{LOAD} --load {{ckpt_unfinished}}", ("--load {ckpt_unfinished}", "iter_0000020", "complete in it: 10", "--ckpt-step")),
+    "no such step": (1, f"{LOAD} --load {{ckpt}} --ckpt-step 15", ("--ckpt-step 15", "iter_0000015 is missing", "complete in it: 10, 20")),
+    "step of a model": (1, f"{LOAD} --load {{hf}} --ckpt-step 15", ("--ckpt-step 15", "Hugging Face folder", "leave it out")),
+    "checkpoint of another model": (1, f"{LOAD} --load {{ckpt_other}}", ("--load {ckpt_other}", "missing", "give the --hf-model")),
+    "checkpoint damaged": (1, f"{LOAD} --load {{ckpt_unreadable}}", ("--load {ckpt_unreadable}", "cannot be read", "copy the checkpoint again")),
+    "weights of another model": (1, f"{LOAD} --load {{other}}", ("--load {other}", "misshapen", "[1024, 64] is needed")),
+    "weights of MTP missing": (1, f"{LOAD} --hf-model {{mtp}} --load {{hf}}", ("--load {hf}", "missing", "num_nextn_predict_layers")),
+    "weights incomplete": (1, f"{LOAD} --load {{sharded}}", ("--load {sharded}", "are missing", "fetch them again")),
+    "weights cut off": (
+        1,
+        f"{LOAD} --load {{truncated}}",
+        ("--load {truncated}", "{truncated}/model.safetensors: truncated", "fetch the file again"),
+    ),
+    "own save folder, nothing to start from": (
+        1,
+        f"{LOAD} --load {{tmp}}/new --save {{tmp}}/new",
+        ("--load {tmp}/new", "no such folder", "is needed"),
+    ),
+    # ---- where to write
+    "save to a file": (1, "--save {file}", ("--save {file}", "is a file", "give a folder")),
+    "save below a file": (1, "--save {file}/x", ("--save {file}/x", "{file} is a file", "give a folder")),
+    "save over a run": (1, "--save {ckpt}", ("--save {ckpt}", "--init-from-scratch would overwrite", "another --save")),
+    "save over a run again": (
+        1,
+        f"{LOAD} --load {{hf}} --save {{ckpt}}",
+        ("--save {ckpt}", "--load {ckpt} --pretrained-checkpoint {hf}", "another --save"),
+    ),
+    "other format": (1, "--ckpt-format torch", ("--ckpt-format torch", "torch_dist", "leave it out")),
+    "tensorboard in a file": (1, "--tensorboard-dir {file}", ("--tensorboard-dir {file}", "is a file", "give a folder")),
+    "wandb": (1, "--wandb-project x", ("--wandb-project x", "not installed", "pip install wandb")),
+}
+
+WRONG_ON_CPU: dict[str, tuple[str, ...]] = {
+    "--fp8-format hybrid": ("--fp8-format hybrid", "Transformer Engine", "leave --fp8-format out"),
+    "--fp4-format e2m1": ("--fp4-format e2m1", "Transformer Engine", "leave --fp4-format out"),
+    "--fp16": ("--fp16", "bf16 or fp32", "leave --fp16 out"),
+    "--transformer-impl transformer_engine": ("--transformer-impl transformer_engine", "takes local", "leave --transformer-impl out"),
+    "--moe-grouped-gemm": ("--moe-grouped-gemm", "Transformer Engine", "leave --moe-grouped-gemm out"),
+    "--moe-token-dispatcher-type flex": ("--moe-token-dispatcher-type flex", "DeepEP", "use alltoall or allgather"),
+    "--moe-enable-deepep": ("--moe-enable-deepep", "CUDA", "leave --moe-enable-deepep out"),
+    "--cuda-graph-impl local": ("--cuda-graph-impl local", "CUDA", "leave --cuda-graph-impl out"),
+    "--enable-cuda-graph": ("--enable-cuda-graph", "CUDA", "leave --enable-cuda-graph out"),
+    "--cuda-graph-modules attn": ("--cuda-graph-modules attn", "CUDA", "leave --cuda-graph-modules out"),
+    "--attention-backend flash": ("--attention-backend flash", "CUDA", "leave --attention-backend out"),
+    "--distributed-backend nccl": ("--distributed-backend nccl", "gloo", "leave --distributed-backend out"),
+    "--moe-permute-fusion": ("--moe-permute-fusion", "Transformer Engine", "leave --moe-permute-fusion out"),
+    "--rope-fusion": ("--rope-fusion", "Transformer Engine", "leave --rope-fusion out"),
+    "--gradient-accumulation-fusion": ("--gradient-accumulation-fusion", "CUDA", "leave --gradient-accumulation-fusion out"),
+    "--overlap-moe-expert-parallel-comm": ("--overlap-moe-expert-parallel-comm", "CUDA", "leave --overlap-moe-expert-parallel-comm out"),
+    "--use-precision-aware-optimizer": ("--use-precision-aware-optimizer", "Transformer Engine", "leave --use-precision-aware-optimizer out"),
+    "--optimizer-cpu-offload": ("--optimizer-cpu-offload", "on the CPU already", "leave --optimizer-cpu-offload out"),
+    "--use-megatron-fsdp": ("--use-megatron-fsdp", "CUDA", "leave --use-megatron-fsdp out"),
+    "--tp-comm-overlap": ("--tp-comm-overlap", "Transformer Engine", "leave --tp-comm-overlap out"),
+    "--log-energy": ("--log-energy", "a GPU's power", "leave --log-energy out"),
+}

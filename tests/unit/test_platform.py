@@ -1,0 +1,141 @@
+"""The CPU platform: what it replaces is there to be replaced, and what it puts in its place computes the same."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hymeg import platform
+from hymeg.errors import UserError
+from hymeg.platform.adam import FusedAdam
+from hymeg.platform.patches import INSTALLED, patch, patched
+
+requires_cpu = pytest.mark.skipif(not platform.is_cpu(), reason="the patches are installed on CPU only")
+
+
+@requires_cpu
+def test_every_patch_target_exists_in_the_pinned_megatron():
+    """Installing raises when a target is gone; here all are, each once and with its reason."""
+    assert importlib.metadata.version("megatron-core") == "0.19.2"
+    targets = [(id(p.owner), p.name) for p in INSTALLED]
+    assert len(targets) == len(set(targets)) > 80
+    for p in INSTALLED:
+        assert p.reason and getattr(p.owner, p.name) is not p.original, str(p)
+
+
+def test_a_target_that_is_gone_is_an_error():
+    with pytest.raises(RuntimeError, match=r"patch target gone: json\.no_such_name \(line 7\)"):
+        patch(__import__("json"), "no_such_name", None, "line 7")
+
+
+def test_a_temporary_patch_is_undone():
+    import json
+
+    before, count = json.dumps, len(INSTALLED)
+    with patched(json, "dumps", None, "test"):
+        assert json.dumps is None
+    assert json.dumps is before and len(INSTALLED) == count
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_platform_must_come_before_megatron():
+    done = run_python("import megatron.core; from hymeg import platform; platform.install()", HYMEG_PLATFORM="cpu")
+    assert done.returncode != 0 and "must run before anything imports megatron" in done.stderr
+
+
+def test_platform_is_chosen_by_the_environment(monkeypatch):
+    monkeypatch.setattr(platform, "_name", None)
+    monkeypatch.setenv("HYMEG_PLATFORM", "tpu")
+    with pytest.raises(UserError, match="HYMEG_PLATFORM is 'tpu'; allowed are 'cpu' and 'cuda'"):
+        platform.name()
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("HYMEG_PLATFORM", "cuda")
+        with pytest.raises(UserError, match="HYMEG_PLATFORM=cuda, but torch sees no CUDA device"):
+            platform.name()
+
+
+@requires_cpu
+class TestTorchCuda:
+    def test_tensors_asked_for_on_cuda_are_on_the_cpu(self):
+        for tensor in (
+            torch.zeros(2, device="cuda"),
+            torch.empty(2, device=torch.cuda.current_device(), pin_memory=True),
+            torch.tensor([1.0], device=torch.device("cuda", 0)),
+            torch.ones(2).to("cuda:0"),
+            torch.ones(2).to(device=0),
+            torch.ones(2).new_zeros(3, device="cuda"),
+            torch.ones(2).cuda(),
+            torch.nn.Linear(2, 2).to("cuda").weight,
+        ):
+            assert tensor.device.type == "cpu"
+
+    def test_other_devices_and_dtypes_pass(self):
+        assert torch.zeros(2, device="meta").device.type == "meta"
+        assert torch.ones(2).to(torch.int32).dtype == torch.int32
+        with torch.device("meta"):
+            assert torch.zeros(2).device.type == "meta"
+
+    def test_tensor_types_read_as_on_a_gpu(self):
+        assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+        assert torch.ones(2, device="meta").type() != "torch.cuda.FloatTensor"
+        assert torch.ones(2).type(torch.int32).dtype == torch.int32
+
+    def test_the_devices_generator_is_torchs(self):
+        torch.cuda.manual_seed(5)
+        state = torch.cuda.get_rng_state()
+        first = torch.rand(3)
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(torch.rand(3), first)
+        torch.manual_seed(5)
+        assert torch.equal(torch.rand(3), first)
+
+    def test_events_tell_milliseconds(self):
+        import time
+
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        time.sleep(0.02)
+        end.record()
+        assert 19 < start.elapsed_time(end) < 2000
+
+    def test_memory_is_the_processs(self):
+        before = torch.cuda.memory_allocated()
+        held = torch.ones(2**24)
+        assert torch.cuda.memory_allocated() - before > 2**25
+        assert torch.cuda.max_memory_allocated() >= torch.cuda.memory_allocated() - 2**22
+        del held
+
+
+class TestFusedAdam:
+    @pytest.mark.parametrize(("adam_w_mode", "reference"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
+    def test_equals_torchs_optimizer(self, adam_w_mode, reference):
+        settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)), torch.nn.Parameter(torch.ones(5))] for _ in range(2))
+        optimizers = FusedAdam([{"params": ours}], adam_w_mode=adam_w_mode, **settings), reference([{"params": theirs}], **settings)
+        for step in range(5):
+            for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+                for number, parameter in enumerate(params):
+                    parameter.grad = torch.sin(torch.arange(parameter.numel()).float() * (step + 1) + number).view_as(parameter)
+                optimizer.step()
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+    def test_state_lies_where_transformer_engines_does(self):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = FusedAdam([{"params": [parameter]}, {"params": []}])
+        for _ in range(2):
+            parameter.grad = torch.ones(3)
+            optimizer.step()
+        assert set(optimizer.state[parameter]) == {"exp_avg", "exp_avg_sq"}
+        assert [group.get("step") for group in optimizer.param_groups] == [2, None]
+
+    def test_what_only_the_gpu_offers_is_refused(self):
+        with pytest.raises(ValueError, match="master_weights"):
+            FusedAdam([torch.nn.Parameter(torch.ones(1))], master_weights=True)

@@ -1,0 +1,287 @@
+"""What a person got wrong is told in one line before anything heavy; what is right passes, and Megatron agrees; what is corrected is said."""
+
+import contextlib
+import copy
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from hymeg import platform
+
+platform.install()
+
+from invocations import DATA, LOAD, NEEDED, PP2, WRONG, WRONG_ON_CPU, make_places  # noqa: E402
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator  # noqa: E402
+from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
+from megatron.training.arguments import validate_args  # noqa: E402
+
+from hymeg.errors import UserError  # noqa: E402
+from hymeg.hf.config import HyConfig  # noqa: E402
+from hymeg.models.hy import HyTransformerConfig  # noqa: E402
+from hymeg.platform import flags as cpu_flags  # noqa: E402
+from hymeg.training import refused_flags, schedule  # noqa: E402
+from hymeg.training.arguments import _parser, parse  # noqa: E402
+from hymeg.training.preflight import preflight  # noqa: E402
+
+on_cpu = pytest.mark.skipif(not platform.is_cpu(), reason="the CPU's own refusals")
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    return make_places(tmp_path_factory.mktemp("places"))
+
+
+@pytest.fixture
+def checked(places, monkeypatch):
+    """Parse and check a command line in a world of some processes, as rank 0."""
+
+    def check(added: str, world_size: int = 1, needed: str = NEEDED):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        monkeypatch.setenv("RANK", "0")
+        args, config = parse(f"{needed} {added}".format(**places).split())
+        notes = []
+        preflight(args, config, notes.append)
+        return args, notes
+
+    return check
+
+
+def told(checked, *command) -> str:
+    with pytest.raises(UserError) as raised:
+        checked(*command)
+    said = str(raised.value)
+    assert "\n" not in said and len(said) < 2000
+    return said
+
+
+# ---- wrong
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_invocation_is_told_flag_value_and_remedy(checked, places, case):
+    world_size, added, words = WRONG[case]
+    if case == "two precisions" and platform.is_cpu():
+        words = ("--fp16", "bf16 or fp32")
+    said = told(checked, added, world_size)
+    for word in words:
+        assert word.format(**places) in said, said
+
+
+@on_cpu
+@pytest.mark.parametrize("added", WRONG_ON_CPU)
+def test_what_the_cpu_cannot_do_is_refused_by_name(checked, added):
+    said = told(checked, added)
+    for word in (*WRONG_ON_CPU[added], "cannot work on CPU"):
+        assert word in said, said
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("", "--hf-model is missing"),
+        ("--hf-model {hf}", "--train-iters is missing"),
+        ("--hf-model {hf} --train-iters 10", "--lr is missing"),
+        ("--hf-model {hf} --train-iters 10 --lr 1e-5", "--seq-length is missing"),
+        ("--hf-model {hf} --train-iters 10 --lr 1e-5 --seq-length 32", "no data: give --data-path PREFIX"),
+        ("--hf-model {hf} --train-iters 10 --lr 1e-5 --seq-length 32 --mock-data", "no weights: give --load FOLDER"),
+    ],
+)
+def test_what_is_missing_is_asked_for_one_thing_at_a_time(checked, command, word):
+    assert told(checked, command, 1, "").startswith(word)
+
+
+def test_a_mistake_in_the_recipe_is_told_with_its_line(checked, places):
+    path = f"{places['tmp']}/batch.yaml"
+    with open(path, "w") as file:
+        file.write("bf16: true\n\nglobal-batch-size: 7\nmicro-batch-size: 2\n")
+    said = told(checked, f"--config {path}")
+    assert said.endswith(f"use 6 or 8 (--global-batch-size: {path}, line 3; --micro-batch-size: {path}, line 4)")
+    assert checked(f"--config {path} --global-batch-size 8")[0].global_batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("added", "denied", "words"),
+    [
+        (f"{DATA} --data-path {{text}}", "{text}.bin", ("--data-path {text}", "{text}.bin is not readable", "chmod")),
+        (f"{DATA} --data-path {{text}}", "{tmp}", ("--data-path", "{tmp} is not writable", "--data-cache-path")),
+        (f"{DATA} --data-path {{text}} --data-cache-path {{empty}}", "{empty}", ("--data-cache-path {empty}", "not writable")),
+        ("--save {empty}/new", "{empty}", ("--save {empty}/new", "{empty} is not writable", "another folder")),
+        (f"{LOAD} --load {{empty}}", "{empty}", ("--load {empty}", "not readable by this user")),
+    ],
+)
+def test_missing_permissions_are_told(checked, places, monkeypatch, added, denied, words):
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != denied.format(**places) and allowed(path, mode))
+    said = told(checked, added)
+    for word in words:
+        assert word.format(**places) in said, said
+
+
+def test_a_full_disk_is_told(checked, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    assert "no space left" in told(checked, "--save {tmp}/new")
+
+
+def test_more_processes_than_gpus_and_a_missing_package_are_told_on_cuda(checked, monkeypatch):
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    said = told(checked, "")
+    assert "--nproc-per-node 8" in said and "2 GPUs" in said and "as many processes as GPUs" in said
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = told(checked, "")
+    assert "--transformer-impl transformer_engine" in said and "pip install 'hymeg[gpu]'" in said
+
+
+# ---- right
+
+RIGHT: dict[str, tuple[int, str]] = {
+    "nothing more": (1, ""),
+    "what config.json says": (1, "--num-experts 8 --num-layers 4 --swiglu --moe-layer-freq [0,1,1,1] --tokenizer-model {hf}"),
+    "what the CPU needs": (1, "--transformer-impl local --no-rope-fusion --no-moe-grouped-gemm" if platform.is_cpu() else ""),
+    "bf16": (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    "TP": (2, "--tensor-model-parallel-size 2"),
+    "EP over DP": (8, "--tensor-model-parallel-size 2 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1"),
+    "CP": (4, "--context-parallel-size 2 --seq-length 64 --global-batch-size 4"),
+    "PP": (2, PP2),
+    "PP and VPP": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 4"),
+    "PP and VPP by layers": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 4"),
+    "uneven first": (2, f"{PP2} --decoder-first-pipeline-num-layers 1"),
+    "uneven both": (3, "--pipeline-model-parallel-size 3 --decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 1"),
+    "embedding and loss as layers": (
+        3,
+        "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+    ),
+    "layout string": (2, f"{PP2} --pipeline-model-parallel-layout Et|tttL"),
+    "layout string with VPP": (2, f"{PP2} --pipeline-model-parallel-layout E|tt|tt|L --global-batch-size 4"),
+    "layout string with MTP": (2, f"--hf-model {{mtp}} {PP2} --pipeline-model-parallel-layout Ettt|tmL"),
+    "all at once": (
+        16,
+        f"{PP2} --tensor-model-parallel-size 2 --context-parallel-size 2 --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 "
+        "--global-batch-size 8",
+    ),
+    "data": (1, f"{DATA} --data-path {{text}}"),
+    "blend": (1, f"{DATA} --data-path {{text}} {{corpus_text_document}} {{text}}"),
+    "blend with weights": (1, f"{DATA} --data-path 0.3 {{text}} 7 {{corpus_text_document}} --split 100,0,0"),
+    "data per split": (1, f"{DATA} --train-data-path {{text}} --valid-data-path 1 {{text}}"),
+    "weights": (1, f"{LOAD} --load {{hf}}"),
+    "resume": (1, f"{LOAD} --load {{ckpt}} --train-iters 50"),
+    "resume at a step": (1, f"{LOAD} --load {{ckpt}} --ckpt-step 10 --train-iters 50"),
+    "resume an unfinished save at a step": (1, f"{LOAD} --load {{ckpt_unfinished}} --ckpt-step 10 --train-iters 50"),
+    "resume in place": (1, f"{LOAD} --load {{ckpt}} --save {{ckpt}} --pretrained-checkpoint {{hf}} --train-iters 50"),
+    "first life of a job": (1, f"{LOAD} --load {{tmp}}/new --save {{tmp}}/new --pretrained-checkpoint {{hf}}"),
+    "first life from scratch": (1, "--load {empty} --save {empty}"),
+    "finetune from a checkpoint": (1, f"{LOAD} --pretrained-checkpoint {{ckpt}} --save {{tmp}}/new"),
+    "samples": (1, "--train-iters 10 --lr-warmup-fraction 0.1 --lr-decay-style cosine --min-lr 1e-5"),
+    "recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "recompute selectively": (1, "--recompute-granularity selective --recompute-modules core_attn mlp"),
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_a_right_invocation_passes_and_megatron_takes_it(checked, monkeypatch, case):
+    world_size, added = RIGHT[case]
+    args, _ = checked(added, world_size)
+    destroy_num_microbatches_calculator()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        validate_args(args)
+        core_transformer_config_from_args(args, HyTransformerConfig)
+
+
+def test_samples_instead_of_iterations(checked):
+    args, _ = checked("--train-samples 100 --lr-warmup-samples 10 --save {tmp}/new", 1, NEEDED.replace("--train-iters 10", ""))
+    assert args.save_interval == 100
+
+
+@pytest.mark.parametrize(
+    ("added", "hf_weights", "load", "pretrained"),
+    [
+        ("", None, None, None),
+        (f"{LOAD} --load {{hf}}", "{hf}", None, None),
+        (f"{LOAD} --pretrained-checkpoint {{hf}}", "{hf}", None, None),
+        (f"{LOAD} --load {{ckpt}}", None, "{ckpt}", None),
+        (f"{LOAD} --load {{ckpt}} --save {{ckpt}} --pretrained-checkpoint {{hf}}", None, "{ckpt}", "{hf}"),
+        (f"{LOAD} --load {{tmp}}/new --save {{tmp}}/new --pretrained-checkpoint {{hf}}", "{hf}", None, None),
+        (f"{LOAD} --load {{tmp}}/new --save {{tmp}}/new --pretrained-checkpoint {{ckpt}}", None, None, "{ckpt}"),
+        ("--load {tmp}/new --save {tmp}/new", None, None, None),
+    ],
+)
+def test_where_the_weights_come_from(checked, places, added, hf_weights, load, pretrained):
+    args, _ = checked(added)
+    expected = [path and path.format(**places) for path in (hf_weights, load, pretrained)]
+    assert [args.hf_weights, args.load, args.pretrained_checkpoint] == expected
+    assert args.exit_on_missing_checkpoint is (("{ckpt}" in (load, pretrained)) and hf_weights is None)
+
+
+@pytest.mark.parametrize(
+    ("added", "split"),
+    [(f"{DATA} --data-path {{text}}", "969, 30, 1"), (f"{DATA} --data-path {{text}} --split 1", "1"), (f"{DATA} --train-data-path {{text}}", None)],
+)
+def test_the_default_split_is_set_where_one_data_set_serves_all(checked, added, split):
+    assert checked(added)[0].split == split
+
+
+# ---- corrected, and said
+
+
+@pytest.mark.parametrize(
+    ("world_size", "added", "dest", "value", "word"),
+    [
+        (2, "--tensor-model-parallel-size 2", "sequence_parallel", True, "--sequence-parallel set"),
+        (2, "--context-parallel-size 2 --eod-mask-loss", "calculate_per_token_loss", True, "--calculate-per-token-loss set"),
+        (1, f"{LOAD} --load {{ckpt}}", "override_opt_param_scheduler", True, "--override-opt-param-scheduler set"),
+        (1, "--save {tmp}/new", "save_interval", 10, "--save-interval 10 set"),
+        (1, f"{LOAD} --load {{ckpt}}", "train_iters", 10, "nothing left to train: {ckpt} is at iteration 20"),
+    ],
+)
+def test_what_is_corrected_is_said(checked, places, world_size, added, dest, value, word):
+    args, notes = checked(added, world_size)
+    assert getattr(args, dest) == value
+    assert [note for note in notes if note.startswith(word.format(**places))], notes
+    assert all("\n" not in note for note in notes)
+
+
+def test_nothing_is_said_of_what_needs_no_correction(checked):
+    assert checked("--eod-mask-loss")[1] == []
+    assert checked("--tensor-model-parallel-size 2 --sequence-parallel", 2)[1] == []
+
+
+def test_connections_are_set_for_tensor_parallelism_on_cuda_unless_set(checked, monkeypatch):
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for before, after, said in ((None, "1", True), ("32", "32", False)):
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+        if before:
+            monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", before)
+        notes = checked("--tensor-model-parallel-size 2", 2)[1]
+        assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == after
+        assert any("CUDA_DEVICE_MAX_CONNECTIONS" in note for note in notes) is said
+
+
+# ---- the tables of flags
+
+
+def test_every_flag_in_our_tables_is_one_of_megatrons():
+    """An upgrade that renames a flag must not leave a check without effect."""
+    dests = {action.dest: action for action in _parser()._actions}
+    ours = [*refused_flags.OTHER_MODEL, *refused_flags.UNSUPPORTED, *cpu_flags.REQUIRED, *cpu_flags.REFUSED, *schedule._RANGES]
+    ours += [dest for dest, _ in (*refused_flags.UNSUPPORTED_VALUES, *cpu_flags.REFUSED_VALUES)]
+    assert not [dest for dest in ours if dest not in dests]
+    for dest, value in (*refused_flags.UNSUPPORTED_VALUES, *cpu_flags.REFUSED_VALUES):
+        choices = dests[dest].choices
+        assert choices is None or value in [getattr(choice, "name", choice) for choice in choices], (dest, value)
+
+
+def test_checking_twice_finds_the_same(places, monkeypatch):
+    """Preflight changes args: a second look at the result must not refuse it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = f"{NEEDED} --tensor-model-parallel-size 2 --data-path {{text}} --no-mock-data".format(**places).split()
+    args, config = parse(command)
+    assert isinstance(config, HyConfig)
+    preflight(args, config, [].append)
+    before = copy.copy(vars(args))
+    preflight(args, config, [].append)
+    assert vars(args) == before
