@@ -11,7 +11,7 @@ test test-fast demo: export OMP_NUM_THREADS = 1
 
 help:
 	@echo "make setup      make $(VENV) and install hymeg with its pinned dependencies (PYTHON=/path/to/python3.12 to choose the interpreter)"
-	@echo "make demo       a few minutes' tour on CPU: tools/demo.py"
+	@echo "make demo       a small Hy-MT2 trains on four processes and changes its layout: two to four minutes, on CPU"
 	@echo "make test       the whole test suite, on CPU"
 	@echo "make test-fast  the unit tests: no processes, under two minutes"
 	@echo "make lint       ruff check and ruff format --check"

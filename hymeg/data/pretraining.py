@@ -10,7 +10,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 
 class _FreshMasks:
-    """Megatron caches the loss mask of a process's first sample, and masks that sample's padding tokens in the cache: every later sample would then be
+    """Megatron caches the loss mask of a process's first sample, and masks that sample's padding tokens in the cache: every later sample would be
     masked in the same places, and the loss depend on which rank read which sample first (gpt_dataset.py:266)."""
 
     def __init__(self, *args, **kwargs):

@@ -53,7 +53,7 @@ class CoreAttention(MegatronModule):
             query: `[s, b, heads, head_dim]`, or `[t, heads, head_dim]` when packed; s and t are this rank's share under context parallelism.
             key, value: the same with `query_groups` in place of heads.
             attention_mask: ignored: the mask is causal, and within each sequence when packed.
-            packed_seq_params: where each sequence starts and ends, in tokens of the whole sample (`cu_seqlens_q_padded`, or `cu_seqlens_q` without it).
+            packed_seq_params: where sequences start and end, in tokens of the whole sample (`cu_seqlens_q_padded`, or `cu_seqlens_q` without it).
 
         Returns:
             `[s, b, heads * head_dim]`, or `[t, heads * head_dim]` when packed.

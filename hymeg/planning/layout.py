@@ -1,6 +1,13 @@
-"""What makes a layout legal: written once, asked by preflight and by the planner. No Megatron and no torch."""
+"""What makes a layout legal: written once, asked by preflight and by the planner. No Megatron and no torch.
+
+What is accepted, Megatron accepts. Three things that Megatron accepts are refused: tensor parallelism beyond the query groups or over a hidden size
+that it does not divide (equal shares is what checkpoints are cut into), a sequence that is a multiple of context x tensor parallel size but not of
+twice that (Megatron's own multiple for packed samples), and interleaved stages that send two messages at once between the same two ranks.
+"""
 
 import dataclasses
+import math
+import re
 
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -11,8 +18,15 @@ _FLAG = {
     "context_parallel_size": "--context-parallel-size",
     "expert_model_parallel_size": "--expert-model-parallel-size",
     "expert_tensor_parallel_size": "--expert-tensor-parallel-size",
+    "virtual_pipeline_model_parallel_size": "--num-virtual-stages-per-pipeline-rank",
+    "num_distributed_optimizer_instances": "--num-distributed-optimizer-instances",
+    "decoder_first_pipeline_num_layers": "--decoder-first-pipeline-num-layers",
+    "decoder_last_pipeline_num_layers": "--decoder-last-pipeline-num-layers",
     "micro_batch_size": "--micro-batch-size",
+    "global_batch_size": "--global-batch-size",
+    "seq_length": "--seq-length",
 }
+_LAYOUT = "--pipeline-model-parallel-layout"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +45,14 @@ class Layout:
     expert_tensor_parallel_size: int = 1
     decoder_first_pipeline_num_layers: int | None = None
     decoder_last_pipeline_num_layers: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
     pipeline_model_parallel_layout: str | None = None
-    """Megatron's layout string; when given, it alone says where layers lie."""
+    """Megatron's layout string; when given, it alone says where layers lie, and how many virtual stages a rank has."""
+    microbatch_group_size_per_vp_stage: int | None = None
     overlap_p2p_comm: bool = True
+    use_tp_pp_dp_mapping: bool = False
+    num_distributed_optimizer_instances: int = 1
 
     @property
     def data_parallel_size(self) -> int:
@@ -51,79 +70,174 @@ def check(config: HyConfig, layout: Layout) -> None:
         UserError: one line: flag, value, what would do.
     """
     for field, flag in _FLAG.items():
-        if getattr(layout, field) < 1:
-            raise UserError(f"{flag} {getattr(layout, field)}: a size is at least 1")
-    _check_world(layout)
+        size = getattr(layout, field)
+        if size is not None and size < 1:
+            raise UserError(f"{flag} {size}: a size is at least 1")
     _check_widths(config, layout)
-    _check_depth(config, layout)
-    _check_sequence(config, layout)
+    _check_world(config, layout)
     _check_batch(layout)
-
-
-def _check_world(layout: Layout) -> None:
-    tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
-    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
-    if layout.world_size % (tp * pp * cp):
-        raise UserError(
-            f"{layout.world_size} processes cannot hold --tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x "
-            f"--context-parallel-size {cp} = {tp * pp * cp}: start a multiple of {tp * pp * cp} processes (torchrun --nproc-per-node) or lower one of them"
-        )
-    if layout.world_size % (ep * etp * pp):
-        raise UserError(
-            f"{layout.world_size} processes cannot hold --expert-model-parallel-size {ep} x --expert-tensor-parallel-size {etp} x "
-            f"--pipeline-model-parallel-size {pp} = {ep * etp * pp}: it must divide the number of processes; experts are spread over tensor, context and data "
-            f"parallel ranks together"
-        )
+    stages = _check_depth(config, layout)
+    _check_interleaving(layout, stages)
+    _check_sequence(config, layout)
 
 
 def _check_widths(config: HyConfig, layout: Layout) -> None:
-    tp, ep, etp = layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
-    for what, size, flag, parallel in (
-        ("attention heads", config.num_attention_heads, "--tensor-model-parallel-size", tp),
-        ("hidden size", config.hidden_size, "--tensor-model-parallel-size", tp),
-        ("dense feed-forward width", config.intermediate_size, "--tensor-model-parallel-size", tp),
-        ("shared expert width", config.shared_expert_intermediate_size, "--tensor-model-parallel-size", tp),
-        ("experts", config.num_experts, "--expert-model-parallel-size", ep),
-        ("expert feed-forward width", config.moe_intermediate_size, "--expert-tensor-parallel-size", etp),
+    tensor = {
+        "attention heads": config.num_attention_heads,
+        "query groups (key/value heads)": config.num_key_value_heads,
+        "hidden size": config.hidden_size,
+        "dense feed-forward width": config.intermediate_size,
+        "shared expert width": config.shared_expert_intermediate_size,
+    }
+    for field, widths in (
+        ("tensor_model_parallel_size", tensor),
+        ("expert_model_parallel_size", {"experts": config.num_experts}),
+        ("expert_tensor_parallel_size", {"expert feed-forward width": config.moe_intermediate_size}),
     ):
-        if size % parallel:
-            raise UserError(f"{flag} {parallel} does not divide the model's {size} {what}; it may be {_divisors(size)}")
-    groups = config.num_key_value_heads
-    if groups % tp:
-        raise UserError(f"--tensor-model-parallel-size {tp} does not divide the model's {groups} query groups (key/value heads); it may be {_divisors(groups)}")
+        parallel, allowed = getattr(layout, field), _divisors(math.gcd(*widths.values()))
+        for what, size in widths.items():
+            if size % parallel:
+                raise UserError(f"{_FLAG[field]} {parallel} does not divide the model's {size} {what}; it may be {_listed(allowed)}")
 
 
-def _check_depth(config: HyConfig, layout: Layout) -> None:
-    pp, vpp, layers = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size, config.num_hidden_layers
-    if vpp is not None and vpp > 1:
-        if pp == 1:
-            raise UserError("interleaved stages (--num-virtual-stages-per-pipeline-rank) need --pipeline-model-parallel-size 2 or more")
-        if not layout.overlap_p2p_comm and pp == 2:
-            raise UserError(
-                "--no-overlap-p2p-communication with interleaved stages and --pipeline-model-parallel-size 2 pairs the wrong messages; leave it out, or use 4 stages"
-            )
-        if layout.num_microbatches % pp:
-            raise UserError(
-                f"interleaved stages need the micro-batches of a step ({layout.num_microbatches}) to be a multiple of --pipeline-model-parallel-size {pp}; "
-                f"change --global-batch-size"
-            )
-    if layout.pipeline_model_parallel_layout is not None:
-        return
-    first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
-    middle_layers = layers - (first or 0) - (last or 0)
-    middle_stages = pp - (first is not None) - (last is not None)
-    stages = middle_stages * (vpp or 1)
-    if middle_layers < 0 or middle_stages < 0 or (middle_stages == 0 and middle_layers) or (stages and (middle_layers == 0 or middle_layers % stages)):
-        # An uneven first or last stage is cut into its own virtual stages by Megatron.
-        over = f"{pp} stages" if not vpp else f"{pp} x {vpp} virtual stages"
-        given = "" if first is None and last is None else f" (first {first}, last {last})"
+def _check_world(config: HyConfig, layout: Layout) -> None:
+    world, tp, pp, cp = layout.world_size, layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
+    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    if world % (tp * pp * cp):
+        product = _product(layout, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        below = world // (tp * pp * cp) * (tp * pp * cp)
+        start = f"{below} or {below + tp * pp * cp}" if below else f"{tp * pp * cp}"
         raise UserError(
-            f"--pipeline-model-parallel-size {pp}: {layers} layers do not divide over {over}{given}; use {_divisors(layers)} stages in all, or set "
-            f"--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout"
+            f"{product} does not divide the {_processes(world)} of this job; start {start} (torchrun --nproc-per-node, --nnodes) or lower it"
         )
-    for flag, size in (("--decoder-first-pipeline-num-layers", first), ("--decoder-last-pipeline-num-layers", last)):
-        if size is not None and (size < 1 or size % (vpp or 1)):
-            raise UserError(f"{flag} {size} must be positive and a multiple of the {vpp or 1} virtual stages of a rank")
+    if world % (ep * etp * pp):
+        product = _product(layout, "expert_model_parallel_size", "expert_tensor_parallel_size", "pipeline_model_parallel_size")
+        allowed = [size for size in _divisors(config.num_experts) if world % (size * etp * pp) == 0]
+        choices = [f"--expert-model-parallel-size {_listed(allowed)} would do"] if allowed else []
+        if etp > 1 and world % (ep * pp) == 0:
+            choices.append("so would --expert-tensor-parallel-size 1 (unset, it is the tensor-parallel size)")
+        raise UserError(
+            f"{product} does not divide the {_processes(world)} of this job (experts are spread over tensor, context and data parallel ranks); "
+            f"{', and '.join(choices) or 'lower one of them'}"
+        )
+    if layout.use_tp_pp_dp_mapping and pp > 1 and ep * etp != tp * cp:
+        raise UserError(
+            f"--use-tp-pp-dp-mapping with --pipeline-model-parallel-size {pp} needs expert x expert-tensor parallel size ({ep} x {etp}) to equal "
+            f"tensor x context parallel size ({tp} x {cp}); leave --use-tp-pp-dp-mapping out"
+        )
+    instances = layout.num_distributed_optimizer_instances
+    for what, ranks in (("data x context", world // (tp * pp)), ("expert-data", world // (ep * etp * pp))):
+        if ranks % instances:
+            raise UserError(f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} {what} parallel ranks; it may be 1")
+
+
+def _check_batch(layout: Layout) -> None:
+    step = layout.micro_batch_size * layout.data_parallel_size
+    if layout.global_batch_size % step:
+        raise UserError(
+            f"--global-batch-size {layout.global_batch_size} is no multiple of --micro-batch-size {layout.micro_batch_size} x data-parallel size "
+            f"{layout.data_parallel_size} = {step}; use {_multiples(layout.global_batch_size, step)}"
+        )
+
+
+def _check_depth(config: HyConfig, layout: Layout) -> int:
+    """Returns the number of virtual stages of a rank."""
+    if layout.pipeline_model_parallel_layout is not None:
+        return _check_layout_string(config, layout)
+    pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
+    first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
+    layers = config.num_hidden_layers
+    extra = layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
+    over = f"{pp} pipeline stages" if vpp == 1 else f"{pp} x {vpp} (virtual) pipeline stages"
+    if first is None and last is None:
+        if (layers + extra) % (pp * vpp):
+            counted = f"{layers} layers" + (f" + {extra} for embedding or loss" if extra else "")
+            raise UserError(
+                f"--pipeline-model-parallel-size {pp}: {counted} do not divide over {over}; use {_listed(_divisors(layers + extra))} stages in all, "
+                f"or set --decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers or {_LAYOUT}"
+            )
+        return vpp
+    flags = {
+        flag: size for flag, size in ((_FLAG["decoder_first_pipeline_num_layers"], first), (_FLAG["decoder_last_pipeline_num_layers"], last)) if size
+    }
+    given = " and ".join(f"{flag} {size}" for flag, size in flags.items())
+    if extra:
+        raise UserError(
+            f"{given} cannot be combined with --account-for-embedding-in-pipeline-split or --account-for-loss-in-pipeline-split; leave one out"
+        )
+    for flag, size in flags.items():
+        if size % vpp:
+            raise UserError(f"{flag} {size} is no multiple of the {vpp} virtual stages of a rank; use {_multiples(size, vpp)}")
+    middle_layers, middle_stages = layers - sum(flags.values()), pp - len(flags)
+    if middle_stages < 0:
+        raise UserError(f"{given} set more stages than --pipeline-model-parallel-size {pp}; leave one out")
+    if middle_layers < 0:
+        raise UserError(f"{given}: more than the model's {layers} layers; lower it")
+    if bool(middle_layers) != bool(middle_stages) or (middle_stages and middle_layers % (middle_stages * vpp)):
+        raise UserError(
+            f"{given} leave {middle_layers} of {layers} layers for the other {middle_stages} of {over}, over which they do not divide; "
+            f"change it, or use {_LAYOUT}"
+        )
+    return vpp
+
+
+def _check_layout_string(config: HyConfig, layout: Layout) -> int:
+    """Megatron's rules for `E|(t|)*3,m|m||L`: E embedding, t layer, m multi-token prediction, L loss. Returns the virtual stages of a rank."""
+    text, pp = layout.pipeline_model_parallel_layout, layout.pipeline_model_parallel_size
+    said = f"{_LAYOUT} {text}"
+    for field in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "virtual_pipeline_model_parallel_size"):
+        if getattr(layout, field) is not None:
+            raise UserError(f"{said} says where layers lie; leave {_FLAG[field]} out")
+    if layout.account_for_embedding_in_pipeline_split or layout.account_for_loss_in_pipeline_split:
+        raise UserError(f"{said} says where layers lie; leave --account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split out")
+    unrolled = text.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        unrolled = re.sub(pattern, lambda match: match[1] * int(match[2]), unrolled)
+    if wrong := re.search(r"[^ELtm|]", unrolled):
+        raise UserError(
+            f"{said}: found {wrong[0]!r}; E, t, m, L stand for embedding, layer, multi-token prediction and loss, | ends a stage, (...)*n repeats"
+        )
+    stages, flat = unrolled.split("|"), unrolled.replace("|", "")
+    if len(stages) % pp:
+        raise UserError(f"{said} has {len(stages)} stages, no multiple of --pipeline-model-parallel-size {pp}; use {_multiples(len(stages), pp)}")
+    mtp = config.num_nextn_predict_layers
+    for letter, what, wanted in (("t", "layers", config.num_hidden_layers), ("m", "multi-token-prediction layers", mtp)):
+        if flat.count(letter) != wanted:
+            raise UserError(f"{said} has {flat.count(letter)} {what} ({letter}), the model {wanted}; make them agree")
+    if not (flat.startswith("E") and flat.endswith("L") and flat.count("E") == flat.count("L") == 1):
+        raise UserError(f"{said} must begin with the embedding (E) and end with the loss (L), each once")
+    if mtp and ("t" in flat[flat.index("m") :] or flat.count("m") != max(stage.count("m") for stage in stages) or "m" in "".join(stages[:-pp])):
+        raise UserError(
+            f"{said}: all multi-token-prediction layers (m) lie in one stage after the last layer (t), the last virtual stage of its rank"
+        )
+    return len(stages) // pp
+
+
+def _check_interleaving(layout: Layout, num_virtual_stages: int) -> None:
+    pp, microbatches = layout.pipeline_model_parallel_size, layout.num_microbatches
+    if num_virtual_stages == 1:
+        return
+    if pp == 1:
+        source = _LAYOUT if layout.pipeline_model_parallel_layout else _FLAG["virtual_pipeline_model_parallel_size"]
+        raise UserError(f"{num_virtual_stages} virtual stages a rank ({source}) need --pipeline-model-parallel-size 2 or more; add it")
+    if not layout.overlap_p2p_comm and pp == 2:
+        raise UserError(
+            "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size 2 pairs the wrong messages; leave it out, "
+            "or use 4 stages"
+        )
+    group = layout.microbatch_group_size_per_vp_stage or pp
+    if not pp <= group <= max(pp, microbatches):
+        raise UserError(
+            f"--microbatch-group-size-per-virtual-pipeline-stage {group} must lie between --pipeline-model-parallel-size {pp} and the {microbatches} "
+            f"micro-batches of a step"
+        )
+    rest = microbatches % group
+    if microbatches < group or 0 < rest < pp:
+        step = layout.global_batch_size // microbatches
+        raise UserError(
+            f"--global-batch-size {layout.global_batch_size} makes {microbatches} micro-batches a step; virtual pipeline stages need a multiple of "
+            f"{group}: use {_multiples(layout.global_batch_size, step * group)}"
+        )
 
 
 def _check_sequence(config: HyConfig, layout: Layout) -> None:
@@ -133,24 +247,30 @@ def _check_sequence(config: HyConfig, layout: Layout) -> None:
     # Each context-parallel rank takes two chunks, and tensor-parallel ranks share what it has (sequence parallelism).
     multiple = (2 * cp if cp > 1 else 1) * tp
     if s % multiple:
-        nearest = max(multiple, round(s / multiple) * multiple)
-        raise UserError(
-            f"--seq-length {s} is no multiple of {multiple} = {'2 x context x ' if cp > 1 else ''}tensor parallel size ({f'2 x {cp} x ' if cp > 1 else ''}{tp}); "
-            f"use {nearest}"
-        )
+        product = f"2 x --context-parallel-size {cp} x " if cp > 1 else ""
+        raise UserError(f"--seq-length {s} is no multiple of {product}--tensor-model-parallel-size {tp} = {multiple}; use {_multiples(s, multiple)}")
 
 
-def _check_batch(layout: Layout) -> None:
-    step = layout.micro_batch_size * layout.data_parallel_size
-    if layout.global_batch_size < 1 or layout.global_batch_size % step:
-        below = layout.global_batch_size // step * step
-        choices = f"{below} or {below + step}" if below > 0 else f"{step}"
-        raise UserError(
-            f"--global-batch-size {layout.global_batch_size} is no multiple of --micro-batch-size {layout.micro_batch_size} x data-parallel size "
-            f"{layout.data_parallel_size} = {step}; use {choices}"
-        )
+def _product(layout: Layout, *fields: str) -> str:
+    """`--a-size 2 x --b-size 4 = 8`, without sizes of 1."""
+    sizes = {field: getattr(layout, field) for field in fields if getattr(layout, field) > 1}
+    total = f" = {math.prod(sizes.values())}" if len(sizes) > 1 else ""
+    return " x ".join(f"{_FLAG[field]} {size}" for field, size in sizes.items()) + total
 
 
-def _divisors(n: int) -> str:
-    found = [d for d in range(1, n + 1) if n % d == 0]
-    return ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _multiples(number: int, step: int) -> str:
+    """The multiples of `step` on either side of `number`."""
+    below = number // step * step
+    return f"{below} or {below + step}" if below else f"{step}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")

@@ -2,11 +2,16 @@
 
 from typing import Any
 
+from hymeg import platform
+
+Only = dict[str, tuple[Any, str]]
+Values = dict[tuple[str, str], str]
+
 _NEEDS_TE = "it needs Transformer Engine on a GPU"
 _NEEDS_CUDA = "it needs CUDA"
 _NO_NCCL = "it is NCCL's, and the CPU's backend is gloo"
 
-REQUIRED: dict[str, tuple[Any, str]] = {
+REQUIRED: Only = {
     "transformer_impl": ("local", "Transformer Engine needs a GPU, and the CPU takes local"),
     "distributed_backend": ("gloo", "the CPU's backend is gloo"),
     "apply_rope_fusion": (False, _NEEDS_TE),
@@ -17,7 +22,7 @@ REQUIRED: dict[str, tuple[Any, str]] = {
 }
 """Destination -> (what every run on CPU is given, why); a flag that says otherwise is refused."""
 
-REFUSED: dict[str, tuple[Any, str]] = {
+REFUSED: Only = {
     "fp8": (None, _NEEDS_TE),
     "fp4": (None, _NEEDS_TE),
     "fp16": (False, "the CPU trains in bf16 or fp32"),
@@ -59,6 +64,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "log_max_attention_logit": (False, _NEEDS_TE),
     "symmetric_ar_type": (None, _NEEDS_CUDA),
     "batch_invariant_mode": (False, _NEEDS_CUDA),
+    "dist_ckpt_optim_fully_reshardable": (True, "what its other format has saved cannot be resumed there"),
     "log_energy": (False, "it reads a GPU's power"),
     "log_straggler": (False, "it times GPU kernels"),
     "gpu_sniff_test_interval": (None, _NEEDS_CUDA),
@@ -67,9 +73,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 """Destination -> (the only value the CPU allows, why)."""
 
-REFUSED_VALUES: dict[tuple[str, str], str] = {
+REFUSED_VALUES: Values = {
     ("moe_token_dispatcher_type", "flex"): "DeepEP and HybridEP need CUDA; use alltoall or allgather",
     ("attention_backend", "flash"): "it needs CUDA; leave --attention-backend out",
     ("attention_backend", "fused"): "it needs CUDA; leave --attention-backend out",
     ("cross_entropy_fusion_impl", "te"): "it needs Transformer Engine; use native",
 }
+
+
+def here() -> tuple[Only, Only, Values]:
+    """`REQUIRED`, `REFUSED` and `REFUSED_VALUES` where this process runs: all empty with CUDA."""
+    return (REQUIRED, REFUSED, REFUSED_VALUES) if platform.is_cpu() else ({}, {}, {})

@@ -126,12 +126,16 @@ def flops_formula(flops: Callable[[int, float | None, float | None], float]) -> 
 @contextlib.contextmanager
 def log_line(line) -> Iterator[None]:
     """Let `line` (a hymeg.training.metrics.LogLine) see every call of training_log and extend what it prints: Megatron has no hook there."""
-    from megatron.training import training
+    from megatron.training import get_args, training
 
     training_log, print_rank_last = training.training_log, training.print_rank_last
 
     def logged(*args, **kwargs):
-        line.before(args[3], kwargs.get("is_first_iteration", False))
+        iteration = args[3]
+        if iteration % get_args().log_interval == 0:
+            # Said to be the first, an iteration is logged and its sums kept (training.py:2594): the next line would be the mean of both.
+            kwargs["is_first_iteration"] = False
+        line.before(iteration, kwargs.get("is_first_iteration", False))
         return training_log(*args, **kwargs)
 
     with (

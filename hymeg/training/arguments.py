@@ -6,20 +6,24 @@ platform fix may be repeated but not contradicted.
 
 import argparse
 import contextlib
+import enum
+import itertools
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments, parse_args
 
-from hymeg import platform
-from hymeg.errors import UserError, nearest
+from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.models.flags import architecture_flags, default_flags
-from hymeg.platform import flags as cpu_flags
-from hymeg.training.yaml_file import read_as_flags
+from hymeg.platform import flags as platform_flags
+from hymeg.training import refused_flags
+from hymeg.training.flag_names import add_opposites, hint, opposite
+from hymeg.training.yaml_file import read_settings
 
 _DEFAULTS = {
     "micro_batch_size": 1,
@@ -28,101 +32,151 @@ _DEFAULTS = {
     "logging_level": logging.WARNING,
     "enable_one_logger": False,
     "eval_interval": 1000,
-    "split": "969, 30, 1",
     "moe_token_dispatcher_type": "alltoall",
     "moe_grouped_gemm": True,
     # Attention kernels know the causal mask; a dense one costs seq_length^2 bytes a sample.
     "create_attention_mask_in_dataloader": False,
+    # A mean over micro-batches or ranks, each with its own number of trained tokens, would make the loss depend on the layout.
+    "calculate_per_token_loss": True,
     # The optimizer's state can then be resumed in any layout.
     "dist_ckpt_optim_fully_reshardable": True,
 }
 """Where hymeg's default differs from Megatron's."""
 
+Sources = dict[str, tuple[str, str]]
+"""Destination -> the option as it was typed, and "FILE, line N" or, for the command line, ""."""
+
 
 def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("hymeg")
-    group.add_argument("--config", metavar="FILE.yaml", help="recipe: Megatron's flags as keys of a flat YAML file; the command line wins over it")
+    group.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="recipe: these flags as keys of a flat YAML file; the command line wins, and undoes a switch with --no-SWITCH",
+    )
     group.add_argument("--hf-model", metavar="DIR", help="folder with config.json and tokenizer: sets the architecture and the tokenizer")
     group.add_argument("--init-from-scratch", action="store_true", help="start from random weights where --load holds no checkpoint")
+    add_opposites(parser)
     return parser
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
     """Parse `argv` (without the program's name) into Megatron's args, not validated yet, and the model's configuration.
 
-    Raises:
-        UserError: an unknown flag or key, a value of the wrong type, a flag that contradicts config.json, or one that the CPU cannot serve.
-    """
-    reference = _parser()
-    argv = list(argv)
-    recipe = _value_of(argv, "--config")
-    words = (read_as_flags(recipe, reference) if recipe else []) + argv
-    explicit = _explicit(reference, words)
-    with _program_arguments(words):
-        args = parse_args(_one_line_errors)
-    if args.yaml_cfg is not None:
-        raise UserError("--yaml-cfg is not supported; give a recipe with --config FILE.yaml, whose keys are the flags themselves")
-    if args.hf_model is None:
-        raise UserError("--hf-model is missing: give the folder that holds config.json and the tokenizer; it sets the architecture")
-    config = HyConfig.from_dir(args.hf_model)
-    names = {action.dest: action.option_strings[-1] for action in reference._actions if action.option_strings}
+    The args have one attribute more, `explicit`: what recipe and command line have set (`Sources`).
 
-    fixed = architecture_flags(config) | {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": args.hf_model}
-    _fix(args, explicit, fixed, names, lambda flag: f"config.json in --hf-model {args.hf_model} fixes it; leave {flag} out")
-    _default(args, explicit, _DEFAULTS | default_flags(config))
-    if platform.is_cpu():
-        _fix(args, explicit, cpu_flags.REQUIRED, names, lambda flag: f"the CPU needs that; leave {flag} out or run on a GPU")
-        _refuse_on_cpu(args, names)
-    args.explicit = frozenset(explicit)
+    Raises:
+        UserError: an unknown flag or key, a value of the wrong type, a flag that contradicts config.json, or one that cannot work here.
+    """
+    parser = _parser()
+    defaults = {action.dest: action.default for action in parser._actions if action.default is not argparse.SUPPRESS}
+    for action in parser._actions:
+        # What parsing finds is then what was said, and nothing else.
+        action.default = argparse.SUPPRESS
+    said, sources, words = _read(parser, list(argv))
+    with naming_lines(sources):
+        _refuse(said, sources, defaults)
+        with _program_arguments(words):
+            try:
+                args = parse_args(add_hymeg_arguments)
+            except RuntimeError as error:
+                raise UserError(str(error)) from error
+        if args.hf_model is None:
+            raise UserError("--hf-model is missing: give the folder that holds config.json and the tokenizer; it sets the architecture")
+        try:
+            config = HyConfig.from_dir(args.hf_model)
+        except UserError as error:
+            raise UserError(f"--hf-model {error}") from error
+        architecture = architecture_flags(config) | {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": args.hf_model}
+        _fix(args, said, sources, architecture)
+        _default(args, said, _DEFAULTS | default_flags(config))
+        required, refused, refused_values = platform_flags.here()
+        _refuse_on_platform(said, sources, required | refused, refused_values)
+        vars(args).update({dest: value for dest, (value, _) in required.items()})
+    args.explicit = sources
     return args, config
 
 
+@contextlib.contextmanager
+def naming_lines(sources: Mapping[str, tuple[str, str]]) -> Iterator[None]:
+    """Where a message is about a flag that the recipe has set, say in which line."""
+    try:
+        yield
+    except UserError as error:
+        lines = {option: where for option, where in sources.values() if where}
+        flags = dict.fromkeys(flag for flag in re.findall(r"(?<!\S)--\w[\w-]*", str(error)) if flag in lines)
+        if not flags:
+            raise
+        raise UserError(f"{error} ({'; '.join(f'{flag}: {lines[flag]}' for flag in flags)})") from error
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    return _one_line_errors(add_megatron_arguments(parser))
+    parser = argparse.ArgumentParser(prog="pretrain_hy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_hymeg_arguments(add_megatron_arguments(parser))
+    parser.error = _error
+    get_value = parser._get_value
 
+    def get_value_or_say(action: argparse.Action, text: str) -> Any:
+        try:
+            return get_value(action, text)
+        except Exception as error:  # whatever a flag's own type makes of a wrong text
+            raise UserError(f"{action.option_strings[-1]} {text}: {_expected(action)} is needed") from error
 
-def _one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    add_hymeg_arguments(parser)
-
-    def error(message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            word = unknown.split()[0]
-            hint = nearest(word.split("=")[0], parser._option_string_actions)
-            raise UserError(f"unknown argument {word}{hint} --help lists all flags" if hint else f"unknown argument {word}; --help lists all flags")
-        raise UserError(message.removeprefix("argument "))
-
-    parser.error = error
+    parser._get_value = get_value_or_say
     return parser
 
 
-def _value_of(argv: list[str], flag: str) -> str | None:
-    """The value of `flag` on the command line, before the whole is parsed."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-
-    def error(message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-    parser.error = error
-    parser.add_argument(flag, dest="value")
-    return parser.parse_known_args(argv)[0].value
+def _error(message: str) -> NoReturn:
+    message = message.removeprefix("argument ")
+    flag = message.partition(":")[0].split("/")[0]
+    if value := re.search(r"ignored explicit argument '(.*)'", message):
+        raise UserError(f"{flag} is a switch and takes no value, found {value[1]!r}; write {flag} alone, or {opposite(flag)} to undo it")
+    if "expected" in message:
+        raise UserError(f"{flag} needs a value, found none; write it after {flag}")
+    raise UserError(message)
 
 
-def _explicit(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, Any]:
-    """What recipe and command line say, by destination: parsing with every default suppressed leaves nothing else."""
-    defaults = {id(action): action.default for action in parser._actions}
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    try:
-        return vars(parser.parse_args(words))
-    finally:
-        for action in parser._actions:
-            action.default = defaults[id(action)]
+def _expected(action: argparse.Action) -> str:
+    if action.choices:
+        names = [choice.name if isinstance(choice, enum.Enum) else str(choice) for choice in action.choices]
+        return f"one of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+    return {int: "a whole number such as 8", float: "a number such as 1e-5"}.get(action.type, "another form (see --help)")
+
+
+def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], Sources, list[str]]:
+    """What was said by destination, where, and all of it in the words of a command line: the recipe's first, since the last one wins."""
+    finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    finder.error = _error
+    finder.add_argument("--config")
+    recipe = finder.parse_known_args(argv)[0].config
+    said, sources, words = {}, {}, []
+    for where, line in [*(read_settings(recipe, parser) if recipe is not None else []), ("", argv)]:
+        try:
+            values, unknown = parser.parse_known_args(line)
+            if unknown:
+                raise UserError(_unknown(parser, line, unknown[0]))
+        except UserError as error:
+            raise UserError(f"{where}: {error}" if where else str(error)) from None
+        said |= vars(values)
+        typed = [word.partition("=")[0] for word in line]
+        sources |= {parser._option_string_actions[word].dest: (word, where) for word in typed if word in parser._option_string_actions}
+        words += line
+    return said, sources, words
+
+
+def _unknown(parser: argparse.ArgumentParser, words: list[str], wrong: str) -> str:
+    if re.match(r"-\D", wrong):
+        name = wrong.partition("=")[0]
+        return f"unknown argument {name}{hint(name, parser._option_string_actions)} (--help lists all flags)"
+    for before, after in itertools.pairwise(words):
+        action = parser._option_string_actions.get(before)
+        if after == wrong and action is not None and action.nargs == 0:
+            return f"{before} is a switch and takes no value, found {wrong!r}; write {before} alone, or {opposite(before)} to undo it"
+    return f"{wrong!r} belongs to no flag; a flag takes one value unless --help says otherwise, and a recipe is given with --config FILE.yaml"
 
 
 @contextlib.contextmanager
-def _program_arguments(words: list[str]):
+def _program_arguments(words: list[str]) -> Iterator[None]:
     """Megatron's parse_args reads sys.argv."""
     before = sys.argv
     sys.argv = [before[0], *words]
@@ -132,11 +186,36 @@ def _program_arguments(words: list[str]):
         sys.argv = before
 
 
-def _fix(args, explicit, fixed, names, remedy) -> None:
-    for dest, value in fixed.items():
-        flag = names.get(dest, dest)
-        if dest in explicit and not _same(dest, explicit[dest], value):
-            raise UserError(f"{flag} {_shown(explicit[dest])} contradicts {_shown(value)}: {remedy(flag)}")
+def _refuse(said: dict[str, Any], sources: Sources, defaults: dict[str, Any]) -> None:
+    for dest, value in said.items():
+        flag = _shown(sources[dest][0], value)
+        if value == defaults.get(dest):
+            continue
+        if dest in refused_flags.OTHER_MODEL:
+            raise UserError(f"{flag} makes another model than Hy-MT2 or Hy3, whose checkpoints could not be used; leave {sources[dest][0]} out")
+        if dest in refused_flags.UNSUPPORTED:
+            raise UserError(f"{flag} is not supported: {refused_flags.UNSUPPORTED[dest]}")
+        if (why := refused_flags.UNSUPPORTED_VALUES.get((dest, str(_name(value))))) is not None:
+            raise UserError(f"{flag} is not supported: {why}")
+
+
+def _refuse_on_platform(said: dict[str, Any], sources: Sources, only: platform_flags.Only, values: platform_flags.Values) -> None:
+    where = "HYMEG_PLATFORM=cpu chose it" if os.environ.get("HYMEG_PLATFORM") == "cpu" else "torch sees no GPU"
+    for dest, (allowed, why) in only.items():
+        if dest in said and said[dest] != allowed:
+            option = sources[dest][0]
+            raise UserError(f"{_shown(option, said[dest])} cannot work on CPU ({where}): {why}; leave {option} out")
+    for (dest, value), why in values.items():
+        if dest in said and _name(said[dest]) == value:
+            raise UserError(f"{sources[dest][0]} {value} cannot work on CPU ({where}): {why}")
+
+
+def _fix(args: argparse.Namespace, said: dict[str, Any], sources: Sources, architecture: dict[str, Any]) -> None:
+    for dest, value in architecture.items():
+        if dest in said and not _same(dest, said[dest], value):
+            option = sources[dest][0]
+            says = "the opposite" if isinstance(value, bool) else "none" if value is None else _cut(value)
+            raise UserError(f"{_shown(option, said[dest])} contradicts --hf-model {args.hf_model}, which says {says}; leave {option} out")
         setattr(args, dest, value)
 
 
@@ -150,22 +229,23 @@ def _same(dest: str, found: Any, fixed: Any) -> bool:
     return found == fixed
 
 
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _default(args, explicit, defaults) -> None:
+def _default(args: argparse.Namespace, said: dict[str, Any], defaults: dict[str, Any]) -> None:
     for dest, value in defaults.items():
-        if dest not in explicit:
+        if dest not in said:
             setattr(args, dest, value)
 
 
-def _refuse_on_cpu(args, names) -> None:
-    for dest, (allowed, why) in cpu_flags.REFUSED.items():
-        if getattr(args, dest) != allowed:
-            raise UserError(f"{names[dest]} cannot work on CPU: {why}; leave it out (HYMEG_PLATFORM or the lack of a GPU chose the CPU)")
-    for (dest, value), why in cpu_flags.REFUSED_VALUES.items():
-        found = getattr(args, dest)
-        if getattr(found, "name", found) == value:
-            raise UserError(f"{names[dest]} {value} cannot work on CPU: {why}")
+def _name(value: Any) -> Any:
+    return value.name if isinstance(value, enum.Enum) else value
+
+
+def _shown(option: str, value: Any) -> str:
+    """The flag as the user gave it."""
+    if isinstance(value, bool):
+        return option
+    return f"{option} {_cut(value)}"
+
+
+def _cut(value: Any) -> str:
+    text = " ".join(str(_name(item)) for item in value) if isinstance(value, list | tuple) else str(_name(value))
+    return text if len(text) <= 40 else text[:37] + "..."

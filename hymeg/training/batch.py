@@ -7,6 +7,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 
+from hymeg.platform import device
+
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -25,7 +27,7 @@ def get_batch(data_iterator: Iterator | None, args, pipeline_layout, vp_stage: i
     batch = {}
     if tp_rank == 0:
         data = next(data_iterator)
-        batch = {key: data[key].cuda(non_blocking=True) for key in _KEYS} | {"attention_mask": None}
+        batch = {key: device.move(data[key]) for key in _KEYS} | {"attention_mask": None}
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,

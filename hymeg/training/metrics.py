@@ -8,6 +8,7 @@ import torch
 from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops, peak_tflops, training_flops
+from hymeg.platform import device
 
 _ELAPSED = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+) \|")
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
@@ -25,9 +26,7 @@ def expert_load(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> di
 
     Collective: every rank calls it. 1.0 is perfect balance, experts / top-k the worst there is.
     """
-    counts = torch.zeros(
-        config.num_hidden_layers + config.num_nextn_predict_layers, config.num_experts, dtype=torch.int64, device=torch.cuda.current_device()
-    )
+    counts = torch.zeros(config.num_hidden_layers + config.num_nextn_predict_layers, config.num_experts, dtype=torch.int64, device=device.current())
     for chunk in model_chunks:
         for router in chunk.modules():
             if isinstance(router, Router):

@@ -13,6 +13,7 @@ from hymeg import platform
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
+from hymeg.platform import device
 from hymeg.platform import megatron as megatron_patches
 from hymeg.training.arguments import parse
 from hymeg.training.metrics import LogLine, step_flops
@@ -28,8 +29,7 @@ def main(argv: Sequence[str]) -> None:
         args, config = parse(argv)
         notes: list[str] = []
         preflight(args, config, notes.append)
-        if platform.is_cpu():
-            notes.insert(0, "no CUDA: training on CPU over gloo, with --transformer-impl local, fusions off, no grouped GEMM")
+        notes = [*platform.announcement(), *notes]
         if int(os.environ.get("RANK", "0")) == 0:
             for note in notes:
                 print(f"hymeg: {note}", flush=True)
@@ -63,7 +63,7 @@ def train(args, config: HyConfig) -> None:
         set_global_variables(args)
         model_config = model_config_from_args(args)
         settings = pretrain_cfg_container_from_args(args, model_config)
-    log_line = LogLine(args, config, torch.cuda.get_device_name(), get_tensorboard_writer)
+    log_line = LogLine(args, config, device.name(), get_tensorboard_writer)
     model_config.post_wrap_hooks = [functools.partial(_prepare_model, args=args, config=config, log_line=log_line)]
 
     def datasets(num_samples, vp_stage=None):
@@ -79,9 +79,8 @@ def model_config_from_args(args) -> HyModelConfig:
     from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
     transformer = core_transformer_config_from_args(args, HyTransformerConfig)
-    if platform.is_cpu():
-        # Over gloo a freed output may still be on its way: wrong losses under interleaved stages, and no error.
-        transformer.deallocate_pipeline_outputs = False
+    for field, value in platform.transformer_overrides().items():
+        setattr(transformer, field, value)
     padded_vocab_size, args.padded_vocab_size = args.padded_vocab_size, None
     model_config = gpt_config_from_args(args, transformer, HyModelConfig)
     args.padded_vocab_size = padded_vocab_size

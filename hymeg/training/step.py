@@ -31,7 +31,7 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module, return_
 
 
 def loss_function(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the masked losses, and over how many tokens: Megatron divides, by the micro-batch's or (`--calculate-per-token-loss`) the step's tokens.
+    """Sum of the masked losses, and over how many tokens: Megatron divides by the tokens of the whole step (`--calculate-per-token-loss`).
 
     Args:
         loss_mask: `[b, s]`, 1 for tokens that are trained.

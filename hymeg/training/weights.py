@@ -1,18 +1,26 @@
 """Where the first weights come from: a distributed checkpoint, a Hugging Face folder, or, when asked for, chance. Never chance by accident."""
 
 import argparse
+import difflib
 import os
+import re
 import warnings
+from collections.abc import Callable, Iterable
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from hymeg.checkpoint.adapter import HyStateDictAdapter
-from hymeg.checkpoint.mapping import match_hf_tensors
+from hymeg.checkpoint.mapping import check_distributed_tensors, match_hf_tensors
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import MappedFiles, TensorEntry, open_checkpoint
+from hymeg.training.flag_names import flag
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.")
+_MAX_METADATA_BYTES = 64 << 20  # more takes seconds to read; Megatron will, and then complain itself
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -24,59 +32,167 @@ def is_hf_folder(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, "config.json"))
 
 
-def check_weights(args: argparse.Namespace, config: HyConfig) -> None:
+def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
     """Decide where the weights come from, and set `args.hf_weights` to the Hugging Face folder to read them from, or None.
 
     `--load` of a folder with a checkpoint resumes from it. `--load` or `--pretrained-checkpoint` of a Hugging Face folder starts from its weights.
-    A job script may give both: `--load` its own `--save` folder, empty in the job's first life, and `--pretrained-checkpoint` where to start.
+    A job script may give its own `--save` folder to `--load` as well, empty in the job's first life, and `--pretrained-checkpoint` (or
+    `--init-from-scratch`) where to start.
 
     Raises:
-        UserError: a folder without anything to load, nothing to load at all and no `--init-from-scratch`, or tensors that do not fit config.json.
+        UserError: a folder without anything to load, nothing to load at all and no `--init-from-scratch`, tensors that do not fit config.json, or a
+            `--save` folder whose checkpoints would be overwritten.
     """
     args.hf_weights = None
-    for flag in ("load", "pretrained_checkpoint"):
-        folder = getattr(args, flag)
+    chosen = _choose(args)
+    _check_not_overwriting(args, chosen)
+    if chosen is None:
+        if not args.init_from_scratch:
+            raise UserError("no weights: give --load FOLDER (a checkpoint or a Hugging Face folder), or --init-from-scratch for random weights")
+        return
+    dest, folder = chosen
+    if is_distributed_checkpoint(folder):
+        _check_distributed(args, dest, folder, config, say)
+        args.exit_on_missing_checkpoint = True
+    else:
+        if args.ckpt_step is not None:
+            raise UserError(f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no iterations; leave it out")
+        _check_hf_folder(f"{flag(dest)} {folder}", folder, config)
+        args.hf_weights, args.load, args.pretrained_checkpoint = folder, None, None
+
+
+def _choose(args: argparse.Namespace) -> tuple[str, str] | None:
+    """(destination, folder) of what is loaded. A run's own `--save` folder may still be without a checkpoint: `args.load` is then None."""
+    for dest in ("load", "pretrained_checkpoint"):
+        folder = getattr(args, dest)
         if folder is None:
             continue
-        if is_distributed_checkpoint(folder):
-            _check_iteration(args, flag, folder)
-            args.exit_on_missing_checkpoint = True
-            return
-        if is_hf_folder(folder):
-            _check_hf_folder(open_checkpoint(folder), config)
-            args.hf_weights, args.load, args.pretrained_checkpoint = folder, None, None
-            return
-        own_save_folder = flag == "load" and (args.init_from_scratch or args.pretrained_checkpoint is not None)
-        if not own_save_folder:
-            raise UserError(
-                f"--{flag.replace('_', '-')} {folder}: {'no checkpoint in it' if os.path.isdir(folder) else 'no such folder'} (neither {TRACKER} nor a Hugging "
-                f"Face config.json); give a folder that holds one, or --init-from-scratch for random weights"
-            )
+        if is_distributed_checkpoint(folder) or is_hf_folder(folder):
+            return dest, folder
+        own = dest == "load" and args.save is not None and os.path.realpath(folder) == os.path.realpath(args.save)
+        if not (own and (args.init_from_scratch or args.pretrained_checkpoint is not None)):
+            raise UserError(f"{flag(dest)} {folder}: {_nothing_in(folder)}")
         args.load = None
-    if not args.init_from_scratch:
-        raise UserError("no weights: give --load FOLDER (a checkpoint or a Hugging Face folder), or --init-from-scratch for random weights")
+    return None
 
 
-def _check_hf_folder(tensors: dict[str, TensorEntry], config: HyConfig) -> None:
-    for name, entry in tensors.items():
-        if entry.dtype not in _DTYPES:
-            raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(_DTYPES)}: dequantise the checkpoint first")
-    match_hf_tensors(config, {name: entry.shape for name, entry in tensors.items()})
+def _nothing_in(folder: str) -> str:
+    """Why nothing can be loaded from `folder`, and what could."""
+    needed = f"a folder with a checkpoint ({TRACKER}) or a Hugging Face model (config.json) is needed"
+    parent, name = os.path.split(os.path.abspath(folder))
+    if os.path.isfile(os.path.join(folder, "metadata.json")) and (step := re.fullmatch(r"iter_0*(\d+)", name)):
+        return f"this is one iteration of a checkpoint; give --load {parent} --ckpt-step {step[1]}"
+    if not os.path.exists(folder):
+        siblings = os.listdir(parent) if os.access(parent, os.R_OK | os.X_OK) else []
+        near = difflib.get_close_matches(name, siblings, n=1)
+        return (
+            f"no such folder; {f'did you mean {os.path.join(parent, near[0])}? ' if near else ''}{needed}, or --init-from-scratch for random weights"
+        )
+    if not os.path.isdir(folder):
+        return f"a file, not a folder; {needed}"
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return f"not readable by this user; change its permissions, or give another folder: {needed}"
+    return f"no checkpoint in it; {needed}, or --init-from-scratch for random weights"
 
 
-def _check_iteration(args, flag: str, folder: str) -> None:
+def _check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | None) -> None:
+    if args.save is None or not is_distributed_checkpoint(args.save):
+        return
+    if chosen is None or os.path.realpath(chosen[1]) != os.path.realpath(args.save):
+        start = f"{flag(chosen[0])} {chosen[1]}" if chosen else "--init-from-scratch"
+        keep = f"--pretrained-checkpoint {chosen[1]}" if chosen else start
+        raise UserError(
+            f"--save {args.save} holds a checkpoint already, which {start} would overwrite; to go on from it give --load {args.save} {keep}, "
+            f"to start anew another --save"
+        )
+
+
+def _check_distributed(args: argparse.Namespace, dest: str, folder: str, config: HyConfig, say: Callable[[str], None]) -> None:
     path = os.path.join(folder, TRACKER)
-    with open(path) as file:
-        content = file.read().strip()
-    if args.ckpt_step is not None and flag == "load":
-        content = str(args.ckpt_step)
-    if content != "release" and not content.isdigit():
-        raise UserError(f"{path} holds {content[:40]!r}; expected an iteration number or 'release'")
+    try:
+        with open(path) as file:
+            content = file.read(100).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag(dest)} {folder}: {path} cannot be read ({error}); write the iteration to load into it, or 'release'") from None
+    complete = _complete_iterations(folder)
+    available = f"complete in it: {', '.join(map(str, complete[-5:]))}" if complete else "there is no complete one in it"
+    if dest == "load" and args.ckpt_step is not None:
+        said, content = f"--ckpt-step {args.ckpt_step}", str(args.ckpt_step)
+    else:
+        said = f"{path} names {content[:40]!r}"
+        if content != "release" and not content.isdecimal():
+            raise UserError(f"{flag(dest)} {folder}: {said}; an iteration or 'release' is needed ({available}): write it there, or give --ckpt-step")
     name = "release" if content == "release" else f"iter_{int(content):07d}"
     if not os.path.isfile(os.path.join(folder, name, "metadata.json")):
+        raise UserError(f"{flag(dest)} {folder}: {said}, but {name} is missing or was not saved to the end ({available}); give --ckpt-step")
+    goes_on = dest == "load" and name != "release" and not args.finetune
+    if args.rank == 0 and (entries := _read_metadata(f"{flag(dest)} {folder}", os.path.join(folder, name))) is not None:
+        _check_tensors(f"{flag(dest)} {folder}", entries, config)
+        if goes_on and not args.no_load_optim:
+            _check_optimizer(f"{flag(dest)} {folder}", entries, args)
+    if goes_on and args.train_iters is not None and int(content) >= args.train_iters:
+        say(f"nothing left to train: {folder} is at iteration {int(content)} of --train-iters {args.train_iters}")
+
+
+def _complete_iterations(folder: str) -> list[int]:
+    names = [re.fullmatch(r"iter_(\d{7,})", name) for name in os.listdir(folder)]
+    return sorted(int(name[1]) for name in names if name and os.path.isfile(os.path.join(folder, name[0], "metadata.json")))
+
+
+def _read_metadata(label: str, folder: str) -> dict[str, TensorStorageMetadata | BytesStorageMetadata] | None:
+    """What is stored under which key; None where it would take too long to read."""
+    path = os.path.join(folder, ".metadata")
+    if os.path.isfile(path) and os.path.getsize(path) > _MAX_METADATA_BYTES:
+        return None
+    try:
+        return FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever unpickling a broken file raises
         raise UserError(
-            f"--{flag.replace('_', '-')} {folder}: {path} names {name}, but {name}/metadata.json is missing: the save was not completed; give --ckpt-step"
+            f"{label}: {path} cannot be read ({type(error).__name__}: {error}); copy the checkpoint again, or give --ckpt-step"
+        ) from error
+
+
+def _check_tensors(label: str, entries: dict[str, TensorStorageMetadata | BytesStorageMetadata], config: HyConfig) -> None:
+    shapes = {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_KEYS)}
+    try:
+        check_distributed_tensors(config, shapes)
+    except UserError as error:
+        raise UserError(f"{label}: {error}; give the --hf-model that this checkpoint was made from") from None
+
+
+def _check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) -> None:
+    """The three forms that Megatron stores an optimizer's state in; none can be read as another."""
+    distributed, mixed, plain = (
+        "with --use-distributed-optimizer",
+        "in 16 bits without --use-distributed-optimizer",
+        "in fp32 without --use-distributed-optimizer",
+    )
+    keys = [key for key in keys if "optimizer." in key]
+    if not keys:
+        raise UserError(f"{label}: saved without the optimizer (--no-save-optim); add --no-load-optim to begin it anew")
+    marks = {
+        "optimizer.state.param.": distributed,
+        "optimizer.distributed.": distributed,
+        "optimizer.state.fp32_param.": mixed,
+        "optimizer.state.exp_avg.": plain,
+    }
+    saved = next((form for mark, form in marks.items() if any(mark in key for key in keys)), None)
+    wanted = distributed if args.use_distributed_optimizer else mixed if args.bf16 or args.fp16 else plain
+    if saved not in (None, wanted):
+        raise UserError(
+            f"{label}: its optimizer was saved {saved}, but this run is {wanted}; make them agree, or begin the optimizer anew with --no-load-optim"
         )
+
+
+def _check_hf_folder(label: str, folder: str, config: HyConfig) -> None:
+    try:
+        tensors: dict[str, TensorEntry] = open_checkpoint(folder)
+        for name, entry in tensors.items():
+            if entry.dtype not in _DTYPES:
+                raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(_DTYPES)}: dequantise the checkpoint first")
+        match_hf_tensors(config, {name: entry.shape for name, entry in tensors.items()})
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from error
 
 
 def load_hf_weights(model_chunks: list, folder: str, config: HyConfig) -> None:

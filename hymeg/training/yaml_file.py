@@ -1,39 +1,58 @@
-"""A recipe: a flat YAML file whose keys are Megatron's flags, with dashes or underscores."""
+"""A recipe: a flat YAML file whose keys are Megatron's flags, with dashes or underscores.
+
+`key: value` is `--key value`; `key: true` is the bare switch and `key: false` its opposite; a list gives several values; `null` leaves the flag out.
+Numbers stay as written: 1e-5 is text to YAML, and argparse reads it. The command line wins: it gives a flag another value, and undoes a switch with
+--no-SWITCH (hymeg gives every switch of Megatron's its opposite).
+"""
 
 import argparse
-from typing import Any
+import re
+from typing import NamedTuple
 
 import yaml
 
-from hymeg.errors import UserError, nearest
+from hymeg.errors import UserError
+from hymeg.training.flag_names import hint, opposite, plain
+
+_BOOL, _NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
 
 
-def read_as_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """The command-line words that say what the file says.
+class Setting(NamedTuple):
+    """One line of a recipe."""
 
-    `key: value` is `--key value`; `true` is the bare flag; `false` and `null` leave it out (a flag with a `--no-` form is given that for `false`); a
-    list gives several values.
+    where: str  # "FILE, line N"
+    words: list[str]  # what the command line would say; none for null
+
+
+def read_settings(path: str, parser: argparse.ArgumentParser) -> list[Setting]:
+    """What the file says, in its order.
 
     Raises:
-        UserError: not readable, not YAML, not flat, a key twice, an unknown key, or a value where the flag takes none.
+        UserError: not readable, not YAML, not flat, a flag set twice, an unknown key, no value, or a value where the flag takes none. Whether a value
+            fits its flag is for argparse to say.
     """
-    flags = {
-        option.removeprefix("--").replace("_", "-"): action for option, action in parser._option_string_actions.items() if option.startswith("--")
-    }
-    words = []
-    for key, value, line in _entries(path):
-        action = flags.get(key.replace("_", "-"))
-        if action is None:
-            raise UserError(
-                f"{path}, line {line}: unknown key {key!r}{nearest(key.replace('_', '-'), flags)} Keys are Megatron's flags without dashes in front"
-            )
-        if key in ("config", "help"):
-            raise UserError(f"{path}, line {line}: {key!r} belongs on the command line, not in a recipe")
-        words += _words(path, line, key.replace("_", "-"), value, action)
-    return words
+    options = {plain(option): option for option in parser._option_string_actions if option.startswith("--")}
+    dests = {action.dest: action.option_strings[-1] for action in reversed(parser._actions)}
+    settings, seen = [], {}
+    for key_node, value_node in _mapping(path):
+        where, key = f"{path}, line {key_node.start_mark.line + 1}", str(key_node.value)
+        if isinstance(value_node, yaml.MappingNode):
+            raise UserError(f"{where}: {key!r} holds a section; recipes are flat: put its keys at the left margin, without {key!r}")
+        option = options.get(key.replace("_", "-"))
+        if option is None:
+            near = f"; did you mean {dests[key]}?" if key in dests else hint(key, options.values())
+            raise UserError(f"{where}: unknown key {key!r}{near.replace('--', '')} (keys are the flags of pretrain_hy.py, without --)")
+        if option in ("--config", "--help"):
+            raise UserError(f"{where}: {key!r} belongs on the command line, not in a recipe; remove the line")
+        action = parser._option_string_actions[option]
+        if action.dest in seen:
+            raise UserError(f"{where}: {key!r} is set in line {seen[action.dest]} already; keep one of the two")
+        seen[action.dest] = key_node.start_mark.line + 1
+        settings.append(Setting(where, _words(f"{where}: {key!r}", option, action, value_node, parser)))
+    return settings
 
 
-def _entries(path: str) -> list[tuple[str, Any, int]]:
+def _mapping(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
     try:
         with open(path, encoding="utf-8") as file:
             root = yaml.compose(file, Loader=yaml.SafeLoader)
@@ -44,49 +63,46 @@ def _entries(path: str) -> list[tuple[str, Any, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: not YAML: {getattr(error, 'problem', error)}") from None
+        problem = getattr(error, "problem", None) or str(error)
+        advice = "indent with spaces, not tabs" if r"'\t'" in problem else "write one 'key: value' a line, with a space after the colon"
+        raise UserError(f"--config {path}{where}: not YAML ({problem}); {advice}") from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"--config {path}, line 1: expected 'flag: value' lines, found a {root.id}")
-    entries, seen = [], {}
-    loader = yaml.SafeLoader("")
-    for key_node, value_node in root.value:
-        line, key = key_node.start_mark.line + 1, str(key_node.value)
-        name = key.replace("_", "-")
-        if name in seen:
-            raise UserError(f"{path}, line {line}: key {key!r} stands in line {seen[name]} already; keep one")
-        seen[name] = line
-        if isinstance(value_node, yaml.MappingNode):
-            raise UserError(f"{path}, line {line}: {key!r} holds a section; recipes are flat: put its keys at the left margin")
-        # Numbers stay as written (1e-5 is a string to YAML), argparse reads them; only true, false and null mean something here.
-        plain = value_node.tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")
-        if isinstance(value_node, yaml.SequenceNode):
-            value = [str(item.value) for item in value_node.value]
-        else:
-            value = loader.construct_object(value_node) if plain else str(value_node.value)
-        entries.append((key, value, line))
-    return entries
+        raise UserError(f"--config {path}, line 1: found a {root.id}; write one 'key: value' a line, with a space after the colon")
+    return root.value
 
 
-def _words(path: str, line: int, name: str, value: Any, action: argparse.Action) -> list[str]:
-    takes_no_value = action.nargs == 0
-    negative = next((o for o in action.option_strings if o.startswith("--no-") and f"--{o[5:]}" in action.option_strings), None)
-    if value is None or value is False:
-        if value is False and not takes_no_value:
-            raise UserError(f"{path}, line {line}: {name!r} takes a value, found false; leave the line out instead")
-        return [negative] if negative and value is False else []
-    if value is True:
-        if not takes_no_value:
-            raise UserError(f"{path}, line {line}: {name!r} takes a value, found true")
-        return [f"--{name}"]
-    if takes_no_value:
-        raise UserError(f"{path}, line {line}: {name!r} is a switch: true or false, found {value!r}")
-    if isinstance(value, list):
-        if action.nargs in ("+", "*"):
-            return [f"--{name}", *value]
+def _words(said: str, option: str, action: argparse.Action, node: yaml.Node, parser: argparse.ArgumentParser) -> list[str]:
+    if node.value == "":
+        raise UserError(f"{said} has no value; give one, remove the line, or write null to leave the flag out")
+    if node.tag == _NULL:
+        return []
+    is_switch, is_bool = action.nargs == 0, node.tag == _BOOL
+    if is_switch:
+        if not is_bool:
+            raise UserError(f"{said} is a switch, found {_text(said, node)!r}; write true or false, without quotes")
+        if yaml.SafeLoader("").construct_object(node):
+            return [option]
+        undo = parser._option_string_actions.get(opposite(option))
+        if undo is None or undo.dest != action.dest:
+            raise UserError(f"{said} can only be true; remove the line")
+        return [opposite(option)]
+    if is_bool:
+        raise UserError(f"{said} takes a value, found {node.value}; give the value, or quote it if {node.value} is the value")
+    takes_several = action.nargs not in (None, "?")
+    if isinstance(node, yaml.SequenceNode):
+        values = [_text(said, item) for item in node.value]
         # A flag of one word whose value is a list by itself, such as moe-layer-freq.
-        return [f"--{name}", f"[{','.join(value)}]"]
-    if action.nargs in ("+", "*"):
-        return [f"--{name}", *value.split()]
-    return [f"--{name}={value}"]
+        return [option, *values] if takes_several else [f"{option}=[{','.join(values)}]"]
+    if takes_several:
+        return [option, *_text(said, node).split()]
+    return [f"{option}={_text(said, node)}"]
+
+
+def _text(said: str, node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise UserError(f"{said} holds a {node.id} inside a list; give plain values")
+    if re.match(r"~/|\$\{?\w", node.value):
+        raise UserError(f"{said} is {node.value!r}, but a recipe expands neither ~ nor $VARIABLES; write it out, or give it on the command line")
+    return node.value

@@ -42,7 +42,7 @@ def command(folder):
 
     def build(*flags: str, checkpoint: str = "trunk", load: str | None = None, steps: int = 4) -> list[str]:
         model = str(folder / checkpoint)
-        fixed = f"--seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --lr 1e-3 --lr-decay-style constant --eval-iters 0 --log-interval 1"
+        fixed = f"--seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --lr 1e-3 --lr-decay-style constant --eval-iters 0"
         batch = [] if "--global-batch-size" in flags else ["--global-batch-size", str(GLOBAL_BATCH)]
         data = ["--data-path", str(folder / "text"), "--split", "100,0,0", "--data-cache-path", str(folder / "cache")]
         return ["--hf-model", model, "--load", load or model, *data, *fixed.split(), *batch, *" ".join(flags).split()]

@@ -29,6 +29,7 @@ LAYOUTS = {  # world size -> name -> flags, checkpoint
         "TP2 EP2": (f"{TP2} {EP2}", "mtp"),
         "EP2 CP2": (f"{EP2} {CP2}", "trunk"),
         "PP2 EP2": (f"{PP2} {EP2} --use-distributed-optimizer", "trunk"),
+        "TP2 PP2 EP2 ETP1": (f"{TP2} {PP2} {EP2} --expert-tensor-parallel-size 1 --use-distributed-optimizer", "trunk"),
         "EP4": ("--expert-model-parallel-size 4", "trunk"),
     },
     8: {

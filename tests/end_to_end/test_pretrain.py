@@ -72,7 +72,7 @@ def test_first_life_starts_from_the_published_weights(lives, folder):
 
 def test_second_life_resumes(lives):
     first, second = (iterations(log) for log in lives)
-    assert list(first)[-1] == 4 and list(second)[0] == 5 and list(second)[-1] == 8
+    assert max(first) == 4 and min(second) == 5 and max(second) == 8
     assert "weights loaded from" not in lives[1]
     assert float(re.search(r"consumed samples: +(\d+)", second[8]).group(1)) == 32
 

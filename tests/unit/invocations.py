@@ -64,6 +64,9 @@ def make_places(folder: Path) -> dict[str, str]:
     _write_checkpoint(folder / "ckpt_other", other, (10,), "10")
     _write_checkpoint(folder / "ckpt_unreadable", config, (10,), "10")
     (folder / "ckpt_unreadable/iter_0000010/.metadata").write_bytes(b"cut off")
+    _write_checkpoint(folder / "ckpt_distributed", config, (5,), "5", ("param", "exp_avg"))
+    _write_checkpoint(folder / "ckpt_bf16", config, (5,), "5", ("fp32_param", "exp_avg"))
+    _write_checkpoint(folder / "ckpt_no_optimizer", config, (5,), "5", ())
     (folder / "empty").mkdir()
     (folder / "file").write_text("a file")
     return {path.stem if path.is_file() else path.name: str(path.with_suffix("")) for path in folder.iterdir()} | {
@@ -91,12 +94,14 @@ def _write_data(prefix: Path, vocab_size: int) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def _write_checkpoint(folder: Path, config: HyConfig, iterations: tuple[int, ...], tracker: str) -> None:
-    """A distributed checkpoint as Megatron's torch_dist lays it out, without optimizer."""
+def _write_checkpoint(folder: Path, config: HyConfig, iterations: tuple[int, ...], tracker: str, optimizer: tuple[str, ...] = ("exp_avg",)) -> None:
+    """A distributed checkpoint as Megatron's torch_dist lays it out, with as much of an optimizer as tells its form."""
     for iteration in iterations:
         path = folder / f"iter_{iteration:07d}"
         path.mkdir(parents=True)
-        dcp.save({key: torch.zeros(shape) for key, shape in distributed_shapes(config).items()}, checkpoint_id=path, no_dist=True)
+        tensors = {key: torch.zeros(shape) for key, shape in distributed_shapes(config).items()}
+        tensors |= {f"optimizer.state.{name}.decoder.final_layernorm.weight": torch.zeros(8) for name in optimizer}
+        dcp.save(tensors, checkpoint_id=path, no_dist=True)
         (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
 
@@ -289,6 +294,23 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "step of a model": (1, f"{LOAD} --load {{hf}} --ckpt-step 15", ("--ckpt-step 15", "Hugging Face folder", "leave it out")),
     "checkpoint of another model": (1, f"{LOAD} --load {{ckpt_other}}", ("--load {ckpt_other}", "missing", "give the --hf-model")),
     "checkpoint damaged": (1, f"{LOAD} --load {{ckpt_unreadable}}", ("--load {ckpt_unreadable}", "cannot be read", "copy the checkpoint again")),
+    "optimizer distributed before": (
+        1,
+        f"{LOAD} --load {{ckpt_distributed}}",
+        ("--load {ckpt_distributed}", "saved with --use-distributed-optimizer", "this run is in fp32 without", "--no-load-optim"),
+    ),
+    "optimizer distributed now": (
+        1,
+        f"{LOAD} --load {{ckpt}} --use-distributed-optimizer",
+        ("--load {ckpt}", "saved in fp32 without --use-distributed-optimizer", "this run is with", "--no-load-optim"),
+    ),
+    "optimizer in 16 bits now": (
+        1,
+        f"{LOAD} --load {{ckpt}} --bf16",
+        ("--load {ckpt}", "saved in fp32", "this run is in 16 bits", "--no-load-optim"),
+    ),
+    "optimizer in 16 bits before": (1, f"{LOAD} --load {{ckpt_bf16}}", ("--load {ckpt_bf16}", "saved in 16 bits", "in fp32", "--no-load-optim")),
+    "optimizer not saved": (1, f"{LOAD} --load {{ckpt_no_optimizer}}", ("--load {ckpt_no_optimizer}", "--no-save-optim", "add --no-load-optim")),
     "weights of another model": (1, f"{LOAD} --load {{other}}", ("--load {other}", "misshapen", "[1024, 64] is needed")),
     "weights of MTP missing": (1, f"{LOAD} --hf-model {{mtp}} --load {{hf}}", ("--load {hf}", "missing", "num_nextn_predict_layers")),
     "weights incomplete": (1, f"{LOAD} --load {{sharded}}", ("--load {sharded}", "are missing", "fetch them again")),

@@ -139,3 +139,25 @@ class TestFusedAdam:
     def test_what_only_the_gpu_offers_is_refused(self):
         with pytest.raises(ValueError, match="master_weights"):
             FusedAdam([torch.nn.Parameter(torch.ones(1))], master_weights=True)
+
+
+def test_nothing_else_asks_for_a_device():
+    """Outside hymeg.platform no code names CUDA, moves a tensor or asks which platform it is; the layer specs ask Megatron's configuration."""
+    import ast
+    from pathlib import Path
+
+    import hymeg
+
+    root = Path(hymeg.__file__).parent
+    sources = [path for path in root.rglob("*.py") if root / "platform" not in path.parents]
+    assert len(sources) > 25
+    found = []
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and (
+                node.attr in ("is_cuda", "is_cpu", "pin_memory") or (node.attr == "cuda") or (isinstance(node.value, ast.Name) and node.attr == "mps")
+            ):
+                found.append(f"{path.relative_to(root)}:{node.lineno}: .{node.attr}")
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and (node.value == "cuda" or node.value.startswith("cuda:")):
+                found.append(f"{path.relative_to(root)}:{node.lineno}: {node.value!r}")
+    assert not found

@@ -168,6 +168,10 @@ RIGHT: dict[str, tuple[int, str]] = {
     "data per split": (1, f"{DATA} --train-data-path {{text}} --valid-data-path 1 {{text}}"),
     "weights": (1, f"{LOAD} --load {{hf}}"),
     "resume": (1, f"{LOAD} --load {{ckpt}} --train-iters 50"),
+    "resume with the distributed optimizer": (1, f"{LOAD} --load {{ckpt_distributed}} --use-distributed-optimizer --bf16"),
+    "resume in 16 bits": (1, f"{LOAD} --load {{ckpt_bf16}} --bf16"),
+    "resume without the optimizer": (1, f"{LOAD} --load {{ckpt_distributed}} --no-load-optim"),
+    "resume weights alone": (1, f"{LOAD} --load {{ckpt_no_optimizer}} --finetune"),
     "resume at a step": (1, f"{LOAD} --load {{ckpt}} --ckpt-step 10 --train-iters 50"),
     "resume an unfinished save at a step": (1, f"{LOAD} --load {{ckpt_unfinished}} --ckpt-step 10 --train-iters 50"),
     "resume in place": (1, f"{LOAD} --load {{ckpt}} --save {{ckpt}} --pretrained-checkpoint {{hf}} --train-iters 50"),
@@ -230,7 +234,6 @@ def test_the_default_split_is_set_where_one_data_set_serves_all(checked, added, 
     ("world_size", "added", "dest", "value", "word"),
     [
         (2, "--tensor-model-parallel-size 2", "sequence_parallel", True, "--sequence-parallel set"),
-        (2, "--context-parallel-size 2 --eod-mask-loss", "calculate_per_token_loss", True, "--calculate-per-token-loss set"),
         (1, f"{LOAD} --load {{ckpt}}", "override_opt_param_scheduler", True, "--override-opt-param-scheduler set"),
         (1, "--save {tmp}/new", "save_interval", 10, "--save-interval 10 set"),
         (1, f"{LOAD} --load {{ckpt}}", "train_iters", 10, "nothing left to train: {ckpt} is at iteration 20"),
@@ -244,7 +247,7 @@ def test_what_is_corrected_is_said(checked, places, world_size, added, dest, val
 
 
 def test_nothing_is_said_of_what_needs_no_correction(checked):
-    assert checked("--eod-mask-loss")[1] == []
+    assert checked("--eod-mask-loss --context-parallel-size 2", 2)[1] == []
     assert checked("--tensor-model-parallel-size 2 --sequence-parallel", 2)[1] == []
 
 

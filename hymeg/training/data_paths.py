@@ -1,0 +1,185 @@
+"""Checks the data before anything heavy: the blend, its files, their format, the folder for the cache."""
+
+import argparse
+import glob
+import json
+import math
+import os
+import re
+import struct
+
+import numpy as np
+
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+from hymeg.training.flag_names import flag
+
+_PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
+_DEFAULT_SPLIT = "969, 30, 1"
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+_NUM_TOKENS_LOOKED_AT = 1 << 20
+
+
+def check_data(args: argparse.Namespace, config: HyConfig) -> None:
+    """Check the data of `args`, and set the default of `--split` where one is needed.
+
+    Raises:
+        UserError: no source of data or several, a blend that is none, a file that is missing, unreadable, truncated or holds tokens of another
+            vocabulary, a folder that cannot be written.
+    """
+    given = [dest for dest in ("mock_data", "data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path") if getattr(args, dest)]
+    sources = list(dict.fromkeys("train_data_path" if dest in _PER_SPLIT else dest for dest in given))
+    if not sources:
+        raise UserError("no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data for made-up tokens")
+    if len(sources) > 1:
+        raise UserError(f"{flag(given[0])} and {flag(next(dest for dest in given if dest in sources[1:]))} are both given; keep one source of data")
+    per_split = sources[0] in ("train_data_path", "per_split_data_args_path")
+    if args.split is None and not per_split:
+        args.split = _DEFAULT_SPLIT
+    _check_split(args, per_split)
+    if args.mock_data:
+        return
+    for label, words in _blends(args, sources[0]):
+        for prefix in _prefixes(label, words):
+            if "://" not in prefix:
+                _check_prefix(label, prefix, config)
+                _check_cache(args, label, prefix)
+
+
+def _check_split(args: argparse.Namespace, per_split: bool) -> None:
+    if per_split:
+        if args.split is not None:
+            raise UserError(f"--split {args.split} cannot be combined with data given for each split; leave it out")
+        if args.train_data_path is None and args.per_split_data_args_path is None:
+            raise UserError("--train-data-path is missing: data for validation or test is given, but none to train on")
+        return
+    # As Megatron reads it: every run of digits is a weight.
+    weights = [float(number) for number in re.findall(r"\d*\.?\d+", args.split)]
+    if not 1 <= len(weights) <= 3 or "-" in args.split or weights[0] <= 0:
+        raise UserError(f"--split {args.split}: weights for training, validation and test are needed, the first above 0, such as 969,30,1 or 100,0,0")
+
+
+def _blends(args: argparse.Namespace, source: str) -> list[tuple[str, list[str]]]:
+    """(label, words of the blend) of every blend."""
+    if source == "data_args_path":
+        return [(f"--data-args-path {args.data_args_path}", _read_text(flag(source), args.data_args_path).split())]
+    if source == "per_split_data_args_path":
+        path = args.per_split_data_args_path
+        said = f"{flag(source)} {path}"
+        try:
+            blends = json.loads(_read_text(flag(source), path))
+        except ValueError as error:
+            raise UserError(f"{said}: not JSON ({error}); an object with the keys train, valid and test is needed") from None
+        if not isinstance(blends, dict) or not {"train", "valid", "test"} <= blends.keys():
+            raise UserError(f"{said}: an object with the keys train, valid and test is needed")
+        return [(f"{said}, {key}", value.split() if isinstance(value, str) else [str(word) for word in value or []]) for key, value in blends.items()]
+    dests = ("data_path",) if source == "data_path" else _PER_SPLIT
+    return [(flag(dest), getattr(args, dest)) for dest in dests if getattr(args, dest)]
+
+
+def _read_text(label: str, path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{label} {path}: {error.strerror}; give a readable file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{label} {path}: not UTF-8 text; give a text file") from None
+
+
+def _prefixes(label: str, words: list[str]) -> list[str]:
+    """The data sets of a blend: 'prefix prefix ...' or 'weight prefix weight prefix ...'."""
+    weights = [_number(word) for word in words[0::2]]
+    if words and len(words) % 2 == 0 and all(weight is not None for weight in weights):
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
+            raise UserError(f"{label}: found the weights {' '.join(words[0::2])}; they must not be negative, nor all zero")
+        return words[1::2]
+    number = next((word for word in words if _number(word) is not None), None)
+    if number is not None:
+        raise UserError(
+            f"{label}: found the weight {number}, but not one before every data set; write WEIGHT PREFIX WEIGHT PREFIX ..., or prefixes alone"
+        )
+    return words
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _check_prefix(label: str, prefix: str, config: HyConfig) -> None:
+    for suffix in (".bin", ".idx"):
+        if prefix.endswith(suffix) and os.path.isfile(prefix):
+            raise UserError(f"{label} {prefix}: give the prefix without {suffix}: {prefix.removesuffix(suffix)}")
+    for suffix in (".idx", ".bin"):
+        path = prefix + suffix
+        if not os.path.isfile(path):
+            raise UserError(f"{label} {prefix}: no file {path}; {_instead(prefix)}")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{label} {prefix}: {path} is not readable by this user; change its permissions (chmod a+r)")
+    _check_files(label, prefix, config)
+
+
+def _instead(prefix: str) -> str:
+    found = sorted(glob.glob(glob.escape(prefix) + ("/*.idx" if os.path.isdir(prefix) else "*.idx")))
+    if found:
+        what = f"{prefix} is a folder, and the prefix of two files is needed" if os.path.isdir(prefix) else "a prefix is needed"
+        return f"{what}: {', '.join(path.removesuffix('.idx') for path in found[:3])}?"
+    return "make it with tools/preprocess_data.py"
+
+
+def _check_files(label: str, prefix: str, config: HyConfig) -> None:
+    """The index against the tokens' file: 9 bytes of magic, version, dtype, numbers of sequences and documents; then all lengths (int32), all offsets
+    (int64). Source: megatron/core/datasets/indexed_dataset.py."""
+    index_bytes, token_bytes = os.path.getsize(prefix + ".idx"), os.path.getsize(prefix + ".bin")
+    with open(prefix + ".idx", "rb") as file:
+        header = file.read(34)
+        if len(header) < 34 or not header.startswith(_MAGIC) or header[17] not in _DTYPES:
+            raise UserError(f"{label} {prefix}: {prefix}.idx is not an index of Megatron's; make it with tools/preprocess_data.py")
+        num_sequences, num_documents = struct.unpack_from("<QQ", header, 18)
+        if num_sequences == 0:
+            raise UserError(f"{label} {prefix}: {prefix}.idx lists no documents; give data with some")
+        needed = 34 + 12 * num_sequences + 8 * num_documents
+        if index_bytes < needed:
+            raise UserError(f"{label} {prefix}: {prefix}.idx is truncated: {index_bytes} bytes of at least {needed}; copy or make it again")
+        file.seek(34 + 4 * (num_sequences - 1))
+        (length,) = struct.unpack("<i", file.read(4))
+        file.seek(34 + 12 * num_sequences - 8)
+        (offset,) = struct.unpack("<q", file.read(8))
+    dtype = np.dtype(_DTYPES[header[17]])
+    needed = offset + length * dtype.itemsize
+    if token_bytes < needed:
+        raise UserError(
+            f"{label} {prefix}: {prefix}.bin is truncated: {token_bytes} bytes of the {needed} that the index describes; copy or make it again"
+        )
+    largest = np.fromfile(prefix + ".bin", dtype=dtype, count=_NUM_TOKENS_LOOKED_AT).max(initial=0)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{label} {prefix}: {prefix}.bin holds token {largest}, outside the model's vocabulary of {config.vocab_size}; tokenize it again with "
+            f"this model's tokenizer (tools/preprocess_data.py)"
+        )
+
+
+def _check_cache(args: argparse.Namespace, label: str, prefix: str) -> None:
+    """Megatron writes its indices under --data-cache-path, or else beside the data in a folder named like the prefix."""
+    if args.data_cache_path is not None:
+        check_writable("--data-cache-path", args.data_cache_path)
+    else:
+        try:
+            check_writable(label, os.path.join(prefix, "cache"))
+        except UserError as error:
+            raise UserError(f"{error}; give --data-cache-path, a folder that all ranks share, for Megatron's cache of the data") from None
+
+
+def check_writable(label: str, folder: str) -> None:
+    """Raise a UserError unless `folder` is, or can be made, a folder that this user may write into."""
+    parent = os.path.abspath(folder)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise UserError(f"{label} {folder}: {parent} is a file; give a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{label} {folder}: {parent} is not writable by this user; give another folder, or change its permissions")

@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Compare two checkpoints, Hugging Face or distributed on either side, tensor by tensor and bit by bit. Exit code 1 on any difference."""
+
+import argparse
+import sys
+
+from hymeg.checkpoint.compare import compare_checkpoints
+from hymeg.errors import exit_on_user_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("a", metavar="A", help="folder of a checkpoint")
+    parser.add_argument("b", metavar="B", help="folder of another")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="X", help="absolute difference that is none; dtypes may differ then (default: 0)"
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
+    args = parser.parse_args()
+
+    with exit_on_user_error():
+        differences = compare_checkpoints(args.a, args.b, args.tolerance, args.workers)
+        for difference in differences:
+            print(f"{difference.name}: {difference.what}")
+        print(f"{len(differences)} differences" if differences else "no difference")
+    sys.exit(1 if differences else 0)
+
+
+if __name__ == "__main__":
+    main()
