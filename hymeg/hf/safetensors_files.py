@@ -169,6 +169,18 @@ def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_
     return [Shard(name, tuple(group)) for name, group in zip(names, by_width, strict=True)]
 
 
+def shard_header(shard: Shard) -> bytes:
+    """What a file begins with: the header's length and the header. The tensors' bytes follow, in the shard's order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard.tensors:
+        begin, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_shard(directory: str | os.PathLike, shard: Shard, read: Callable[[TensorSpec], Iterable[Buffer]]) -> None:
     """Write one file, whole or not at all.
 
@@ -181,15 +193,8 @@ def write_shard(directory: str | os.PathLike, shard: Shard, read: Callable[[Tens
         UserError: the file cannot be written.
         ValueError: `read` gave too few or too many bytes.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in shard.tensors:
-        begin, end = end, end + tensor.nbytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with written_whole(Path(directory) / shard.file_name) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(shard_header(shard))
         for tensor in shard.tensors:
             num_bytes = sum(file.write(buffer) for buffer in read(tensor))
             if num_bytes != tensor.nbytes:

@@ -1,0 +1,77 @@
+"""Writes what describes a distributed checkpoint: `.metadata`, `metadata.json` and the object beside the tensors. `dist_files` says what they hold.
+
+The pickle is written out by hand: a pickler would import torch, at a cost of seconds and of half a gigabyte, to look the names of its classes up.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from hymeg.checkpoint.dist_files import FORMAT, FORMAT_FILE, METADATA, TORCH_DTYPES, StoredTensor
+from hymeg.checkpoint.stored_tensor import Shape, plain, stored_object
+from hymeg.hf.config import HyConfig
+from hymeg.hf.files import write_whole
+
+_TORCH = "torch.distributed.checkpoint.metadata"
+
+
+def common_state(config: HyConfig) -> bytes:
+    """The object of key `dist_files.COMMON_STATE_KEY`. Megatron compares these flags with its own, and wants a version under virtual pipelines."""
+    flags = argparse.Namespace(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        skipped_train_samples=0,
+    )
+    return stored_object([{"args": flags, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}])
+
+
+def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, tuple[str, int, int]]) -> None:
+    """Write `.metadata`, then `metadata.json`, of the tensors and objects (key -> file, position, length), which are all on disk.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    described = [plain(key) + _instance(_TORCH, "BytesStorageMetadata") for key in objects]
+    places = [_place(key, None, *place) for key, place in objects.items()]
+    for key, tensor in tensors.items():
+        chunks = [_instance(_TORCH, "ChunkStorageMetadata", offsets=_size(chunk.offset), sizes=_size(chunk.shape)) for chunk in tensor.chunks]
+        layout = b"ctorch.serialization\n_get_layout\n(" + plain("torch.strided") + b"tR"
+        contiguous = b"c" + _TORCH.encode() + b"\n_MEM_FORMAT_ENCODING\n(" + plain(0) + b"tR"
+        state = b"(ctorch\n" + TORCH_DTYPES[tensor.dtype].encode() + b"\n" + layout + plain(False) + contiguous + plain(False) + b"t"
+        properties = b"c" + _TORCH.encode() + b"\nTensorProperties\n)\x81" + state + b"b"
+        listed = b"](" + b"".join(chunks) + b"e"
+        described.append(plain(key) + _instance(_TORCH, "TensorStorageMetadata", properties=properties, size=_size(tensor.shape), chunks=listed))
+        places += [_place(key, chunk.offset, chunk.file, chunk.position, chunk.length) for chunk in tensor.chunks]
+    metadata = _instance(
+        _TORCH,
+        "Metadata",
+        state_dict_metadata=b"}(" + b"".join(described) + b"u",
+        planner_data=plain(None),
+        storage_data=b"}(" + b"".join(places) + b"u",
+        storage_meta=_instance(_TORCH, "StorageMeta", checkpoint_id=plain(None), save_id=plain(None), load_id=plain(None), modules=b"]"),
+        version=plain("1.0.0"),
+    )
+    write_whole(folder / METADATA, b"\x80\x02" + metadata + b".")
+    write_whole(folder / FORMAT_FILE, json.dumps(FORMAT).encode())
+
+
+def _instance(module: str, name: str, **state: bytes) -> bytes:
+    """The pickle of an object with these attributes, themselves pickled."""
+    attributes = b"}(" + b"".join(plain(key) + value for key, value in state.items()) + b"ub" if state else b""
+    return b"c" + f"{module}\n{name}\n".encode() + b")\x81" + attributes
+
+
+def _size(shape: Shape) -> bytes:
+    return b"ctorch\nSize\n(" + plain(shape) + b"tR"
+
+
+def _place(key: str, offset: Shape | None, file: str, position: int, length: int) -> bytes:
+    """An item of storage_data: where the chunk at `offset` (None: the object) of this key lies."""
+    of_chunk = {"offset": _size(offset)} if offset is not None else {}
+    index = _instance(_TORCH, "MetadataIndex", fqn=plain(key), index=plain(None), **of_chunk)
+    info = {"relative_path": plain(file), "offset": plain(position), "length": plain(length)}
+    return index + _instance("torch.distributed.checkpoint.filesystem", "_StorageInfo", **info)

@@ -1,0 +1,124 @@
+"""Several processes at one job, with their progress shown: what conversion and comparison have in common. Nothing here knows of checkpoints."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, TextIO
+
+from hymeg.errors import UserError
+
+_SECONDS_BETWEEN_LINES = 10
+_SECONDS_BETWEEN_REDRAWS = 0.2
+
+Work = Callable[[Any, Callable[[int], None]], Any]
+
+
+class Outcome(NamedTuple):
+    results: list  # what `work` returned, share by share
+    peak_bytes: int  # peak resident memory of the workers and of this process, added up
+
+
+class Progress:
+    """Bytes done, rate and remaining time: a bar on a terminal, elsewhere a line each ten seconds."""
+
+    def __init__(self, what: str, num_bytes: int, stream: TextIO | None = None):
+        self.what, self.num_bytes, self.stream = what, num_bytes, stream or sys.stderr
+        self.is_terminal = self.stream.isatty()
+        self.started = self.shown = time.monotonic()
+
+    def show(self, done: int, at_end: bool = False) -> None:
+        now = time.monotonic()
+        if not at_end and now - self.shown < (_SECONDS_BETWEEN_REDRAWS if self.is_terminal else _SECONDS_BETWEEN_LINES):
+            return
+        if at_end and not self.is_terminal:
+            return
+        self.shown = now
+        seconds, share = max(now - self.started, 1e-6), min(done / self.num_bytes, 1.0) if self.num_bytes else 1.0
+        left = f"{seconds / share * (1 - share):,.0f} s left" if share > 0 else "remaining time unknown"
+        text = f"{self.what}: {share:4.0%} of {self.num_bytes / 1e9:,.2f} GB, {done / seconds / 1e9:.2f} GB/s, {left}"
+        if self.is_terminal:
+            filled = round(share * 20)
+            text = f"\r[{'#' * filled}{'.' * (20 - filled)}] {text}\x1b[K" + ("\n" if at_end else "")
+        print(text, end="" if self.is_terminal else "\n", file=self.stream, flush=True)
+
+
+def run(work: Work, shares: Sequence[Any], progress: Progress) -> Outcome:
+    """Call `work(share, report)` for every share, each in a process of its own, forked from this one; `report(n)` tells that n more bytes are done.
+
+    The first failure ends the others. A worker whose parent is gone ends itself at its next
+    report.
+
+    Raises:
+        UserError: a worker raised one, or was killed.
+        RuntimeError: a worker raised something else; its traceback is the message.
+    """
+    context = multiprocessing.get_context("fork")
+    done = context.RawArray("q", max(len(shares), 1))
+    processes, results, peaks = [], [None] * len(shares), [0] * len(shares)
+    waiting: dict[Connection, int] = {}
+    gc.freeze()  # a collection in a worker would touch, and so copy, every page that it shares with this process
+    try:
+        for number, share in enumerate(shares):
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_worker, args=(work, share, done, number, send, os.getpid()), daemon=True)
+            process.start()
+            send.close()
+            processes.append(process)
+            waiting[receive] = number
+        while waiting:
+            for connection in wait(list(waiting), timeout=_SECONDS_BETWEEN_REDRAWS):
+                number = waiting.pop(connection)
+                results[number], peaks[number] = _received(connection, processes[number])
+            progress.show(sum(done))
+        progress.show(sum(done), at_end=True)
+        return Outcome(results, sum(peaks) + _peak_bytes())
+    finally:
+        gc.unfreeze()
+        for process in processes:
+            if process.is_alive():
+                process.kill() if waiting else None
+            process.join()
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+
+
+def _worker(work: Work, share: Any, done: Any, number: int, send: Connection, parent: int) -> None:
+    def report(num_bytes: int) -> None:
+        done[number] += num_bytes
+        if os.getppid() != parent:
+            os._exit(1)
+
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            result = work(share, report)
+            send.send(("done", result, _peak_bytes()))
+        except UserError as error:
+            send.send(("user", str(error), 0))
+        except KeyboardInterrupt:
+            send.send(("user", "interrupted", 0))
+        except BaseException:
+            send.send(("bug", traceback.format_exc(), 0))
+
+
+def _received(connection: Connection, process: Any) -> tuple[Any, int]:
+    try:
+        kind, result, peak = connection.recv()
+    except EOFError:
+        process.join()
+        raise UserError(
+            f"a worker process ended with exit code {process.exitcode} before its share was done; out of memory? give fewer --workers"
+        ) from None
+    if kind == "user":
+        raise UserError(result)
+    if kind == "bug":
+        raise RuntimeError(f"a worker failed:\n{result}")
+    return result, peak

@@ -1,0 +1,288 @@
+"""Conversion both ways, without Megatron: nothing lost, nothing left behind, nothing believed that a file says of itself."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from hymeg.checkpoint.adapter import HyStateDictAdapter
+from hymeg.checkpoint.compare import compare_checkpoints, describe
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.rows import converted
+from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, envelope
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+from hymeg.hf.safetensors_files import MappedFiles, open_checkpoint
+from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
+
+TOOLS = Path(__file__).parents[2] / "tools"
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A bf16 hub checkpoint with an MTP layer, in several shards."""
+    folder = tmp_path_factory.mktemp("convert") / "hf"
+    write_tiny_checkpoint(folder, num_mtp_layers=1, max_shard_bytes=300_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dist(source):
+    hf_to_dist(source, source.parent / "dist")
+    return source.parent / "dist"
+
+
+def state_dict(folder: Path) -> dict[str, torch.Tensor]:
+    with MappedFiles() as files:
+        return {
+            name: torch.frombuffer(bytearray(files.view(entry)), dtype=TORCH[entry.dtype]).view(entry.shape)
+            for name, entry in open_checkpoint(folder).items()
+        }
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+# ---- one stored tensor
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("BF16", (5, 7)), ("F32", (300,)), ("F16", (1, 3, 4)), ("F32", (1,))])
+def test_a_stored_tensor_is_what_torch_save_writes(tmp_path, dtype, shape):
+    tensor = torch.randn(shape).to(TORCH[dtype])
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    around = envelope(dtype, shape)
+    ours, theirs = around.before + raw + around.closed(zlib.crc32(raw)), io.BytesIO()
+    torch.save(tensor, theirs)
+    assert torch.equal(torch.load(io.BytesIO(ours), weights_only=True), tensor)
+    assert zipfile.ZipFile(io.BytesIO(ours)).testzip() is None
+    assert len(around.before) % 64 == 0
+    for data in (ours, theirs.getvalue()):
+        (tmp_path / "file").write_bytes(b"before" + data + b"behind")
+        with open(tmp_path / "file", "rb") as file:
+            window, finder = FileWindow(file.fileno(), 6, len(data)), ElementFinder()
+            for _ in range(2):  # by the zip's directory, then by the prefix
+                assert window.read_at(finder.find(window, dtype, shape, "it"), len(raw)) == raw
+            with pytest.raises(UserError, match=r"its shape is"):
+                finder.find(window, dtype, (*shape, 1), "it")
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.randn(4, 6).t(), torch.randn(8, 6)[::2], torch.arange(24).view(6, 4), torch.randn(6, 4, dtype=torch.float64)]
+)
+def test_a_stored_tensor_of_another_form_is_refused(tmp_path, tensor):
+    torch.save(tensor, tmp_path / "file")
+    with open(tmp_path / "file", "rb") as file, pytest.raises(UserError, match="it: not a stored F32 tensor"):
+        ElementFinder().find(FileWindow(file.fileno(), 0, os.path.getsize(tmp_path / "file")), "F32", tuple(tensor.shape), "it")
+
+
+def test_any_damage_to_a_stored_tensor_is_an_error_or_harmless(tmp_path):
+    torch.save(torch.randn(6, 4), tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    choose = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(choose.randint(1, 4)):
+            damaged[choose.randrange(len(data))] = choose.randrange(256)
+        (tmp_path / "file").write_bytes(damaged[: choose.choice([len(data), choose.randrange(len(data))])])
+        with open(tmp_path / "file", "rb") as file:
+            size = os.path.getsize(tmp_path / "file")
+            with contextlib.suppress(UserError):
+                assert ElementFinder().find(FileWindow(file.fileno(), 0, size), "F32", (6, 4), "it") + 96 <= size
+
+
+def test_numbers_are_rounded_as_torch_rounds_them():
+    numbers = torch.cat([torch.randn(5000) * 10.0 ** torch.randint(-20, 20, (5000,)), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])
+    for found, tensor in (("F32", numbers), ("BF16", numbers.bfloat16()), ("F16", numbers.half())):
+        raw = memoryview(tensor.view(torch.uint8).numpy().tobytes())
+        for wanted, dtype in TORCH.items():
+            with np.errstate(over="ignore"):
+                result = torch.frombuffer(bytearray(converted(raw, found, wanted)), dtype=dtype)
+            assert torch.equal(result.nan_to_num(7), tensor.to(dtype).nan_to_num(7)), (found, wanted)
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("out_layout", ["hub", "fused"])
+@pytest.mark.parametrize(
+    ("layout", "dtype", "changes", "num_mtp", "shard", "out_shard", "workers"),
+    [
+        ("hub", "bf16", {}, 1, 300_000, 10**9, 2),
+        ("fused", "fp32", {"vocab_size": 1501}, 0, 10**9, 200_000, 3),
+        ("hub", "fp32", {"num_key_value_heads": 8, "first_k_dense_replace": 0}, 2, 10**9, 10**9, 1),
+        ("fused", "bf16", {"first_k_dense_replace": 4, "moe_router_enable_expert_bias": False}, 0, 100_000, 100_000, 2),
+    ],
+)
+def test_back_from_distributed_every_bit_is_the_same(tmp_path, layout, dtype, changes, num_mtp, shard, out_shard, workers, out_layout):
+    config = HyConfig.from_dict(TINY_CONFIG | changes)
+    config = write_tiny_checkpoint(tmp_path / "hf", config, layout=layout, dtype=dtype, max_shard_bytes=shard, num_mtp_layers=num_mtp)
+    hf_to_dist(tmp_path / "hf", tmp_path / "dist", workers=workers, verify=True)
+    dist_to_hf(tmp_path / "dist", tmp_path / "out", layout=out_layout, max_shard_bytes=out_shard, workers=workers, verify=True)
+    adapter = HyStateDictAdapter(config)  # the other implementation of the table, on tensors in memory
+    assert_same_tensors(state_dict(tmp_path / "out"), adapter.to_hf(adapter.from_hf(state_dict(tmp_path / "hf")), layout=out_layout))
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        for target in ("out", "dist"):
+            assert json_or_text(tmp_path / target / name) == json_or_text(tmp_path / "hf" / name)
+    assert compare_checkpoints(tmp_path / "hf", tmp_path / "out") == []
+    assert sorted(os.listdir(tmp_path)) == ["dist", "hf", "out"]
+
+
+def json_or_text(path: Path):
+    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
+
+
+def test_the_reader_of_torch_reads_the_same_tensors(source, dist):
+    expected = HyStateDictAdapter(HyConfig.from_dir(source)).from_hf(state_dict(source))
+    entries = FileSystemReader(dist / "release").read_metadata().state_dict_metadata
+    found = {key: torch.empty(expected[key].shape, dtype=entries[key].properties.dtype) for key in expected}
+    torch.distributed.checkpoint.load(found, storage_reader=FileSystemReader(dist / "release"), no_dist=True)
+    assert_same_tensors(found, expected)
+    assert set(entries) - set(expected) == {"common_state/shard_0_1"}
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_any_grid_of_chunks_that_torch_saves_can_be_read(source, tmp_path, axis):
+    """Every tensor cut in two along an axis, as tensor parallelism cuts them; padding rows below the vocabulary."""
+    config = HyConfig.from_dir(source)
+    adapter = HyStateDictAdapter(config)
+    tensors = adapter.from_hf(state_dict(source), padded_vocab_size=config.vocab_size + 6)
+    folder = tmp_path / "dist" / "iter_0000007"
+    save_in_chunks(folder, {key: (tensor, min(axis, tensor.dim() - 1)) for key, tensor in tensors.items()})
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    (tmp_path / "dist" / TRACKER).write_text("7")
+    with pytest.raises(UserError, match=r"no config\.json in it; give --base-hf"):
+        dist_to_hf(tmp_path / "dist", tmp_path / "out")
+    for layout in ("hub", "fused"):
+        dist_to_hf(tmp_path / "dist", tmp_path / layout, base_hf=source, layout=layout, verify=True)
+        assert_same_tensors(state_dict(tmp_path / layout), adapter.to_hf(tensors, layout=layout))
+
+
+def save_in_chunks(folder: Path, tensors: dict[str, tuple[torch.Tensor, int]]) -> None:
+    """What PyTorch's own classes write: each tensor as two halves of an axis (one, where it has length 1)."""
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    folder.mkdir(parents=True)
+    described, places = {}, {}
+    with open(folder / "__0_0.distcp", "wb") as file:
+        for key, (tensor, axis) in tensors.items():
+            chunks, start = [], 0
+            for half in tensor.chunk(2, dim=axis):
+                offset = [0] * tensor.dim()
+                offset[axis] = start
+                start += half.shape[axis]
+                chunks.append(dcp.ChunkStorageMetadata(torch.Size(offset), half.shape))
+                position = file.tell()
+                torch.save(half.clone(memory_format=torch.contiguous_format), file)
+                places[dcp.MetadataIndex(key, offset)] = _StorageInfo("__0_0.distcp", position, file.tell() - position)
+            described[key] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)
+    (folder / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(described, storage_data=places)))
+
+
+def test_an_expert_bias_in_bf16_becomes_fp32(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config = write_tiny_checkpoint(tmp_path / "hf")
+    tensors = {name: t.bfloat16() for name, t in load_file(tmp_path / "hf" / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    hf_to_dist(tmp_path / "hf", tmp_path / "dist", verify=True)
+    dist_to_hf(tmp_path / "dist", tmp_path / "out", verify=True)
+    adapter = HyStateDictAdapter(config)
+    assert_same_tensors(state_dict(tmp_path / "out"), adapter.to_hf(adapter.from_hf(tensors)))
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype", "named"), [("fp32", torch.float32, "float32"), ("bf16", torch.bfloat16, "bfloat16")])
+def test_the_export_has_the_dtype_that_was_asked_for(source, dist, tmp_path, dtype, torch_dtype, named):
+    dist_to_hf(dist, tmp_path / "out", dtype=dtype, verify=True)
+    found, expected = state_dict(tmp_path / "out"), state_dict(source)
+    assert_same_tensors(found, {name: t if "expert_bias" in name else t.to(torch_dtype) for name, t in expected.items()})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == named
+
+
+def test_transformers_computes_the_same_from_the_export(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    write_tiny_checkpoint(tmp_path / "hf", dtype="fp32")
+    with open(tmp_path / "hf" / "config.json") as file:
+        raw = json.load(file)
+    raw["mlp_layer_types"] = ["dense", "sparse", "sparse", "sparse"]  # transformers does not read first_k_dense_replace
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(raw))
+    hf_to_dist(tmp_path / "hf", tmp_path / "dist")
+    logits = []
+    for layout in ("hf", "hub", "fused"):
+        if layout != "hf":
+            dist_to_hf(tmp_path / "dist", tmp_path / layout, layout=layout)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / layout, dtype=torch.float32).eval()
+        tokens = AutoTokenizer.from_pretrained(tmp_path / layout)("The sun rises in the east.", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_mtp_layers_that_training_did_not_hold_come_from_the_base(source, tmp_path):
+    write_tiny_checkpoint(tmp_path / "trunk", seed=5)
+    hf_to_dist(tmp_path / "trunk", tmp_path / "dist")
+    shutil.copy(source / "config.json", tmp_path / "dist")
+    with pytest.raises(UserError, match=r"did not hold the model's MTP layers \(16 tensors.*--base-hf"):
+        dist_to_hf(tmp_path / "dist", tmp_path / "out")
+    said = []
+    dist_to_hf(tmp_path / "dist", tmp_path / "out", base_hf=source, verify=True, say=said.append)
+    found, trunk, base = (state_dict(folder) for folder in (tmp_path / "out", tmp_path / "trunk", source))
+    assert_same_tensors(found, {name: trunk.get(name, base[name]) for name in base})
+    assert "16 tensors" in said[0]
+    write_tiny_checkpoint(tmp_path / "other", HyConfig.from_dict(TINY_CONFIG | {"hidden_size": 128}), num_mtp_layers=1)
+    with pytest.raises(UserError, match=r"another model.*hidden_size differ"):
+        dist_to_hf(tmp_path / "dist", tmp_path / "other-out", base_hf=tmp_path / "other")
+
+
+# ---- comparison
+
+
+def test_comparison_says_what_differs_where_and_by_how_much(source, dist, tmp_path):
+    shutil.copytree(source, tmp_path / "b")
+    entry = open_checkpoint(tmp_path / "b")["model.layers.1.self_attn.k_proj.weight"]
+    with open(entry.file, "r+b") as file:
+        file.seek(entry.offset + 2 * 70)
+        old = np.frombuffer(file.read(2), "<u2")
+        file.seek(-2, os.SEEK_CUR)
+        file.write((old ^ 0x8000).tobytes())
+    for a in (source, dist):
+        (difference,) = compare_checkpoints(a, tmp_path / "b")
+        assert difference.name == "model.layers.1.self_attn.k_proj.weight"
+        assert re.match(r"1 of 2048 elements, first at element 70: (-?[\d.]+) and -?\1, by [\d.]+ at most", difference.what.replace("-", ""))
+        assert compare_checkpoints(a, tmp_path / "b", tolerance=10) == []
+
+
+def test_the_tools_say_it_and_exit_with_it(source, dist, tmp_path):
+    def run(*command):
+        return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+
+    done = run(TOOLS / "convert_checkpoint.py", "dist-to-hf", "--dist", dist, "--hf", tmp_path / "out", "--shard-size", "300KB", "--verify")
+    assert done.returncode == 0 and "166 tensors, 981,184 bytes" in done.stdout and done.stdout.strip().endswith("verified")
+    assert run(TOOLS / "compare_checkpoints.py", source, tmp_path / "out").returncode == 0
+    shutil.rmtree(tmp_path / "out")
+    write_tiny_checkpoint(tmp_path / "out", num_mtp_layers=1, seed=7)
+    assert run(TOOLS / "compare_checkpoints.py", source, tmp_path / "out").returncode == 1
+    failed = run(TOOLS / "convert_checkpoint.py", "hf-to-dist", "--hf", tmp_path / "nothing", "--dist", tmp_path / "x")
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    assert "optimizer state: no" in run(TOOLS / "convert_checkpoint.py", "inspect", dist).stdout
+    assert "MTP layers: 1, held" in describe(source)
