@@ -1,11 +1,9 @@
 """The one exception for what a person got wrong. Tracebacks are for bugs."""
 
 import contextlib
-import difflib
 import os
 import sys
 import time
-from collections.abc import Iterable
 
 EXIT_CODE = 2
 _SECONDS_FOR_RANK_0 = 15
@@ -33,9 +31,3 @@ def exit_on_user_error():
         # No clean-up: a process group would wait for ranks that are gone, and no file is half-written (they appear whole or not at all).
         sys.stdout.flush()
         os._exit(EXIT_CODE)
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """`"; did you mean X?"`, or nothing when no candidate is near."""
-    found = difflib.get_close_matches(name, list(candidates), n=1)
-    return f"; did you mean {found[0]}?" if found else ""

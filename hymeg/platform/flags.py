@@ -65,6 +65,7 @@ REFUSED: Only = {
     "symmetric_ar_type": (None, _NEEDS_CUDA),
     "batch_invariant_mode": (False, _NEEDS_CUDA),
     "dist_ckpt_optim_fully_reshardable": (True, "what its other format has saved cannot be resumed there"),
+    "fp32_residual_connection": (False, "the CPU's layers compute in one dtype"),
     "log_energy": (False, "it reads a GPU's power"),
     "log_straggler": (False, "it times GPU kernels"),
     "gpu_sniff_test_interval": (None, _NEEDS_CUDA),
@@ -77,6 +78,8 @@ REFUSED_VALUES: Values = {
     ("moe_token_dispatcher_type", "flex"): "DeepEP and HybridEP need CUDA; use alltoall or allgather",
     ("attention_backend", "flash"): "it needs CUDA; leave --attention-backend out",
     ("attention_backend", "fused"): "it needs CUDA; leave --attention-backend out",
+    ("recompute_modules", "layernorm"): "it needs Transformer Engine; leave it out of the list",
+    ("recompute_modules", "moe_act"): "it needs Transformer Engine; leave it out of the list",
     ("cross_entropy_fusion_impl", "te"): "it needs Transformer Engine; use native",
 }
 

@@ -206,7 +206,7 @@ def _refuse_on_platform(said: dict[str, Any], sources: Sources, only: platform_f
             option = sources[dest][0]
             raise UserError(f"{_shown(option, said[dest])} cannot work on CPU ({where}): {why}; leave {option} out")
     for (dest, value), why in values.items():
-        if dest in said and _name(said[dest]) == value:
+        if dest in said and value in (said[dest] if isinstance(said[dest], list) else [_name(said[dest])]):
             raise UserError(f"{sources[dest][0]} {value} cannot work on CPU ({where}): {why}")
 
 

@@ -7,63 +7,107 @@ import math
 import os
 import re
 import struct
+from collections.abc import Callable
 
 import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
 
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.training.flag_names import flag
 
 _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
-_DEFAULT_SPLIT = "969, 30, 1"
+_ENDS = (("--train-data-path", ", train"), ("--valid-data-path", ", valid"))  # of the labels of blends
+_DEFAULT_SPLITS = ("969, 30, 1", "90, 10, 0", "100, 0, 0")  # Megatron's; less demanding ones for few documents
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 _NUM_TOKENS_LOOKED_AT = 1 << 20
 
 
-def check_data(args: argparse.Namespace, config: HyConfig) -> None:
-    """Check the data of `args`, and set the default of `--split` where one is needed.
+def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
+    """Check the data of `args`, choose `--split` where it is not given, and turn evaluation off where there is nothing to evaluate on.
 
     Raises:
         UserError: no source of data or several, a blend that is none, a file that is missing, unreadable, truncated or holds tokens of another
-            vocabulary, a folder that cannot be written.
+            vocabulary, a split that leaves some part without a document, a folder that cannot be written.
     """
+    if args.full_validation != args.multiple_validation_sets:
+        one, other = ("full", "multiple") if args.full_validation else ("multiple", "full")
+        flags = {"full": "--full-validation", "multiple": "--multiple-validation-sets"}
+        raise UserError(f"{flags[one]} fails in Megatron 0.19 without {flags[other]}; add that, or leave {flags[one]} out")
     given = [dest for dest in ("mock_data", "data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path") if getattr(args, dest)]
     sources = list(dict.fromkeys("train_data_path" if dest in _PER_SPLIT else dest for dest in given))
     if not sources:
         raise UserError("no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data for made-up tokens")
     if len(sources) > 1:
         raise UserError(f"{flag(given[0])} and {flag(next(dest for dest in given if dest in sources[1:]))} are both given; keep one source of data")
-    per_split = sources[0] in ("train_data_path", "per_split_data_args_path")
-    if args.split is None and not per_split:
-        args.split = _DEFAULT_SPLIT
-    _check_split(args, per_split)
     if args.mock_data:
         return
-    for label, words in _blends(args, sources[0]):
+    for dest in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
+        if getattr(args, dest) and args.data_cache_path is None:
+            raise UserError(f"{flag(dest)} needs --data-cache-path, the folder of a cache that is there already; add it, or leave {flag(dest)} out")
+    if args.dataloader_fast_cache_load and sources[0] in ("data_path", "data_args_path"):
+        raise UserError(f"--dataloader-fast-cache-load cannot be combined with {flag(sources[0])}; give data for each split (--train-data-path)")
+    blends = _blends(args, sources[0])
+    num_sequences = {}
+    for label, words in blends.items():
         for prefix in _prefixes(label, words):
             if "://" not in prefix:
-                _check_prefix(label, prefix, config)
+                num_sequences[prefix] = _check_prefix(label, prefix, config, args.rank)
                 _check_cache(args, label, prefix)
-
-
-def _check_split(args: argparse.Namespace, per_split: bool) -> None:
-    if per_split:
+    if sources[0] in ("train_data_path", "per_split_data_args_path"):
         if args.split is not None:
             raise UserError(f"--split {args.split} cannot be combined with data given for each split; leave it out")
-        if args.train_data_path is None and args.per_split_data_args_path is None:
+        train, validation = ([words for label, words in blends.items() if label.endswith(ends)] for ends in _ENDS)
+        if not any(train):
             raise UserError("--train-data-path is missing: data for validation or test is given, but none to train on")
+        has_validation = any(validation)
+    else:
+        _check_split(args, num_sequences, say)
+        has_validation = _split_matrix(args.split)[1] is not None
+    if not has_validation and args.eval_iters > 0:
+        what = "there is no data for validation" if args.split is None else f"--split {args.split} leaves no data for validation"
+        if "eval_iters" in args.explicit:
+            raise UserError(f"--eval-iters {args.eval_iters}: {what}; give some, or --eval-iters 0")
+        args.eval_iters = 0
+        say(f"--eval-iters 0 set: {what}")
+
+
+def _check_split(args: argparse.Namespace, num_sequences: dict[str, int], say: Callable[[str], None]) -> None:
+    """Megatron builds a dataset for every split with a weight, and does not return where that holds no document."""
+    if args.split is None:
+        args.split = next(split for split in _DEFAULT_SPLITS if _split_without_documents(split, num_sequences) is None)
+        if args.split != _DEFAULT_SPLITS[0]:
+            say(f"--split {args.split} set: too few documents for {_DEFAULT_SPLITS[0]}")
         return
-    # As Megatron reads it: every run of digits is a weight.
     weights = [float(number) for number in re.findall(r"\d*\.?\d+", args.split)]
     if not 1 <= len(weights) <= 3 or "-" in args.split or weights[0] <= 0:
         raise UserError(f"--split {args.split}: weights for training, validation and test are needed, the first above 0, such as 969,30,1 or 100,0,0")
+    if (empty := _split_without_documents(args.split, num_sequences)) is not None:
+        name, prefix = empty
+        raise UserError(
+            f"--split {args.split} leaves none of the {num_sequences[prefix]} documents of {prefix} for {name}; give that a larger weight or 0, "
+            f"or leave --split out"
+        )
 
 
-def _blends(args: argparse.Namespace, source: str) -> list[tuple[str, list[str]]]:
-    """(label, words of the blend) of every blend."""
+def _split_without_documents(split: str, num_sequences: dict[str, int]) -> tuple[str, str] | None:
+    """(the split, the data set) that Megatron would give no document."""
+    for prefix, number in num_sequences.items():
+        for name, bounds in zip(("training", "validation", "test"), _split_matrix(split), strict=True):
+            if bounds is not None and round(bounds[0] * number) >= round(bounds[1] * number):
+                return name, prefix
+    return None
+
+
+def _split_matrix(split: str) -> list[tuple[float, float] | None]:
+    return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+
+
+def _blends(args: argparse.Namespace, source: str) -> dict[str, list[str]]:
+    """What a blend is called in a message -> its words."""
     if source == "data_args_path":
-        return [(f"--data-args-path {args.data_args_path}", _read_text(flag(source), args.data_args_path).split())]
+        return {f"--data-args-path {args.data_args_path}": _read_text(flag(source), args.data_args_path).split()}
     if source == "per_split_data_args_path":
         path = args.per_split_data_args_path
         said = f"{flag(source)} {path}"
@@ -73,9 +117,9 @@ def _blends(args: argparse.Namespace, source: str) -> list[tuple[str, list[str]]
             raise UserError(f"{said}: not JSON ({error}); an object with the keys train, valid and test is needed") from None
         if not isinstance(blends, dict) or not {"train", "valid", "test"} <= blends.keys():
             raise UserError(f"{said}: an object with the keys train, valid and test is needed")
-        return [(f"{said}, {key}", value.split() if isinstance(value, str) else [str(word) for word in value or []]) for key, value in blends.items()]
+        return {f"{said}, {key}": value.split() if isinstance(value, str) else [str(word) for word in value or []] for key, value in blends.items()}
     dests = ("data_path",) if source == "data_path" else _PER_SPLIT
-    return [(flag(dest), getattr(args, dest)) for dest in dests if getattr(args, dest)]
+    return {flag(dest): getattr(args, dest) for dest in dests if getattr(args, dest)}
 
 
 def _read_text(label: str, path: str) -> str:
@@ -110,7 +154,8 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _check_prefix(label: str, prefix: str, config: HyConfig) -> None:
+def _check_prefix(label: str, prefix: str, config: HyConfig, rank: int) -> int:
+    """Returns the number of documents."""
     for suffix in (".bin", ".idx"):
         if prefix.endswith(suffix) and os.path.isfile(prefix):
             raise UserError(f"{label} {prefix}: give the prefix without {suffix}: {prefix.removesuffix(suffix)}")
@@ -120,7 +165,7 @@ def _check_prefix(label: str, prefix: str, config: HyConfig) -> None:
             raise UserError(f"{label} {prefix}: no file {path}; {_instead(prefix)}")
         if not os.access(path, os.R_OK):
             raise UserError(f"{label} {prefix}: {path} is not readable by this user; change its permissions (chmod a+r)")
-    _check_files(label, prefix, config)
+    return _check_files(label, prefix, config, rank)
 
 
 def _instead(prefix: str) -> str:
@@ -131,7 +176,7 @@ def _instead(prefix: str) -> str:
     return "make it with tools/preprocess_data.py"
 
 
-def _check_files(label: str, prefix: str, config: HyConfig) -> None:
+def _check_files(label: str, prefix: str, config: HyConfig, rank: int) -> int:
     """The index against the tokens' file: 9 bytes of magic, version, dtype, numbers of sequences and documents; then all lengths (int32), all offsets
     (int64). Source: megatron/core/datasets/indexed_dataset.py."""
     index_bytes, token_bytes = os.path.getsize(prefix + ".idx"), os.path.getsize(prefix + ".bin")
@@ -142,6 +187,8 @@ def _check_files(label: str, prefix: str, config: HyConfig) -> None:
         num_sequences, num_documents = struct.unpack_from("<QQ", header, 18)
         if num_sequences == 0:
             raise UserError(f"{label} {prefix}: {prefix}.idx lists no documents; give data with some")
+        if rank > 0:
+            return num_sequences
         needed = 34 + 12 * num_sequences + 8 * num_documents
         if index_bytes < needed:
             raise UserError(f"{label} {prefix}: {prefix}.idx is truncated: {index_bytes} bytes of at least {needed}; copy or make it again")
@@ -161,6 +208,7 @@ def _check_files(label: str, prefix: str, config: HyConfig) -> None:
             f"{label} {prefix}: {prefix}.bin holds token {largest}, outside the model's vocabulary of {config.vocab_size}; tokenize it again with "
             f"this model's tokenizer (tools/preprocess_data.py)"
         )
+    return num_sequences
 
 
 def _check_cache(args: argparse.Namespace, label: str, prefix: str) -> None:

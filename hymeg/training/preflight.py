@@ -40,7 +40,8 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
         _check_evaluation(args, layout)
         _check_recompute(args)
         _check_overlap(args)
-        check_data(args, config)
+        _check_files(args)
+        check_data(args, config, say)
         _check_logs(args)
         _check_save(args)
         _correct(args, say)
@@ -127,10 +128,22 @@ def _check_packages(args: argparse.Namespace) -> None:
     for name, needs_it, package, install in (
         ("transformer_impl", args.transformer_impl == "transformer_engine", "transformer_engine", "'hymeg[gpu]'"),
         ("num_distributed_optimizer_instances", args.num_distributed_optimizer_instances > 1, "einops", "einops"),
+        ("optimizer", args.optimizer not in ("adam", "sgd"), "emerging_optimizers", "emerging-optimizers"),
+        ("async_strategy", args.async_save and args.async_strategy == "nvrx", "nvidia_resiliency_ext", "nvidia-resiliency-ext"),
+        ("non_persistent_ckpt_type", args.non_persistent_ckpt_type == "local", "nvidia_resiliency_ext", "nvidia-resiliency-ext"),
         ("wandb_project", bool(args.wandb_project), "wandb", "wandb"),
     ):
         if needs_it and importlib.util.find_spec(package) is None:
-            raise UserError(f"{flag(name)} {getattr(args, name)} needs {package}, which is not installed: run pip install {install}, or leave it out")
+            raise UserError(
+                f"{flag(name)} {getattr(args, name)} needs {package}, which is not installed: run pip install {install}, or choose another"
+            )
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for name in ("te_precision_config_file", "nccl_communicator_config_path", "tp_comm_overlap_cfg"):
+        path = getattr(args, name)
+        if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+            raise UserError(f"{flag(name)} {path}: no readable file; give one, or leave it out")
 
 
 def _check_logs(args: argparse.Namespace) -> None:
@@ -170,6 +183,8 @@ def _correct(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         args.override_opt_param_scheduler = True
         if "train_iters" in args.explicit and is_distributed_checkpoint(args.load):
             say("--override-opt-param-scheduler set: the learning-rate schedule is this command's, not the checkpoint's")
+    if args.save is None and args.save_interval is not None:
+        say(f"--save-interval {args.save_interval} has no effect: without --save nothing is saved")
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or max(1, args.train_samples // (args.global_batch_size or 1))
         say(f"--save-interval {args.save_interval} set: one checkpoint, at the end")

@@ -24,6 +24,7 @@ _SHARDS = "hymeg's layouts know tensor parallelism and the distributed optimizer
 _VOCABULARY = "the vocabulary is config.json's, padded so that the tensor-parallel ranks share it evenly; leave it out"
 
 UNSUPPORTED: dict[str, str] = {
+    "adlr_autoresume": "it is for NVIDIA's own clusters; --exit-duration-in-mins and --exit-signal-handler end a run with a checkpoint",
     "auto_detect_ckpt_format": "checkpoints are in Megatron's torch_dist format; leave it out",
     "batch_size": _OLD.format("--micro-batch-size and --global-batch-size"),
     "checkpoint_activations": _OLD.format("--recompute-granularity"),
@@ -34,6 +35,7 @@ UNSUPPORTED: dict[str, str] = {
     "dataloader_inter_document_masking": _CAUSAL,
     "disable_msc_deprecated": "it has no effect any more; leave it out",
     "fim_data": _INDEXED,
+    "init_method_xavier_uniform": "Megatron 0.19 cannot build a model with it; random weights are normal with --init-method-std",
     "hybrid_context_parallel": "context parallelism cuts every sample alike; leave it out",
     "logits_load_dir": _OWN_LOSS,
     "logits_save_dir": _OWN_LOSS,

@@ -6,10 +6,12 @@ import os
 import socket
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from hymeg import platform
+from hymeg.checkpoint.folders import carried_files, carry
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
@@ -33,9 +35,20 @@ def main(argv: Sequence[str]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             for note in notes:
                 print(f"hymeg: {note}", flush=True)
+            if args.save is not None:
+                _carry_companions(Path(args.hf_model), Path(args.save), config)
         train(args, config)
         # Without it gloo aborts at exit.
         torch.distributed.destroy_process_group()
+
+
+def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
+    """Put config.json, tokenizer and chat template beside the checkpoints, so that the folder can be exported, and trained on, by itself."""
+    if hf_model.resolve() == save.resolve():
+        return
+    save.mkdir(parents=True, exist_ok=True)
+    config.save(save)
+    carry(carried_files(hf_model), save)
 
 
 def _stand_alone() -> None:

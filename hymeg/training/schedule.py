@@ -25,6 +25,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 """Destination -> the lowest and the highest value."""
 
+_SAVE_INTERVALS = ("save_interval", *(f"save_{what}_interval" for what in ("params", "activations", "tokens_per_expert", "wgrads", "dgrads")))
+
 _ADVICE = {"eval_interval": "; to evaluate never, give --eval-iters 0", "save_interval": "; to save never, leave --save out"}
 
 
@@ -56,8 +58,18 @@ def check_schedule(args: argparse.Namespace) -> None:
         )
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 are both given; keep --bf16, the precision these models are published in")
-    if args.save is None and "save_interval" in args.explicit:
-        raise UserError(f"--save-interval {args.save_interval} without --save would write no checkpoint; add --save FOLDER, or leave it out")
+    if args.use_checkpoint_opt_param_scheduler and args.override_opt_param_scheduler:
+        raise UserError("--use-checkpoint-opt-param-scheduler and --override-opt-param-scheduler are both given; keep one")
+    if args.save_retain_interval is not None and args.save_retain_interval % (args.save_interval or 1):
+        raise UserError(
+            f"--save-retain-interval {args.save_retain_interval} is no multiple of --save-interval {args.save_interval}; "
+            f"with {2 * args.save_interval} every second checkpoint is kept"
+        )
+    for dest in _SAVE_INTERVALS:
+        # From a recipe that several runs share it is only noted.
+        typed = args.explicit.get(dest, ("", "in a recipe"))[1] == ""
+        if args.save is None and getattr(args, dest) is not None and (typed or dest != "save_interval"):
+            raise UserError(f"{flag(dest)} {getattr(args, dest)} without --save would save nothing; add --save FOLDER, or leave it out")
 
 
 def _allowed(lowest: float, highest: float) -> str:

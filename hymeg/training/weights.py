@@ -29,7 +29,8 @@ def is_distributed_checkpoint(folder: str) -> bool:
 
 
 def is_hf_folder(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, "config.json"))
+    """config.json and weights: a run's own `--save` folder holds config.json from its start."""
+    return os.path.isfile(os.path.join(folder, "config.json")) and any(name.endswith(".safetensors") for name in os.listdir(folder))
 
 
 def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
@@ -49,6 +50,8 @@ def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str
     if chosen is None:
         if not args.init_from_scratch:
             raise UserError("no weights: give --load FOLDER (a checkpoint or a Hugging Face folder), or --init-from-scratch for random weights")
+        if not args.perform_initialization:
+            raise UserError("--no-initialization with --init-from-scratch would train whatever the memory held; leave --no-initialization out")
         return
     dest, folder = chosen
     if is_distributed_checkpoint(folder):

@@ -100,3 +100,27 @@ def test_tensorboard(lives, folder):
     for name in ("lm loss", "grad-norm", "tokens-per-second", "model-tflops-per-gpu", "expert-load/layer-1", "expert-load/layer-4"):
         assert name in names
     assert [event.step for event in events.Scalars("tokens-per-second")][-1] == 8
+
+
+def test_what_was_saved_is_a_model_of_its_own(lives, folder):
+    """The saved folder exports to Hugging Face without the folder that training began with, and transformers loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export = folder / "export"
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "convert_checkpoint.py"),
+        "dist-to-hf",
+        "--dist",
+        str(folder / "out"),
+        "--hf",
+        str(export),
+        "--verify",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert HyConfig.from_dir(export) == HyConfig.from_dir(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(export)
+    tokens = AutoTokenizer.from_pretrained(export)("hello", return_tensors="pt").input_ids
+    assert model(tokens).logits.isfinite().all() and model.dtype == torch.bfloat16

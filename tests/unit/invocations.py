@@ -1,22 +1,4 @@
-"""Files that a command line can name, right and wrong ones, and the table of wrong invocations: what each must be told."""
-
-import json
-import shutil
-from pathlib import Path
-
-import numpy as np
-
-from hymeg import platform
-
-platform.install()
-
-import torch  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
-
-from hymeg.checkpoint.mapping import distributed_shapes  # noqa: E402
-from hymeg.hf.config import HyConfig  # noqa: E402
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint  # noqa: E402
+"""The table of wrong invocations: what each must be told."""
 
 NEEDED = "--hf-model {hf} --train-iters 10 --lr 1e-4 --seq-length 32 --mock-data --init-from-scratch"
 """A command line that is right; an invocation adds to it, and what is said last wins."""
@@ -24,87 +6,6 @@ NEEDED = "--hf-model {hf} --train-iters 10 --lr 1e-4 --seq-length 32 --mock-data
 DATA = "--no-mock-data --eval-iters 0"
 LOAD = "--no-init-from-scratch"
 PP2 = "--pipeline-model-parallel-size 2"
-
-
-def make_places(folder: Path) -> dict[str, str]:
-    """Write the files; name -> path, for `str.format`."""
-    write_tiny_checkpoint(folder / "hf")
-    write_tiny_checkpoint(folder / "mtp", num_mtp_layers=1)
-    other = write_tiny_checkpoint(folder / "other", HyConfig.from_dict(TINY_CONFIG | {"num_hidden_layers": 3, "hidden_size": 32}))
-    write_tiny_checkpoint(folder / "sharded", max_shard_bytes=100_000)
-    next((folder / "sharded").glob("model-00002-*")).unlink()
-    _copy(folder, "truncated", lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-100]))
-    _copy(folder, "bad_json", lambda path: (path / "config.json").write_text('{"vocab_size": 1024,\n "hidden_size" 64}'))
-    _copy(folder, "bad_field", lambda path: _change_config(path, num_experts="eight"))
-    _copy(folder, "other_family", lambda path: _change_config(path, model_type="qwen3_moe"))
-    _copy(folder, "small_vocabulary", lambda path: _change_config(path, vocab_size=512, bos_token_id=0, eos_token_id=1, pad_token_id=2))
-    _copy(folder, "no_tokenizer", lambda path: (path / "tokenizer.json").unlink())
-    _copy(folder, "bad_tokenizer", lambda path: (path / "tokenizer.json").write_text("{}"))
-
-    _write_data(folder / "text", 1000)
-    _write_data(folder / "corpus_text_document", 1000)
-    _write_data(folder / "other_vocabulary", 60000)
-    _write_data(folder / "cut", 1000)
-    (folder / "cut.bin").write_bytes((folder / "cut.bin").read_bytes()[:-10])
-    _write_data(folder / "index_cut", 1000)
-    (folder / "index_cut.idx").write_bytes((folder / "index_cut.idx").read_bytes()[:60])
-    _write_data(folder / "no_index", 1000)
-    (folder / "no_index.idx").unlink()
-    _write_data(folder / "in_folder" / "text", 1000)
-    for name in ("garbage.idx", "garbage.bin"):
-        (folder / name).write_text("not an index of Megatron's, though long enough to hold a header")
-    (folder / "blend.txt").write_text(f"0.5 {folder}/text 0.5 {folder}/nowhere")
-    (folder / "per_split.json").write_text(json.dumps({"train": [f"{folder}/text"], "valid": None}))
-
-    config = HyConfig.from_dir(folder / "hf")
-    _write_checkpoint(folder / "ckpt", config, (10, 20), "20")
-    _write_checkpoint(folder / "ckpt_unfinished", config, (10,), "20")
-    _write_checkpoint(folder / "ckpt_empty_tracker", config, (10,), "")
-    _write_checkpoint(folder / "ckpt_bad_tracker", config, (10,), "latest")
-    _write_checkpoint(folder / "ckpt_other", other, (10,), "10")
-    _write_checkpoint(folder / "ckpt_unreadable", config, (10,), "10")
-    (folder / "ckpt_unreadable/iter_0000010/.metadata").write_bytes(b"cut off")
-    _write_checkpoint(folder / "ckpt_distributed", config, (5,), "5", ("param", "exp_avg"))
-    _write_checkpoint(folder / "ckpt_bf16", config, (5,), "5", ("fp32_param", "exp_avg"))
-    _write_checkpoint(folder / "ckpt_no_optimizer", config, (5,), "5", ())
-    (folder / "empty").mkdir()
-    (folder / "file").write_text("a file")
-    return {path.stem if path.is_file() else path.name: str(path.with_suffix("")) for path in folder.iterdir()} | {
-        "tmp": str(folder),
-        "blend": str(folder / "blend.txt"),
-        "per_split": str(folder / "per_split.json"),
-    }
-
-
-def _copy(folder: Path, name: str, change) -> None:
-    shutil.copytree(folder / "hf", folder / name)
-    change(folder / name)
-
-
-def _change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def _write_data(prefix: Path, vocab_size: int) -> None:
-    prefix.parent.mkdir(exist_ok=True)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for length in (40, 50, 60):
-        builder.add_document(np.random.default_rng(length).integers(vocab_size - 100, vocab_size, length), [length])
-    builder.finalize(f"{prefix}.idx")
-
-
-def _write_checkpoint(folder: Path, config: HyConfig, iterations: tuple[int, ...], tracker: str, optimizer: tuple[str, ...] = ("exp_avg",)) -> None:
-    """A distributed checkpoint as Megatron's torch_dist lays it out, with as much of an optimizer as tells its form."""
-    for iteration in iterations:
-        path = folder / f"iter_{iteration:07d}"
-        path.mkdir(parents=True)
-        tensors = {key: torch.zeros(shape) for key, shape in distributed_shapes(config).items()}
-        tensors |= {f"optimizer.state.{name}.decoder.final_layernorm.weight": torch.zeros(8) for name in optimizer}
-        dcp.save(tensors, checkpoint_id=path, no_dist=True)
-        (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-    (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
-
 
 WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     # what is wrong: (number of processes, what is added to NEEDED, (flag, what was found, what to do))
@@ -227,11 +128,20 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "not a rate": (1, "--lr nan", ("--lr nan", "a finite number")),
     "WSD without decay": (1, "--lr-decay-style WSD", ("--lr-decay-style WSD", "--lr-wsd-decay-iters")),
     "weight decay that grows": (1, "--weight-decay-incr-style linear", ("--weight-decay-incr-style linear", "found None", "--start-weight-decay")),
+    "schedule of two": (
+        1,
+        "--use-checkpoint-opt-param-scheduler --override-opt-param-scheduler",
+        ("--use-checkpoint-", "--override-opt", "keep one"),
+    ),
+    "weights of nothing": (1, "--no-initialization", ("--no-initialization", "--init-from-scratch", "leave --no-initialization out")),
+    "Xavier": (1, "--init-method-xavier-uniform", ("--init-method-xavier-uniform", "not supported", "--init-method-std")),
     "no seed": (1, "--seed 0", ("--seed 0", "from 1")),
     "evaluation interval": (1, "--eval-interval 0", ("--eval-interval 0", "at least 1", "--eval-iters 0")),
     "log interval": (1, "--log-interval 0", ("--log-interval 0", "at least 1")),
     "save interval": (1, "--save {tmp}/new --save-interval 0", ("--save-interval 0", "at least 1", "leave --save out")),
     "saves without a folder": (1, "--save-interval 5", ("--save-interval 5", "without --save", "add --save FOLDER")),
+    "saves gradients without a folder": (1, "--save-wgrads-interval 1", ("--save-wgrads-interval 1", "without --save", "add --save FOLDER")),
+    "for clusters of others": (1, "--adlr-autoresume", ("--adlr-autoresume", "NVIDIA's own", "--exit-duration-in-mins")),
     "dropout": (1, "--hidden-dropout 1.5", ("--hidden-dropout 1.5", "below 1")),
     "workers": (1, "--num-workers -1", ("--num-workers -1", "at least 0")),
     # ---- recomputation and overlap
@@ -276,8 +186,36 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "per split keys": (1, f"{DATA} --per-split-data-args-path {{per_split}}", ("--per-split-data-args-path {per_split}", "train, valid and test")),
     "no training data": (1, f"{DATA} --valid-data-path {{text}}", ("--train-data-path is missing", "none to train on")),
     "split and per split": (1, f"{DATA} --train-data-path {{text}} --split 9,1,0", ("--split 9,1,0", "leave it out")),
-    "split of nothing": (1, "--split 0,1,1", ("--split 0,1,1", "969,30,1")),
-    "split in words": (1, "--split train", ("--split train", "969,30,1")),
+    "split of nothing": (1, f"{DATA} --data-path {{text}} --split 0,1,1", ("--split 0,1,1", "969,30,1")),
+    "split in words": (1, f"{DATA} --data-path {{text}} --split train", ("--split train", "969,30,1")),
+    "split in four": (1, f"{DATA} --data-path {{text}} --split 9,1,1,1", ("--split 9,1,1,1", "969,30,1")),
+    "split without documents": (
+        1,
+        f"{DATA} --data-path {{twenty}} --split 969,30,1",
+        ("--split 969,30,1", "none of the 20 documents of {twenty} for test", "leave --split out"),
+    ),
+    "evaluation on nothing": (
+        1,
+        "--no-mock-data --eval-iters 5 --data-path {text} --split 100,0,0",
+        ("--eval-iters 5", "--split 100,0,0 leaves no data for validation", "--eval-iters 0"),
+    ),
+    "evaluation without validation data": (
+        1,
+        "--no-mock-data --eval-iters 5 --train-data-path {text}",
+        ("--eval-iters 5", "no data for validation", "0"),
+    ),
+    "cache that is nowhere": (
+        1,
+        f"{DATA} --data-path {{text}} --dataloader-defer-npy-index-mmap",
+        ("--dataloader-defer-npy-index-mmap", "--data-cache-path", "add it"),
+    ),
+    "cache for one data set": (
+        1,
+        f"{DATA} --data-path {{text}} --data-cache-path {{empty}} --dataloader-fast-cache-load",
+        ("--dataloader-fast-cache-load", "--data-path", "--train-data-path"),
+    ),
+    "full validation": (1, "--full-validation", ("--full-validation", "--multiple-validation-sets", "leave --full-validation out")),
+    "multiple validation sets": (1, "--multiple-validation-sets", ("--multiple-validation-sets", "--full-validation", "add that")),
     "cache is a file": (1, f"{DATA} --data-path {{text}} --data-cache-path {{file}}", ("--data-cache-path {file}", "is a file", "give a folder")),
     # ---- weights
     "nothing to load": (1, LOAD, ("--load FOLDER", "--init-from-scratch")),
@@ -334,7 +272,25 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("--save {ckpt}", "--load {ckpt} --pretrained-checkpoint {hf}", "another --save"),
     ),
     "other format": (1, "--ckpt-format torch", ("--ckpt-format torch", "torch_dist", "leave it out")),
+    "no configuration file": (
+        1,
+        "--te-precision-config-file {tmp}/no.yaml",
+        ("--te-precision-config-file {tmp}/no.yaml", "no readable file", "give one"),
+    ),
     "tensorboard in a file": (1, "--tensorboard-dir {file}", ("--tensorboard-dir {file}", "is a file", "give a folder")),
+    "optimizer from a package": (1, "--optimizer muon", ("--optimizer muon", "not installed", "pip install emerging-optimizers")),
+    "asynchronous saves": (1, "--async-save", ("--async-strategy nvrx", "not installed", "pip install nvidia-resiliency-ext")),
+    "local checkpoints": (1, "--non-persistent-ckpt-type local", ("--non-persistent-ckpt-type local", "not installed", "nvidia-resiliency-ext")),
+    "instances of the optimizer": (
+        2,
+        "--num-distributed-optimizer-instances 2",
+        ("--num-distributed-optimizer-instances 2", "not installed", "einops"),
+    ),
+    "kept too seldom": (
+        1,
+        "--save {tmp}/new --save-interval 2 --save-retain-interval 3",
+        ("--save-retain-interval 3", "--save-interval 2", "with 4 every"),
+    ),
     "wandb": (1, "--wandb-project x", ("--wandb-project x", "not installed", "pip install wandb")),
 }
 
@@ -359,5 +315,8 @@ WRONG_ON_CPU: dict[str, tuple[str, ...]] = {
     "--optimizer-cpu-offload": ("--optimizer-cpu-offload", "on the CPU already", "leave --optimizer-cpu-offload out"),
     "--use-megatron-fsdp": ("--use-megatron-fsdp", "CUDA", "leave --use-megatron-fsdp out"),
     "--tp-comm-overlap": ("--tp-comm-overlap", "Transformer Engine", "leave --tp-comm-overlap out"),
+    "--fp32-residual-connection --bf16": ("--fp32-residual-connection", "one dtype", "leave --fp32-residual-connection out"),
+    "--recompute-granularity selective --recompute-modules mlp layernorm": ("--recompute-modules layernorm", "Transformer Engine", "out of the list"),
+    "--no-dist-ckpt-optim-fully-reshardable": ("--no-dist-ckpt-optim-fully-reshardable", "cannot be resumed", "out"),
     "--log-energy": ("--log-energy", "a GPU's power", "leave --log-energy out"),
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import os
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ from hymeg import platform
 
 platform.install()
 
-from invocations import DATA, LOAD, NEEDED, PP2, WRONG, WRONG_ON_CPU, make_places  # noqa: E402
+from invocations import DATA, LOAD, NEEDED, PP2, WRONG, WRONG_ON_CPU  # noqa: E402
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator  # noqa: E402
 from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
 from megatron.training.arguments import validate_args  # noqa: E402
+from places import make_places  # noqa: E402
 
 from hymeg.errors import UserError  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
@@ -23,6 +25,9 @@ from hymeg.platform import flags as cpu_flags  # noqa: E402
 from hymeg.training import refused_flags, schedule  # noqa: E402
 from hymeg.training.arguments import _parser, parse  # noqa: E402
 from hymeg.training.preflight import preflight  # noqa: E402
+
+OPTIONAL = ("einops", "emerging_optimizers", "nvidia_resiliency_ext", "wandb")
+"""Packages that a test must not find, whether they are installed or not."""
 
 on_cpu = pytest.mark.skipif(not platform.is_cpu(), reason="the CPU's own refusals")
 
@@ -35,6 +40,9 @@ def places(tmp_path_factory):
 @pytest.fixture
 def checked(places, monkeypatch):
     """Parse and check a command line in a world of some processes, as rank 0."""
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name in OPTIONAL else find_spec(name, *args))
 
     def check(added: str, world_size: int = 1, needed: str = NEEDED):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -130,7 +138,7 @@ def test_more_processes_than_gpus_and_a_missing_package_are_told_on_cuda(checked
     said = told(checked, "")
     assert "--nproc-per-node 8" in said and "2 GPUs" in said and "as many processes as GPUs" in said
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = told(checked, "")
     assert "--transformer-impl transformer_engine" in said and "pip install 'hymeg[gpu]'" in said
 
@@ -221,10 +229,21 @@ def test_where_the_weights_come_from(checked, places, added, hf_weights, load, p
 
 @pytest.mark.parametrize(
     ("added", "split"),
-    [(f"{DATA} --data-path {{text}}", "969, 30, 1"), (f"{DATA} --data-path {{text}} --split 1", "1"), (f"{DATA} --train-data-path {{text}}", None)],
+    [
+        (f"{DATA} --data-path {{many}}", "969, 30, 1"),
+        (f"{DATA} --data-path {{many}} {{twenty}}", "90, 10, 0"),
+        (f"{DATA} --data-path 1 {{text}}", "100, 0, 0"),
+        (f"{DATA} --data-path {{text}} --split 2,1", "2,1"),
+        (f"{DATA} --train-data-path {{text}}", None),
+    ],
 )
-def test_the_default_split_is_set_where_one_data_set_serves_all(checked, added, split):
-    assert checked(added)[0].split == split
+def test_the_default_split_leaves_no_part_without_documents(checked, places, added, split):
+    """Megatron builds its datasets of them; with a part that is empty it would not come back."""
+    args, notes = checked(added)
+    assert args.split == split
+    assert [note for note in notes if note.startswith("--split")] == (
+        [f"--split {split} set: too few documents for 969, 30, 1"] if split in ("90, 10, 0", "100, 0, 0") else []
+    )
 
 
 # ---- corrected, and said
@@ -236,6 +255,9 @@ def test_the_default_split_is_set_where_one_data_set_serves_all(checked, added, 
         (2, "--tensor-model-parallel-size 2", "sequence_parallel", True, "--sequence-parallel set"),
         (1, f"{LOAD} --load {{ckpt}}", "override_opt_param_scheduler", True, "--override-opt-param-scheduler set"),
         (1, "--save {tmp}/new", "save_interval", 10, "--save-interval 10 set"),
+        (1, "--no-mock-data --data-path {text}", "eval_iters", 0, "--eval-iters 0 set: --split 100, 0, 0 leaves no data"),
+        (1, "--no-mock-data --train-data-path {text}", "eval_iters", 0, "--eval-iters 0 set: there is no data for validation"),
+        (1, "--config {interval}", "save_interval", 7, "--save-interval 7 has no effect"),
         (1, f"{LOAD} --load {{ckpt}}", "train_iters", 10, "nothing left to train: {ckpt} is at iteration 20"),
     ],
 )
