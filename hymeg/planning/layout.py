@@ -1,8 +1,7 @@
 """What makes a layout legal: written once, asked by preflight and by the planner. No Megatron and no torch.
 
-What is accepted, Megatron accepts. Three things that Megatron accepts are refused: tensor parallelism beyond the query groups or over a hidden size
-that it does not divide (equal shares is what checkpoints are cut into), a sequence that is a multiple of context x tensor parallel size but not of
-twice that (Megatron's own multiple for packed samples), and interleaved stages that send two messages at once between the same two ranks.
+What is accepted, Megatron accepts, and what Megatron runs is accepted, but for a tensor-parallel size that does not divide the hidden size, which
+only the projection of a multi-token-prediction layer minds. Some of what Megatron's own checks let through fails later there, and is refused here.
 """
 
 import dataclasses
@@ -84,20 +83,32 @@ def check(config: HyConfig, layout: Layout) -> None:
 def _check_widths(config: HyConfig, layout: Layout) -> None:
     tensor = {
         "attention heads": config.num_attention_heads,
-        "query groups (key/value heads)": config.num_key_value_heads,
         "hidden size": config.hidden_size,
         "dense feed-forward width": config.intermediate_size,
         "shared expert width": config.shared_expert_intermediate_size,
     }
+    groups = config.num_key_value_heads
     for field, widths in (
         ("tensor_model_parallel_size", tensor),
         ("expert_model_parallel_size", {"experts": config.num_experts}),
         ("expert_tensor_parallel_size", {"expert feed-forward width": config.moe_intermediate_size}),
     ):
         parallel, allowed = getattr(layout, field), _divisors(math.gcd(*widths.values()))
+        if widths is tensor:
+            allowed = [size for size in allowed if _shares(size, groups)]
         for what, size in widths.items():
             if size % parallel:
                 raise UserError(f"{_FLAG[field]} {parallel} does not divide the model's {size} {what}; it may be {_listed(allowed)}")
+        if widths is tensor and not _shares(parallel, groups):
+            raise UserError(
+                f"{_FLAG[field]} {parallel} and the model's {groups} query groups (key/value heads): neither divides the other; "
+                f"it may be {_listed(allowed)}"
+            )
+
+
+def _shares(tensor_parallel: int, groups: int) -> bool:
+    """Whether ranks hold whole query groups each, or groups whole sets of ranks, which then compute a group's keys and values together."""
+    return groups % tensor_parallel == 0 or tensor_parallel % groups == 0
 
 
 def _check_world(config: HyConfig, layout: Layout) -> None:
@@ -245,10 +256,11 @@ def _check_sequence(config: HyConfig, layout: Layout) -> None:
     if s > config.max_position_embeddings:
         raise UserError(f"--seq-length {s} exceeds the model's context of {config.max_position_embeddings} (max_position_embeddings in config.json)")
     # Each context-parallel rank takes two chunks, and tensor-parallel ranks share what it has (sequence parallelism).
-    multiple = (2 * cp if cp > 1 else 1) * tp
+    multiple = math.lcm(2 * cp, cp * tp) if cp > 1 else tp
     if s % multiple:
-        product = f"2 x --context-parallel-size {cp} x " if cp > 1 else ""
-        raise UserError(f"--seq-length {s} is no multiple of {product}--tensor-model-parallel-size {tp} = {multiple}; use {_multiples(s, multiple)}")
+        sizes = _product(layout, "context_parallel_size", "tensor_model_parallel_size").partition(" =")[0]
+        chunks = ", two chunks a rank," if cp > 1 else ""
+        raise UserError(f"--seq-length {s} is no multiple of {multiple}, as {sizes}{chunks} needs; use {_multiples(s, multiple)}")
 
 
 def _product(layout: Layout, *fields: str) -> str:

@@ -47,7 +47,7 @@ def test_one_process_says_one_line_and_exits_with_2(model, words, line):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--tensor-model-parallel-size 4", "error: --tensor-model-parallel-size 4 does not divide the model's 2 query groups (key/value heads)"),
+        ("--expert-model-parallel-size 4", "error: --expert-model-parallel-size 4 does not divide the 2 processes of this job"),
         # Refused by Megatron's own validation, which says it on every rank.
         ("--distribute-saved-activations", "error: Megatron refuses this combination of flags"),
     ],

@@ -63,8 +63,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     # ---- layout
     "TP without processes": (1, "--tensor-model-parallel-size 2", ("--tensor-model-parallel-size 2", "1 process of", "start 2 ")),
     "world no multiple": (6, f"--tensor-model-parallel-size 2 {PP2}", ("x --pipeline-model-parallel-size 2 = 4", "6 processes", "start 4 or 8")),
-    "TP against heads": (3, "--tensor-model-parallel-size 3", ("--tensor-model-parallel-size 3", "8 attention heads", "may be 1, 2")),
-    "TP against query groups": (4, "--tensor-model-parallel-size 4", ("--tensor-model-parallel-size 4", "2 query groups", "may be 1, 2")),
+    "TP against heads": (3, "--tensor-model-parallel-size 3", ("--tensor-model-parallel-size 3", "8 attention heads", "may be 1, 2, 4, 8")),
     "EP against experts": (3, "--expert-model-parallel-size 3", ("--expert-model-parallel-size 3", "8 experts", "may be 1, 2, 4, 8")),
     "EP against world": (2, "--expert-model-parallel-size 4", ("--expert-model-parallel-size 4", "2 processes", "size 1, 2 would do")),
     "ETP follows TP": (
@@ -109,7 +108,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("--pipeline-model-parallel-layout Ed|ttL", "found 'd'", "E, t, m, L"),
     ),
     "layout string stages": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tL", ("-layout Ett|t|tL", "3 stages", "use 2 or 4")),
-    "sequence against CP": (2, "--context-parallel-size 2 --seq-length 30", ("--seq-length 30", "2 x --context-parallel-size 2", "use 28 or 32")),
+    "sequence against CP": (2, "--context-parallel-size 2 --seq-length 30", ("--seq-length 30", "--context-parallel-size 2", "use 28 or 32")),
     "sequence beyond the context": (1, "--seq-length 8192", ("--seq-length 8192", "4096", "max_position_embeddings")),
     # ---- batches
     "odd batch": (4, "--global-batch-size 6", ("--global-batch-size 6", "data-parallel size 4", "use 4 or 8")),

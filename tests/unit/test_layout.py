@@ -107,8 +107,8 @@ def transformer_config(config: HyConfig, **sizes) -> TransformerConfig:
     )
 
 
-def test_heads_and_query_groups_are_legal_where_megatron_takes_them_but_for_shared_groups():
-    """Megatron also runs more tensor-parallel ranks than query groups, with groups shared between ranks: refused, as layout.py says."""
+def test_heads_and_query_groups_are_legal_where_megatron_takes_them():
+    verdicts = []
     for heads, groups, tp in itertools.product((4, 8, 12, 24), (1, 2, 4, 8, 24), (1, 2, 3, 4, 6, 8, 12)):
         if heads % groups:
             continue
@@ -117,9 +117,20 @@ def test_heads_and_query_groups_are_legal_where_megatron_takes_them_but_for_shar
         try:
             transformer_config(config, tensor_model_parallel_size=tp)
         except ValueError:
-            assert said is not None
+            accepted = False
         else:
-            assert (said is None) == (tp <= groups), said
+            accepted = True
+        assert (said is None) == accepted, said
+        verdicts.append(accepted)
+    assert 10 < sum(verdicts) < len(verdicts) - 10
+
+
+def test_a_sequence_is_legal_where_every_rank_gets_two_equal_chunks_and_shares_them_evenly():
+    for length, cp, tp in itertools.product(range(1, 97), (1, 2, 3, 4), (1, 2, 3, 4)):
+        chunks, rest = divmod(length, 2 * cp if cp > 1 else 1)
+        of_a_rank = 2 * chunks if cp > 1 else chunks
+        said = refusal(config_of(), layout_of(cp * tp, seq_length=length, context_parallel_size=cp, tensor_model_parallel_size=tp))
+        assert (said is None) == (rest == 0 and of_a_rank % tp == 0), (length, cp, tp, said)
 
 
 def layers_by_stage(config: HyConfig, layout: Layout) -> list[int] | None:
@@ -216,8 +227,8 @@ INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parall
         ({"micro_batch_size": 4, "global_batch_size": 2}, ["--global-batch-size 2", "--micro-batch-size 4", "use 4"]),
         ({"seq_length": 8192}, ["--seq-length 8192", "4096", "max_position_embeddings"]),
         (
-            {"world_size": 4, "context_parallel_size": 2, "tensor_model_parallel_size": 2, "seq_length": 2052},
-            ["--seq-length 2052", "use 2048 or 2056"],
+            {"world_size": 4, "context_parallel_size": 2, "tensor_model_parallel_size": 2, "seq_length": 2050},
+            ["--seq-length 2050", "use 2048 or 2052"],
         ),
         ({"context_parallel_size": 0}, ["--context-parallel-size 0", "at least 1"]),
         ({"virtual_pipeline_model_parallel_size": 2}, ["2 virtual stages", "--pipeline-model-parallel-size 2 or more"]),
@@ -236,6 +247,13 @@ def test_a_refusal_names_flag_value_and_what_would_do(sizes, words):
         assert word in said
 
 
+def test_query_groups_and_ranks_of_which_neither_divides_the_other():
+    config = config_of(num_attention_heads=24, num_key_value_heads=6)
+    said = refusal(config, layout_of(4, tensor_model_parallel_size=4))
+    assert "--tensor-model-parallel-size 4 and the model's 6 query groups" in said and said.endswith("it may be 1, 2, 3, 6, 12, 24")
+    assert refusal(config, layout_of(12, tensor_model_parallel_size=12)) is None
+
+
 def test_what_a_refusal_proposes_is_accepted():
     """The numbers behind 'use', 'start' and 'it may be'."""
     wrong = layout_of(2, **INTERLEAVED, global_batch_size=5)
@@ -243,8 +261,8 @@ def test_what_a_refusal_proposes_is_accepted():
     wrong = layout_of(8, tensor_model_parallel_size=2, expert_model_parallel_size=8, expert_tensor_parallel_size=2)
     assert refusal(config_of(), dataclasses.replace(wrong, expert_model_parallel_size=4)) is None
     assert refusal(config_of(), dataclasses.replace(wrong, expert_tensor_parallel_size=1)) is None
-    wrong = layout_of(4, context_parallel_size=2, tensor_model_parallel_size=2, seq_length=2052)
-    assert refusal(config_of(), dataclasses.replace(wrong, seq_length=2056)) is None
+    wrong = layout_of(4, context_parallel_size=2, tensor_model_parallel_size=2, seq_length=2050)
+    assert refusal(config_of(), dataclasses.replace(wrong, seq_length=2052)) is None
 
 
 def test_a_group_of_microbatches_may_leave_a_rest_of_at_least_the_stages():

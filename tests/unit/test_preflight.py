@@ -151,6 +151,7 @@ RIGHT: dict[str, tuple[int, str]] = {
     "what the CPU needs": (1, "--transformer-impl local --no-rope-fusion --no-moe-grouped-gemm" if platform.is_cpu() else ""),
     "bf16": (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
     "TP": (2, "--tensor-model-parallel-size 2"),
+    "TP beyond the query groups": (4, "--tensor-model-parallel-size 4"),
     "EP over DP": (8, "--tensor-model-parallel-size 2 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1"),
     "CP": (4, "--context-parallel-size 2 --seq-length 64 --global-batch-size 4"),
     "PP": (2, PP2),
