@@ -186,7 +186,8 @@ def _check_depth(config: HyConfig, layout: Layout) -> int:
         raise UserError(f"{given}: more than the model's {layers} layers; lower it")
     if bool(middle_layers) != bool(middle_stages) or (middle_stages and middle_layers % (middle_stages * vpp)):
         raise UserError(
-            f"{given} leave {middle_layers} of {layers} layers for the other {middle_stages} of {over}, over which they do not divide; "
+            f"{given} leave{'s' if len(flags) == 1 else ''} {middle_layers} of {layers} layers for the other {middle_stages} of {over}"
+            f", over which they do not divide; "
             f"change it, or use {_LAYOUT}"
         )
     return vpp

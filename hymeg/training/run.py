@@ -115,7 +115,7 @@ def _megatron_refusals():
     """Megatron's validators raise assertions, often without a text: say which one, as a user's error."""
     try:
         yield
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError, TypeError, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         if "megatron" not in frame.filename:
             raise

@@ -39,7 +39,7 @@ def check_schedule(args: argparse.Namespace) -> None:
     for dest, (lowest, highest) in _RANGES.items():
         value = getattr(args, dest)
         if value is not None and not (lowest <= value <= highest and math.isfinite(value)):
-            raise UserError(f"{flag(dest)} {value}: it must be {_allowed(lowest, highest)}{_ADVICE.get(dest, '')}")
+            raise UserError(f"{flag(dest)} {value}: it must be {_allowed(lowest, highest, value)}{_ADVICE.get(dest, '')}")
     _check_units(args)
     for dest in ("min_lr", "lr_warmup_init"):
         if getattr(args, dest) > args.lr:
@@ -72,9 +72,9 @@ def check_schedule(args: argparse.Namespace) -> None:
             raise UserError(f"{flag(dest)} {getattr(args, dest)} without --save would save nothing; add --save FOLDER, or leave it out")
 
 
-def _allowed(lowest: float, highest: float) -> str:
+def _allowed(lowest: float, highest: float, value: float) -> str:
     if highest == _INFINITY:
-        return f"a finite number, at least {lowest}"
+        return f"{'a finite number, ' if isinstance(value, float) else ''}at least {lowest}"
     return f"from {lowest} to {highest}" if highest >= 1 else f"at least {lowest} and below 1"
 
 

@@ -73,7 +73,11 @@ def _choose(args: argparse.Namespace) -> tuple[str, str] | None:
         if is_distributed_checkpoint(folder) or is_hf_folder(folder):
             return dest, folder
         own = dest == "load" and args.save is not None and os.path.realpath(folder) == os.path.realpath(args.save)
-        if not (own and (args.init_from_scratch or args.pretrained_checkpoint is not None)):
+        if own and not args.init_from_scratch and args.pretrained_checkpoint is None:
+            raise UserError(
+                f"--load {folder} is this run's own --save folder and holds no checkpoint yet: say with --pretrained-checkpoint where to start"
+            )
+        if not own:
             raise UserError(f"{flag(dest)} {folder}: {_nothing_in(folder)}")
         args.load = None
     return None

@@ -124,7 +124,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "warm-up twice": (1, "--lr-warmup-iters 2 --lr-warmup-fraction 0.1", ("--lr-warmup-iters 2", "--lr-warmup-fraction 0.1", "keep one")),
     "warm-up fraction": (1, "--lr-warmup-fraction 3", ("--lr-warmup-fraction 3.0", "below 1")),
     "min above max": (1, "--min-lr 1e-3", ("--min-lr 0.001", "--lr 0.0001", "lower it")),
-    "not a rate": (1, "--lr nan", ("--lr nan", "a finite number")),
+    "not a rate": (1, "--lr nan", ("--lr nan", "a finite number, at least 0")),
     "WSD without decay": (1, "--lr-decay-style WSD", ("--lr-decay-style WSD", "--lr-wsd-decay-iters")),
     "weight decay that grows": (1, "--weight-decay-incr-style linear", ("--weight-decay-incr-style linear", "found None", "--start-weight-decay")),
     "schedule of two": (
@@ -259,7 +259,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "own save folder, nothing to start from": (
         1,
         f"{LOAD} --load {{tmp}}/new --save {{tmp}}/new",
-        ("--load {tmp}/new", "no such folder", "is needed"),
+        ("--load {tmp}/new", "own --save folder", "--pretrained-checkpoint"),
     ),
     # ---- where to write
     "save to a file": (1, "--save {file}", ("--save {file}", "is a file", "give a folder")),
