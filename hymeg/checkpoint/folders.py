@@ -102,7 +102,8 @@ def built_beside(target: Path, say: Callable[[str], None]) -> Iterator[Path]:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         os.close(lock)
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(partial)
 
 
 def _swap(partial: Path, target: Path) -> None:
@@ -135,8 +136,21 @@ def _remove_leftover(partial: Path, say: Callable[[str], None]) -> None:
                 if time.monotonic() > deadline:
                     raise UserError(f"{partial}: another conversion is writing there; wait for it, or give another folder") from None
                 time.sleep(0.1)
-    shutil.rmtree(partial)
+    _remove(partial)
     say(f"{partial}: removed, an earlier conversion did not finish; starting anew")
+
+
+def _remove(partial: Path) -> None:
+    """The mark goes last: whoever is killed here leaves a folder that the next conversion still knows for its own."""
+    if not partial.exists():
+        return
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _MARK:
+            path.unlink()
+    (partial / _MARK).unlink(missing_ok=True)
+    partial.rmdir()
 
 
 assert not _CARRIED.fullmatch(CONFIG_FILE)

@@ -314,6 +314,27 @@ def test_killed_at_any_moment_nothing_is_accepted_and_the_next_run_starts_anew(t
     assert sorted(os.listdir(tmp_path)) == ["dist", "hf", "out", "whole"]
 
 
+def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_the_same(source, tmp_path, monkeypatch):
+    from hymeg.checkpoint import folders
+
+    partial = tmp_path / "dist.partial"
+    (partial / "release").mkdir(parents=True)
+    (partial / "release" / "__0_0.distcp").write_bytes(bytes(10))
+    (partial / "config.json").write_text("{}")
+    (partial / ".unfinished").touch()
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        removals = iter([lambda path: shutil.os.unlink(path)])
+        killed.setattr(folders.Path, "unlink", lambda path, **_: next(removals, _killed)(path))
+        folders._remove(partial)
+    assert partial.is_dir()
+    hf_to_dist(source, tmp_path / "dist")
+    assert os.listdir(tmp_path) == ["dist"]
+
+
+def _killed(_: Path) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_second_of_two_conversions_to_one_folder_is_refused(source, tmp_path, monkeypatch):
     from hymeg.checkpoint import folders
 
