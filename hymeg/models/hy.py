@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from hymeg.models.head import adapt_head
+from hymeg.models.head import PendingLogits, adapt_head, without_logits
 from hymeg.models.router import Router
 from hymeg.models.specs import decoder_spec, mtp_spec
 
@@ -32,6 +32,8 @@ class HyTransformerConfig(TransformerConfig):
 
     hy_lm_head_fp32: bool = False
     """Logits in fp32 from weights of a lower precision (config.json: enable_lm_head_fp32)."""
+    hy_recompute_logits: bool = False
+    """Compute the logits a second time in the backward pass instead of keeping their exponentials (--recompute-logits)."""
 
 
 class HYV3ForCausalLM(GPTModel):
@@ -52,11 +54,24 @@ class HYV3ForCausalLM(GPTModel):
             **kwargs,
         )
         if self.post_process:
-            adapt_head(self.output_layer, vocab_size, config.hy_lm_head_fp32)
+            self.vocab_shard = adapt_head(self.output_layer, vocab_size, config.hy_lm_head_fp32, config.hy_recompute_logits)
         self._reduce_experts_over_expert_data_parallel_group()
         if self.mtp_process and config.mtp_loss_scaling_factor == 0:
             self.mtp.requires_grad_(False)
         self.register_load_state_dict_post_hook(_allow_missing_extra_state)
+
+    def _postprocess(self, *args, labels=None, **kwargs):
+        """Where only losses are asked for, the head makes no logits, unless a fused cross entropy of Megatron's is to have them."""
+        if not self.post_process or labels is None or self.config.cross_entropy_loss_fusion or kwargs.get("output_processor") is not None:
+            return super()._postprocess(*args, labels=labels, **kwargs)
+        with without_logits(self.output_layer, self.vocab_shard):
+            return super()._postprocess(*args, labels=labels, **kwargs)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor | PendingLogits) -> torch.Tensor:
+        """Losses `[b, s]` of the labels `[b, s]`, from logits `[s, b, padded_vocab / tp]` or what stands for them."""
+        if isinstance(logits, PendingLogits):
+            return logits.cross_entropy(labels.t()).t().contiguous()
+        return super().compute_language_model_loss(labels, logits)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """What a distributed checkpoint holds: tensors only, the same under both layer specs and from the converter. Megatron would add an object

@@ -1,6 +1,11 @@
 """The device, for the rest of hymeg: nothing else asks for one."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+
+from hymeg.platform.patches import patched
 
 
 def current() -> torch.device:
@@ -21,3 +26,16 @@ def name() -> str:
 def move(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` on the device, copied without waiting where its memory is pinned."""
     return tensor.cuda(non_blocking=True)
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was given."""
+    torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """While the context is open, models and DDP's buffers take no memory: they are made on the meta device."""
+    meta = torch.device("meta")
+    with patched(torch.cuda, "current_device", lambda: meta, "param_and_grad_buffer.py:1179: DDP's buffers"), meta:
+        yield

@@ -1,5 +1,7 @@
 """The flags that the CPU needs and those that it cannot serve, by argparse destination."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from hymeg import platform
@@ -84,6 +86,20 @@ REFUSED_VALUES: Values = {
 }
 
 
+_elsewhere = False
+
+
+@contextlib.contextmanager
+def for_gpus() -> Iterator[None]:
+    """While the context is open, flags are judged as on a machine with CUDA: they are a plan's or a recipe's, to run elsewhere."""
+    global _elsewhere
+    _elsewhere = True
+    try:
+        yield
+    finally:
+        _elsewhere = False
+
+
 def here() -> tuple[Only, Only, Values]:
     """`REQUIRED`, `REFUSED` and `REFUSED_VALUES` where this process runs: all empty with CUDA."""
-    return (REQUIRED, REFUSED, REFUSED_VALUES) if platform.is_cpu() else ({}, {}, {})
+    return (REQUIRED, REFUSED, REFUSED_VALUES) if platform.is_cpu() and not _elsewhere else ({}, {}, {})

@@ -46,6 +46,22 @@ def count_mtp_tokens_over_context_parallel_group() -> None:
     patch(multi_token_prediction, "roll_tensor", roll, "multi_token_prediction.py, process_mtp_loss: num_tokens")
 
 
+def count_mtp_hits_without_logits() -> None:
+    """On every platform: process_mtp_loss counts the tokens that multi-token prediction got right by the argmax of its logits. Where the head has
+    made none, what stands for them tells in `hits` where the label is the likeliest token (hymeg.models.head.PendingLogits)."""
+    from megatron.core.transformer import multi_token_prediction
+
+    count_by_argmax = multi_token_prediction._compute_mtp_acceptance_counts
+
+    def count(mtp_logits, mtp_labels, loss_mask, *args, **kwargs):
+        if isinstance(mtp_logits, torch.Tensor):
+            return count_by_argmax(mtp_logits, mtp_labels, loss_mask, *args, **kwargs)
+        trained = loss_mask.t().bool()
+        return (mtp_logits.hits & trained).sum().float(), trained.sum().float()
+
+    patch(multi_token_prediction, "_compute_mtp_acceptance_counts", count, "multi_token_prediction.py, process_mtp_loss: correct, total")
+
+
 def quieten() -> None:
     """Before Megatron is imported: on a CPU it warns a dozen times of what is as it should be."""
     for message in (
@@ -135,7 +151,8 @@ def log_line(line) -> Iterator[None]:
         if iteration % get_args().log_interval == 0:
             # Said to be the first, an iteration is logged and its sums kept (training.py:2594): the next line would be the mean of both.
             kwargs["is_first_iteration"] = False
-        line.before(iteration, kwargs.get("is_first_iteration", False))
+        packed = kwargs.get("total_real_tokens_in_batch"), kwargs.get("seqlen_squared_sum_in_batch")
+        line.before(iteration, kwargs.get("is_first_iteration", False), *packed)
         return training_log(*args, **kwargs)
 
     with (

@@ -1,0 +1,118 @@
+"""The cross entropy of tokens straight from their hidden states: the logits are computed a slice of the vocabulary at a time and never held whole.
+
+With 120,832 tokens in the vocabulary fp32 logits and what a cross entropy makes of them take 6 bytes a token and vocabulary entry at their peak:
+3 GB for 4,096 tokens. Here they take 2 (exponentials in bf16, kept for the backward pass), or only a slice when they are computed again there.
+
+Slices are merged as tensor-parallel shards are: by the maximum m and the sum z of exp(logit - m), both `[n]` (Milakov and Gimelshein, "Online
+normalizer calculation for softmax", 2018). The loss is log z + m - logit[label]; its gradient by a logit is exp(logit - m) / z, less 1 at the label.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from hymeg.platform.kernels import matmul_to_fp32
+
+SLICE_ELEMENTS = 2**22
+"""Logits in a slice, 16 MiB in fp32: small enough for a cache, large enough for a matrix product."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabShard:
+    """The rows of the vocabulary that this rank's part of the head holds.
+
+    Attributes:
+        start: the token of the first row.
+        num_rows: the rows that stand for tokens; what follows them pads the vocabulary, has no probability and gets no gradient.
+        fp32_logits: logits in fp32 whatever the weight's dtype; otherwise they are rounded to it.
+        recompute: keep nothing of the logits for the backward pass.
+        group: the tensor-parallel ranks, whose shards make up the vocabulary.
+    """
+
+    start: int
+    num_rows: int
+    fp32_logits: bool
+    recompute: bool
+    group: dist.ProcessGroup
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`[n, h] x [rows, h] -> [n, rows]` in fp32."""
+        return matmul_to_fp32(hidden, weight.t()) if self.fp32_logits else (hidden @ weight.t()).float()
+
+    def slices(self, num_tokens: int) -> Iterator[slice]:
+        width = max(128, SLICE_ELEMENTS // num_tokens // 128 * 128)
+        for start in range(0, self.num_rows, width):
+            yield slice(start, min(start + width, self.num_rows))
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses in nats `[n]` (fp32), and whether the label is the likeliest token `[n]` (bool; a tie counts).
+
+    Args:
+        hidden: `[n, h]`, the same on every rank of the group; its gradient is this rank's summand.
+        weight: `[rows, h]`, the head's.
+        labels: `[n]`, tokens. One outside the vocabulary gives a finite loss without a meaning: mask it.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, shard, torch.is_grad_enabled() and not shard.recompute)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, shard: VocabShard, keep: bool):
+        labels = labels - shard.start
+        peak = torch.full(labels.shape, -torch.inf, device=hidden.device)
+        total, at_label = torch.zeros_like(peak), torch.zeros_like(peak)
+        kept = []
+        for rows in shard.slices(len(labels)):
+            logits = shard.logits(hidden, weight[rows])
+            highest = logits.amax(dim=-1)
+            index, inside = _label_in(labels, rows)
+            at_label += torch.where(inside, logits.gather(1, index)[:, 0], 0.0)
+            exponentials = logits.sub_(highest[:, None]).exp_()
+            new_peak = torch.maximum(peak, highest)
+            total = total * (peak - new_peak).exp() + exponentials.sum(dim=-1) * (highest - new_peak).exp()
+            peak = new_peak
+            if keep:
+                kept += [exponentials.to(weight.dtype), highest]
+        if shard.group.size() > 1:
+            highest = peak.clone()
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
+            sums = torch.stack([total * (peak - highest).exp(), at_label])
+            dist.all_reduce(sums, group=shard.group)
+            peak, (total, at_label) = highest, sums
+        losses, hits = total.log() - (at_label - peak), at_label >= peak
+        ctx.shard = shard
+        ctx.save_for_backward(hidden, weight, labels, losses, peak + total.log(), *kept)
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
+
+    @staticmethod
+    def backward(ctx, grad_losses, _):
+        shard = ctx.shard
+        hidden, weight, labels, losses, log_total, *kept = ctx.saved_tensors
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_at_label = torch.expm1(-losses) * grad_losses
+        for number, rows in enumerate(shard.slices(len(labels))):
+            if kept:
+                exponentials, highest = kept[2 * number : 2 * number + 2]
+                # In place: a second backward pass through the same graph is an error of autograd's.
+                grad = exponentials.mul_(((highest - log_total).exp() * grad_losses)[:, None])
+            else:
+                exponentials = shard.logits(hidden, weight[rows]).sub_(log_total[:, None]).exp_()
+                grad = exponentials.mul_(grad_losses[:, None]).to(weight.dtype)
+            index, inside = _label_in(labels, rows)
+            grad.scatter_(1, index, torch.where(inside[:, None], grad_at_label[:, None].to(grad.dtype), grad.gather(1, index)))
+            if grad_hidden is not None:
+                grad_hidden += grad @ weight[rows]
+            if grad_weight is not None:
+                grad_weight[rows] = grad.t() @ hidden
+        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+
+
+def _label_in(labels: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the labels stand in a slice: the index `[n, 1]`, and whether they stand there at all `[n]`; where not, the index is any."""
+    offset = labels - rows.start
+    return offset.clamp(0, rows.stop - rows.start - 1)[:, None], (labels >= rows.start) & (labels < rows.stop)
