@@ -93,13 +93,14 @@ def _check_widths(config: HyConfig, layout: Layout) -> None:
         ("expert_model_parallel_size", {"experts": config.num_experts}),
         ("expert_tensor_parallel_size", {"expert feed-forward width": config.moe_intermediate_size}),
     ):
-        parallel, allowed = getattr(layout, field), _divisors(math.gcd(*widths.values()))
+        parallel = getattr(layout, field)
+        wrong = next((what for what, size in widths.items() if size % parallel), None)
+        if wrong is None and (widths is not tensor or _shares(parallel, groups)):
+            continue
+        allowed = [size for size in _divisors(math.gcd(*widths.values())) if widths is not tensor or _shares(size, groups)]
+        if wrong is not None:
+            raise UserError(f"{_FLAG[field]} {parallel} does not divide the model's {widths[wrong]} {wrong}; it may be {_listed(allowed)}")
         if widths is tensor:
-            allowed = [size for size in allowed if _shares(size, groups)]
-        for what, size in widths.items():
-            if size % parallel:
-                raise UserError(f"{_FLAG[field]} {parallel} does not divide the model's {size} {what}; it may be {_listed(allowed)}")
-        if widths is tensor and not _shares(parallel, groups):
             raise UserError(
                 f"{_FLAG[field]} {parallel} and the model's {groups} query groups (key/value heads): neither divides the other; "
                 f"it may be {_listed(allowed)}"

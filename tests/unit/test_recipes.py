@@ -1,4 +1,5 @@
-"""The recipes under examples/ are legal for the model and the number of GPUs in their names."""
+"""The recipes under examples/: the trainer's command line takes them, they are legal and fit the GPUs in their names, and their comments say what the
+planner says."""
 
 import re
 from pathlib import Path
@@ -9,25 +10,76 @@ from test_models import PUBLISHED
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.planning.layout import check
+from hymeg.planning.memory import GIB, Device
+from hymeg.planning.network import HARDWARE
+from hymeg.planning.report import flags_of, summary
+from hymeg.planning.search import Machine, Planner, describe
+from hymeg.planning.settings import settings_of
+from hymeg.platform.flags import for_gpus
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import layout_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODELS = {"hy_mt2_30b_a3b": PUBLISHED["Hy-MT2-30B-A3B"], "hy3": PUBLISHED["Hy3"] | {"num_nextn_predict_layers": 1}}
 RECIPES = [path for folder in MODELS for path in sorted((EXAMPLES / folder).glob("*.yaml"))]
+NAME = re.compile(r"(?P<purpose>\w+)_(?P<gpus>\d+)x(?P<gpu>[a-z]+\d+)_(?P<memory>\d+)gb_bf16")
+LEAST_MARGIN = 4 * GIB  # beside the reserve: no GPU has confirmed the formulas for activations yet
+WANTED = {
+    "hy_mt2_30b_a3b": {"sft_8xh200", "sft_8xh100", "sft_16xh100", "pretrain_64xh100", "long_context_128k_64xh100"},
+    "hy3": {"sft_128xh100", "sft_256xh100", "sft_64xh200", "pretrain_1024xh100"},
+}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_legal(recipe, tmp_path, monkeypatch):
-    config = HyConfig.from_dict(TINY_CONFIG | MODELS[recipe.parent.name] | {"max_position_embeddings": 262144})
-    config.save(tmp_path)
-    num_gpus = int(re.search(r"_(\d+)x", recipe.stem)[1])
-    monkeypatch.setenv("WORLD_SIZE", str(num_gpus))
-    args, config = parse(["--config", str(recipe), "--hf-model", str(tmp_path)])
+@pytest.fixture(scope="module")
+def planned(request, tmp_path_factory):
+    """(args, plan, planner) of a recipe, as on the machine that its name says."""
+    recipe, tmp_path = request.param, tmp_path_factory.mktemp("model")
+    HyConfig.from_dict(TINY_CONFIG | MODELS[recipe.parent.name] | {"max_position_embeddings": 262144}).save(tmp_path)
+    named = NAME.fullmatch(recipe.stem)
+    with pytest.MonkeyPatch.context() as patch, for_gpus():
+        patch.setenv("WORLD_SIZE", named["gpus"])
+        args, config = parse(["--config", str(recipe), "--hf-model", str(tmp_path)])
     layout = layout_of(args)
     check(config, layout)
-    assert layout.world_size == num_gpus and args.bf16 and layout.num_microbatches >= layout.pipeline_model_parallel_size
+    machine = Machine(int(named["gpus"]), 8, Device(int(named["memory"])), HARDWARE[named["gpu"].upper()])
+    planner = Planner(config, machine)
+    return args, planner.plan(layout, settings_of(args)), planner
 
 
-def test_there_is_a_recipe_for_each_model():
-    assert {path.parent.name for path in RECIPES} == set(MODELS)
+every_recipe = pytest.mark.parametrize("planned", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}", indirect=True)
+
+
+@every_recipe
+def test_recipe_fits_with_room_to_spare(planned):
+    args, plan, planner = planned
+    assert args.bf16 and plan.layout.num_microbatches >= plan.layout.pipeline_model_parallel_size
+    assert planner.machine.device.usable - plan.peak >= LEAST_MARGIN
+
+
+@every_recipe
+def test_recipes_comment_says_what_the_planner_says(planned):
+    _, plan, planner = planned
+    text = Path(planned[0].config).read_text()
+    assert f"# tools/plan.py: {summary(plan, planner.machine)}." in text
+    assert f"# {describe(plan)}\n" in text
+
+
+@every_recipe
+def test_recipe_has_the_flags_that_the_planner_writes(planned):
+    args, plan, _ = planned
+    for name, value in flags_of(plan.layout, plan.settings).items():
+        assert getattr(args, {"recompute-logits": "hy_recompute_logits"}.get(name, name.replace("-", "_"))) == value, name
+
+
+@every_recipe
+def test_fine_tuning_recipes_read_conversations_and_pretraining_ones_start_from_scratch(planned):
+    args, _, _ = planned
+    purpose = NAME.fullmatch(Path(args.config).stem)["purpose"]
+    assert ("sft" in args.explicit, args.init_from_scratch) == (purpose == "sft", purpose == "pretrain")
+    assert args.data_path is None and (args.micro_batch_size == 1 or purpose != "sft")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_there_is_a_recipe_for_every_use(model):
+    found = {path.stem.rpartition("_bf16")[0].rpartition("_")[0] for path in RECIPES if path.parent.name == model}
+    assert WANTED[model] <= found

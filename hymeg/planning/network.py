@@ -1,0 +1,107 @@
+"""Who talks to whom over which link: the groups of Megatron's rank order, and how long a collective takes at best. Estimates; docs/planning.md."""
+
+import dataclasses
+from typing import NamedTuple
+
+from hymeg.errors import UserError
+from hymeg.planning.flops import peak_tflops
+from hymeg.planning.layout import Layout
+
+INSIDE, ACROSS = "inside", "across"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """A GPU and its links. Bandwidths are the data sheets', in GB/s, and one direction's where a link has two."""
+
+    name: str
+    memory_gib: int
+    hbm: float
+    nvlink: float
+
+    @property
+    def peak_tflops(self) -> float:
+        return peak_tflops(self.name)
+
+
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        Hardware("A100", 80, 2039, 300),
+        Hardware("A800", 80, 2039, 200),
+        Hardware("H800", 80, 3350, 200),
+        Hardware("H100", 80, 3350, 450),
+        Hardware("H20", 96, 4000, 450),
+        Hardware("H200", 141, 4800, 450),
+        Hardware("B200", 180, 7700, 900),
+    )
+}
+"""From NVIDIA's data sheets, the SXM versions; bf16 peaks stand in `hymeg.planning.flops`."""
+
+_OF_MEMORY = {80: "H100", 96: "H20", 141: "H200", 180: "B200"}
+
+
+def hardware_of(name: str | None, gpu_memory: float) -> Hardware:
+    """The GPU of that name; with None, the one that has so much memory, or an H100.
+
+    Raises:
+        UserError: there is no such name in `HARDWARE`.
+    """
+    if name is None:
+        return HARDWARE[_OF_MEMORY.get(round(gpu_memory), "H100")]
+    if name.upper() not in HARDWARE:
+        raise UserError(f"--gpu {name}: not a GPU whose speed is known here; it may be {', '.join(HARDWARE)}")
+    return HARDWARE[name.upper()]
+
+
+class Group(NamedTuple):
+    """Ranks r, r + stride, r + 2 stride, ..."""
+
+    size: int
+    stride: int
+
+    def local(self, gpus_per_node: int) -> int:
+        """How many of them share a node."""
+        return max(1, min(self.size, gpus_per_node // self.stride))
+
+
+def groups(layout: Layout) -> dict[str, Group]:
+    """In Megatron's order tp-cp-ep-dp-pp (parallel_state.py): the first changes fastest."""
+    tp, cp, pp = layout.tensor_model_parallel_size, layout.context_parallel_size, layout.pipeline_model_parallel_size
+    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    per_stage = layout.world_size // pp
+    return {
+        "tp": Group(tp, 1),
+        "cp": Group(cp, tp),
+        "dp": Group(per_stage // tp, tp),  # data x context parallel: whom gradients are reduced with
+        "etp": Group(etp, 1),
+        "ep": Group(ep, etp),
+        "edp": Group(per_stage // (ep * etp), ep * etp),
+        "pp": Group(pp, per_stage),
+    }
+
+
+class Links(NamedTuple):
+    """What a rank reaches of its links, bytes a second."""
+
+    gpus_per_node: int
+    inside: float
+    across: float
+
+    def link(self, group: Group) -> str:
+        return INSIDE if group.local(self.gpus_per_node) == group.size else ACROSS
+
+    def ring(self, group: Group, num_bytes: float) -> float:
+        """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all. Rings of all ranks in a node share its network cards."""
+        local = group.local(self.gpus_per_node)
+        speed = self.inside if local == group.size else min(self.inside, local * self.across)
+        return num_bytes * (group.size - 1) / group.size / speed
+
+    def all_to_all(self, group: Group, num_bytes: float) -> float:
+        """Seconds in which every rank sends `num_bytes`, as much to each; NVLink and the network work at the same time."""
+        local = group.local(self.gpus_per_node)
+        return max(num_bytes * (local - 1) / group.size / self.inside, num_bytes * (group.size - local) / group.size / self.across)
+
+    def neighbour(self, group: Group, num_bytes: float) -> float:
+        """Seconds to send `num_bytes` to the next rank."""
+        return num_bytes / (self.inside if group.local(self.gpus_per_node) > 1 else self.across) if group.size > 1 else 0.0

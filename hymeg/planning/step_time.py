@@ -1,0 +1,245 @@
+"""How long a training step takes: a roofline over each stage's work with fixed efficiencies, and the communication that cannot hide behind it.
+
+An estimate to rank layouts by. docs/planning.md says where each constant comes from and how far the estimate is off published figures.
+"""
+
+import collections
+import copy
+import functools
+from typing import NamedTuple
+
+from hymeg.hf.config import HyConfig
+from hymeg.planning.activations import Activations
+from hymeg.planning.flops import training_flops
+from hymeg.planning.layout import Layout
+from hymeg.planning.memory import optimizer_bytes
+from hymeg.planning.network import Hardware, Links, groups
+from hymeg.planning.parameters import chunk_numel, dense_ranks, expert_ranks
+from hymeg.planning.settings import Settings
+from hymeg.planning.stages import Chunk, stages
+
+# Shares of the peak that a kernel reaches. Assumed, and checked against published runs (docs/planning.md).
+GEMM, GROUPED_GEMM, ATTENTION, HBM, NVLINK, NETWORK = 0.70, 0.60, 0.50, 0.80, 0.75, 0.80
+HALF_SPEED_TOKENS = 64
+"""Tokens an expert at which a grouped GEMM reaches half of GROUPED_GEMM, unless its weights' traffic already bounds it."""
+TRAFFIC = 8
+"""How often what a layer saves goes through memory in norms, RoPE, activations and permutations, forward and backward."""
+LAYER_OVERHEAD = 1.5e-4
+"""Seconds a layer and micro-batch, forward and backward: kernel launches, and the synchronisation for the number of tokens an expert gets."""
+STAGE_OVERHEAD = 4e-4
+"""Seconds a virtual stage and micro-batch, forward and backward, where there is a pipeline: messages' latency and the schedule's waiting for them."""
+OVERLAPPED_EXPERTS = 0.3
+"""What stays visible of the all-to-all under --overlap-moe-expert-parallel-comm."""
+CPU_ADAM = 1.2e9
+"""Elements a second that a GPU's share of the host's cores updates under --optimizer-cpu-offload, its PCIe transfers included."""
+
+
+class StepTime(NamedTuple):
+    """Seconds of one step unless a name says otherwise."""
+
+    total: float
+    compute: float  # of the busiest stage, recomputation included
+    communication: float  # visible, of the busiest stage; without the two below
+    bubble: float
+    gradients: float  # visible reduction of gradients and gathering of parameters
+    optimizer: float
+    volumes: dict[tuple[str, str], float]  # (kind, link) -> bytes that a rank of the busiest stage sends in a step
+    tokens_per_gpu: float  # a second
+    tflops_per_gpu: float
+    mfu: float
+
+
+class _Work(NamedTuple):
+    """Seconds of one micro-batch on one stage."""
+
+    forward: float
+    backward: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.communication
+
+
+class StepModel:
+    """Args: `gpus_per_node` decides which groups NVLink connects; `network` is GB/s a GPU between nodes (50 for one 400 Gbit/s card each)."""
+
+    def __init__(
+        self, config: HyConfig, layout: Layout, settings: Settings, hardware: Hardware, gpus_per_node: int, network: float, imbalance: float
+    ):
+        self.config, self.layout, self.settings, self.hardware = config, layout, settings, hardware
+        self.links = Links(gpus_per_node, hardware.nvlink * 1e9 * NVLINK, network * 1e9 * NETWORK)
+        self.groups = groups(layout)
+        self.sizes = Activations(config, layout, settings, imbalance)
+        self.peak = hardware.peak_tflops * 1e12
+        # Asked for stage by stage, and the same on all.
+        self._layer, self._layer_communication = functools.cache(self._layer), functools.cache(self._layer_communication)
+
+    def step(self) -> StepTime:
+        pp, count = self.layout.pipeline_model_parallel_size, self.layout.num_microbatches
+        works = [self._stage(chunks) for chunks in stages(self.config, self.layout)]
+        slowest = max(range(pp), key=lambda rank: works[rank].total)
+        work, chunks = works[slowest], stages(self.config, self.layout)[slowest]
+        idle = (pp - 1) / len(chunks) * sum(one.total for one in works) / pp
+        gradients, optimizer = self._update(chunks, work)
+        total = count * work.total + idle + gradients + optimizer
+        volumes = self._volumes(chunks)
+        tokens = self.layout.global_batch_size * self.layout.seq_length / total / self.layout.world_size
+        flops = training_flops(self.config, self.layout.global_batch_size, self.layout.seq_length) / total / self.layout.world_size
+        busy = (work.forward + work.backward) * count
+        return StepTime(total, busy, work.communication * count, idle, gradients, optimizer, volumes, tokens, flops / 1e12, flops / self.peak)
+
+    # ---- compute
+
+    def _stage(self, chunks: list[Chunk]) -> _Work:
+        forward = backward = communication = 0.0
+        for chunk in chunks:
+            for is_moe, whole, count in self._kinds(chunk):
+                once, moved, repeated = self._layer(is_moe), self._layer_communication(is_moe), self._repeated_share(is_moe, whole)
+                forward += count * once
+                backward += count * ((2 + repeated) * once + LAYER_OVERHEAD)
+                communication += count * moved * (1 + repeated / 2)
+            heads = chunk.has_head + chunk.num_mtp_layers
+            head = heads * self.head_flops() / (self.peak * GEMM)
+            forward += head
+            backward += STAGE_OVERHEAD if self.groups["pp"].size > 1 else 0.0
+            backward += (3 if self.settings.hy_recompute_logits else 2) * head
+        communication += 2 * len(chunks) * self.links.neighbour(self.groups["pp"], self.sizes.hidden()) / 2  # half of it overlaps
+        return _Work(forward, backward, communication)
+
+    def _kinds(self, chunk: Chunk) -> list[tuple[bool, bool, int]]:
+        """(is MoE, runs forward twice as a whole, how many) of the chunk's layers."""
+        settings, again = self.settings, 0
+        if settings.recompute_granularity == "full":
+            again = len(chunk.layers) if settings.recompute_method == "uniform" else min(settings.recompute_num_layers, len(chunk.layers))
+        counts = collections.Counter((self.config.is_moe_layer(layer), number < again) for number, layer in enumerate(chunk.layers))
+        counts[True, again > 0 and settings.recompute_method == "uniform"] += chunk.num_mtp_layers
+        return [(*kind, count) for kind, count in counts.items() if count]
+
+    def _repeated_share(self, is_moe: bool, whole: bool) -> float:
+        """The share of a layer's forward pass that its backward pass runs again."""
+        if whole:
+            return 1.0
+        recomputes, parts = self.sizes.recomputes, self.flops(is_moe)
+        names = {"core_attn": ("scores",), "mlp": ("dense_mlp",), "shared_experts": ("shared_experts",), "moe": ("routed_experts", "shared_experts")}
+        again = {part for name, of in names.items() if recomputes[name] for part in of}
+        share = sum(parts.get(part, 0.0) for part in again) / sum(parts.values())
+        return share + 0.02 * (recomputes["moe_act"] + recomputes["layernorm"])  # no products, but traffic
+
+    def flops(self, is_moe: bool) -> dict[str, float]:
+        """Of one forward pass of a layer on this rank; over all ranks the sum is `hymeg.planning.flops`'."""
+        sizes, hidden = self.sizes, self.config.hidden_size
+        found = {
+            "projections": 2 * sizes.tokens * hidden * (2 * sizes.q + 2 * sizes.kv),
+            "scores": 2 * sizes.tokens * self.layout.seq_length * sizes.q,
+        }
+        if not is_moe:
+            return found | {"dense_mlp": 6 * sizes.tokens * hidden * sizes.dense}
+        return found | {
+            "shared_experts": 6 * sizes.tokens * hidden * sizes.shared,
+            "router": 2 * sizes.shared_tokens * hidden * self.config.num_experts,
+            "routed_experts": 6 * sizes.expert_tokens * hidden * sizes.expert,
+        }
+
+    def head_flops(self) -> float:
+        return 2 * self.sizes.tokens * self.config.hidden_size * self.sizes.vocab
+
+    def _layer(self, is_moe: bool) -> float:
+        """Seconds of a forward pass: products at their efficiencies, and a third of the memory traffic of forward and backward."""
+        per_expert = self.sizes.expert_tokens / (self.config.num_experts / self.layout.expert_model_parallel_size)
+        shares = {"scores": ATTENTION, "routed_experts": GROUPED_GEMM * per_expert / (per_expert + HALF_SPEED_TOKENS)}
+        products = {part: flops / (self.peak * shares.get(part, GEMM)) for part, flops in self.flops(is_moe).items()}
+        if is_moe:
+            products["routed_experts"] = max(products["routed_experts"], self._expert_weights / 3)
+        plain = self._everything_saved.layer(is_moe)
+        return sum(products.values()) + TRAFFIC * plain / (self.hardware.hbm * 1e9 * HBM) / 3
+
+    @functools.cached_property
+    def _expert_weights(self) -> float:
+        """Seconds in which a layer's experts go through memory for one micro-batch: weights read forward and backward, gradients added to."""
+        experts = self.config.num_experts / self.layout.expert_model_parallel_size
+        numel = experts * 3 * self.config.hidden_size * self.sizes.expert
+        return numel * 2 * (self.sizes.a + (4 if self.settings.grads_in_fp32 else 2)) / (self.hardware.hbm * 1e9 * HBM)
+
+    @functools.cached_property
+    def _everything_saved(self) -> Activations:
+        """The sizes of a run that recomputes nothing: what flows through memory whatever is kept."""
+        plain = copy.copy(self.sizes)
+        plain.recomputes = dict.fromkeys(plain.recomputes, False)
+        return plain
+
+    # ---- communication
+
+    def _layer_bytes(self, is_moe: bool) -> dict[str, float]:
+        """What a rank's collectives of one layer move forward and backward, in bytes of the whole buffers."""
+        sizes, hidden, layout = self.sizes, self.config.hidden_size, self.layout
+        row = sizes.a * hidden
+        blocks = 2  # attention, and the MLP or the shared experts: gathered before, scattered after
+        tp = blocks * 5 * sizes.tokens * row if layout.tensor_model_parallel_size > 1 else 0  # the weight's gradient needs the input gathered again
+        found = {"tp": tp, "cp": 0.0, "ep": 0.0, "etp": 0.0}
+        if layout.context_parallel_size > 1:
+            found["cp"] = 3 * 2 * sizes.a * sizes.kv * sizes.tokens * layout.context_parallel_size
+        if is_moe and layout.expert_model_parallel_size > 1:
+            found["ep"] = 4 * sizes.expert_tokens / layout.expert_tensor_parallel_size * row
+        if is_moe and layout.expert_tensor_parallel_size > 1:
+            found["etp"] = 4 * sizes.expert_tokens * row
+        return found
+
+    def _layer_communication(self, is_moe: bool) -> float:
+        """Visible seconds, forward and backward."""
+        moved = self._layer_bytes(is_moe)
+        seconds = sum(self.links.ring(self.groups[kind], moved[kind]) for kind in ("tp", "etp"))
+        experts = self.links.all_to_all(self.groups["ep"], moved["ep"])
+        seconds += experts * (OVERLAPPED_EXPERTS if self.settings.overlap_moe_expert_parallel_comm else 1)
+        # Keys and values go round while attention works on those that are there.
+        attention = 3 * self.flops(is_moe)["scores"] / (self.peak * ATTENTION)
+        return seconds + max(0.0, self.links.ring(self.groups["cp"], moved["cp"]) - attention)
+
+    def _update(self, chunks: list[Chunk], work: _Work) -> tuple[float, float]:
+        """Visible seconds of gradients and parameters over the data-parallel ranks, and seconds of the optimizer."""
+        settings = self.settings
+        gradient, element = (4 if settings.grads_in_fp32 else 2), (2 if settings.bf16 else 4)
+        dense, expert = self._parameters(chunks)
+        reduce = self.links.ring(self.groups["dp"], dense * gradient) + self.links.ring(self.groups["edp"], expert * gradient)
+        gather = self.links.ring(self.groups["dp"], dense * element) + self.links.ring(self.groups["edp"], expert * element)
+        # A step's last backward and first forward pass of one micro-batch hide them; buckets only exist on the first stage, but stages wait for it.
+        reduce = max(0.1 * reduce, reduce - work.backward) if settings.overlap_grad_reduce else reduce
+        gather = max(0.1 * gather, gather - work.forward) if settings.overlap_param_gather else gather
+        shards = (dense_ranks(self.layout), expert_ranks(self.layout)) if settings.use_distributed_optimizer else (1, 1)
+        kept = dense / shards[0] + expert / shards[1]
+        traffic = 2 * optimizer_bytes(settings) + 2 * gradient + element
+        optimizer = kept * traffic / (self.hardware.hbm * 1e9 * HBM)
+        if settings.optimizer_cpu_offload:
+            optimizer += kept * settings.optimizer_offload_fraction / CPU_ADAM
+        return reduce + gather, optimizer
+
+    def _parameters(self, chunks: list[Chunk]) -> tuple[int, int]:
+        """Elements of dense parameters and of experts on a rank."""
+        counts = [chunk_numel(self.config, self.layout, self.settings, chunk) for chunk in chunks]
+        return sum(dense for dense, _ in counts), sum(expert for _, expert in counts)
+
+    def _volumes(self, chunks: list[Chunk]) -> dict[tuple[str, str], float]:
+        """(kind, link) -> bytes that a rank sends in a step."""
+        count, found = self.layout.num_microbatches, {}
+        for chunk in chunks:
+            for is_moe, _, number in self._kinds(chunk):
+                for kind, size in self._layer_bytes(is_moe).items():
+                    self._add(found, kind, count * number * size)
+        dense, expert = self._parameters(chunks)
+        both = (4 if self.settings.grads_in_fp32 else 2) + (2 if self.settings.bf16 else 4)
+        self._add(found, "dp", dense * both)
+        self._add(found, "edp", expert * both)
+        if self.groups["pp"].size > 1:
+            key = ("pp", self.links.link(self.groups["pp"]._replace(size=2)))
+            found[key] = 2.0 * count * len(chunks) * self.sizes.hidden()
+        return found
+
+    def _add(self, found: dict[tuple[str, str], float], kind: str, num_bytes: float) -> None:
+        group = self.groups[kind]
+        if group.size == 1 or num_bytes == 0:
+            return
+        local = group.local(self.links.gpus_per_node)
+        inside, across = (local - 1) / group.size, (group.size - local) / group.size
+        for link, share in (("inside", inside), ("across", across)):
+            if share:
+                found[kind, link] = found.get((kind, link), 0.0) + num_bytes * share

@@ -1,0 +1,102 @@
+"""Where the planner puts layers and how many micro-batches a stage holds, against Megatron's own functions and a schedule played by hand."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from test_layout import config_of, layers_by_stage, layout_of, refusal
+
+from hymeg.planning.splits import balanced, layout_string, pipeline_splits
+from hymeg.planning.stages import micro_batches_held, num_stages, stages
+
+
+def test_stages_hold_the_layers_that_megatron_builds():
+    pick, seen = random.Random(0), 0
+    for _ in range(2000):
+        pp, vpp = pick.choice((1, 2, 3, 4)), pick.choice((None, 2, 3))
+        config = config_of(num_hidden_layers=pick.randrange(2, 25))
+        layout = layout_of(
+            pp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            decoder_first_pipeline_num_layers=pick.choice((None, None, 1, 2, 3, 4)) if pp > 1 else None,
+            decoder_last_pipeline_num_layers=pick.choice((None, None, 1, 2, 3, 4)) if pp > 1 else None,
+            account_for_embedding_in_pipeline_split=pick.random() < 0.2,
+            account_for_loss_in_pipeline_split=pick.random() < 0.2,
+        )
+        if refusal(config, layout) is not None:
+            continue
+        seen += 1
+        found = stages(config, layout)
+        by_stage = [found[rank][stage] for stage in range(vpp or 1) for rank in range(pp)]
+        assert [len(chunk.layers) for chunk in by_stage] == layers_by_stage(config, layout)
+        assert [layer for chunk in by_stage for layer in chunk.layers] == list(range(config.num_hidden_layers))
+        assert [chunk.has_embedding for chunk in by_stage] == [True] + [False] * (len(by_stage) - 1)
+        assert [chunk.has_head for chunk in by_stage] == [False] * (len(by_stage) - 1) + [True]
+    assert seen > 200
+
+
+def test_stages_of_a_layout_string():
+    config = config_of(num_hidden_layers=5, num_nextn_predict_layers=1)
+    layout = layout_of(2, pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et*2|(t|)*2,tmL")
+    (first, third), (second, fourth) = stages(config, layout)
+    assert [chunk.layers for chunk in (first, second, third, fourth)] == [(0, 1), (2,), (3,), (4,)]
+    assert [chunk.num_mtp_layers for chunk in (first, second, third, fourth)] == [0, 0, 0, 1]
+    assert first.has_embedding and fourth.has_head and fourth.has_final_norm
+
+
+def test_the_final_norm_lies_behind_the_last_layer_where_there_is_multi_token_prediction():
+    for num_mtp, expected in ((0, [False, True]), (1, [True, False])):
+        config = config_of(num_hidden_layers=2, num_nextn_predict_layers=num_mtp)
+        layout = layout_of(2, pipeline_model_parallel_size=2, pipeline_model_parallel_layout=f"Ett|{'m' * num_mtp}L")
+        assert [chunk.has_final_norm for (chunk,) in stages(config, layout)] == expected
+
+
+@pytest.mark.parametrize(("pp", "count"), [(1, 4), (2, 1), (4, 2), (4, 16), (8, 8)])
+def test_a_stage_holds_as_many_micro_batches_as_stages_follow_it(pp, count):
+    assert [micro_batches_held(rank, pp, 1, count) for rank in range(pp)] == [((min(pp - rank, count),),) for rank in range(pp)]
+
+
+@pytest.mark.parametrize(("pp", "vpp", "count"), [(2, 2, 4), (2, 3, 8), (4, 2, 8), (4, 4, 16), (8, 2, 8)])
+def test_interleaved_stages_hold_what_megatrons_own_schedule_leaves_open(pp, vpp, count):
+    """Megatron's schedule table and number of forward passes before the first backward pass, played through for every rank."""
+    from megatron.core.pipeline_parallel import schedules
+
+    table = schedules.get_schedule_table(count, vpp, pp)
+    for rank in range(pp):
+        group = SimpleNamespace(size=lambda: pp, rank=lambda rank=rank: rank)
+        place = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=vpp)
+        total, _, warmup, _ = schedules.get_pp_rank_microbatches(count, vpp, pp, p2p_communicator=place)
+        open_, most = [0] * vpp, []
+        for step in range(total + warmup):
+            if step < total:
+                open_[table[step][1]] += 1
+            if step >= warmup or step == total - 1:
+                most.append(tuple(open_))
+            if step >= warmup:
+                open_[vpp - 1 - table[step - warmup][1]] -= 1
+        assert open_ == [0] * vpp
+        held = micro_batches_held(rank, pp, vpp, count)
+        for weights in ((1,) * vpp, tuple(range(1, vpp + 1)), tuple(range(vpp, 0, -1))):
+            assert _largest(held, weights) == _largest(most, weights)
+
+
+def _largest(counts, weights) -> int:
+    return max(sum(a * b for a, b in zip(one, weights, strict=True)) for one in counts)
+
+
+def test_layout_strings_are_legal_and_give_the_last_stage_less():
+    for layers, mtp in ((48, 0), (80, 1), (13, 0)):
+        config = config_of(num_hidden_layers=layers, num_nextn_predict_layers=mtp)
+        for pp in (2, 4, 8):
+            for split in pipeline_splits(config, pp):
+                layout = layout_of(pp, pipeline_model_parallel_size=pp, **split)
+                assert refusal(config, layout) is None, split
+                assert sum(len(chunk.layers) for chunks in stages(config, layout) for chunk in chunks) == layers
+        four = layout_of(4, pipeline_model_parallel_size=4, pipeline_model_parallel_layout=balanced(config, 4))
+        counts = [len(chunk.layers) for (chunk,) in stages(config, four)]
+        assert counts[-1] <= min(counts[:-1]) and max(counts[:-1]) - min(counts[:-1]) <= 1
+
+
+def test_layout_string_reads_back():
+    assert layout_string([2, 5, 5, 1, 0], 1) == "Et*2|(t*5|)*2t|mL" and num_stages("Et*2|(t*5|)*2t|mL") == 5
