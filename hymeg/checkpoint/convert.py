@@ -16,6 +16,7 @@ from hymeg.checkpoint.compare import Pair, compare_rows
 from hymeg.checkpoint.dist_files import (
     COMMON_STATE_KEY,
     RELEASE,
+    SOURCE_FILE,
     TRACKER,
     DistCheckpoint,
     open_dist_checkpoint,
@@ -26,6 +27,7 @@ from hymeg.checkpoint.mapping import Entry, check_distributed_tensors, match_hf_
 from hymeg.checkpoint.rows import RowTensor, row_ranges, rows_of_dist, rows_of_hf
 from hymeg.checkpoint.stored_tensor import STORAGES
 from hymeg.checkpoint.transfer import Task, stored_length, write
+from hymeg.checkpoint.workers import Progress
 from hymeg.errors import UserError
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.hf.files import write_whole
@@ -44,7 +46,7 @@ from hymeg.hf.safetensors_files import (
 
 DTYPES = {"bf16": "BF16", "fp32": "F32", "keep": None}
 _CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_DIST_NAMES = re.compile(rf"{RELEASE}|{re.escape(TRACKER)}|config\.json")
+_DIST_NAMES = re.compile(rf"{RELEASE}|{re.escape(TRACKER)}|{re.escape(SOURCE_FILE)}|config\.json")
 _HF_NAMES = re.compile(rf".*\.safetensors|{re.escape(INDEX_FILE)}|config\.json")
 _SPARE_BYTES = 16 << 20  # for metadata and small files
 
@@ -109,14 +111,12 @@ def hf_to_dist(
     with built_beside(dist, say) as partial:
         folder = partial / RELEASE
         folder.mkdir()
-        peak = write(folder, tasks, workers, "to distributed", sync)
+        peak = write(folder, tasks, workers, Progress("to distributed", num_bytes), sync)
         state, state_file = common_state(source.config), f"__{workers}_0.distcp"
         write_whole(folder / state_file, state)
         write_metadata(folder, tensors, {COMMON_STATE_KEY: (state_file, 0, len(state))})
         if verify:
-            written = rows_of_dist(open_dist_checkpoint(folder))
-            _verify([Pair(entry.hf_name, source.tensors[entry.dist_key], written[entry.dist_key], row_ranges(entry), written[entry.dist_key].dtype)
-                     for entry in source.entries], workers)  # fmt: skip
+            _verify(source.entries, source.tensors, rows_of_dist(open_dist_checkpoint(folder)), workers)
         carry(carried, partial)
         source.config.save(partial)
         write_whole(partial / TRACKER, RELEASE.encode())
@@ -169,12 +169,10 @@ def dist_to_hf(
     with built_beside(hf, say) as partial:
         for shard in shards:
             (partial / shard.file_name).write_bytes(shard_header(shard))
-        peak = write(partial, tasks, workers, "to Hugging Face", sync)
+        peak = write(partial, tasks, workers, Progress("to Hugging Face", num_bytes), sync)
         if verify:
             stored = {name: entry for shard in shards for name, entry in SafetensorsFile(partial / shard.file_name).tensors.items()}
-            written = rows_of_hf(entries, stored)
-            _verify([Pair(entry.hf_name, tensors[entry.dist_key], written[entry.dist_key], row_ranges(entry), written[entry.dist_key].dtype)
-                     for entry in entries], workers)  # fmt: skip
+            _verify(entries, tensors, rows_of_hf(entries, stored), workers)
         carry(carried, partial)
         write_index(partial, shards)
         _with_dtype(config, specs.values()).save(partial)
@@ -204,7 +202,9 @@ def _small_bytes(carried: list[Path], num_tasks: int) -> int:
     return sum(path.stat().st_size for path in carried) + num_tasks * 1024 + _SPARE_BYTES
 
 
-def _verify(pairs: list[Pair], workers: int) -> None:
+def _verify(entries: list[Entry], read: Mapping[str, RowTensor], written: Mapping[str, RowTensor], workers: int) -> None:
+    keys = [entry.dist_key for entry in entries]
+    pairs = [Pair(entry.hf_name, read[key], written[key], row_ranges(entry), written[key].dtype) for entry, key in zip(entries, keys, strict=True)]
     differences = compare_rows(pairs, workers, "verifying")
     if differences:
         first = differences[0]

@@ -25,6 +25,7 @@ from hymeg.hf.files import read_json, shown
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 METADATA, FORMAT_FILE = ".metadata", "metadata.json"
+SOURCE_FILE = "source.json"  # beside the tracker: what training converted the checkpoint from, by itself
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 COMMON_STATE_KEY = "common_state/shard_0_1"
@@ -168,6 +169,25 @@ def open_dist_checkpoint(directory: str | os.PathLike, iteration: int | None = N
         raise UserError(f"{path}: {error}") from None
     has_optimizer = any(re.match(r"(chained_\d+\.)?optimizer\.", str(key)) for key in metadata.get("state_dict_metadata"))
     return DistCheckpoint(folder, iteration, tensors, has_optimizer)
+
+
+def stored_shapes(folder: str | os.PathLike) -> dict[str, Shape | None]:
+    """The global shape of everything that an iteration's folder holds, optimizer state included, by key; None for what is no tensor.
+
+    Of the files only `.metadata` is read, and nothing in it is run.
+
+    Raises:
+        UserError: it is missing, broken or hostile.
+    """
+    path = Path(folder) / METADATA
+    try:
+        entries = _read_metadata(path).get("state_dict_metadata")
+        shapes = {key: tuple(entry.state["size"]) if isinstance(entry, _Tensor) else None for key, entry in entries.items()}
+        if not all(type(key) is str and (shape is None or _is_shape(shape)) for key, shape in shapes.items()):
+            raise ValueError("a name or a shape is none")
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
+    return shapes
 
 
 def _read_metadata(path: Path) -> _Record:

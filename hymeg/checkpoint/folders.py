@@ -77,6 +77,11 @@ def check_target(target: Path, num_bytes: int, overwrite: bool, replaceable: re.
         )
 
 
+def partial_of(target: Path) -> Path:
+    """Where a conversion to `target` works."""
+    return target.with_name(target.name + ".partial")
+
+
 @contextlib.contextmanager
 def built_beside(target: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """An empty folder to write to, which becomes `target` on success, replacing what is there, and is removed on failure.
@@ -85,7 +90,7 @@ def built_beside(target: Path, say: Callable[[str], None]) -> Iterator[Path]:
         UserError: it cannot be made, or another conversion is writing to it.
     """
     target = target.absolute()
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftover(partial, say)

@@ -31,11 +31,10 @@ class Task(NamedTuple):
     stored_shape: Shape | None = None
 
 
-def write(folder: Path, tasks: Sequence[Task], workers: int, what: str, sync: bool = True) -> int:
+def write(folder: Path, tasks: Sequence[Task], workers: int, progress: Progress, sync: bool = True) -> int:
     """Write all tasks into files of `folder`, and flush them to disk.
 
     Args:
-        what: the progress line's beginning.
         sync: whether to wait for the disk; only a measurement goes without.
 
     Returns:
@@ -53,16 +52,16 @@ def write(folder: Path, tasks: Sequence[Task], workers: int, what: str, sync: bo
                     if task.file not in descriptors:
                         descriptors[task.file] = os.open(folder / task.file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
                         files.callback(os.close, descriptors[task.file])
-                    _write_task(reader, task, descriptors[task.file], report)
+                    _write_task(reader, task, descriptors[task.file], report, sync)
                 for descriptor in descriptors.values() if sync else ():
                     os.fsync(descriptor)
             except OSError as error:
                 raise UserError(f"{folder / task.file}: cannot be written: {error.strerror or error}") from error
 
-    return run(work, shares(tasks, workers), Progress(what, sum(task.nbytes for task in tasks))).peak_bytes
+    return run(work, shares(tasks, workers), progress).peak_bytes
 
 
-def _write_task(reader: RowReader, task: Task, descriptor: int, report: Callable[[int], None]) -> None:
+def _write_task(reader: RowReader, task: Task, descriptor: int, report: Callable[[int], None], sync: bool) -> None:
     position, crc, unsynced = task.position, 0, 0
     around = envelope(task.dtype, task.stored_shape) if task.stored_shape is not None else None
     pending = [around.before] if around else []
@@ -74,7 +73,7 @@ def _write_task(reader: RowReader, task: Task, descriptor: int, report: Callable
         position += _write_all(descriptor, [*pending, data], position)
         pending = []
         unsynced += len(data)
-        if unsynced >= _SYNC_BYTES:
+        if sync and unsynced >= _SYNC_BYTES:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # begins to write out; what is still dirty stays cached
             unsynced = 0
         report(len(data))

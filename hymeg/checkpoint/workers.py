@@ -4,7 +4,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import resource
+import signal
 import sys
 import time
 import traceback
@@ -52,8 +52,7 @@ class Progress:
 def run(work: Work, shares: Sequence[Any], progress: Progress) -> Outcome:
     """Call `work(share, report)` for every share, each in a process of its own, forked from this one; `report(n)` tells that n more bytes are done.
 
-    The first failure ends the others. A worker whose parent is gone ends itself at its next
-    report.
+    The first failure ends the others. A worker whose parent is gone ends itself at its next report.
 
     Raises:
         UserError: a worker raised one, or was killed.
@@ -88,7 +87,9 @@ def run(work: Work, shares: Sequence[Any], progress: Progress) -> Outcome:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+    """Of this process. getrusage would count what the program that started it had held as well."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def _worker(work: Work, share: Any, done: Any, number: int, send: Connection, parent: int) -> None:
@@ -114,9 +115,9 @@ def _received(connection: Connection, process: Any) -> tuple[Any, int]:
         kind, result, peak = connection.recv()
     except EOFError:
         process.join()
-        raise UserError(
-            f"a worker process ended with exit code {process.exitcode} before its share was done; out of memory? give fewer --workers"
-        ) from None
+        code = process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise UserError(f"a worker process {how} before its share was done; out of memory? give fewer --workers, or see the kernel's log") from None
     if kind == "user":
         raise UserError(result)
     if kind == "bug":

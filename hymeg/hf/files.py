@@ -5,6 +5,7 @@ import json
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +42,31 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, an integer of thousands of digits, brackets thousands deep
         raise UserError(f"{path}: not valid JSON: {error}") from error
+
+
+def parse_row(where: str, text: str) -> Any:
+    """The JSON value `text`, one line of a file. Raises UserError, which begins with `where`, for no JSON and for a key twice in one object."""
+    try:
+        return _ROW.decode(text)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except json.JSONDecodeError as error:
+        found = text[error.pos : error.pos + 20]
+        reason = f"{error.msg} (column {error.colno}: {shown(found) if found else 'the end'})"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise UserError(f"{where}: not JSON: {reason}; an object a line is needed, as jq -c writes it")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise UserError(f"the key {shown(twice)} stands twice in one object, of which only one would be read; leave one out")
+    return value
+
+
+_ROW = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 @contextlib.contextmanager

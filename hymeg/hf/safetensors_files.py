@@ -11,7 +11,6 @@ Files are not trusted: every number in a header is checked against the file's re
 
 import json
 import math
-import mmap
 import os
 import re
 from collections import Counter
@@ -90,32 +89,6 @@ class SafetensorsFile:
         header = _parse_header(path, text)
         self.metadata = _checked_metadata(path, header.pop("__metadata__", {}))
         self.tensors = _checked_entries(self.path, header, 8 + header_bytes, size)
-
-
-class MappedFiles:
-    """The bytes of stored tensors through read-only memory maps, each file opened on first use: memory stays free for whoever needs it more.
-
-    A context manager; a file is unmapped when it has closed and no view of it is left.
-    """
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-
-    def __enter__(self) -> "MappedFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._maps.clear()
-
-    def view(self, entry: TensorEntry) -> memoryview:
-        """The tensor's bytes, nbytes of them, not copied. Raises UserError where the file cannot be opened."""
-        if entry.file not in self._maps:
-            try:
-                with open(entry.file, "rb") as file:
-                    self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except OSError as error:
-                raise UserError(f"{entry.file}: cannot be read: {error.strerror or error}") from error
-        return memoryview(self._maps[entry.file])[entry.offset : entry.offset + entry.nbytes]
 
 
 def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:

@@ -4,24 +4,16 @@ import argparse
 import difflib
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable
 
-import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
-
-from hymeg.checkpoint.adapter import HyStateDictAdapter
+from hymeg.checkpoint.dist_files import MODEL_KEYS, TRACKER, stored_shapes
 from hymeg.checkpoint.mapping import check_distributed_tensors, match_hf_tensors
+from hymeg.checkpoint.stored_tensor import STORAGES
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.safetensors_files import MappedFiles, TensorEntry, open_checkpoint
+from hymeg.hf.safetensors_files import open_checkpoint
 from hymeg.training.flag_names import flag
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.")
-_MAX_METADATA_BYTES = 64 << 20  # more takes seconds to read; Megatron will, and then complain itself
-TRACKER = "latest_checkpointed_iteration.txt"
+from hymeg.training.hf_weights import converted
 
 
 def is_distributed_checkpoint(folder: str) -> bool:
@@ -34,7 +26,7 @@ def is_hf_folder(folder: str) -> bool:
 
 
 def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
-    """Decide where the weights come from, and set `args.hf_weights` to the Hugging Face folder to read them from, or None.
+    """Decide where the weights come from, and set `args.hf_weights` to the Hugging Face folder that they lie in, or None.
 
     `--load` of a folder with a checkpoint resumes from it. `--load` or `--pretrained-checkpoint` of a Hugging Face folder starts from its weights.
     A job script may give its own `--save` folder to `--load` as well, empty in the job's first life, and `--pretrained-checkpoint` (or
@@ -133,10 +125,8 @@ def _check_distributed(args: argparse.Namespace, dest: str, folder: str, config:
     if not os.path.isfile(os.path.join(folder, name, "metadata.json")):
         raise UserError(f"{flag(dest)} {folder}: {said}, but {name} is missing or was not saved to the end ({available}); give --ckpt-step")
     goes_on = dest == "load" and name != "release" and not args.finetune
-    if args.rank == 0 and (entries := _read_metadata(f"{flag(dest)} {folder}", os.path.join(folder, name))) is not None:
-        _check_tensors(f"{flag(dest)} {folder}", entries, config)
-        if goes_on and not args.no_load_optim:
-            _check_optimizer(f"{flag(dest)} {folder}", entries, args)
+    if args.rank == 0:  # Megatron unpickles the same file on every rank, but not before all of them have met
+        _check_stored(f"{flag(dest)} {folder}", os.path.join(folder, name), args, config, with_optimizer=goes_on and not args.no_load_optim)
     if goes_on and args.train_iters is not None and int(content) >= args.train_iters:
         say(f"nothing left to train: {folder} is at iteration {int(content)} of --train-iters {args.train_iters}")
 
@@ -146,25 +136,17 @@ def _complete_iterations(folder: str) -> list[int]:
     return sorted(int(name[1]) for name in names if name and os.path.isfile(os.path.join(folder, name[0], "metadata.json")))
 
 
-def _read_metadata(label: str, folder: str) -> dict[str, TensorStorageMetadata | BytesStorageMetadata] | None:
-    """What is stored under which key; None where it would take too long to read."""
-    path = os.path.join(folder, ".metadata")
-    if os.path.isfile(path) and os.path.getsize(path) > _MAX_METADATA_BYTES:
-        return None
+def _check_stored(label: str, folder: str, args: argparse.Namespace, config: HyConfig, with_optimizer: bool) -> None:
     try:
-        return FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever unpickling a broken file raises
-        raise UserError(
-            f"{label}: {path} cannot be read ({type(error).__name__}: {error}); copy the checkpoint again, or give --ckpt-step"
-        ) from error
-
-
-def _check_tensors(label: str, entries: dict[str, TensorStorageMetadata | BytesStorageMetadata], config: HyConfig) -> None:
-    shapes = {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_KEYS)}
+        shapes = stored_shapes(folder)
+    except UserError as error:
+        raise UserError(f"{label}: {error}, or give --ckpt-step") from None
     try:
-        check_distributed_tensors(config, shapes)
+        check_distributed_tensors(config, {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(MODEL_KEYS)})
     except UserError as error:
         raise UserError(f"{label}: {error}; give the --hf-model that this checkpoint was made from") from None
+    if with_optimizer:
+        _check_optimizer(label, shapes, args)
 
 
 def _check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) -> None:
@@ -193,24 +175,23 @@ def _check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) 
 
 def _check_hf_folder(label: str, folder: str, config: HyConfig) -> None:
     try:
-        tensors: dict[str, TensorEntry] = open_checkpoint(folder)
+        tensors = open_checkpoint(folder)
         for name, entry in tensors.items():
-            if entry.dtype not in _DTYPES:
-                raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(_DTYPES)}: dequantise the checkpoint first")
+            if entry.dtype not in STORAGES:
+                raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(STORAGES)}: dequantise the checkpoint first")
         match_hf_tensors(config, {name: entry.shape for name, entry in tensors.items()})
     except UserError as error:
         raise UserError(f"{label}: {error}") from error
 
 
-def load_hf_weights(model_chunks: list, folder: str, config: HyConfig) -> None:
-    """Fill this rank's share of the model from the Hugging Face folder, in place and in the model's dtypes, whatever the layout.
+def convert_hf_weights(args: argparse.Namespace) -> None:
+    """Where the weights are a Hugging Face folder's, convert it, on one process for all that share its disk, and let `args.load` name the result.
 
-    The files are mapped, not read: a rank touches the tensors of its own pipeline stage only.
+    It goes into `--save`, else into `--data-cache-path`, else into the user's cache folder.
     """
-    with MappedFiles() as files, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        tensors = {
-            name: torch.frombuffer(files.view(entry), dtype=_DTYPES[entry.dtype]).view(entry.shape) for name, entry in open_checkpoint(folder).items()
-        }
-        HyStateDictAdapter(config).load_into(model_chunks, tensors)
-        del tensors
+    if args.hf_weights is None:
+        return
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hymeg")
+    place = args.save or args.data_cache_path or cache
+    args.load = str(converted(args.hf_weights, place, args.rank, args.local_rank, lambda line: print(f"hymeg: {line}", flush=True)))
+    args.exit_on_missing_checkpoint = True

@@ -1,122 +1,40 @@
 """Conversion both ways, without Megatron: nothing lost, nothing left behind, nothing believed that a file says of itself."""
 
-import contextlib
-import io
 import json
 import os
 import pickle
-import random
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from hymeg.checkpoint.adapter import HyStateDictAdapter
 from hymeg.checkpoint.compare import compare_checkpoints, describe
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
-from hymeg.checkpoint.dist_files import TRACKER
-from hymeg.checkpoint.rows import converted
-from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, envelope
+from hymeg.checkpoint.dist_files import TRACKER, stored_shapes
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.safetensors_files import MappedFiles, open_checkpoint
+from hymeg.hf.safetensors_files import open_checkpoint
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 TOOLS = Path(__file__).parents[2] / "tools"
-TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A bf16 hub checkpoint with an MTP layer, in several shards."""
-    folder = tmp_path_factory.mktemp("convert") / "hf"
-    write_tiny_checkpoint(folder, num_mtp_layers=1, max_shard_bytes=300_000)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dist(source):
-    hf_to_dist(source, source.parent / "dist")
-    return source.parent / "dist"
 
 
 def state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    with MappedFiles() as files:
-        return {
-            name: torch.frombuffer(bytearray(files.view(entry)), dtype=TORCH[entry.dtype]).view(entry.shape)
-            for name, entry in open_checkpoint(folder).items()
-        }
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-# ---- one stored tensor
-
-
-@pytest.mark.parametrize(("dtype", "shape"), [("BF16", (5, 7)), ("F32", (300,)), ("F16", (1, 3, 4)), ("F32", (1,))])
-def test_a_stored_tensor_is_what_torch_save_writes(tmp_path, dtype, shape):
-    tensor = torch.randn(shape).to(TORCH[dtype])
-    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    around = envelope(dtype, shape)
-    ours, theirs = around.before + raw + around.closed(zlib.crc32(raw)), io.BytesIO()
-    torch.save(tensor, theirs)
-    assert torch.equal(torch.load(io.BytesIO(ours), weights_only=True), tensor)
-    assert zipfile.ZipFile(io.BytesIO(ours)).testzip() is None
-    assert len(around.before) % 64 == 0
-    for data in (ours, theirs.getvalue()):
-        (tmp_path / "file").write_bytes(b"before" + data + b"behind")
-        with open(tmp_path / "file", "rb") as file:
-            window, finder = FileWindow(file.fileno(), 6, len(data)), ElementFinder()
-            for _ in range(2):  # by the zip's directory, then by the prefix
-                assert window.read_at(finder.find(window, dtype, shape, "it"), len(raw)) == raw
-            with pytest.raises(UserError, match=r"its shape is"):
-                finder.find(window, dtype, (*shape, 1), "it")
-
-
-@pytest.mark.parametrize(
-    "tensor", [torch.randn(4, 6).t(), torch.randn(8, 6)[::2], torch.arange(24).view(6, 4), torch.randn(6, 4, dtype=torch.float64)]
-)
-def test_a_stored_tensor_of_another_form_is_refused(tmp_path, tensor):
-    torch.save(tensor, tmp_path / "file")
-    with open(tmp_path / "file", "rb") as file, pytest.raises(UserError, match="it: not a stored F32 tensor"):
-        ElementFinder().find(FileWindow(file.fileno(), 0, os.path.getsize(tmp_path / "file")), "F32", tuple(tensor.shape), "it")
-
-
-def test_any_damage_to_a_stored_tensor_is_an_error_or_harmless(tmp_path):
-    torch.save(torch.randn(6, 4), tmp_path / "file")
-    data = (tmp_path / "file").read_bytes()
-    choose = random.Random(0)
-    for _ in range(300):
-        damaged = bytearray(data)
-        for _ in range(choose.randint(1, 4)):
-            damaged[choose.randrange(len(data))] = choose.randrange(256)
-        (tmp_path / "file").write_bytes(damaged[: choose.choice([len(data), choose.randrange(len(data))])])
-        with open(tmp_path / "file", "rb") as file:
-            size = os.path.getsize(tmp_path / "file")
-            with contextlib.suppress(UserError):
-                assert ElementFinder().find(FileWindow(file.fileno(), 0, size), "F32", (6, 4), "it") + 96 <= size
-
-
-def test_numbers_are_rounded_as_torch_rounds_them():
-    numbers = torch.cat([torch.randn(5000) * 10.0 ** torch.randint(-20, 20, (5000,)), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])
-    for found, tensor in (("F32", numbers), ("BF16", numbers.bfloat16()), ("F16", numbers.half())):
-        raw = memoryview(tensor.view(torch.uint8).numpy().tobytes())
-        for wanted, dtype in TORCH.items():
-            with np.errstate(over="ignore"):
-                result = torch.frombuffer(bytearray(converted(raw, found, wanted)), dtype=dtype)
-            assert torch.equal(result.nan_to_num(7), tensor.to(dtype).nan_to_num(7)), (found, wanted)
 
 
 # ---- there and back
@@ -150,21 +68,21 @@ def json_or_text(path: Path):
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
 
 
-def test_the_reader_of_torch_reads_the_same_tensors(source, dist):
-    expected = HyStateDictAdapter(HyConfig.from_dir(source)).from_hf(state_dict(source))
-    entries = FileSystemReader(dist / "release").read_metadata().state_dict_metadata
+def test_the_reader_of_torch_reads_the_same_tensors(hf_checkpoint, dist_checkpoint):
+    expected = HyStateDictAdapter(HyConfig.from_dir(hf_checkpoint)).from_hf(state_dict(hf_checkpoint))
+    entries = FileSystemReader(dist_checkpoint / "release").read_metadata().state_dict_metadata
     found = {key: torch.empty(expected[key].shape, dtype=entries[key].properties.dtype) for key in expected}
-    torch.distributed.checkpoint.load(found, storage_reader=FileSystemReader(dist / "release"), no_dist=True)
+    torch.distributed.checkpoint.load(found, storage_reader=FileSystemReader(dist_checkpoint / "release"), no_dist=True)
     assert_same_tensors(found, expected)
     assert set(entries) - set(expected) == {"common_state/shard_0_1"}
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
-def test_any_grid_of_chunks_that_torch_saves_can_be_read(source, tmp_path, axis):
+def test_any_grid_of_chunks_that_torch_saves_can_be_read(hf_checkpoint, tmp_path, axis):
     """Every tensor cut in two along an axis, as tensor parallelism cuts them; padding rows below the vocabulary."""
-    config = HyConfig.from_dir(source)
+    config = HyConfig.from_dir(hf_checkpoint)
     adapter = HyStateDictAdapter(config)
-    tensors = adapter.from_hf(state_dict(source), padded_vocab_size=config.vocab_size + 6)
+    tensors = adapter.from_hf(state_dict(hf_checkpoint), padded_vocab_size=config.vocab_size + 6)
     folder = tmp_path / "dist" / "iter_0000007"
     save_in_chunks(folder, {key: (tensor, min(axis, tensor.dim() - 1)) for key, tensor in tensors.items()})
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
@@ -172,7 +90,7 @@ def test_any_grid_of_chunks_that_torch_saves_can_be_read(source, tmp_path, axis)
     with pytest.raises(UserError, match=r"no config\.json in it; give --base-hf"):
         dist_to_hf(tmp_path / "dist", tmp_path / "out")
     for layout in ("hub", "fused"):
-        dist_to_hf(tmp_path / "dist", tmp_path / layout, base_hf=source, layout=layout, verify=True)
+        dist_to_hf(tmp_path / "dist", tmp_path / layout, base_hf=hf_checkpoint, layout=layout, verify=True)
         assert_same_tensors(state_dict(tmp_path / layout), adapter.to_hf(tensors, layout=layout))
 
 
@@ -198,8 +116,33 @@ def save_in_chunks(folder: Path, tensors: dict[str, tuple[torch.Tensor, int]]) -
     (folder / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(described, storage_data=places)))
 
 
+def test_objects_beside_the_tensors_are_passed_over(hf_checkpoint, dist_checkpoint, tmp_path):
+    """Transformer Engine stores `_extra_state` objects under the model's own keys; Megatron random states and the optimizer's step."""
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    shutil.copytree(dist_checkpoint, tmp_path / "dist")
+    path = tmp_path / "dist" / "release" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    keys = [f"decoder.layers.{layer}.self_attention.{part}._extra_state/shard_0_1" for layer in range(4) for part in ("linear_qkv", "core_attention")]
+    with open(tmp_path / "dist" / "release" / "__0_0.distcp", "r+b") as file:
+        for key in [*keys, "decoder.layers.1.mlp.experts.experts.linear_fc1._extra_state/shard_3_8", "rng_state/shard_0.0_1.1"]:
+            position = file.seek(0, os.SEEK_END)
+            torch.save({"recipe": "fp8", "scale": torch.ones(3)}, file)
+            metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
+            metadata.storage_data[dcp.MetadataIndex(key)] = _StorageInfo("__0_0.distcp", position, file.tell() - position)
+    path.write_bytes(pickle.dumps(metadata))
+    shapes = stored_shapes(tmp_path / "dist" / "release")
+    read = FileSystemReader(tmp_path / "dist" / "release").read_metadata().state_dict_metadata
+    assert shapes == {key: tuple(entry.size) if hasattr(entry, "size") else None for key, entry in read.items()}
+    assert sum(shape is None for shape in shapes.values()) == 11
+    dist_to_hf(tmp_path / "dist", tmp_path / "out", verify=True)
+    assert_same_tensors(state_dict(tmp_path / "out"), state_dict(hf_checkpoint))
+    assert compare_checkpoints(dist_checkpoint, tmp_path / "dist") == []
+
+
 def test_an_expert_bias_in_bf16_becomes_fp32(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     config = write_tiny_checkpoint(tmp_path / "hf")
     tensors = {name: t.bfloat16() for name, t in load_file(tmp_path / "hf" / "model.safetensors").items()}
@@ -211,9 +154,9 @@ def test_an_expert_bias_in_bf16_becomes_fp32(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype", "named"), [("fp32", torch.float32, "float32"), ("bf16", torch.bfloat16, "bfloat16")])
-def test_the_export_has_the_dtype_that_was_asked_for(source, dist, tmp_path, dtype, torch_dtype, named):
-    dist_to_hf(dist, tmp_path / "out", dtype=dtype, verify=True)
-    found, expected = state_dict(tmp_path / "out"), state_dict(source)
+def test_the_export_has_the_dtype_that_was_asked_for(hf_checkpoint, dist_checkpoint, tmp_path, dtype, torch_dtype, named):
+    dist_to_hf(dist_checkpoint, tmp_path / "out", dtype=dtype, verify=True)
+    found, expected = state_dict(tmp_path / "out"), state_dict(hf_checkpoint)
     assert_same_tensors(found, {name: t if "expert_bias" in name else t.to(torch_dtype) for name, t in expected.items()})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == named
 
@@ -238,15 +181,15 @@ def test_transformers_computes_the_same_from_the_export(tmp_path):
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
-def test_mtp_layers_that_training_did_not_hold_come_from_the_base(source, tmp_path):
+def test_mtp_layers_that_training_did_not_hold_come_from_the_base(hf_checkpoint, tmp_path):
     write_tiny_checkpoint(tmp_path / "trunk", seed=5)
     hf_to_dist(tmp_path / "trunk", tmp_path / "dist")
-    shutil.copy(source / "config.json", tmp_path / "dist")
+    shutil.copy(hf_checkpoint / "config.json", tmp_path / "dist")
     with pytest.raises(UserError, match=r"did not hold the model's MTP layers \(16 tensors.*--base-hf"):
         dist_to_hf(tmp_path / "dist", tmp_path / "out")
     said = []
-    dist_to_hf(tmp_path / "dist", tmp_path / "out", base_hf=source, verify=True, say=said.append)
-    found, trunk, base = (state_dict(folder) for folder in (tmp_path / "out", tmp_path / "trunk", source))
+    dist_to_hf(tmp_path / "dist", tmp_path / "out", base_hf=hf_checkpoint, verify=True, say=said.append)
+    found, trunk, base = (state_dict(folder) for folder in (tmp_path / "out", tmp_path / "trunk", hf_checkpoint))
     assert_same_tensors(found, {name: trunk.get(name, base[name]) for name in base})
     assert "16 tensors" in said[0]
     write_tiny_checkpoint(tmp_path / "other", HyConfig.from_dict(TINY_CONFIG | {"hidden_size": 128}), num_mtp_layers=1)
@@ -257,32 +200,34 @@ def test_mtp_layers_that_training_did_not_hold_come_from_the_base(source, tmp_pa
 # ---- comparison
 
 
-def test_comparison_says_what_differs_where_and_by_how_much(source, dist, tmp_path):
-    shutil.copytree(source, tmp_path / "b")
+def test_comparison_says_what_differs_where_and_by_how_much(hf_checkpoint, dist_checkpoint, tmp_path):
+    shutil.copytree(hf_checkpoint, tmp_path / "b")
     entry = open_checkpoint(tmp_path / "b")["model.layers.1.self_attn.k_proj.weight"]
     with open(entry.file, "r+b") as file:
         file.seek(entry.offset + 2 * 70)
         old = np.frombuffer(file.read(2), "<u2")
         file.seek(-2, os.SEEK_CUR)
         file.write((old ^ 0x8000).tobytes())
-    for a in (source, dist):
+    for a in (hf_checkpoint, dist_checkpoint):
         (difference,) = compare_checkpoints(a, tmp_path / "b")
         assert difference.name == "model.layers.1.self_attn.k_proj.weight"
         assert re.match(r"1 of 2048 elements, first at element 70: (-?[\d.]+) and -?\1, by [\d.]+ at most", difference.what.replace("-", ""))
         assert compare_checkpoints(a, tmp_path / "b", tolerance=10) == []
 
 
-def test_the_tools_say_it_and_exit_with_it(source, dist, tmp_path):
+def test_the_tools_say_it_and_exit_with_it(hf_checkpoint, dist_checkpoint, tmp_path):
     def run(*command):
         return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
 
-    done = run(TOOLS / "convert_checkpoint.py", "dist-to-hf", "--dist", dist, "--hf", tmp_path / "out", "--shard-size", "300KB", "--verify")
+    done = run(
+        TOOLS / "convert_checkpoint.py", "dist-to-hf", "--dist", dist_checkpoint, "--hf", tmp_path / "out", "--shard-size", "300KB", "--verify"
+    )
     assert done.returncode == 0 and "166 tensors, 981,184 bytes" in done.stdout and done.stdout.strip().endswith("verified")
-    assert run(TOOLS / "compare_checkpoints.py", source, tmp_path / "out").returncode == 0
+    assert run(TOOLS / "compare_checkpoints.py", hf_checkpoint, tmp_path / "out").returncode == 0
     shutil.rmtree(tmp_path / "out")
     write_tiny_checkpoint(tmp_path / "out", num_mtp_layers=1, seed=7)
-    assert run(TOOLS / "compare_checkpoints.py", source, tmp_path / "out").returncode == 1
+    assert run(TOOLS / "compare_checkpoints.py", hf_checkpoint, tmp_path / "out").returncode == 1
     failed = run(TOOLS / "convert_checkpoint.py", "hf-to-dist", "--hf", tmp_path / "nothing", "--dist", tmp_path / "x")
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
-    assert "optimizer state: no" in run(TOOLS / "convert_checkpoint.py", "inspect", dist).stdout
-    assert "MTP layers: 1, held" in describe(source)
+    assert "optimizer state: no" in run(TOOLS / "convert_checkpoint.py", "inspect", dist_checkpoint).stdout
+    assert "MTP layers: 1, held" in describe(hf_checkpoint)

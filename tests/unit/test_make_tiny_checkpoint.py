@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, HYV3Config, HYV3ForCausalLM
 
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.safetensors_files import MappedFiles, open_checkpoint
+from hymeg.hf.safetensors_files import open_checkpoint
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.tokenizer import SMALLEST_VOCAB_SIZE, SPECIAL_TOKENS, load_tokenizer, train_tiny_tokenizer
 
@@ -20,12 +21,7 @@ LINES = ["the quick brown fox jumps over the lazy dog", "你好，世界", "¿Qu
 
 
 def read_all(folder):
-    entries = open_checkpoint(folder)
-    dtypes = {"BF16": torch.bfloat16, "F32": torch.float32}
-    with MappedFiles() as files:
-        return {
-            name: torch.frombuffer(bytearray(files.view(entry)), dtype=dtypes[entry.dtype]).reshape(entry.shape) for name, entry in entries.items()
-        }
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")

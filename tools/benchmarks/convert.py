@@ -1,72 +1,286 @@
 #!/usr/bin/env python
-"""Time conversions against `cp -r` of the same bytes, without and with waiting for the disk; medians. Each runs in a process of its own."""
+"""All that conversion is held to, in one table: time against cp and transformers, memory, planning for Hy3, a large checkpoint in little memory.
+
+Checkpoints are made in a folder inside FOLDER, on the disk to be timed, and removed at the end. Times are of random weights; memory is measured with
+files of holes, which read as zeros and take no room. Each conversion runs in a process of its own.
+"""
 
 import argparse
 import json
+import multiprocessing
+import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from hymeg.errors import exit_on_user_error
+from hymeg.checkpoint.chunks import plan_dist
+from hymeg.checkpoint.dist_files import RELEASE, TRACKER
+from hymeg.checkpoint.dist_metadata import write_metadata
+from hymeg.checkpoint.mapping import match_hf_tensors, plan
+from hymeg.checkpoint.rows import rows_of_hf
+from hymeg.errors import UserError, exit_on_user_error
+from hymeg.hf.config import HyConfig
+from hymeg.hf.files import read_json
+from hymeg.hf.safetensors_files import INDEX_FILE, TensorSpec, open_checkpoint, plan_shards, shard_header, write_index
 
+ROOT = Path(__file__).resolve().parents[2]
+CLI = ROOT / "tools" / "convert_checkpoint.py"
 CONVERT = """
 import json, sys
 from hymeg.checkpoint.convert import {function} as convert
-summary = convert(sys.argv[1], sys.argv[2], workers={workers}, sync={sync})
-print(json.dumps(summary._asdict()))
+print(json.dumps(convert(sys.argv[1], sys.argv[2], workers={workers}, sync={sync})._asdict()))
 """
+TRANSFORMERS = """
+import sys, time
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+logging.disable_progress_bar()
+start = time.monotonic()
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2], max_shard_size="1GB")
+print(time.monotonic() - start)
+"""
+# 0.2 GB a layer: 64 experts of 3 x 1024 x 512 in bf16.
+SHAPE = {
+    "model_type": "hy_v3", "architectures": ["HYV3ForCausalLM"], "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 64, "num_experts_per_tok": 8, "num_shared_experts": 1,
+    "moe_intermediate_size": 512, "first_k_dense_replace": 1, "router_scaling_factor": 2.826, "rms_norm_eps": 1e-5, "initializer_range": 0.02,
+    "rope_theta": 11158840.0, "max_position_embeddings": 4096, "dtype": "bfloat16",
+}  # fmt: skip
+# Hy3's, as published: 80 layers of 192 experts and one for multi-token prediction.
+HY3 = SHAPE | {
+    "vocab_size": 120832, "hidden_size": 4096, "intermediate_size": 13312, "head_dim": 128, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "num_experts": 192, "moe_intermediate_size": 1536, "num_hidden_layers": 80, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+NUM_HY3_TENSORS = 47_138
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("hf", metavar="HF_DIR", help="Hugging Face folder, such as tools/make_tiny_checkpoint.py writes; on the disk to be timed")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: 3)")
-    args = parser.parse_args()
+class Row(NamedTuple):
+    """A line of the table."""
 
-    with exit_on_user_error():
-        source = Path(args.hf)
-        dist, hf, copy = (source.with_name(f"{source.name}-benchmark-{name}") for name in ("dist", "hf", "cp"))
-        num_bytes = sum(path.stat().st_size for path in source.iterdir())
-        print(f"{source}: {num_bytes / 1e9:.2f} GB, {args.workers} workers, medians of {args.repeats}")
+    what: str
+    found: str
+    bar: str
+    holds: bool
+
+
+class Bench:
+    """The measurements. Each gives rows and leaves nothing but what the next needs in `folder`."""
+
+    def __init__(self, folder: Path, workers: int, repeats: int):
+        self.folder, self.workers, self.repeats = folder, workers, repeats
+
+    def speed(self, num_gb: float) -> list[Row]:
+        """Both directions against `cp -r` of the source, in turns, so that a disk that slows down slows down all."""
+        source, dist, hf, copy = (self.folder / name for name in ("hf", "dist", "back", "cp"))
+        self._make_random(source, num_gb)
+        rows, bars = [], {"hf-to-dist": 1.5, "dist-to-hf": 1.5}
         for sync in (False, True):
-            seconds: dict[str, list[float]] = {"cp -r": [], "hf-to-dist": [], "dist-to-hf": []}
-            peaks = dict.fromkeys(seconds, 0)
-            for _ in range(args.repeats):  # in turns, so that a disk that slows down slows down all
-                seconds["cp -r"].append(timed(lambda: copied(source, copy, sync), copy))  # noqa: B023
-                for name, function, given, target in (("hf-to-dist", "hf_to_dist", source, dist), ("dist-to-hf", "dist_to_hf", dist, hf)):
-                    shutil.rmtree(target, ignore_errors=True)
-                    subprocess.run(["sync"], check=True)
-                    code = CONVERT.format(function=function, workers=args.workers, sync=sync)
-                    done = subprocess.run([sys.executable, "-c", code, given, target], check=True, stdout=subprocess.PIPE, text=True)
-                    summary = json.loads(done.stdout)
+            seconds, peak = {"cp": [], "hf-to-dist": [], "dist-to-hf": []}, 0
+            for _ in range(self.repeats):
+                seconds["cp"].append(_timed(copy, lambda: _copy(source, copy, sync)))  # noqa: B023
+                for name, given, target in (("hf-to-dist", source, dist), ("dist-to-hf", dist, hf)):
+                    summary = self._convert(name, given, target, sync)
                     seconds[name].append(summary["seconds"])
-                    peaks[name] = max(peaks[name], summary["peak_bytes"])
-            base = statistics.median(seconds["cp -r"])
-            for name, found in seconds.items():
-                median = statistics.median(found)
-                memory = f", {peaks[name] / 1e6:,.0f} MB of memory in all processes" if peaks[name] else ""
-                spread = f"{min(found):.2f} to {max(found):.2f}"
-                print(f"{'with' if sync else 'without'} fsync: {name}: {median:.2f} s ({spread}), {median / base:.2f} x cp{memory}", flush=True)
-        for folder in (dist, hf, copy):
-            shutil.rmtree(folder, ignore_errors=True)
+                    peak = max(peak, summary["peak_bytes"])
+            medians = {name: statistics.median(found) for name, found in seconds.items()}
+            how = "with fsync" if sync else "without fsync"
+            rows.append(Row(f"cp, {how}", _spread(seconds["cp"]), "", True))
+            for name, bar in bars.items():
+                ratio = medians[name] / medians["cp"]
+                rows.append(Row(f"{name}, {how}", f"{_spread(seconds[name])}: {ratio:.2f} x cp", f"<= {bar} x cp", ratio <= bar))
+            rows.append(Row(f"memory of all processes, {how}", f"{peak / 1e6:,.0f} MB", "<= 600 MB", peak <= 600e6))
+            slower = max(medians["hf-to-dist"], medians["dist-to-hf"])
+        shutil.rmtree(copy)
+        theirs = [_timed_transformers(source, copy) for _ in range(self.repeats)]
+        ratio = statistics.median(theirs) / slower
+        rows.append(Row("transformers load and save", f"{_spread(theirs)}: {ratio:.1f} x the slower of ours, with fsync", ">= 10 x", ratio >= 10))
+        self._clear()
+        return rows
+
+    def memory(self, small_gb: float, large_gb: float) -> list[Row]:
+        rows = []
+        peaks: dict[str, list[int]] = {"hf-to-dist": [], "dist-to-hf": []}
+        for num_gb in (small_gb, large_gb):
+            self._make_holes(self.folder / "hf", _config(num_gb))
+            for name, given, target in (("hf-to-dist", "hf", "dist"), ("dist-to-hf", "dist", "back")):
+                peaks[name].append(self._convert(name, self.folder / given, self.folder / target, sync=False)["peak_bytes"])
+            self._clear()
+        for name, (small, large) in peaks.items():
+            found = f"{small / 1e6:,.1f} MB at {small_gb:g} GB, {large / 1e6:,.1f} MB at {large_gb:g} GB: {large / small - 1:+.1%}"
+            rows.append(Row(f"memory, {name}", found, "<= 600 MB, within 10 %", large <= 600e6 and abs(large / small - 1) <= 0.1))
+        return rows
+
+    def planning(self) -> list[Row]:
+        """The command's own start, checks and plan for Hy3, up to its refusal of a target that is not empty: the last check before it writes."""
+        hf, dist, used = self.folder / "hf", self.folder / "dist", self.folder / "used"
+        # In a process of its own: a command's peak memory counts what the process that starts it has held.
+        maker = multiprocessing.get_context("fork").Process(target=self._make_hy3, args=(hf, dist))
+        maker.start()
+        maker.join()
+        used.mkdir()
+        (used / "file").touch()
+        num_tensors = len(read_json(hf / INDEX_FILE)["weight_map"])
+        rows = [Row("tensors of the imitation of Hy3", f"{num_tensors:,}", f"{NUM_HY3_TENSORS:,}", num_tensors == NUM_HY3_TENSORS)]
+        for name, words in (("hf-to-dist", ("--hf", hf, "--dist", used)), ("dist-to-hf", ("--dist", dist, "--hf", used))):
+            seconds, peaks = zip(*(_refused(name, *words) for _ in range(self.repeats)), strict=True)
+            found = f"{_spread(list(seconds))}, {max(peaks) / 1e6:,.0f} MB"
+            rows.append(Row(f"start and plan, {name}", found, "<= 5 s, <= 400 MB", statistics.median(seconds) <= 5 and max(peaks) <= 400e6))
+        self._clear()
+        return rows
+
+    def limit(self, num_gb: float, limit_gb: float) -> list[Row]:
+        """As under `ulimit -v`: no process may have more address space, of which what it really holds is a part."""
+        self._make_holes(self.folder / "hf", _config(num_gb))
+        rows = []
+        for name, given, target in (("hf-to-dist", "hf", "dist"), ("dist-to-hf", "dist", "back")):
+            try:
+                summary = self._convert(name, self.folder / given, self.folder / target, sync=True, limit=round(limit_gb * 1e9))
+                found, holds = (
+                    f"{summary['seconds']:.0f} s, {summary['peak_bytes'] / 1e6:,.0f} MB in all processes",
+                    summary["peak_bytes"] <= limit_gb * 1e9,
+                )
+            except subprocess.CalledProcessError as error:
+                found, holds = f"failed with exit code {error.returncode}", False
+            rows.append(Row(f"{num_gb:g} GB, {name}, ulimit -v {limit_gb:g} GB", found, "completes", holds))
+            shutil.rmtree(self.folder / given)
+        self._clear()
+        return rows
+
+    def _convert(self, name: str, given: Path, target: Path, sync: bool, limit: int | None = None) -> dict:
+        shutil.rmtree(target, ignore_errors=True)
+        subprocess.run(["sync"], check=True)
+        code = CONVERT.format(function=name.replace("-", "_"), workers=self.workers, sync=sync)
+        # One thread a library: each would reserve address space for its own stack and heap.
+        prepare = (lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))) if limit else None
+        command = [sys.executable, "-c", code, given, target]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=prepare, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return json.loads(done.stdout)
+
+    def _make_random(self, folder: Path, num_gb: float) -> None:
+        from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+
+        write_tiny_checkpoint(folder, _config(num_gb), max_shard_bytes=10**9)
+
+    def _make_holes(self, folder: Path, config: HyConfig) -> None:
+        """A checkpoint of zeros that takes no room."""
+        folder.mkdir()
+        config.save(folder)
+        specs = [TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else "BF16", entry.hf_shape) for entry in plan(config, "hub")]
+        shards = plan_shards(specs)
+        for shard in shards:
+            header = shard_header(shard)
+            (folder / shard.file_name).write_bytes(header)
+            os.truncate(folder / shard.file_name, len(header) + sum(tensor.nbytes for tensor in shard.tensors))
+        write_index(folder, shards)
+
+    def _make_hy3(self, hf: Path, dist: Path) -> None:
+        self._make_holes(hf, HyConfig.from_dict(HY3))
+        self._make_holes_dist(hf, dist)
+
+    def _make_holes_dist(self, hf: Path, dist: Path) -> None:
+        """The distributed checkpoint that `hf` would become, its files holes."""
+        config, stored = HyConfig.from_dir(hf), open_checkpoint(hf)
+        entries = match_hf_tensors(config, {name: entry.shape for name, entry in stored.items()}).entries
+        _, tensors = plan_dist(config, rows_of_hf(entries, stored), list(dict.fromkeys(entry.file for entry in stored.values())), self.workers)
+        folder = dist / RELEASE
+        folder.mkdir(parents=True)
+        ends: dict[str, int] = {}
+        for chunk in (chunk for tensor in tensors.values() for chunk in tensor.chunks):
+            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.position + chunk.length)
+        for name, end in ends.items():
+            (folder / name).touch()
+            os.truncate(folder / name, end)
+        write_metadata(folder, tensors, {})
+        config.save(dist)
+        (dist / TRACKER).write_text(RELEASE)
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            shutil.rmtree(path)
 
 
-def copied(source: Path, target: Path, sync: bool) -> None:
+def _config(num_gb: float) -> HyConfig:
+    """Of about so many GB in bf16: 0.14 of them for the vocabulary, 0.2 for each layer."""
+    return HyConfig.from_dict(SHAPE | {"num_hidden_layers": max(2, round((num_gb - 0.14) / 0.21))})
+
+
+def _copy(source: Path, target: Path, sync: bool) -> None:
     subprocess.run(["cp", "-r", source, target], check=True)
     if sync:
         subprocess.run(["sync", "-f", target], check=True)
 
 
-def timed(work, target: Path) -> float:
+def _timed(target: Path, work: Callable[[], None]) -> float:
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run(["sync"], check=True)
     start = time.monotonic()
     work()
     return time.monotonic() - start
+
+
+def _timed_transformers(source: Path, target: Path) -> float:
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["sync"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TRANSFORMERS, source, target], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def _refused(direction: str, *words: str | Path) -> tuple[float, int]:
+    """Seconds and peak bytes of a command that ends with "not empty"."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, CLI, direction, *words], stderr=subprocess.PIPE, text=True)
+    message = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 2 or "not empty" not in message:
+        raise UserError(f"{direction} should have refused the target and nothing else: {message}")
+    return time.monotonic() - start, usage.ru_maxrss * 1024
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where checkpoints are made, and removed: a folder on the disk to be timed")
+    parser.add_argument("--only", nargs="+", choices=("speed", "memory", "planning", "limit"), help="some of the measurements (default: all)")
+    parser.add_argument("--gb", type=float, default=4.0, metavar="N", help="of the checkpoint that is timed (default: 4)")
+    parser.add_argument("--memory-gb", type=float, nargs=2, default=(1.0, 8.0), metavar="N", help="of those whose memory is compared (default: 1 8)")
+    parser.add_argument("--limit-gb", type=float, nargs=2, default=(20.0, 2.0), metavar="N", help="of checkpoint and of memory (default: 20 2)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of what is timed (default: 3)")
+    args = parser.parse_args()
+
+    with exit_on_user_error():
+        needed, free = 3.1e9 * max(args.gb, *args.memory_gb, args.limit_gb[0] * 2 / 3), shutil.disk_usage(args.folder).free
+        if free < needed:
+            raise UserError(f"{args.folder}: {needed / 1e9:.0f} GB are needed and {free / 1e9:.0f} GB are free; give a folder on another disk")
+        folder = Path(tempfile.mkdtemp(prefix="convert-benchmark-", dir=args.folder))
+        try:
+            bench = Bench(folder, args.workers, args.repeats)
+            parts = {
+                "planning": bench.planning,
+                "speed": lambda: bench.speed(args.gb),
+                "memory": lambda: bench.memory(*args.memory_gb),
+                "limit": lambda: bench.limit(*args.limit_gb),
+            }
+            print(f"{args.workers} workers; times: medians of {args.repeats}, the spread in brackets\n\n| what | found | bar | |\n|---|---|---|---|")
+            for name, measure in parts.items():
+                if args.only is None or name in args.only:
+                    for row in measure():
+                        print(f"| {row.what} | {row.found} | {row.bar} | {'' if row.holds else 'MISSED'} |", flush=True)
+        finally:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""A tiny checkpoint in both formats, for tests that only read it; and no test writes to the user's cache."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", os.fspath(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def hf_checkpoint(tmp_path_factory):
+    """A bf16 hub checkpoint with an MTP layer, in several shards."""
+    from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("convert") / "hf"
+    write_tiny_checkpoint(folder, num_mtp_layers=1, max_shard_bytes=300_000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dist_checkpoint(hf_checkpoint):
+    """The same, converted."""
+    from hymeg.checkpoint.convert import hf_to_dist
+
+    hf_to_dist(hf_checkpoint, hf_checkpoint.parent / "dist")
+    return hf_checkpoint.parent / "dist"

@@ -1,0 +1,72 @@
+"""One stored tensor of a distributed checkpoint: written as torch writes it, read whatever is wrong with it; numbers rounded as torch rounds them."""
+
+import contextlib
+import io
+import os
+import random
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from hymeg.checkpoint.rows import converted
+from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, envelope
+from hymeg.errors import UserError
+
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("BF16", (5, 7)), ("F32", (300,)), ("F16", (1, 3, 4)), ("F32", (1,))])
+def test_a_stored_tensor_is_what_torch_save_writes(tmp_path, dtype, shape):
+    tensor = torch.randn(shape).to(TORCH[dtype])
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    around = envelope(dtype, shape)
+    ours, theirs = around.before + raw + around.closed(zlib.crc32(raw)), io.BytesIO()
+    torch.save(tensor, theirs)
+    assert torch.equal(torch.load(io.BytesIO(ours), weights_only=True), tensor)
+    assert zipfile.ZipFile(io.BytesIO(ours)).testzip() is None
+    assert len(around.before) % 64 == 0
+    for data in (ours, theirs.getvalue()):
+        (tmp_path / "file").write_bytes(b"before" + data + b"behind")
+        with open(tmp_path / "file", "rb") as file:
+            window, finder = FileWindow(file.fileno(), 6, len(data)), ElementFinder()
+            for _ in range(2):  # by the zip's directory, then by the prefix
+                assert window.read_at(finder.find(window, dtype, shape, "it"), len(raw)) == raw
+            with pytest.raises(UserError, match=r"its shape is"):
+                finder.find(window, dtype, (*shape, 1), "it")
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.randn(4, 6).t(), torch.randn(8, 6)[::2], torch.arange(24).view(6, 4), torch.randn(6, 4, dtype=torch.float64)]
+)
+def test_a_stored_tensor_of_another_form_is_refused(tmp_path, tensor):
+    torch.save(tensor, tmp_path / "file")
+    with open(tmp_path / "file", "rb") as file, pytest.raises(UserError, match="it: not a stored F32 tensor"):
+        ElementFinder().find(FileWindow(file.fileno(), 0, os.path.getsize(tmp_path / "file")), "F32", tuple(tensor.shape), "it")
+
+
+def test_any_damage_to_a_stored_tensor_is_an_error_or_harmless(tmp_path):
+    torch.save(torch.randn(6, 4), tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    choose = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(choose.randint(1, 4)):
+            damaged[choose.randrange(len(data))] = choose.randrange(256)
+        (tmp_path / "file").write_bytes(damaged[: choose.choice([len(data), choose.randrange(len(data))])])
+        with open(tmp_path / "file", "rb") as file:
+            size = os.path.getsize(tmp_path / "file")
+            with contextlib.suppress(UserError):
+                assert ElementFinder().find(FileWindow(file.fileno(), 0, size), "F32", (6, 4), "it") + 96 <= size
+
+
+def test_numbers_are_rounded_as_torch_rounds_them():
+    numbers = torch.cat([torch.randn(5000) * 10.0 ** torch.randint(-20, 20, (5000,)), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])
+    for found, tensor in (("F32", numbers), ("BF16", numbers.bfloat16()), ("F16", numbers.half())):
+        raw = memoryview(tensor.view(torch.uint8).numpy().tobytes())
+        for wanted, dtype in TORCH.items():
+            with np.errstate(over="ignore"):
+                result = torch.frombuffer(bytearray(converted(raw, found, wanted)), dtype=dtype)
+            assert torch.equal(result.nan_to_num(7), tensor.to(dtype).nan_to_num(7)), (found, wanted)

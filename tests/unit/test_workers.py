@@ -1,0 +1,103 @@
+"""Several processes at one job: what they return, how one that dies is told, what is shown meanwhile."""
+
+import io
+import os
+import signal
+
+import pytest
+
+from hymeg.checkpoint import transfer, workers
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.workers import Progress, run
+from hymeg.errors import UserError
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, set by the test."""
+    now = [1000.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_elsewhere_a_line_is_said_every_ten_seconds(clock):
+    stream = io.StringIO()
+    progress = Progress("to distributed", 40_000_000_000, stream)
+    for second in range(1, 26):
+        clock[0] = 1000.0 + second
+        progress.show(second * 10**9)
+    progress.show(40_000_000_000, at_end=True)
+    assert stream.getvalue().splitlines() == [
+        "to distributed:  25% of 40.00 GB, 1.00 GB/s, 30 s left",
+        "to distributed:  50% of 40.00 GB, 1.00 GB/s, 20 s left",
+    ]
+
+
+def test_on_a_terminal_a_bar_is_redrawn_and_ends_full(clock):
+    stream = Terminal()
+    progress = Progress("verifying", 2_000_000_000, stream)
+    progress.show(0)
+    for tenth in (1, 3, 5, 10):
+        clock[0] = 1000.0 + tenth / 10
+        progress.show(tenth * 10**8)
+    progress.show(2_000_000_000, at_end=True)
+    bars = stream.getvalue().split("\r")[1:]
+    assert [bar[:22] for bar in bars] == ["[###.................]", "[#####...............]", "[##########..........]", "[####################]"]
+    assert bars[0].startswith("[###.................] verifying:  15% of 2.00 GB, 1.00 GB/s, 2 s left")
+    assert all(bar.endswith("\x1b[K") for bar in bars[:-1]) and bars[-1].endswith("100% of 2.00 GB, 2.00 GB/s, 0 s left\x1b[K\n")
+
+
+def test_nothing_to_do_is_done():
+    stream = Terminal()
+    assert run(lambda share, report: share, [], Progress("x", 0, stream)).results == []
+    assert "x: 100% of 0.00 GB" in stream.getvalue()
+
+
+def test_results_come_in_the_order_of_the_shares_and_bytes_are_counted(monkeypatch):
+    shown = []
+    monkeypatch.setattr(Progress, "show", lambda self, done, at_end=False: shown.append(done))
+
+    def work(share, report):
+        for _ in range(share):
+            report(10)
+        return os.getpid(), share
+
+    outcome = run(work, [3, 1, 2], Progress("x", 60, io.StringIO()))
+    assert [share for _, share in outcome.results] == [3, 1, 2]
+    assert len({pid for pid, _ in outcome.results} | {os.getpid()}) == 4
+    assert shown[-1] == 60 and outcome.peak_bytes > 4 * 10**6
+
+
+def test_what_a_worker_raises_is_raised_here():
+    def refuses(share, report):
+        raise UserError("the disk is on fire")
+
+    def fails(share, report):
+        raise KeyError("lost")
+
+    with pytest.raises(UserError, match="the disk is on fire"):
+        run(refuses, [1], Progress("x", 0, io.StringIO()))
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*KeyError: 'lost'"):
+        run(fails, [1, 2], Progress("x", 0, io.StringIO()))
+
+
+@pytest.mark.parametrize("direction", ["hf-to-dist", "dist-to-hf"])
+def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(hf_checkpoint, dist_checkpoint, tmp_path, monkeypatch, direction):
+    write_task, parent = transfer._write_task, os.getpid()
+
+    def killed(reader, task, *rest):
+        assert os.getpid() != parent
+        write_task(reader, task, *rest)
+        if task.name.startswith(("decoder.layers.3", "model.layers.3")):
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+
+    monkeypatch.setattr(transfer, "_write_task", killed)
+    convert, given = {"hf-to-dist": (hf_to_dist, hf_checkpoint), "dist-to-hf": (dist_to_hf, dist_checkpoint)}[direction]
+    with pytest.raises(UserError, match=r"a worker process was killed by SIGKILL before its share was done; out of memory\?"):
+        convert(given, tmp_path / "target")
+    assert os.listdir(tmp_path) == []
