@@ -49,7 +49,13 @@ class Reporter:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines (.jsonl, .json, .ndjson) or text (.txt), also as .gz")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines (.jsonl, .json, .ndjson), text (.txt), both also as .gz or .zst, or .parquet",
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="the files are PREFIX_KEY_document.bin and .idx")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the checkpoint's folder, or another with its tokenizer files")
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of a row to tokenize, a dataset each (default: text)")

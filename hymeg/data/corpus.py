@@ -4,26 +4,21 @@ Memory is bounded by a few batches of rows, plus some tens of bytes a document f
 """
 
 import contextlib
-import json
 import os
-import signal
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hymeg import platform
-from hymeg.data.text_files import Batch, check_name, is_text, read_batches
+from hymeg.data.text_files import Batch, check_given_once, check_name, is_text, place, read_batches
+from hymeg.data.workers import encode_all
 from hymeg.errors import UserError
-from hymeg.hf.files import fsync_folder, shown
+from hymeg.hf.files import fsync_folder, parse_row, shown
 from hymeg.hf.tokenizer import load_tokenizer
 
 
@@ -86,14 +81,15 @@ def preprocess(
     if num_workers < 1:
         raise UserError(f"--workers is {num_workers}; at least 1 is needed")
     paths = [check_name(path) for path in inputs]
+    check_given_once("--input", paths)
     if len(json_keys) > 1 and (text_file := next(filter(is_text, paths), None)):
         raise UserError(f"{text_file}: a text file has no keys; with several --json-keys ({', '.join(json_keys)}) only JSON lines can be read")
     prefixes = _prefixes(os.fspath(output), json_keys, overwrite)
     settings = (str(tokenizer_dir), tuple(json_keys), append_eod, skip_bad_rows)
     encoder = Encoder(*settings)
     progress = Progress(total_bytes=sum(os.path.getsize(path) for path in paths))
-    batches = chain.from_iterable(map(read_batches, paths))
-    with contextlib.closing(_encode_all(batches, encoder, settings, num_workers)) as encoded:
+    batches = chain.from_iterable(read_batches(path, json_keys) for path in paths)
+    with contextlib.closing(encode_all(batches, Encoder, settings, num_workers)) as encoded:
         _write(encoded, dict(zip(json_keys, prefixes, strict=True)), encoder.vocab_size, progress, report)
     progress.prefixes = prefixes
     return progress
@@ -104,8 +100,12 @@ def _prefixes(output: str, json_keys: tuple[str, ...], overwrite: bool) -> list[
         raise UserError(f"--json-keys names a key twice: {', '.join(json_keys)}")
     if os.path.isdir(output) or not os.path.basename(output):
         raise UserError(f"--output {output}: is a folder; a prefix for the files is needed, such as {os.path.join(output, 'corpus')}")
+    if wrong := [key for key in json_keys if "/" in key]:
+        raise UserError(f"--json-keys {shown(wrong[0])}: holds a '/', which no file can have in its name; rename the key in the input")
     prefixes = [f"{output}_{key}_document" for key in json_keys]
     for path in (prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")):
+        if os.path.isdir(path):
+            raise UserError(f"{path}: is a folder; give another --output")
         if os.path.exists(path) and not overwrite:
             raise UserError(f"{path}: exists already; give another --output, or --overwrite to replace it")
     return prefixes
@@ -151,19 +151,16 @@ class Encoder:
         try:
             text = row.decode()
         except UnicodeDecodeError as error:
-            number += row.count(b"\n", 0, error.start)
+            number += row.count(b"\n", 0, error.start) if is_text(path) else 0
             raise UserError(
-                f"{path}: line {number}: not UTF-8: byte {shown(row[error.start : error.start + 1])}; convert the file with iconv"
+                f"{place(path, number)}: not UTF-8: byte {shown(row[error.start : error.start + 1])}; convert the file with iconv"
             ) from error
         if is_text(path):
             return [text]
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number}: not JSON: {error}; an object a line is needed") from error
+        record = parse_row(place(path, number), text)
         if not isinstance(record, dict):
-            raise UserError(f"{path}: line {number}: holds {shown(record)}; an object with the key {shown(self._json_keys[0])} is needed")
-        return [self._text(f"{path}: line {number}", record, key) for key in self._json_keys]
+            raise UserError(f"{place(path, number)}: holds {shown(record)}; an object with the key {shown(self._json_keys[0])} is needed")
+        return [self._text(place(path, number), record, key) for key in self._json_keys]
 
     def _text(self, where: str, record: dict, key: str) -> str:
         if key not in record:
@@ -177,40 +174,6 @@ class Encoder:
         return record[key]
 
 
-_worker_encoder: Encoder
-
-
-def _start_worker(settings: tuple) -> None:
-    global _worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = Encoder(*settings)
-
-
-def _encode_in_worker(batch: Batch) -> Encoded:
-    return _worker_encoder(batch)
-
-
-def _encode_all(batches: Iterable[Batch], encoder: Encoder, settings: tuple, num_workers: int) -> Iterator[Encoded]:
-    """The batches, encoded, in their order."""
-    if num_workers == 1:
-        yield from map(encoder, batches)
-        return
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (settings,))
-    under_way = deque()
-    try:
-        for batch in batches:
-            under_way.append(pool.submit(_encode_in_worker, batch))
-            if len(under_way) == 2 * num_workers:  # a map over the pool would read all the input at once
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(f"a worker process died, perhaps killed for want of memory; try fewer --workers ({num_workers} now)") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _write(encoded: Iterable[Encoded], prefixes: dict[str, str], vocab_size: int, progress: Progress, report: Callable[[Progress], None]) -> None:
     """Write a dataset for each key under temporary names, flush them to disk, then give them their own, the .idx files last."""
     with warnings.catch_warnings(action="ignore"):  # of optional packages that are not installed: nothing here needs them
@@ -221,6 +184,7 @@ def _write(encoded: Iterable[Encoded], prefixes: dict[str, str], vocab_size: int
     indices = {key: Path(f"{prefix}.idx") for key, prefix in prefixes.items()}
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (*bins.values(), *indices.values())}
     folder = next(iter(bins.values())).parent
+    is_new_folder = not folder.exists()
     try:
         with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -250,6 +214,9 @@ def _write(encoded: Iterable[Encoded], prefixes: dict[str, str], vocab_size: int
         for path in temporary.values():
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+        if is_new_folder:
+            with contextlib.suppress(OSError):  # it holds the files
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -257,7 +224,9 @@ def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room there, or give another --output"
+        ) from error
 
 
 def _add_documents(builder, token_ids: np.ndarray, lengths: list[int]) -> None:
@@ -277,4 +246,5 @@ def _count(progress: Progress, batch: Encoded) -> None:
 
 
 def _skipped(progress: Progress) -> str:
-    return f"{progress.num_empty} empty texts, {progress.num_bad_rows} bad rows"
+    first = f", the first: {progress.first_bad_row}" if progress.num_bad_rows else ""
+    return f"{progress.num_empty} empty texts, {progress.num_bad_rows} bad rows{first}"

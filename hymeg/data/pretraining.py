@@ -1,12 +1,11 @@
 """Pre-training data: Megatron's indexed datasets, blends and splits, from its own flags."""
 
 import argparse
+from collections.abc import Callable
 
-from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 
 class _FreshMasks:
@@ -26,14 +25,13 @@ class RandomDataset(_FreshMasks, MockGPTDataset):
     """Made-up samples (`--mock-data`)."""
 
 
-def build_datasets(args: argparse.Namespace, tokenizer, pipeline_layout, num_samples: tuple[int, int, int], vp_stage: int | None) -> tuple:
+def build_datasets(args: argparse.Namespace, tokenizer, num_samples: tuple[int, int, int], is_reader: Callable[[], bool]) -> tuple:
     """The training, validation and test datasets; None for a split without samples.
 
     Args:
         tokenizer: Megatron's wrapper around the tokenizer.
-        pipeline_layout: the parsed `--pipeline-model-parallel-layout`, or None.
         num_samples: how many samples of each split the run will draw at least.
-        vp_stage: the virtual pipeline stage that will read them.
+        is_reader: whether this rank reads samples.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -62,12 +60,5 @@ def build_datasets(args: argparse.Namespace, tokenizer, pipeline_layout, num_sam
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
 
-    def reads_data() -> bool:
-        """Ranks whose stage takes tokens or labels; those of one tensor-parallel group share one reader."""
-        stage = is_first_or_last_pipeline_stage(vp_stage) or mtp_on_this_rank(
-            layout=pipeline_layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
-        )
-        return parallel_state.get_tensor_model_parallel_rank() == 0 and stage
-
     print_rank_0("> building datasets ...")
-    return BlendedMegatronDatasetBuilder(RandomDataset if args.mock_data else TextDataset, num_samples, reads_data, config).build()
+    return BlendedMegatronDatasetBuilder(RandomDataset if args.mock_data else TextDataset, num_samples, is_reader, config).build()

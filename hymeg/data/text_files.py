@@ -1,26 +1,37 @@
 """Files of documents, read in batches of bounded memory. What is in a document is not looked at here.
 
-Two kinds are known by their names, each also gzipped (.gz). JSON lines: a row a line. Text: documents separated by blank lines, whose own line feeds
-are kept. A byte-order mark, carriage returns before line feeds and blank lines are left out.
+Three kinds are known by their names. JSON lines: a row a line. Text: documents separated by blank lines, whose own line feeds are kept. Both may be
+compressed (.gz, .zst); a byte-order mark, carriage returns before line feeds and blank lines are left out. Parquet: a row a row, turned into JSON.
 """
 
 import contextlib
+import functools
 import gzip
+import io
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import zstandard
+
+from hymeg.data import parquet_files
 from hymeg.errors import UserError
+from hymeg.hf.files import shown
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (".txt",)
+PARQUET_SUFFIXES = (".parquet",)
+COMPRESSED_SUFFIXES = (".gz", ".zst")
 BATCH_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 28
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-Row = tuple[int, bytes]  # (line number, from 1; the line, or the document that starts there)
+_ZSTD_BLOCK_BYTES = 1 << 10  # given to the decompressor at once: even the most compressible data become no more than 32 MiB
+
+Row = tuple[int, bytes]  # (line number, from 1; the line, or the document that starts there), of parquet (row number, the row as JSON)
 
 
 class Batch(NamedTuple):
@@ -36,42 +47,129 @@ def is_text(path: str) -> bool:
     return _suffix(path) in TEXT_SUFFIXES
 
 
+def is_parquet(path: str) -> bool:
+    return _suffix(path) in PARQUET_SUFFIXES
+
+
+def place(path: str, number: int) -> str:
+    """Where row `number` of the file stands, for messages."""
+    return f"{path}: {'row' if is_parquet(path) else 'line'} {number}"
+
+
+@functools.lru_cache(1024)
 def _suffix(path: str) -> str:
-    return Path(path.removesuffix(".gz")).suffix
+    """What tells the kind. A parquet file is compressed inside: ".parquet.gz" is no kind."""
+    *_, before, last = ["", "", *Path(path).suffixes]
+    return before if last in COMPRESSED_SUFFIXES and before not in PARQUET_SUFFIXES else last
 
 
 def check_name(path: str | os.PathLike) -> str:
-    """`path` as a string. Raises UserError where there is no such file or its name is of neither kind."""
+    """`path` as a string. Raises UserError where there is no such file, it cannot be read or is empty, its name is of no known kind, or parquet
+    cannot be read here."""
     path = str(path)
-    if os.path.isdir(path):
+    try:
+        path.encode()
+        status = os.stat(path)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{shown(path)}: the name is not UTF-8; rename the file") from error
+    except (OSError, ValueError) as error:
+        found = f"is a link to {os.readlink(path)}, where no file is" if os.path.islink(path) else "no such file"
+        raise UserError(f"{path or repr(path)}: {found}; check the path") from error
+    if stat.S_ISDIR(status.st_mode):
         raise UserError(f"{path}: is a folder; name the files in it ({path.rstrip('/')}/*.jsonl)")
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file")
-    if path.endswith(".zst"):
-        raise UserError(f"{path}: zstd files cannot be read here; decompress it first (zstd -d {path})")
-    if _suffix(path) not in JSON_SUFFIXES + TEXT_SUFFIXES:
-        raise UserError(f"{path}: its name does not tell what it holds; {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} can be read, each also as .gz")
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: is a pipe or a device; write what it gives to a file, which can be read more than once")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: not readable by this user; change its permissions (chmod a+r)")
+    if status.st_size == 0:
+        raise UserError(f"{path}: is empty; leave it out, or give a file with documents or rows, one a line")
+    if is_parquet(path):
+        parquet_files.check_available(path)
+    elif _suffix(path) not in JSON_SUFFIXES + TEXT_SUFFIXES:
+        raise UserError(
+            f"{path}: its name does not tell what it holds; {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} (each also as .gz or .zst) "
+            f"and {', '.join(PARQUET_SUFFIXES)} can be read"
+        )
     return path
 
 
-def read_batches(path: str) -> Iterator[Batch]:
-    """The rows of one file, in order. Raises UserError where the file cannot be read or a row is longer than `MAX_ROW_BYTES`."""
+def check_row_file(path: str | os.PathLike) -> str:
+    """`check_name` for a file of conversations or translations."""
+    path = check_name(path)
+    if is_text(path):
+        raise UserError(f"{path}: plain text is for pre-training; conversations come as JSON lines (.jsonl)")
+    return path
+
+
+def check_given_once(label: str, paths: list[str]) -> None:
+    """Raises UserError where one file stands twice among `paths`, under whatever name."""
+    first = {}
+    for path in paths:
+        if (other := first.setdefault(os.path.realpath(path), path)) is not path:
+            raise UserError(f"{label} {path}: the same file as {other}, given before; leave one out (a blend with weights draws from it more often)")
+
+
+def read_batches(path: str, columns: tuple[str, ...] | None = None) -> Iterator[Batch]:
+    """The rows of one file, in order.
+
+    Args:
+        columns: of a parquet file, those that are wanted; None: all. Other files are not looked into.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or a row is longer than `MAX_ROW_BYTES`.
+    """
     rows, num_bytes, position = [], 0, 0
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else contextlib.nullcontext(raw) as file:
-            for row in _documents(path, file) if is_text(path) else _lines(path, file):
+        with open(path, "rb") as raw, _decompressed(path, raw) as file:
+            source = parquet_files.ParquetRows(path, raw, columns) if is_parquet(path) else None
+            tell = source.tell if source else raw.tell
+            for row in source or (_documents(path, file) if is_text(path) else _lines(path, file)):
                 if not row[1] or row[1].isspace():
                     continue
                 rows.append(row)
                 num_bytes += len(row[1])
                 if num_bytes >= BATCH_BYTES:
-                    yield Batch(path, rows, raw.tell() - position)
-                    rows, num_bytes, position = [], 0, raw.tell()
-            yield Batch(path, rows, raw.tell() - position)
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"{path}: the gzip file is broken or cut short: {error}") from error
+                    yield Batch(path, rows, tell() - position)
+                    rows, num_bytes, position = [], 0, tell()
+            yield Batch(path, rows, tell() - position)
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: the compressed file is broken or cut short: {error}; copy or make it again") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; check the file and its disk") from error
+
+
+def _decompressed(path: str, raw: BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
+    if path.endswith(".gz"):
+        return gzip.open(raw)
+    if path.endswith(".zst"):
+        return io.BufferedReader(_ZstdFile(raw), 1 << 16)
+    return contextlib.nullcontext(raw)
+
+
+class _ZstdFile(io.RawIOBase):
+    """Reads one zstd frame after another. zstandard's own readers take a frame that is cut short for the end of the file."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw = raw
+        self._frame = None
+        self._pending = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._pending:
+            block = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._raw.read(_ZSTD_BLOCK_BYTES)
+            if not block:
+                if self._frame and not self._frame.eof:
+                    raise EOFError("the last frame has no end")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._pending = memoryview(self._frame.decompress(block))
+        num_bytes = min(len(buffer), len(self._pending))
+        buffer[:num_bytes], self._pending = self._pending[:num_bytes], self._pending[num_bytes:]
+        return num_bytes
 
 
 def _lines(path: str, file: BinaryIO) -> Iterator[Row]:

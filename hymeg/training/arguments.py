@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments, parse_args
 
+from hymeg.data.conversations import TRUNCATIONS
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.models.flags import architecture_flags, default_flags
@@ -56,6 +57,20 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     )
     group.add_argument("--hf-model", metavar="DIR", help="folder with config.json and tokenizer: sets the architecture and the tokenizer")
     group.add_argument("--init-from-scratch", action="store_true", help="start from random weights where --load holds no checkpoint")
+    group.add_argument(
+        "--recompute-logits",
+        dest="hy_recompute_logits",
+        action="store_true",
+        help="compute the logits a second time in the backward pass: saves 2 bytes a token and vocabulary entry, costs a third more time in the head",
+    )
+    group.add_argument("--no-sft-packing", dest="sft_packing", action="store_false", help="--sft: one conversation a sequence, padded")
+    group.add_argument(
+        "--sft-truncation",
+        choices=TRUNCATIONS,
+        default="error",
+        help="--sft: what to do with conversations longer than --seq-length: stop, cut their beginning or their end, leave them out",
+    )
+    group.add_argument("--translation-prompts", metavar="FILE.json", help="--sft: further kinds of prompts for translation rows")
     add_opposites(parser)
     return parser
 
@@ -63,7 +78,8 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
     """Parse `argv` (without the program's name) into Megatron's args, not validated yet, and the model's configuration.
 
-    The args have one attribute more, `explicit`: what recipe and command line have set (`Sources`).
+    The args have further attributes: `explicit`, what recipe and command line have set (`Sources`); `sft_rows`, whether `--sft` was given;
+    `packed`, whether samples are packed conversations.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, a flag that contradicts config.json, or one that cannot work here.
@@ -94,6 +110,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
         _refuse_on_platform(said, sources, required | refused, refused_values)
         vars(args).update({dest: value for dest, (value, _) in required.items()})
     args.explicit = sources
+    # What Megatron does with --sft is not wanted: its evaluation averages the means of micro-batches.
+    args.sft_rows, args.sft = args.sft, False
+    args.packed = args.sft_rows and args.sft_packing
     return args, config
 
 

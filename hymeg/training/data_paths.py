@@ -7,7 +7,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
@@ -35,6 +35,9 @@ def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], 
         one, other = ("full", "multiple") if args.full_validation else ("multiple", "full")
         flags = {"full": "--full-validation", "multiple": "--multiple-validation-sets"}
         raise UserError(f"{flags[one]} fails in Megatron 0.19 without {flags[other]}; add that, or leave {flags[one]} out")
+    for dest in ("sft_packing", "sft_truncation", "translation_prompts"):
+        if dest in args.explicit:
+            raise UserError(f"{args.explicit[dest][0]} is about conversations and needs --sft; add that, or leave {args.explicit[dest][0]} out")
     given = [dest for dest in ("mock_data", "data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path") if getattr(args, dest)]
     sources = list(dict.fromkeys("train_data_path" if dest in _PER_SPLIT else dest for dest in given))
     if not sources:
@@ -51,7 +54,7 @@ def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], 
     blends = _blends(args, sources[0])
     num_sequences = {}
     for label, words in blends.items():
-        for prefix in _prefixes(label, words):
+        for prefix in parse_blend(label, words)[0]:
             if "://" not in prefix:
                 num_sequences[prefix] = _check_prefix(label, prefix, config, args.rank)
                 _check_cache(args, label, prefix)
@@ -63,7 +66,7 @@ def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], 
             raise UserError("--train-data-path is missing: data for validation or test is given, but none to train on")
         has_validation = any(validation)
     else:
-        _check_split(args, num_sequences, say)
+        choose_split(args, num_sequences, _DEFAULT_SPLITS, "documents", say)
         has_validation = _split_matrix(args.split)[1] is not None
     if not has_validation and args.eval_iters > 0:
         what = "there is no data for validation" if args.split is None else f"--split {args.split} leaves no data for validation"
@@ -73,27 +76,47 @@ def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], 
         say(f"--eval-iters 0 set: {what}")
 
 
-def _check_split(args: argparse.Namespace, num_sequences: dict[str, int], say: Callable[[str], None]) -> None:
-    """Megatron builds a dataset for every split with a weight, and does not return where that holds no document."""
+def choose_split(
+    args: argparse.Namespace, num_items: dict[str, int], defaults: Sequence[str], what: str, say: Callable[[str], None]
+) -> list[tuple[float, float] | None]:
+    """Set `--split` where it is not given, and say what it means: for training, validation and test the part of each data set, or None.
+
+    Args:
+        num_items: of each data set.
+        defaults: the split to choose, and what to fall back to where there are too few items.
+        what: items are called.
+
+    Raises:
+        UserError: a split that is none, or leaves some part without an item: Megatron builds a dataset for every split with a weight, and does not
+            return where that holds no document.
+    """
     if args.split is None:
-        args.split = next(split for split in _DEFAULT_SPLITS if _split_without_documents(split, num_sequences) is None)
-        if args.split != _DEFAULT_SPLITS[0]:
-            say(f"--split {args.split} set: too few documents for {_DEFAULT_SPLITS[0]}")
-        return
-    weights = [float(number) for number in re.findall(r"\d*\.?\d+", args.split)]
-    if not 1 <= len(weights) <= 3 or "-" in args.split or weights[0] <= 0:
-        raise UserError(f"--split {args.split}: weights for training, validation and test are needed, the first above 0, such as 969,30,1 or 100,0,0")
-    if (empty := _split_without_documents(args.split, num_sequences)) is not None:
-        name, prefix = empty
+        args.split = next(split for split in defaults if _split_without_items(split, num_items) is None)
+        if args.split != defaults[0]:
+            say(f"--split {args.split} set: too few {what} for {defaults[0]}")
+        return _split_matrix(args.split)
+    check_split(args.split)
+    if (empty := _split_without_items(args.split, num_items)) is not None:
+        name, path = empty
         raise UserError(
-            f"--split {args.split} leaves none of the {num_sequences[prefix]} documents of {prefix} for {name}; give that a larger weight or 0, "
+            f"--split {args.split} leaves none of the {num_items[path]} {what} of {path} for {name}; give that a larger weight or 0, "
             f"or leave --split out"
+        )
+    return _split_matrix(args.split)
+
+
+def check_split(split: str) -> None:
+    """Raises UserError where it is none; Megatron takes the numbers that it finds in it, whatever stands between."""
+    words = re.split(r"[,/\s]+", split.strip())
+    if len(words) > 3 or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", word) for word in words) or float(words[0]) <= 0:
+        raise UserError(
+            f"--split {split or repr(split)}: weights for training, validation and test are needed, the first above 0, such as 969,30,1 or 100,0,0"
         )
 
 
-def _split_without_documents(split: str, num_sequences: dict[str, int]) -> tuple[str, str] | None:
-    """(the split, the data set) that Megatron would give no document."""
-    for prefix, number in num_sequences.items():
+def _split_without_items(split: str, num_items: dict[str, int]) -> tuple[str, str] | None:
+    """(the split, the data set) that Megatron would give nothing."""
+    for prefix, number in num_items.items():
         for name, bounds in zip(("training", "validation", "test"), _split_matrix(split), strict=True):
             if bounds is not None and round(bounds[0] * number) >= round(bounds[1] * number):
                 return name, prefix
@@ -132,19 +155,19 @@ def _read_text(label: str, path: str) -> str:
         raise UserError(f"{label} {path}: not UTF-8 text; give a text file") from None
 
 
-def _prefixes(label: str, words: list[str]) -> list[str]:
-    """The data sets of a blend: 'prefix prefix ...' or 'weight prefix weight prefix ...'."""
+def parse_blend(label: str, words: list[str]) -> tuple[list[str], list[float] | None]:
+    """The data sets of a blend, and their weights: 'NAME NAME ...' or 'weight NAME weight NAME ...'. Raises UserError for anything else."""
     weights = [_number(word) for word in words[0::2]]
     if words and len(words) % 2 == 0 and all(weight is not None for weight in weights):
-        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
-            raise UserError(f"{label}: found the weights {' '.join(words[0::2])}; they must not be negative, nor all zero")
-        return words[1::2]
+        if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
+            raise UserError(
+                f"{label}: found the weights {' '.join(words[0::2])}; they must not be negative, nor all zero, and their sum must be finite"
+            )
+        return words[1::2], weights
     number = next((word for word in words if _number(word) is not None), None)
     if number is not None:
-        raise UserError(
-            f"{label}: found the weight {number}, but not one before every data set; write WEIGHT PREFIX WEIGHT PREFIX ..., or prefixes alone"
-        )
-    return words
+        raise UserError(f"{label}: found the weight {number}, but not one before every data set; write WEIGHT NAME WEIGHT NAME ..., or names alone")
+    return words, None
 
 
 def _number(word: str) -> float | None:

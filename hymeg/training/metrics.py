@@ -46,9 +46,16 @@ class LogLine:
         self.peak = peak_tflops(device_name)
         self.model_chunks: list[torch.nn.Module] = []
         self.load: dict[int, float] = {}
+        self.packed: list[tuple[float, float]] = []
 
-    def before(self, iteration: int, is_first_iteration: bool) -> None:
-        """Called on every rank before Megatron logs."""
+    def before(self, iteration: int, is_first_iteration: bool, num_tokens: float | None = None, squared_lengths: float | None = None) -> None:
+        """Called on every rank before Megatron logs, each iteration.
+
+        Args:
+            num_tokens, squared_lengths: of the iteration's conversations, padding left out; None when samples are full.
+        """
+        if num_tokens is not None:
+            self.packed.append((num_tokens, squared_lengths))
         if iteration % self.args.log_interval == 0 or is_first_iteration:
             self.load = expert_load(self.model_chunks, self.config)
             self.iteration = iteration
@@ -60,12 +67,18 @@ class LogLine:
             return line
         seconds = float(elapsed.group(1)) / 1e3
         batch_size = int(re.search(r"global batch size: +(\d+)", line).group(1))
-        tokens = batch_size * self.args.seq_length / seconds
-        tflops = step_flops(self.config, self.args.seq_length, batch_size) / seconds / self.args.world_size / 1e12
+        num_tokens, squared_lengths = (sum(of) / len(self.packed) for of in zip(*self.packed, strict=True)) if self.packed else (None, None)
+        num_positions = batch_size * self.args.seq_length
+        tokens = (num_tokens or num_positions) / seconds
+        tflops = step_flops(self.config, self.args.seq_length, batch_size, squared_lengths, num_tokens) / seconds / self.args.world_size / 1e12
         # Megatron's format has one decimal: 0.0 on a small model.
         line = _THROUGHPUT.sub(f"throughput per GPU (TFLOP/s/GPU): {tflops:.4g} |", line)
         line += f" tokens/s: {tokens:,.0f} |"
         scalars = {"tokens-per-second": tokens, "model-tflops-per-gpu": tflops}
+        if num_tokens is not None:
+            line += f" full: {num_tokens / num_positions:.1%} |"
+            scalars["full"] = num_tokens / num_positions
+            self.packed.clear()
         if self.peak is not None:
             line += f" MFU: {tflops / self.peak:.1%} |"
             scalars["mfu"] = tflops / self.peak

@@ -16,6 +16,7 @@ from hymeg.platform import device
 from hymeg.training.arguments import naming_lines
 from hymeg.training.data_paths import check_data, check_writable
 from hymeg.training.flag_names import flag
+from hymeg.training.row_data import check_rows
 from hymeg.training.schedule import check_schedule
 from hymeg.training.weights import check_weights, is_distributed_checkpoint
 
@@ -41,7 +42,10 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
         _check_recompute(args)
         _check_overlap(args)
         _check_files(args)
-        check_data(args, config, say)
+        if args.sft_rows:
+            check_rows(args)
+        else:
+            check_data(args, config, say)
         _check_logs(args)
         _check_save(args)
         _correct(args, say)

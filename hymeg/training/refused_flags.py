@@ -49,7 +49,6 @@ UNSUPPORTED: dict[str, str] = {
     "reset_position_ids": "rotary positions are counted over the whole sample, so it would change nothing; leave it out",
     "tensor_parallel_num_weight_shards": _SHARDS,
     "expert_tensor_parallel_num_weight_shards": _SHARDS,
-    "sft": "Megatron's own fine-tuning data path masks no prompt token; leave it out",
     "use_checkpoint_args": _CHECKPOINT_ARGS,
     "use_mp_args_from_checkpoint_args": _CHECKPOINT_ARGS,
     "vocab_extra_ids": _VOCABULARY,

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +15,25 @@ from hymeg import platform
 from hymeg.checkpoint.folders import carried_files, carry
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
+from hymeg.launch import rank
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
 from hymeg.platform import device
 from hymeg.platform import megatron as megatron_patches
 from hymeg.training.arguments import parse
+from hymeg.training.batch import is_reader, takes_data
+from hymeg.training.data_record import compare_and_keep, text_record
 from hymeg.training.metrics import LogLine, step_flops
 from hymeg.training.preflight import preflight
 from hymeg.training.step import forward_step
-from hymeg.training.weights import load_hf_weights
+from hymeg.training.weights import convert_hf_weights
 
 
 def main(argv: Sequence[str]) -> None:
     """`pretrain_hy.py`: everything but the process's own start."""
     with exit_on_user_error():
         _stand_alone()
+        # Megatron unpickles a checkpoint's objects as they come; so PyTorch refuses any that names what has no place in a checkpoint.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         args, config = parse(argv)
         notes: list[str] = []
         preflight(args, config, notes.append)
@@ -37,9 +43,10 @@ def main(argv: Sequence[str]) -> None:
                 print(f"hymeg: {note}", flush=True)
             if args.save is not None:
                 _carry_companions(Path(args.hf_model), Path(args.save), config)
-        train(args, config)
+        code = rank.exit_code_of(functools.partial(train, args, config), args)
         # Without it gloo aborts at exit.
         torch.distributed.destroy_process_group()
+        sys.exit(code)
 
 
 def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
@@ -70,21 +77,34 @@ def train(args, config: HyConfig) -> None:
     from megatron.training.global_vars import set_global_variables
 
     from hymeg.data.pretraining import build_datasets
+    from hymeg.training.row_data import RowData
 
     with _megatron_refusals():
         validate_args(args)
         set_global_variables(args)
         model_config = model_config_from_args(args)
+        convert_hf_weights(args)
+        rows = RowData(args, config, _say) if args.sft_rows else None
+        if int(os.environ["RANK"]) == 0:
+            compare_and_keep(args, text_record(args) if rows is None else rows.record(), _say)
         settings = pretrain_cfg_container_from_args(args, model_config)
     log_line = LogLine(args, config, device.name(), get_tensorboard_writer)
-    model_config.post_wrap_hooks = [functools.partial(_prepare_model, args=args, config=config, log_line=log_line)]
+    model_config.post_wrap_hooks = [functools.partial(_watch_model, log_line=log_line)]
 
     def datasets(num_samples, vp_stage=None):
-        return build_datasets(args, get_tokenizer(), model_config.transformer.pipeline_model_parallel_layout, num_samples, vp_stage)
+        if rows is not None:
+            return rows.datasets(args, num_samples)
+        layout = model_config.transformer.pipeline_model_parallel_layout
+        return build_datasets(args, get_tokenizer(), num_samples, lambda: is_reader() and takes_data(args, layout, vp_stage))
 
     datasets.is_distributed = True
     with megatron_patches.flops_formula(functools.partial(step_flops, config, args.seq_length)), megatron_patches.log_line(log_line):
-        pretrain(settings, datasets, ModelType.encoder_or_decoder, forward_step)
+        pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(forward_step, args))
+
+
+def _say(line: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"hymeg: {line}", flush=True)
 
 
 def model_config_from_args(args) -> HyModelConfig:
@@ -100,13 +120,9 @@ def model_config_from_args(args) -> HyModelConfig:
     return model_config
 
 
-def _prepare_model(model_chunks: list, args, config: HyConfig, log_line: LogLine) -> list:
-    """Called once the model is built and wrapped, before the optimizer copies its weights."""
+def _watch_model(model_chunks: list, log_line: LogLine) -> list:
+    """Called once the model is built and wrapped."""
     log_line.model_chunks = model_chunks
-    if args.hf_weights is not None:
-        load_hf_weights(model_chunks, args.hf_weights, config)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"hymeg: weights loaded from {args.hf_weights}", flush=True)
     return model_chunks
 
 

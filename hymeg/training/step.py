@@ -23,7 +23,7 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module, return_
     config = get_attr_wrapped_model(model, "config")
     batch = get_batch(data_iterator, args, config.pipeline_model_parallel_layout, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    inputs = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    inputs = {key: batch[key] for key in ("labels", "loss_mask", "packed_seq_params")}
     if return_schedule_plan:
         plan = get_attr_wrapped_model(model, "build_schedule_plan")
         return plan(batch["tokens"], batch["position_ids"], None, **inputs), functools.partial(loss_function, batch["loss_mask"])

@@ -8,13 +8,18 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import training
 from megatron.training.arguments import validate_args
+from safetensors.torch import load_file
 
+from hymeg.checkpoint.adapter import HyStateDictAdapter
 from hymeg.models.attention import _chunk_spans
 from hymeg.models.hy import construct
+from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
+from hymeg.platform.patches import patched
 from hymeg.training.arguments import parse
-from hymeg.training.run import model_config_from_args
-from hymeg.training.weights import load_hf_weights
+from hymeg.training.preflight import preflight
+from hymeg.training.run import model_config_from_args, train
 
 
 def _build(argv: list[str]):
@@ -29,7 +34,7 @@ def _build(argv: list[str]):
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups())
-    load_hf_weights([model], args.hf_model, config)
+    HyStateDictAdapter(config).load_into([model], load_file(f"{args.hf_model}/model.safetensors"))
     return model
 
 
@@ -54,10 +59,41 @@ def packed_context_parallel(argv: list[str]) -> dict:
     return {"losses": whole.tolist(), "gradient": gradient.flatten()[::7].tolist()}
 
 
+def save_untrained(argv: list[str]) -> dict:
+    """Load and save, as the trainer does, and no step between. "{node}" in a word: 0 on ranks of an even number, 1 on the others."""
+    args, config = parse([word.replace("{node}", str(dist.get_rank() % 2)) for word in argv])
+    preflight(args, config, lambda note: None)
+    with patched(training, "train", lambda *_, **__: (1, 0), "iteration 1 is reached without a step; the trainer then saves it as its last"):
+        train(args, config)
+    return {}
+
+
 def _mine(boundaries: list[int], group) -> list[torch.Tensor]:
     """The sample's positions on this rank: for each sequence its two chunks, whose keys end where they do."""
     spans = _chunk_spans(boundaries, group.size(), group.rank())
     return [torch.arange(keys.stop - (queries.stop - queries.start), keys.stop) for queries, keys in spans]
+
+
+def vocabulary_shards(argv: list[str]) -> dict:
+    """Losses, hits and gradients from a head whose rows, padded to 1024, are cut over the world; for vocabularies that end in various places."""
+    group, generator = dist.group.WORLD, torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(29, 32, generator=generator), torch.randn(1024, 32, generator=generator)
+    rows = len(weight) // group.size()
+    found = {}
+    for vocab_size in (1024, 1000, 400):
+        labels = torch.randint(0, vocab_size, (29,), generator=generator)
+        for recompute in (False, True):
+            start = group.rank() * rows
+            shard = VocabShard(start, min(max(vocab_size - start, 0), rows), fp32_logits=True, recompute=recompute, group=group)
+            mine = [hidden.clone().requires_grad_(), weight[start : start + rows].clone().requires_grad_()]
+            losses, hits = linear_cross_entropy(*mine, labels, shard)
+            (losses * torch.arange(29)).sum().backward()
+            dist.all_reduce(mine[0].grad)
+            gradients = [torch.empty_like(mine[1]) for _ in range(group.size())]
+            dist.all_gather(gradients, mine[1].grad)
+            figures = {"losses": losses, "hits": hits, "hidden gradient": mine[0].grad, "weight gradient": torch.cat(gradients)}
+            found[f"{vocab_size} recompute={recompute}"] = {name: tensor.tolist() for name, tensor in figures.items()}
+    return found
 
 
 def gloo_collectives(argv: list[str]) -> dict:

@@ -1,4 +1,5 @@
-"""Every layout trains as one process does: from one loaded checkpoint, in fp32, four steps, losses and gradient norms to 1e-5."""
+"""Every layout trains as one process does: from one loaded checkpoint, in fp32, four steps, losses and gradient norms to 1e-5. And every rank of it
+holds the bytes that the planner says."""
 
 import pytest
 from worlds import assert_same_training, largest_difference, launch
@@ -38,6 +39,8 @@ LAYOUTS = {  # world size -> name -> flags, checkpoint
     },
 }
 
+BF16_DISTRIBUTED = f"--bf16 --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 20000 --grad-reduce-in-bf16 {PP2}"
+
 
 @pytest.fixture(scope="module")
 def worlds(folder, command):
@@ -48,6 +51,7 @@ def worlds(folder, command):
             cases = {name: command(flags, checkpoint=checkpoint) for name, (flags, checkpoint) in LAYOUTS[size].items()}
             if size == 2:
                 cases["bf16"] = command(f"--bf16 {TP2}")
+                cases["bf16 distributed"] = command(BF16_DISTRIBUTED, checkpoint="mtp", steps=1)
                 cases["bias update"] = command(f"{EP2} --moe-router-bias-update-rate 1e-2")
             started[size] = launch(size, cases, folder / f"layouts-{size}")
         return started[size]
@@ -59,6 +63,26 @@ def worlds(folder, command):
 def test_same_as_one_process(worlds, one_process, size, name):
     checkpoint = LAYOUTS[size][name][1]
     assert_same_training(worlds(size)[name]["steps"], one_process[checkpoint]["steps"][:4])
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "flags", "checkpoint"),
+    [(size, name, *case) for size, of_size in LAYOUTS.items() for name, case in of_size.items()]
+    + [(2, "bf16", f"--bf16 {TP2}", "trunk"), (2, "bf16 distributed", BF16_DISTRIBUTED, "mtp")],
+)
+def test_every_rank_holds_the_bytes_that_the_planner_says(worlds, command, monkeypatch, size, name, flags, checkpoint):
+    from hymeg.planning.memory import static_memory
+    from hymeg.planning.settings import settings_of
+    from hymeg.training.arguments import parse
+    from hymeg.training.preflight import layout_of
+
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    args, config = parse(command(flags, checkpoint=checkpoint))
+    layout, settings = layout_of(args), settings_of(args)
+    for rank, found in enumerate(worlds(size)[name]["static"]):
+        place = found.pop("pipeline_rank"), (found.pop("dense_rank"), found.pop("expert_rank"))
+        expected = static_memory(config, layout, settings, *place)
+        assert found == {part: getattr(expected, part) for part in found}, f"rank {rank}, {place}"
 
 
 def test_multi_token_prediction_counts(one_process):

@@ -1,18 +1,23 @@
 """The commands of a first day: a recipe under torchrun, its log and TensorBoard, the same command again to resume."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.checkpoint.dist_files import COMMON_STATE_KEY
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.planning.flops import training_flops
 
 ROOT = Path(__file__).parents[2]
+ALONE = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
 RECIPE = """\
 seq-length: 64
 micro_batch_size: 1
@@ -28,16 +33,16 @@ mock-data: true
 """
 
 
-def run(*words: str, processes: int = 2) -> str:
+def run(*words: str, processes: int = 2, fails: bool = False) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "pretrain_hy.py"), *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ALONE | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert (done.returncode != 0) is fails, done.stdout[-4000:]
     return done.stdout
 
 
@@ -64,7 +69,8 @@ def lives(folder):
 
 def test_first_life_starts_from_the_published_weights(lives, folder):
     first, _ = lives
-    assert f"hymeg: weights loaded from {folder / 'model'}" in first
+    assert first.count(f"hymeg: {folder / 'model'} is a Hugging Face folder: converting it, once, to {folder / 'out' / 'hf_weights'}/model-") == 1
+    assert "loading release distributed checkpoint" in first
     assert first.count("hymeg: no CUDA: training on CPU") == 1
     assert (folder / "out" / "latest_checkpointed_iteration.txt").read_text() == "8"
     assert "GPTModel IS DEPRECATED" not in first and "Traceback" not in first
@@ -73,7 +79,7 @@ def test_first_life_starts_from_the_published_weights(lives, folder):
 def test_second_life_resumes(lives):
     first, second = (iterations(log) for log in lives)
     assert max(first) == 4 and min(second) == 5 and max(second) == 8
-    assert "weights loaded from" not in lives[1]
+    assert "converting" not in lives[1] and "at iteration 4" in lives[1]
     assert float(re.search(r"consumed samples: +(\d+)", second[8]).group(1)) == 32
 
 
@@ -124,3 +130,31 @@ def test_what_was_saved_is_a_model_of_its_own(lives, folder):
     model = AutoModelForCausalLM.from_pretrained(export)
     tokens = AutoTokenizer.from_pretrained(export)("hello", return_tensors="pt").input_ids
     assert model(tokens).logits.isfinite().all() and model.dtype == torch.bfloat16
+
+
+def test_when_rank_0_cannot_convert_every_rank_ends_with_its_message(folder, tmp_path):
+    model = str(folder / "model")
+    (tmp_path / "hf_weights").write_text("in the way")
+    words = ["--config", str(folder / "recipe.yaml"), "--hf-model", model, "--load", model, "--save", str(tmp_path), "--train-iters", "1"]
+    log = run(*words, fails=True)
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {model} must be converted") and str(tmp_path / "hf_weights") in errors[0]
+
+
+def test_what_a_hostile_object_in_a_checkpoint_wants_is_not_done(folder, tmp_path):
+    """Megatron unpickles the objects of a checkpoint; the first, its flags, before anything else."""
+    model, hostile = str(folder / "model"), b"cposix\nsystem\n(S'touch %s'\ntR." % str(tmp_path / "was-here").encode()
+    hf_to_dist(model, tmp_path / "dist", workers=1)
+    with zipfile.ZipFile(tmp_path / "dist/release/__1_0.distcp", "w") as archive:
+        for name, data in {"data.pkl": hostile, "byteorder": b"little", "version": b"3\n"}.items():
+            archive.writestr(f"archive/{name}", data)
+    metadata = tmp_path / "dist/release/.metadata"
+    stored = pickle.loads(metadata.read_bytes())
+    next(place for index, place in stored.storage_data.items() if index.fqn == COMMON_STATE_KEY).length = (
+        (tmp_path / "dist/release/__1_0.distcp").stat().st_size
+    )
+    metadata.write_bytes(pickle.dumps(stored))
+    words = ["--config", str(folder / "recipe.yaml"), "--hf-model", model, "--train-iters", "1", "--tensor-model-parallel-size", "1"]
+    log = run(*words, "--load", str(tmp_path / "dist"), processes=1, fails=True)
+    assert "Weights only load failed" in log or "weights_only" in log
+    assert not (tmp_path / "was-here").exists()

@@ -4,6 +4,7 @@ NEEDED = "--hf-model {hf} --train-iters 10 --lr 1e-4 --seq-length 32 --mock-data
 """A command line that is right; an invocation adds to it, and what is said last wins."""
 
 DATA = "--no-mock-data --eval-iters 0"
+SFT = "--no-mock-data --sft"
 LOAD = "--no-init-from-scratch"
 PP2 = "--pipeline-model-parallel-size 2"
 
@@ -171,8 +172,8 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{DATA} --data-path {{other_vocabulary}}",
         ("--data-path {other_vocabulary}", "token 599", "vocabulary of 1024", "tokenize"),
     ),
-    "weights in some places": (1, f"{DATA} --data-path 0.5 {{text}} {{text}}", ("--data-path", "the weight 0.5", "WEIGHT PREFIX WEIGHT PREFIX")),
-    "weights swapped": (1, f"{DATA} --data-path {{text}} 1.0", ("--data-path", "the weight 1.0", "WEIGHT PREFIX")),
+    "weights in some places": (1, f"{DATA} --data-path 0.5 {{text}} {{text}}", ("--data-path", "the weight 0.5", "WEIGHT NAME WEIGHT NAME")),
+    "weights swapped": (1, f"{DATA} --data-path {{text}} 1.0", ("--data-path", "the weight 1.0", "WEIGHT NAME")),
     "weights negative": (1, f"{DATA} --data-path -1 {{text}} 2 {{text}}", ("--data-path", "-1 2", "must not be negative")),
     "weights zero": (1, f"{DATA} --data-path 0 {{text}} 0 {{text}}", ("--data-path", "0 0", "nor all zero")),
     "blend in a file": (1, f"{DATA} --data-args-path {{blend}}", ("--data-args-path {blend}", "{tmp}/nowhere.idx", "preprocess_data.py")),
@@ -193,6 +194,34 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{DATA} --data-path {{twenty}} --split 969,30,1",
         ("--split 969,30,1", "none of the 20 documents of {twenty} for test", "leave --split out"),
     ),
+    # ---- conversations
+    "conversations made up": (1, "--sft", ("--mock-data", "no place with --sft", "--data-path")),
+    "conversations from nowhere": (1, SFT, ("no data", "--data-path FILE.jsonl")),
+    "conversations misspelt": (1, f"{SFT} --data-path {{tmp}}/row.jsonl", ("--data-path", "{tmp}/row.jsonl: no such file")),
+    "conversations in a folder": (1, f"{SFT} --data-path {{tmp}}", ("--data-path", "is a folder", "name the files in it")),
+    "conversations as text": (1, f"{SFT} --data-path {{tmp}}/plain.txt", ("--data-path", "plain.txt", "conversations come as JSON lines")),
+    "conversations as tokens": (1, f"{SFT} --data-path {{text}}.bin", ("--data-path", "{text}.bin", ".jsonl")),
+    "an empty file of conversations": (1, f"{SFT} --data-path {{tmp}}/empty.jsonl", ("--data-path {tmp}/empty.jsonl", "is empty", "one a line")),
+    "packed in twos": (1, f"{SFT} --data-path {{rows}} --micro-batch-size 2", ("--micro-batch-size 2", "need 1", "--no-sft-packing")),
+    "conversations by micro-batch": (
+        1,
+        f"{SFT} --data-path {{rows}} --no-calculate-per-token-loss",
+        ("--sft", "--calculate-per-token-loss", "leave the opposite out"),
+    ),
+    "conversations and masks": (1, f"{SFT} --data-path {{rows}} --eod-mask-loss", ("--eod-mask-loss", "no place with --sft", "leave it out")),
+    "conversations in cycles": (1, f"{SFT} --data-path {{rows}} --dataloader-type cyclic", ("--dataloader-type", "seeded by epoch", "leave it out")),
+    "conversations split twice": (1, f"{SFT} --data-path {{rows}} --valid-data-path {{rows}} --split 9,1,0", ("--split 9,1,0", "leave it out")),
+    "only validation": (1, f"{SFT} --valid-data-path {{rows}}", ("no data", "--data-path FILE.jsonl")),
+    "Megatron's prompt formats": (
+        1,
+        f"{SFT} --data-path {{rows}} --sft-tokenizer-prompt-format identity",
+        ("--sft-tokenizer-prompt-format", "chat template", "leave it out"),
+    ),
+    "no such truncation": (1, f"{SFT} --data-path {{rows}} --sft-truncation middle", ("--sft-truncation", "'middle'", "'left'")),
+    "weights of conversations": (1, f"{SFT} --data-path 0.5 {{rows}} {{rows}}", ("--data-path", "the weight 0.5", "WEIGHT NAME")),
+    "a cache in a file": (1, f"{SFT} --data-path {{rows}} --data-cache-path {{rows}}/x", ("--data-cache-path {rows}/x", "is a file", "folder")),
+    "packing of text": (1, "--no-sft-packing", ("--no-sft-packing", "--sft")),
+    "truncation of text": (1, "--sft-truncation left", ("--sft-truncation", "--sft")),
     "evaluation on nothing": (
         1,
         "--no-mock-data --eval-iters 5 --data-path {text} --split 100,0,0",
@@ -230,7 +259,12 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "no such step": (1, f"{LOAD} --load {{ckpt}} --ckpt-step 15", ("--ckpt-step 15", "iter_0000015 is missing", "complete in it: 10, 20")),
     "step of a model": (1, f"{LOAD} --load {{hf}} --ckpt-step 15", ("--ckpt-step 15", "Hugging Face folder", "leave it out")),
     "checkpoint of another model": (1, f"{LOAD} --load {{ckpt_other}}", ("--load {ckpt_other}", "missing", "give the --hf-model")),
-    "checkpoint damaged": (1, f"{LOAD} --load {{ckpt_unreadable}}", ("--load {ckpt_unreadable}", "cannot be read", "copy the checkpoint again")),
+    "checkpoint damaged": (
+        1,
+        f"{LOAD} --load {{ckpt_unreadable}}",
+        ("--load {ckpt_unreadable}", "not a checkpoint's metadata", "copy the checkpoint"),
+    ),
+    "checkpoint hostile": (1, f"{LOAD} --load {{ckpt_hostile}}", ("--load {ckpt_hostile}", "'posix.system'", "do not load this file")),
     "optimizer distributed before": (
         1,
         f"{LOAD} --load {{ckpt_distributed}}",

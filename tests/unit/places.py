@@ -51,6 +51,10 @@ def make_places(folder: Path) -> dict[str, str]:
     (folder / "blend.txt").write_text(f"0.5 {folder}/text 0.5 {folder}/nowhere")
     (folder / "per_split.json").write_text(json.dumps({"train": [f"{folder}/text"], "valid": None}))
 
+    (folder / "rows.jsonl").write_text('{"source_lang": "en", "target_lang": "fr", "source": "yes", "target": "oui"}\n' * 40)
+    (folder / "plain.txt").write_text("words\n")
+    (folder / "empty.jsonl").touch()
+
     config = HyConfig.from_dir(folder / "hf")
     _write_checkpoint(folder / "ckpt", config, (10, 20), "20")
     _write_checkpoint(folder / "ckpt_unfinished", config, (10,), "20")
@@ -59,6 +63,9 @@ def make_places(folder: Path) -> dict[str, str]:
     _write_checkpoint(folder / "ckpt_other", other, (10,), "10")
     _write_checkpoint(folder / "ckpt_unreadable", config, (10,), "10")
     (folder / "ckpt_unreadable/iter_0000010/.metadata").write_bytes(b"cut off")
+    _write_checkpoint(folder / "ckpt_hostile", config, (10,), "10")
+    hostile = f"cposix\nsystem\n(S'touch {folder}/hostile-was-here'\ntR."
+    (folder / "ckpt_hostile/iter_0000010/.metadata").write_text(hostile)
     _write_checkpoint(folder / "ckpt_distributed", config, (5,), "5", ("param", "exp_avg"))
     _write_checkpoint(folder / "ckpt_bf16", config, (5,), "5", ("fp32_param", "exp_avg"))
     _write_checkpoint(folder / "ckpt_no_optimizer", config, (5,), "5", ())
@@ -69,6 +76,7 @@ def make_places(folder: Path) -> dict[str, str]:
         "tmp": str(folder),
         "blend": str(folder / "blend.txt"),
         "per_split": str(folder / "per_split.json"),
+        "rows": str(folder / "rows.jsonl"),
         "interval": str(folder / "interval.yaml"),
     }
 

@@ -14,12 +14,14 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.training.arguments import validate_args  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
+from hymeg.checkpoint.adapter import HyStateDictAdapter  # noqa: E402
 from hymeg.models.hy import construct  # noqa: E402
+from hymeg.platform import device  # noqa: E402
 from hymeg.training.arguments import parse  # noqa: E402
 from hymeg.training.preflight import preflight  # noqa: E402
 from hymeg.training.run import model_config_from_args  # noqa: E402
-from hymeg.training.weights import load_hf_weights  # noqa: E402
 
 NEEDED = ["--mock-data", "--train-iters", "1", "--lr", "1e-3"]
 
@@ -37,7 +39,7 @@ def ensure_world() -> None:
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
         }
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo" if platform.is_cpu() else "nccl")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
@@ -52,16 +54,16 @@ def build(folder: str, *flags: str, seq_length: int = 64, weights: bool = True) 
     preflight(args, config, lambda note: None)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         validate_args(args)
-    model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups())
+    model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups()).to(device.current())
     if args.bf16:
         model = Float16Module(model.config, model)
         for module in model.modules():
             if hasattr(module, "_maintain_float32_expert_bias"):
                 module._maintain_float32_expert_bias()
     if weights:
-        load_hf_weights([model], folder, config)
+        HyStateDictAdapter(config).load_into([model], load_file(f"{folder}/model.safetensors"))
     return model
 
 
 def positions(tokens: torch.Tensor) -> torch.Tensor:
-    return torch.arange(tokens.shape[1]).expand_as(tokens)
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

@@ -1,22 +1,35 @@
 """Text becomes Megatron's dataset, and Megatron reads back what the tokenizer says of each row. What is wrong is told, and leaves nothing behind."""
 
+import datetime
+import functools
 import gzip
+import importlib.util
 import itertools
 import json
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from transformers import AutoTokenizer
 
 from hymeg.data import text_files
 from hymeg.data.corpus import preprocess
+from hymeg.data.rows import RowReader
 from hymeg.data.text_files import read_batches
 from hymeg.errors import UserError
 from hymeg.hf.tokenizer import train_tiny_tokenizer
 
-UDHR = Path(__file__).parents[2] / "examples/data/udhr"
+ROOT = Path(__file__).parents[2]
+UDHR = ROOT / "examples/data/udhr"
 GOOD = '{"text": "good"}'
+COMPRESSIONS = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
 
 def udhr_texts(language):
@@ -69,18 +82,42 @@ def test_text_documents_are_separated_by_blank_lines(tmp_path):
     assert all_rows(path) == [(3, b"one\n  still one"), (8, b"two"), (10, b"three\nstill three")]
 
 
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_gzipped_files_read_as_plain_ones(tmp_path, language):
-    plain = UDHR / f"{language}.jsonl"
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    assert all_rows(tmp_path / "a.jsonl.gz") == all_rows(plain)
+def test_compressed_files_read_as_plain_ones(tmp_path, language, suffix):
+    plain, path = UDHR / f"{language}.jsonl", tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(COMPRESSIONS[suffix](plain.read_bytes()))
+    assert all_rows(path) == all_rows(plain)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".txt"])
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_frames_one_after_another_are_one_file(tmp_path, suffix):
+    compress, path = COMPRESSIONS[suffix], tmp_path / f"a.txt{suffix}"
+    path.write_bytes(compress(b"one\n\nt") + compress(b"") + compress(b"wo" * 5000))
+    assert all_rows(path) == [(1, b"one"), (3, b"t" + b"wo" * 5000)]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_well_compressed_rows_do_not_fill_the_memory(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(COMPRESSIONS[suffix]((b" " * 50_000 + b"{}\n") * 4000))  # 200 MB
+    program = f"""
+import resource
+from hymeg.data.rows import RowReader
+from hymeg.data.text_files import read_batches
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert sum(len(batch.rows) for batch in read_batches({str(path)!r})) == 4000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    kib = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert kib < 60_000
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"])
 def test_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path, monkeypatch, suffix):
     data = b"".join(b'{"text": "%d"}\n\n' % number for number in range(3000))
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    path.write_bytes(COMPRESSIONS.get(path.suffix, bytes)(data))
     whole = all_rows(path)
     monkeypatch.setattr(text_files, "BATCH_BYTES", 1000)
     batches = list(read_batches(str(path)))
@@ -136,6 +173,84 @@ def test_each_key_is_a_dataset(tmp_path, tokenizer_dir, tokenizer):
     assert read_back(tmp_path / "pairs_source_document")[1] == [tokenizer.encode("hello")]
     assert read_back(tmp_path / "pairs_target_document")[1] == [tokenizer.encode("bonjour"), tokenizer.encode("monde")]
     assert (summary.num_documents, summary.num_empty) == (3, 1)
+
+
+# Parquet
+
+
+def write_parquet(path, **columns):
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, path, row_group_size=100)
+    return path
+
+
+def test_parquet_reads_as_json_lines_do(tmp_path, tokenizer_dir):
+    texts = udhr_texts("zh") * 20
+    write_parquet(tmp_path / "a.parquet", number=range(len(texts)), text=texts)
+    write_rows(tmp_path / "a.jsonl", texts)
+    for suffix in ("parquet", "jsonl"):
+        summary = preprocess([tmp_path / f"a.{suffix}"], tmp_path / suffix, tokenizer_dir)
+        assert summary.num_bytes_read == summary.total_bytes
+    assert read_back(tmp_path / "parquet_text_document") == read_back(tmp_path / "jsonl_text_document")
+
+
+def test_parquet_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "BATCH_BYTES", 1000)
+    path = write_parquet(tmp_path / "a.parquet", text=[f"{number:020}" for number in range(3000)], other=["x" * 100] * 3000)
+    batches = list(read_batches(str(path), ("text",)))
+    rows = [row for batch in batches for row in batch.rows]
+    assert rows == [(number + 1, b'{"text": "%020d"}' % number) for number in range(3000)]
+    assert all(sum(len(row) for _, row in batch.rows) < 1040 for batch in batches)
+    assert all(batch.num_bytes_read > 0 for batch in batches)
+    assert sum(batch.num_bytes_read for batch in batches) == path.stat().st_size
+
+
+def test_conversations_of_parquet_are_rows_too(tmp_path):
+    messages = [{"role": "user", "content": "hi", "reasoning_content": None}, {"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
+    path = write_parquet(tmp_path / "a.parquet", messages=[messages], source=[None], reasoning_effort=["low"])
+    [(number, raw)] = all_rows(path)
+    conversation = RowReader().parse(str(path), number, raw)
+    assert conversation.messages == [{"role": "user", "content": "hi"}, messages[1]]
+    assert (conversation.reasoning_effort, conversation.where) == ("low", f"{path}: row 1")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["a", None], "row 2: 'text' is null; a string is needed"),
+        ([1, 2], "row 1: 'text' is 1; a string"),
+        ([b"a", b"\n\xff"], r"row 2: not UTF-8: byte b'\\xff'"),
+        (pyarrow.array([b"a", b"\xe4"], pyarrow.binary()).view(pyarrow.string()), r"row 2: not UTF-8: byte b'\\xe4'"),
+        ([datetime.date(2000, 1, 2)], "row 1: 'text' is {'date': '2000-01-02'}; a string"),
+    ],
+    ids=["null", "numbers", "bytes", "latin-1", "dates"],
+)
+def test_a_bad_row_of_parquet_is_named(tmp_path, tokenizer_dir, column, message):
+    path = write_parquet(tmp_path / "a.parquet", text=column)
+    with pytest.raises(UserError, match=f"^{path}: {message}"):
+        preprocess([path], tmp_path / "corpus", tokenizer_dir)
+
+
+def test_a_missing_column_is_named(tmp_path, tokenizer_dir):
+    path = write_parquet(tmp_path / "a.parquet", content=["a"])
+    with pytest.raises(UserError, match=r"a.parquet: no column 'text' among \['content'\]; --json-keys names the columns to read"):
+        preprocess([path], tmp_path / "corpus", tokenizer_dir)
+
+
+def test_a_cut_parquet_file_is_named(tmp_path, tokenizer_dir):
+    path = write_parquet(tmp_path / "a.parquet", text=[str(number) for number in range(1000)])
+    whole = path.read_bytes()
+    for broken in (whole[:-20], b"PAR1" + b"\x00" * 500 + whole[504:]):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"a.parquet: is no parquet file or a broken one: \w"):
+            preprocess([path], tmp_path / "corpus", tokenizer_dir)
+
+
+def test_without_pyarrow_parquet_is_refused_with_what_to_install(tmp_path, tokenizer_dir, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", text=["a"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"a.parquet: reading parquet needs pyarrow; install it \(pip install 'hymeg\[parquet\]'\)"):
+        preprocess([path], tmp_path / "corpus", tokenizer_dir)
 
 
 def test_truncation_and_padding_in_the_tokenizers_file_do_not_apply(tmp_path, tokenizer_dir, tokenizer):
@@ -194,15 +309,27 @@ def test_a_bad_byte_in_text_is_found_on_its_own_line(tmp_path, tokenizer_dir):
 
 
 def bad_inputs():
-    cut = gzip.compress(json.dumps({"text": "x" * 5000}).encode())[:-20]
+    gz, zst = (compress(json.dumps({"text": "x" * 5000}).encode())[:-9] for compress in COMPRESSIONS.values())
     return {
         "missing": ("none.jsonl", None, "no such file"),
         "a folder": (".", None, "is a folder; name the files in it"),
-        "an unknown kind": ("a.parquet", b"PAR1", "its name does not tell what it holds; .jsonl, .json"),
-        "zstd": ("a.jsonl.zst", b"(", "zstd files cannot be read here; decompress"),
-        "no gzip": ("a.jsonl.gz", GOOD.encode(), "cannot be read: Not a gzipped file"),
-        "cut gzip": ("a.jsonl.gz", cut, "broken or cut short"),
-        "empty": ("a.jsonl", b"", "nothing to write: the input holds no document with a token under 'text'"),
+        "an unknown kind": ("a.docx", b"PK", "its name does not tell what it holds; .jsonl, .json"),
+        "compressed parquet": ("a.parquet.gz", b"PAR1", "its name does not tell what it holds"),
+        "no parquet": ("a.parquet", b"PAR1 and nothing more", "a.parquet: is no parquet file or a broken one"),
+        "no zstd": ("a.jsonl.zst", GOOD.encode(), "a.jsonl.zst: the compressed file is broken or cut short"),
+        "cut zstd": ("a.jsonl.zst", zst, "a.jsonl.zst: the compressed file is broken or cut short: the last frame has no end"),
+        "no gzip": (
+            "a.jsonl.gz",
+            GOOD.encode(),
+            "a.jsonl.gz: the compressed file is broken or cut short: Not a gzipped file .*; copy or make it again",
+        ),
+        "cut gzip": ("a.jsonl.gz", gz, "broken or cut short"),
+        "zeros": ("a.jsonl", bytes(5000), "line 1: not JSON"),
+        "UTF-16": ("a.jsonl", GOOD.encode("utf-16"), "line 1: not UTF-8: byte .*; convert the file with iconv"),
+        "carriage returns alone": ("a.jsonl", f"{GOOD}\r{GOOD}\r".encode(), "line 1: not JSON: Extra data"),
+        "a mark in the middle": ("a.jsonl", f"{GOOD}\n\ufeff{GOOD}".encode(), "line 2: not JSON"),
+        "empty": ("a.jsonl", b"", "a.jsonl: is empty; leave it out"),
+        "compressed nothing": ("a.jsonl.gz", gzip.compress(b""), "nothing to write: the input holds no document with a token under 'text'"),
         "blank": ("a.txt", b"\n \n\n", "nothing to write"),
         "empty texts": ("a.jsonl", b'{"text": ""}', "nothing to write.*1 empty"),
     }
@@ -218,6 +345,70 @@ def test_an_unreadable_input_is_named_and_nothing_is_written(tmp_path, tokenizer
     assert list(tmp_path.iterdir()) == before
 
 
+NO_FILES = {
+    "a link to nothing": (lambda path: path.symlink_to("gone.jsonl"), "is a link to gone.jsonl, where no file is; check the path"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), "is a link to a.jsonl, where no file is"),
+    "a pipe": (os.mkfifo, "is a pipe or a device; write what it gives to a file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "is a pipe or a device"),
+    "a folder": (os.mkdir, "is a folder; name the files in it"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, tokenizer_dir, make, message):
+    make(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=f"^{tmp_path}/a.jsonl: {message}"):
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "new" / "corpus", tokenizer_dir)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path, tokenizer_dir):
+    path = os.fsencode(tmp_path) + b"/\xff.jsonl"
+    with open(path, "w") as file:
+        file.write(GOOD)
+    with pytest.raises(UserError, match=r"\\udcff.jsonl': the name is not UTF-8; rename the file"):
+        preprocess([os.fsdecode(path)], tmp_path / "corpus", tokenizer_dir)
+
+
+def test_missing_permission_is_told(tmp_path, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"a.jsonl: not readable by this user; change its permissions"):
+        preprocess([write_rows(tmp_path / "a.jsonl", ["good"])], tmp_path / "corpus", tokenizer_dir)
+
+
+def test_one_file_twice_is_refused_under_whatever_name(tmp_path, tokenizer_dir):
+    path, link = write_rows(tmp_path / "a.jsonl", ["good"]), tmp_path / "b.jsonl"
+    link.symlink_to(path)
+    for other in (path, link, tmp_path / "." / ".." / tmp_path.name / "a.jsonl"):
+        with pytest.raises(UserError, match=f"--input .*: the same file as {path}, given before; leave one out"):
+            preprocess([path, other], tmp_path / "corpus", tokenizer_dir)
+
+
+def test_no_room_is_told_and_nothing_is_left(tmp_path, tokenizer_dir):
+    path = write_rows(tmp_path / "a.jsonl", ["good morning " * 50] * 2000)
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", path, "--output", tmp_path / "new" / "o", "--tokenizer", tokenizer_dir]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limit)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "cannot be written: File too large; make room there, or give another --output" in done.stderr
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_when_all_rows_are_bad_the_first_is_named(tmp_path, tokenizer_dir):
+    path = write_rows(tmp_path / "a.jsonl", ["good"], key="content")
+    with pytest.raises(UserError, match=r"nothing to write.*1 bad rows, the first: .*a.jsonl: line 1: no key 'text'"):
+        preprocess([path], tmp_path / "new" / "corpus", tokenizer_dir, skip_bad_rows=True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_place_of_a_dataset_is_not_replaced(tmp_path, tokenizer_dir):
+    (tmp_path / "o_text_document.bin").mkdir()
+    (tmp_path / "o_text_document.idx").write_text("old")
+    with pytest.raises(UserError, match=r"o_text_document.bin: is a folder; give another --output"):
+        preprocess([UDHR / "en.jsonl"], tmp_path / "o", tokenizer_dir, overwrite=True)
+    assert (tmp_path / "o_text_document.idx").read_text() == "old"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -226,6 +417,7 @@ def test_an_unreadable_input_is_named_and_nothing_is_written(tmp_path, tokenizer
         ({"output": f"{UDHR}/README.md/corpus"}, "README.md: cannot be written"),
         ({"output": "/tmp/"}, "--output /tmp/: is a folder; a prefix"),
         ({"json_keys": ("text", "text")}, "--json-keys names a key twice"),
+        ({"json_keys": ("a/b",)}, "--json-keys 'a/b': holds a '/', which no file can have in its name"),
         ({"num_workers": 0}, "--workers is 0"),
     ],
 )

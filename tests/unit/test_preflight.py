@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +98,14 @@ def test_what_the_cpu_cannot_do_is_refused_by_name(checked, added):
 )
 def test_what_is_missing_is_asked_for_one_thing_at_a_time(checked, command, word):
     assert told(checked, command, 1, "").startswith(word)
+
+
+def test_nothing_in_a_hostile_checkpoint_is_run(checked, places):
+    told(checked, f"{LOAD} --load {{ckpt_hostile}}")
+    assert not os.path.exists(f"{places['tmp']}/hostile-was-here")
+    with open(f"{places['ckpt_hostile']}/iter_0000010/.metadata", "rb") as file:
+        pickle.load(file)  # it would have been
+    assert os.path.exists(f"{places['tmp']}/hostile-was-here")
 
 
 def test_a_mistake_in_the_recipe_is_told_with_its_line(checked, places):

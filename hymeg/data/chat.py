@@ -1,0 +1,142 @@
+"""Conversations -> tokens, by the checkpoint's own chat template; and which of the tokens are trained: exactly the assistant's.
+
+The text of a message is never a special token. Where it holds the literal of one ("<｜hy_Assistant｜>", "</think>"), the row is cut at the special
+tokens that the template wrote (`hymeg.data.chat_template` knows which) and each stretch between them is tokenized as if the vocabulary had no such
+tokens. All other rows are tokenized in one piece, as serving does.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from hymeg.data.chat_template import ChatTemplate, Form
+from hymeg.data.rows import Conversation
+from hymeg.errors import UserError
+from hymeg.hf.files import shown
+from hymeg.hf.tokenizer import load_tokenizer
+
+_VERSION = 1  # of what this module makes of the same row, tokenizer and template
+
+
+class Tokens(NamedTuple):
+    """One conversation."""
+
+    token_ids: np.ndarray
+    """`[tokens]`, int32."""
+    trained: np.ndarray
+    """`[tokens]`, bool: the assistant's, from behind the token that opens its turn up to and including EOS."""
+
+
+class ChatEncoder:
+    """Encodes conversations with the tokenizer and chat template in the folder `tokenizer_dir`.
+
+    Args:
+        vocab_size: the model's; with it, every token id must be smaller.
+
+    Attributes:
+        fingerprint: equal for encoders that make the same tokens of the same conversations.
+        tokenizer: transformers' tokenizer.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded, has no chat template or no EOS token, or does not fit the model.
+    """
+
+    def __init__(self, tokenizer_dir: str | os.PathLike, vocab_size: int | None = None):
+        self.tokenizer = load_tokenizer(tokenizer_dir)
+        # A copy of its own: transformers changes settings of the tokenizer's from call to call.
+        self._fast = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        _check(tokenizer_dir, self.tokenizer, vocab_size)
+        self._template = ChatTemplate(self.tokenizer, self._fast)
+        with _located(str(tokenizer_dir)):
+            self._template.render([{"role": "user", "content": "?"}])
+        decisive = [_VERSION, self._fast.to_str(), self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
+        self.fingerprint = hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:16]
+        self._without_special = functools.lru_cache(16)(self._tokenizer_without_special)
+
+    def encode(self, conversation: Conversation) -> Tokens:
+        """`encode_batch` for one conversation."""
+        return self.encode_batch([conversation])[0]
+
+    def encode_batch(self, conversations: list[Conversation]) -> list[Tokens]:
+        """The tokens of each conversation.
+
+        Raises:
+            UserError: the template refuses a conversation, leaves a text out or changes it, or cannot be rendered turn by turn. The message begins
+                with the conversation's `where`.
+        """
+        forms, rendered = [], []
+        for conversation in conversations:
+            with _located(conversation.where):
+                forms.append(self._template.form(conversation))
+                rendered.append(self._template.rendered(conversation, *forms[-1]))
+        encodings = self._fast.encode_batch_fast(rendered, add_special_tokens=False)
+        encoded = []
+        for conversation, form, encoding in zip(conversations, forms, encodings, strict=True):
+            with _located(conversation.where):
+                encoded.append(self._tokens(*form, np.array(encoding.ids, np.int32)))
+        return encoded
+
+    def _tokens(self, form: Form, texts: list[str], token_ids: np.ndarray) -> Tokens:
+        """`token_ids` with their mask; encoded again where a text has become a special token."""
+        (positions,) = np.nonzero(form.is_special[token_ids])
+        if not np.array_equal(token_ids[positions], form.control_ids):
+            token_ids, positions = self._encode_stretches(form, texts)
+        trained = np.zeros(len(token_ids), bool)
+        for opening, end in form.turns:
+            trained[positions[opening] + 1 : positions[end] + 1] = True
+        return Tokens(token_ids, trained)
+
+    def _encode_stretches(self, form: Form, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The token ids, and the positions of the controls among them."""
+        encodings = self._without_special(form.special_ids).encode_batch_fast(form.stretches(texts), add_special_tokens=False)
+        stretches = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        for stretch in stretches:
+            for token_id in stretch[form.is_special[stretch]].tolist():
+                token = self.tokenizer.convert_ids_to_tokens(token_id)
+                raise UserError(f"a message holds {shown(token)}, a special token that this tokenizer cannot take for plain text; reword it")
+        pieces = [piece for stretch, token_id in zip(stretches, form.control_ids, strict=False) for piece in (stretch, [token_id])]
+        positions = np.cumsum([len(stretch) + 1 for stretch in stretches[:-1]]) - 1
+        return np.concatenate([*pieces, stretches[-1]]).astype(np.int32), positions
+
+    def _tokenizer_without_special(self, special_ids: frozenset[int]) -> Tokenizer:
+        """A tokenizer for which `special_ids` do not exist in text."""
+        settings = json.loads(self._fast.to_str())
+        for token in settings["added_tokens"]:
+            token["special"] = token["id"] in special_ids
+        tokenizer = Tokenizer.from_str(json.dumps(settings))
+        tokenizer.encode_special_tokens = True  # that is, as the text that they are
+        return tokenizer
+
+
+def _check(tokenizer_dir: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    """Raises UserError where no conversation could be encoded."""
+    if vocab_size is not None and (largest_id := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise UserError(
+            f"{tokenizer_dir}: token ids go up to {largest_id}, but the model's vocab_size is {vocab_size}: "
+            "tokenizer and model do not belong together"
+        )
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{tokenizer_dir}: the tokenizer has no chat template; put the checkpoint's chat_template.jinja there "
+            "(or its tokenizer_config.json with a chat_template)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{tokenizer_dir}: the tokenizer has no EOS token (eos_token in tokenizer_config.json), which ends the assistant's turns")
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from error

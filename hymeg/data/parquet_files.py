@@ -1,0 +1,80 @@
+"""Rows of parquet files as JSON. pyarrow, which reads them, is an optional package: `pip install hymeg[parquet]`.
+
+Memory: a few hundred rows, and what one row group of the file takes on disk.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from hymeg.errors import UserError
+from hymeg.hf.files import shown
+
+_ROWS_AT_ONCE = 256
+
+
+def check_available(path: str) -> None:
+    """Raises UserError where pyarrow is not installed."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{path}: reading parquet needs pyarrow; install it (pip install 'hymeg[parquet]') or convert the file to .jsonl")
+
+
+class ParquetRows:
+    """(number from 1, JSON object) of each row, in order. A row whose text is not UTF-8 comes as the bytes of that text.
+
+    Args:
+        columns: those that are wanted; None: all.
+
+    Raises:
+        UserError: it is no parquet file, is broken, or lacks a column.
+    """
+
+    def __init__(self, path: str, file: BinaryIO, columns: tuple[str, ...] | None):
+        import pyarrow.parquet
+
+        self._path, self._columns = path, columns and list(columns)
+        self._num_bytes = file.seek(0, os.SEEK_END)
+        self._num_read = 0
+        with self._errors():
+            self._file = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+            names = self._file.schema_arrow.names
+        if missing := [column for column in columns or () if column not in names]:
+            raise UserError(f"{path}: no column {shown(missing[0])} among {shown(names)}; --json-keys names the columns to read")
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        with self._errors():
+            for batch in self._file.iter_batches(_ROWS_AT_ONCE, columns=self._columns, use_threads=False):
+                for index in range(len(batch)):
+                    self._num_read += 1
+                    yield self._num_read, _as_json(batch, index)
+
+    def tell(self) -> int:
+        """The bytes of the file that the rows so far stand for."""
+        num_rows = self._file.metadata.num_rows
+        return self._num_bytes * self._num_read // num_rows if num_rows else self._num_bytes
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        import pyarrow
+
+        try:
+            yield
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{self._path}: is no parquet file or a broken one: {reason.rstrip('.')}; copy or make it again") from error
+
+
+def _as_json(batch, index: int) -> bytes:
+    try:
+        [row] = batch.slice(index, 1).to_pylist()
+        return json.dumps(row, ensure_ascii=False, default=_plain).encode()
+    except UnicodeDecodeError as error:
+        return error.object
+
+
+def _plain(value: Any) -> Any:
+    """Binary columns hold text where they hold UTF-8; anything else is shown as what it is, and will be refused as a text."""
+    return value.decode() if isinstance(value, bytes) else {type(value).__name__: str(value)}

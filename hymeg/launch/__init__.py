@@ -1,0 +1,10 @@
+"""A node's part of a job, without Slurm in it: start torchrun, pass the signal to leave on, leave nothing behind; check the nodes before.
+
+Nothing here imports torch or Megatron at its top: it runs on every node, before every start.
+"""
+
+REQUEUE = 75
+"""What every rank exits with once it was told to leave and has saved: start the same command again, and it goes on."""
+
+STEP_FILE = "HYMEG_STEP_FILE"
+"""Environment variable: where rank 0 writes the step that it works on."""

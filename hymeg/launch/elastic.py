@@ -1,0 +1,56 @@
+"""torchrun as it is, but for its end: the exit code says how the ranks ended, and one line says why, in place of its report.
+
+python -m hymeg.launch.elastic FD [torchrun's arguments]: the line goes to the file descriptor FD.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection
+
+from hymeg import errors
+from hymeg.launch import REQUEUE
+
+_SECONDS_FOR_OTHER_NODES = 5
+
+
+def judge(exit_codes: Collection[int]) -> int:
+    """The launcher's exit code for those of the ranks that failed (negative: by which signal). A user's error on one rank is everybody's."""
+    if errors.EXIT_CODE in exit_codes:
+        return errors.EXIT_CODE
+    return REQUEUE if all(code == REQUEUE for code in exit_codes) else 1
+
+
+def ending(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exited with {exit_code}"
+    try:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"was killed by signal {-exit_code}"
+
+
+def main(report: int, words: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(words)
+    except ChildFailedError as error:
+        code = judge({failure.exitcode for failure in error.failures.values()})
+        rank, failure = next(((rank, failure) for rank, failure in error.failures.items() if failure.exitcode == code), error.get_first_failure())
+        os.write(report, f"rank {rank} {ending(failure.exitcode)}".encode())
+        if code == REQUEUE:
+            # The other agents look into the store, which lives on the first node as long as this error does, until their ranks have gone too.
+            time.sleep(_SECONDS_FOR_OTHER_NODES)
+        return code
+    except RendezvousConnectionError:
+        os.write(report, b"the first node is gone, or its torchrun")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,177 @@
+"""Before every start, on every node at once: can they train together? python -m hymeg.launch.health, one process a node; see `main` for its flags.
+
+The first node listens where the rendezvous will be, and the others come with what they have found: so the network is checked as well. It compares,
+and says all that is wrong, a line each, with the node's name. Exit code: 0, 1 for a node that is not fit, 2 for a recipe or flag that is wrong.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from hymeg.errors import EXIT_CODE, UserError
+from hymeg.launch.checks import check_num_gpus, check_run, node_problems, read_run, versions
+
+ROOT = Path(__file__).parents[2]
+_SECONDS_BETWEEN_CLOCKS = 10.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m hymeg.launch.health", description=__doc__.splitlines()[0])
+    parser.add_argument("--name", required=True, help="of this node")
+    parser.add_argument("--nodes", required=True, help="the names of all, the first one listens: n0,n1")
+    parser.add_argument("--head", required=True, metavar="HOST:PORT", help="where it listens")
+    parser.add_argument("--processes", required=True, type=int, help="on each node")
+    parser.add_argument("--folder", required=True, type=Path, help="of this start of the job: shared, and `unfit` written there names nodes to avoid")
+    parser.add_argument("--seconds", default=180, type=int, help="until a node that said nothing is given up")
+    parser.add_argument("recipe")
+    parser.add_argument("words", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    names = args.nodes.split(",")
+    first = args.name == names[0]
+    try:
+        run = read_run(args.recipe, args.words)
+        check_run(run)
+        note = check_num_gpus(args.recipe, len(names), args.processes, any_number=os.environ.get("HYMEG_ANY_GPUS") == "1")
+    except UserError as error:
+        if first:
+            print(f"error: {error}", flush=True)
+        sys.exit(EXIT_CODE)
+    if first and note:
+        print(f"hymeg: {note}", flush=True)
+    folders = [args.folder, Path(run.save)]
+    facts = {"name": args.name, "problems": list(node_problems(args.processes, folders)), "versions": versions(ROOT)}
+    host, _, port = args.head.rpartition(":")
+    if first:
+        sys.exit(_head(facts, names, int(port), folders, args.seconds))
+    sys.exit(_other(facts, (host, int(port)), folders, args.seconds))
+
+
+def _head(facts: dict[str, Any], names: list[str], port: int, folders: list[Path], seconds: int) -> int:
+    """Hear all others, compare, say what is wrong."""
+    token = secrets.token_hex(8)
+    for folder in folders:
+        if os.access(folder, os.W_OK):
+            _token_file(folder, names[0]).write_text(token)
+    heard = {names[0]: facts}
+    try:
+        streams = _hear(heard, len(names), port, {"head": names[0], "token": token}, seconds)
+    except OSError as error:
+        print(f"error: {names[0]}: port {port} cannot be listened at ({error.strerror}); set HYMEG_PORT to a free one", flush=True)
+        return 1
+    problems = list(compare(heard, names, folders, token, seconds))
+    for name, problem in problems:
+        print(f"error: {name}: {problem}", flush=True)
+    if problems:
+        (folders[0] / "unfit").write_text("".join(f"{name}\n" for name in dict.fromkeys(name for name, _ in problems)))
+    else:
+        print(f"hymeg: {len(names)} nodes are fit: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", flush=True)
+    for stream in streams:
+        with contextlib.suppress(OSError):  # it has gone, and srun says so
+            _send(stream, {"fit": not problems})
+    for folder in folders:
+        for name in names:
+            with contextlib.suppress(OSError):
+                _token_file(folder, name).unlink()
+    return 1 if problems else 0
+
+
+def _hear(heard: dict[str, dict[str, Any]], num_nodes: int, port: int, greeting: dict[str, str], seconds: int) -> list[TextIO]:
+    """Fill `heard` until all are in it or time is up; returns where to answer them."""
+    streams, end = [], time.monotonic() + seconds
+    with socket.create_server(("", port), backlog=max(128, num_nodes)) as server:
+        while len(heard) < num_nodes and (left := end - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(max(5.0, left))
+                stream = connection.makefile("rw")
+                _send(stream, greeting | {"time": time.time()})
+                facts = json.loads(stream.readline())
+            except (OSError, ValueError):
+                continue  # who says nothing is named in the end
+            heard[facts["name"]] = facts
+            streams.append(stream)
+    return streams
+
+
+def compare(heard: dict[str, dict[str, Any]], names: list[str], folders: list[Path], token: str, seconds: int) -> Iterator[tuple[str, str]]:
+    """(node, what is wrong with it); the first node is what the others are compared with."""
+    first = heard[names[0]]
+    for name in names:
+        if (facts := heard.get(name)) is None:
+            yield name, f"no word within {seconds} s: it did not start, or cannot reach {names[0]}"
+            continue
+        yield from ((name, problem) for problem in facts["problems"])
+        for package, version in first["versions"].items():
+            if (found := facts["versions"].get(package)) != version:
+                yield name, f"{package} is {found}, but {version} on {names[0]}; make them the same on all nodes"
+        if abs(facts.get("clock", 0.0)) > _SECONDS_BETWEEN_CLOCKS:
+            yield name, f"its clock is {facts['clock']:+.0f} s off that of {names[0]}; set both (NTP)"
+        for folder in folders:
+            if name != names[0] and not any(str(folder) in problem for problem in facts["problems"] + first["problems"]):
+                path = _token_file(folder, name)
+                if facts["tokens"].get(str(folder)) != token or not path.is_file() or path.read_text() != token:
+                    yield name, f"{folder} is not the same folder as on {names[0]}; give one on a file system that all nodes share"
+
+
+def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], seconds: int) -> int:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            connection = socket.create_connection(head, timeout=5)
+            break
+        except OSError as error:
+            if time.monotonic() > end:
+                print(
+                    f"error: {facts['name']}: cannot reach {head[0]}:{head[1]} ({error}); open that port between the nodes, or set HYMEG_PORT",
+                    flush=True,
+                )
+                return 1
+            time.sleep(0.5)
+    with connection:
+        connection.settimeout(seconds + 30)
+        stream = connection.makefile("rw")
+        before = time.time()
+        said = json.loads(stream.readline())
+        away = (time.time() - before) / 2
+        facts["clock"] = _beyond(before + away - said["time"], away)
+        facts["tokens"] = {
+            str(folder): _exchange(_token_file(folder, said["head"]), _token_file(folder, facts["name"]), said["token"]) for folder in folders
+        }
+        _send(stream, facts)
+        return 0 if json.loads(stream.readline())["fit"] else 1
+
+
+def _beyond(offset: float, uncertain: float) -> float:
+    """The part of the offset that cannot be the way there and back."""
+    return 0.0 if abs(offset) <= uncertain else offset
+
+
+def _exchange(heads: Path, own: Path, token: str) -> str:
+    """What the first node wrote into the folder, as seen here; and write the same for it to see."""
+    try:
+        own.write_text(token)
+        return heads.read_text()
+    except OSError:
+        return ""
+
+
+def _token_file(folder: Path, name: str) -> Path:
+    return folder / f".hymeg-health-{name}"
+
+
+def _send(stream: TextIO, message: dict[str, Any]) -> None:
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()

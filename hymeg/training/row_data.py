@@ -1,0 +1,237 @@
+"""`--sft`: from the flags to the samples of conversations and translations."""
+
+import argparse
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from hymeg.data.conversations import ConversationDataset, Sequences, Shape
+from hymeg.data.row_index import Progress, RowEncoder, RowIndex, build_index, index_folder, is_built
+from hymeg.data.text_files import check_given_once, check_row_file
+from hymeg.data.translation import load_prompts
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+from hymeg.training.batch import is_reader
+from hymeg.training.data_paths import check_split, check_writable, choose_split, parse_blend
+from hymeg.training.flag_names import flag
+from hymeg.training.once import once_per_node
+
+_SECONDS_BETWEEN_LINES = 10.0
+_BYTES_PER_WORKER = 50_000_000  # of a file: less is not worth a process
+_MAX_WORKERS = 16
+_SPLITS = ("training", "validation", "test")
+_IGNORED = {
+    **dict.fromkeys(("mock_data", "data_args_path", "per_split_data_args_path"), "give the files with --data-path"),
+    "eod_mask_loss": "exactly the assistant's tokens are trained",
+    "create_attention_mask_in_dataloader": "attention knows where conversations begin",
+    "dataloader_type": "the order is hymeg's own, seeded by epoch",
+    "sft_tokenizer_prompt_format": "the format is the checkpoint's own chat template",
+    "full_validation": "without --eval-iters all validation data is used",
+    "multiple_validation_sets": "several --valid-data-path have a loss each",
+}
+_DEFAULT_SPLITS = ("97, 3, 0", "90, 10, 0", "100, 0, 0")
+
+
+class Blend(NamedTuple):
+    """Files to draw from; without weights every row once an epoch."""
+
+    paths: list[str]
+    weights: list[float] | None
+
+
+def check_rows(args: argparse.Namespace) -> None:
+    """Check the flags of `--sft` and that its files are there.
+
+    Raises:
+        UserError: a flag that contradicts it or would be ignored, no data, a file that is missing, empty, unreadable or of an unknown kind, a
+            cache that cannot be written.
+    """
+    for dest, why in _IGNORED.items():
+        if dest in args.explicit and getattr(args, dest) not in (False, "single"):
+            raise UserError(f"{args.explicit[dest][0]} has no place with --sft: {why}; leave it out")
+    if not args.calculate_per_token_loss:
+        raise UserError("--sft needs --calculate-per-token-loss: conversations differ in how many tokens they train; leave the opposite out")
+    if args.packed and args.micro_batch_size != 1:
+        raise UserError(
+            f"--micro-batch-size {args.micro_batch_size}: packed conversations need 1; for more tokens at once raise --seq-length, or give "
+            f"--no-sft-packing"
+        )
+    if args.data_path and args.train_data_path:
+        raise UserError("--data-path and --train-data-path are both given; keep one")
+    if args.split is not None and (args.valid_data_path or args.test_data_path):
+        raise UserError(f"--split {args.split} cannot be combined with files given for validation or test; leave it out")
+    # In Megatron's terms, who gives files for validation gives them for each split; where nothing is said it would choose a split, with a warning.
+    if args.valid_data_path or args.test_data_path:
+        args.data_path, args.train_data_path = None, args.train_data_path or args.data_path
+    else:
+        args.split = _DEFAULT_SPLITS[0] if args.split is None else args.split
+        check_split(args.split)
+    blends = row_blends(args)
+    if blends[0] is None:
+        raise UserError("no data: give --data-path FILE.jsonl with conversations or translations, one a line")
+    for dest, blend in zip(_flags(args), blends, strict=True):
+        for path in blend.paths if blend else ():
+            _check_file(flag(dest), path, args.data_cache_path)
+        check_given_once(flag(dest), blend.paths if blend else [])
+    load_prompts(args.translation_prompts)
+
+
+def _check_file(label: str, path: str, cache: str | None) -> None:
+    try:
+        check_row_file(path)
+    except UserError as error:
+        raise UserError(f"{label} {error}") from None
+    try:
+        check_writable("--data-cache-path" if cache else label, cache or f"{path}.cache")
+    except UserError as error:
+        raise UserError(
+            f"{error}{'' if cache else '; or give --data-cache-path, a folder that all nodes share, for the index of the data'}"
+        ) from None
+
+
+class RowData:
+    """The sequences of a run: rows tokenised, cut and packed. Every rank makes one; the files behind it are made once a node.
+
+    Args:
+        args: checked. How evaluation goes over the data is set here where the command line left it open.
+        say: told what became of the rows.
+
+    Raises:
+        UserError: a file or a row is wrong, a conversation is too long, a split is empty.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]):
+        alignment = 2 * args.context_parallel_size if args.packed and args.context_parallel_size > 1 else 1
+        self.shape = Shape(args.seq_length, alignment, args.packed, args.sft_truncation, config.pad_token_id or 0)
+        blends = row_blends(args)
+        indices = _indices(args, config, dict.fromkeys(path for blend in blends if blend for path in blend.paths))
+        self.weights = [blend.weights if blend else blends[0].weights for blend in blends]
+        split = _split(args, {path: len(index) for path, index in indices.items()}, blends, say)
+        self.sources = [_sources(indices, blend or blends[0], part, self.shape, args.seed) for blend, part in zip(blends, split, strict=True)]
+        everything = [source for sources in self.sources for source in sources]
+        once_per_node("sequences", lambda: all(source.is_made for source in everything), lambda: [source.packs for source in everything])
+        for name, sources in zip(_SPLITS, self.sources, strict=True):
+            for source in sources:
+                say(f"{name} data {described(source)}")
+        trained = {source.index.path for source in self.sources[0]}
+        for source in self.sources[1] if blends[1] else ():
+            if source.index.path in trained:
+                say(f"--valid-data-path {source.index.path} is trained on too: its loss says nothing about new data")
+        set_evaluation(args, self.sources[1], say)
+
+    def record(self) -> dict[str, list]:
+        """What decides the order of the samples (hymeg.training.data_record)."""
+        train = self.sources[0]
+        return {
+            "train_data": [[os.path.basename(source.index.path), source.index.content, *source.rows] for source in train],
+            "weights": self.weights[0],
+            "sft_samples": [*self.shape, train[0].seed],
+        }
+
+    def datasets(self, args: argparse.Namespace, num_samples: tuple[int, int | None, int]) -> tuple:
+        """What Megatron's loop is given for training, validation and test: None for a split without rows, a list where validation has several. Only
+        ranks that read for others are given any."""
+        from megatron.core.datasets.utils import Split
+
+        train, valid, test = self.sources
+        if not is_reader():
+            return None, [None] * len(valid) if args.full_validation else None, None
+        if args.full_validation:
+            validation = [ConversationDataset([source], None, Split.valid, multiple_of=args.eval_global_batch_size) for source in valid]
+        else:
+            weights = self.weights[1] if "eval_iters" in args.explicit else None
+            validation = ConversationDataset(valid, num_samples[1], Split.valid, None, weights, args.eval_global_batch_size) if valid else None
+        return (
+            ConversationDataset(train, num_samples[0], Split.train, args.seed, self.weights[0]),
+            validation,
+            ConversationDataset(test, num_samples[2], Split.test, None, self.weights[2]) if test else None,
+        )
+
+
+def described(sequences: Sequences) -> str:
+    """What became of the rows of a file, on one line."""
+    counts, num_positions = sequences.counts, len(sequences.packs) * sequences.shape.seq_length
+    lost = "".join(f", {number:,} {what}" for what, number in (("truncated", counts.truncated), ("dropped", counts.dropped)) if number)
+    return (
+        f"{sequences.index.path}: {counts.rows:,} rows{lost}, {counts.tokens:,} tokens in {len(sequences.packs):,} sequences of "
+        f"{sequences.shape.seq_length:,}, {counts.tokens / num_positions:.1%} full"
+    )
+
+
+def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Callable[[str], None]) -> None:
+    """Where the command line does not say how much to evaluate on: on everything, each time, each data set with a loss of its own."""
+    if not sources:
+        if "eval_iters" in args.explicit and args.eval_iters > 0:
+            what = "there is no data for validation" if args.split is None else f"--split {args.split} leaves no data for validation"
+            raise UserError(f"--eval-iters {args.eval_iters}: {what}; give some, or --eval-iters 0")
+        args.eval_iters = 0
+        return
+    if "eval_iters" in args.explicit:
+        return
+    if len(sources) == 1 or args.virtual_pipeline_model_parallel_size is not None:
+        args.eval_iters = -(-sum(len(source.packs) for source in sources) // args.eval_global_batch_size)
+        say(f"--eval-iters {args.eval_iters} set: all validation data, every --eval-interval {args.eval_interval} iterations")
+        return
+    # Megatron's own way to several losses. It draws one sample after the other, in micro-batches of one.
+    args.full_validation = args.multiple_validation_sets = True
+    args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
+    args.validation_set_names = [f"{number}-{Path(source.index.path).stem}" for number, source in enumerate(sources)]
+
+
+def row_blends(args: argparse.Namespace) -> list[Blend | None]:
+    """The files of training, validation and test; None where the first one's are split, or there is none."""
+    per_split = [args.train_data_path or args.data_path, args.valid_data_path, args.test_data_path]
+    return [Blend(*parse_blend(flag(dest), words)) if words else None for dest, words in zip(_flags(args), per_split, strict=True)]
+
+
+def _flags(args: argparse.Namespace) -> tuple[str, ...]:
+    return "train_data_path" if "train_data_path" in args.explicit else "data_path", "valid_data_path", "test_data_path"
+
+
+def _indices(args: argparse.Namespace, config: HyConfig, paths: Iterable[str]) -> dict[str, RowIndex]:
+    settings = (args.hf_model, config.vocab_size, args.translation_prompts)
+    fingerprint, indices = RowEncoder(*settings).fingerprint, {}
+    for path in paths:
+        folder = index_folder(path, Path(args.data_cache_path or f"{path}.cache"), fingerprint)
+        num_workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) // 2, os.path.getsize(path) // _BYTES_PER_WORKER))
+        make = functools.partial(build_index, path, folder, settings, num_workers, _reporter())
+        once_per_node(f"index of {path}", functools.partial(is_built, folder), make)
+        indices[path] = RowIndex(folder)
+    return indices
+
+
+def _sources(indices: dict[str, RowIndex], blend: Blend, part: tuple[float, float] | None, shape: Shape, seed: int) -> list[Sequences]:
+    if part is None:
+        return []
+    bounds = {path: tuple(round(bound * len(indices[path])) for bound in part) for path in blend.paths}
+    return [Sequences(indices[path], bounds[path], shape, seed) for path in blend.paths]
+
+
+def _split(args: argparse.Namespace, num_rows: dict[str, int], blends: list[Blend | None], say: Callable[[str], None]) -> list:
+    """Which part of its rows each of training, validation and test takes, as Megatron cuts documents: contiguous."""
+    if any(blends[1:]):
+        return [(0.0, 1.0) if blend else None for blend in blends]
+    if "split" not in args.explicit:
+        args.split = None
+    return choose_split(args, {path: num_rows[path] for path in blends[0].paths}, _DEFAULT_SPLITS, "rows", say)
+
+
+def _reporter() -> Callable[[Progress], None]:
+    """Prints a line every ten seconds, and one at the end."""
+    started = said = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        nonlocal said
+        now, done = time.monotonic(), progress.num_bytes == progress.total_bytes
+        if now - said >= _SECONDS_BETWEEN_LINES or done:
+            said = now
+            print(
+                f"hymeg: {progress.path}: {progress.num_rows:,} rows tokenised, {progress.num_bytes / max(progress.total_bytes, 1):.0%}, "
+                f"{progress.num_tokens:,} tokens, {progress.num_tokens / (now - started + 1e-9):,.0f} tokens/s",
+                flush=True,
+            )
+
+    return report
