@@ -1,0 +1,11 @@
+import cluster
+import pytest
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A running cluster; without one that can be started here the tests are skipped."""
+    if (why := cluster.missing()) is not None:
+        pytest.skip(why)
+    with cluster.Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running

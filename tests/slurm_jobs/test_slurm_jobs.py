@@ -1,0 +1,149 @@
+"""What examples/slurm/train.sbatch does with a start that fails, nodes that are not fit, wrong words. A stand-in takes the training's place."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(1200)
+STAND_IN = Path(__file__).parent / "stand_in_training.py"
+WRONG = {
+    "no recipe": ("", {}, "no recipe is given: sbatch --nodes N "),
+    "flag for a recipe": ("--lr 1", {}, "--lr stands where the recipe belongs"),
+    "recipe is missing": ("nowhere.yaml", {}, "nowhere.yaml: no readable file"),
+    "restarts": ("{folder}/recipe.yaml --max-restarts many", {}, "--max-restarts (or HYMEG_MAX_RESTARTS) 'many'"),
+    "config twice": ("{folder}/recipe.yaml --config other.yaml", {}, "--config: the recipe is given as the first word"),
+    "not the repository": ("{folder}/recipe.yaml", {"HYMEG_ROOT": "/usr"}, "/usr is not hymeg's repository"),
+    "no setup file": ("{folder}/recipe.yaml", {"HYMEG_SETUP": "/no/setup"}, "/no/setup: no readable file"),
+    "no processes": ("{folder}/recipe.yaml", {"HYMEG_PROCESSES_PER_NODE": "none"}, "HYMEG_PROCESSES_PER_NODE 'none'"),
+    "no save": ("{folder}/empty.yaml", {}, "no --save: a job that is requeued would begin anew"),
+    "save without load": ("{folder}/empty.yaml --save out/x", {}, "--save out/x with no --load"),
+    "too few GPUs": ("{folder}/a_16xh100_80gb.yaml --save out/x --load out/x", {}, "is for 16 GPUs, and this job has 1 nodes x 1 = 1"),
+}
+"""Words, variables, and what the one line says."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Recipes that are enough for the stand-in, a pretended other version of transformers, and hooks that some nodes run."""
+    folder = tmp_path_factory.mktemp("jobs")
+    for name, text in {"recipe": "save: {0}/{1}\nload: {0}/{1}\n", "empty": "lr: 1e-3\n", "a_16xh100_80gb": "lr: 1e-3\n"}.items():
+        (folder / f"{name}.yaml").write_text(text.format(folder, "out"))
+    other = folder / "n1" / "transformers-0.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0\n")
+    (folder / "n1" / "out").write_text("a file where n0 sees a folder")
+    on_n1 = f"[ $SLURMD_NODENAME != n1 ] || {{ export PYTHONPATH=$PWD:{folder}/n1; cd {folder}/n1; }}\n"
+    (folder / "unfit_n1.sh").write_text(on_n1)
+    (folder / "unfit_n1_later.sh").write_text(f"[[ $HYMEG_NODE_START == *start-1 ]] || {on_n1}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submit(slurm, folder):
+    def submit(name, words, sbatch="--nodes 1", **variables):
+        words = words.format(folder=folder).split()
+        return slurm.submit(folder / name.replace(" ", "_"), *words, sbatch=sbatch, **{"HYMEG_PROGRAM": STAND_IN, **variables})
+
+    return submit
+
+
+@pytest.fixture(scope="module")
+def jobs(submit, folder):
+    """All submitted at once: the four nodes work them off."""
+    out = "/proc/self/cwd/out/run"  # below the node's own working directory
+    recipe = "{folder}/recipe.yaml"
+    return {
+        "avoids": submit("avoids", f"{recipe} --exit 1 1", "--nodes 2 --nodelist n0,n1", HYMEG_SETUP=folder / "unfit_n1_later.sh"),
+        "unfit": submit("unfit", f"{recipe} --save {out} --load {out}", "--nodes 2 --nodelist n0,n1", HYMEG_SETUP=folder / "unfit_n1.sh"),
+        "too long": submit("too long", f"{recipe} --steps 1000 --deaf", "--nodes 1 --time 1 --signal B:USR1@50"),
+        "user's error": submit("user's error", f"{recipe} --exit 1 2"),
+        "same step": submit("same step", f"{recipe} --exit 2 1 --exit 3 7 --exit 3 7"),
+        "too often": submit("too often", f"{recipe} --max-restarts 1 --exit 1 1 --exit 2 1 --exit 3 1"),
+    } | {name: submit(name, words, **variables) for name, (words, variables, _) in WRONG.items()}
+
+
+def outcomes(job) -> list[str]:
+    return [" ".join(line.split()[1:3]) for line in job.history if not line.endswith("started")]
+
+
+def errors(job) -> list[str]:
+    return [line for line in job.output.splitlines() if line.startswith("error: ")]
+
+
+def test_a_save_that_takes_too_long_is_not_waited_for(jobs):
+    """Or the end of the time limit would be the end of the job."""
+    job = jobs["too long"]
+    job.requeued(1)
+    assert "there is no more time to wait for the save" in job.output
+    job.cluster.run("scancel", job.number)
+
+
+def test_a_node_found_unfit_after_a_crash_is_avoided(jobs, slurm):
+    job = jobs["avoids"]
+    job.wait(lambda: job.shown("ExcNodeList") == "n1", "node n1 excluded")
+    assert any(line.startswith("error: n1: transformers is 0.0, but ") for line in errors(job))
+    slurm.run("scontrol", "update", f"JobId={job.number}", "ReqNodeList=")
+    job.requeued(1)
+    assert job.ended() == "COMPLETED 0:0"
+    assert outcomes(job) == ["crashed 1", "unfit 0", "finished 4"]
+
+
+def test_nodes_unfit_at_first_end_the_job_and_are_named(jobs):
+    """n1 has another transformers, and has a file where the --save folder should be."""
+    job = jobs["unfit"]
+    assert job.ended() == "FAILED 1:0"
+    said = errors(job)
+    assert any(line.startswith("error: n1: transformers is 0.0, but ") for line in said)
+    assert any(line.startswith("error: n1: /proc/self/cwd/out/run is not writable from this node") for line in said)
+    assert not any(line.startswith("error: n0: ") for line in said)
+    assert "not started: n1" in said[-1] and outcomes(job) == ["unfit 0"]
+
+
+def test_a_users_error_is_not_tried_again(jobs):
+    job = jobs["user's error"]
+    assert job.ended() == "FAILED 2:0"
+    assert outcomes(job) == ["refused 1"] and errors(job) == ["error: exit 2 in step 1"]
+
+
+def test_a_crash_starts_again_until_it_comes_twice_in_the_same_step(jobs):
+    job = jobs["same step"]
+    assert job.ended() == "FAILED 1:0"
+    assert outcomes(job) == ["crashed 2", "crashed 3", "crashed 3"]
+    assert "it has failed twice in step 3" in errors(job)[-1]
+    assert job.shown("Restarts") == "0"  # the nodes were kept
+
+
+def test_a_crash_starts_again_as_often_as_allowed(jobs):
+    job = jobs["too often"]
+    assert job.ended() == "FAILED 1:0"
+    assert outcomes(job) == ["crashed 1", "crashed 2"] and "--max-restarts is 1" in errors(job)[-1]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_words_are_one_line_and_exit_code_2(jobs, name):
+    assert jobs[name].ended() == "FAILED 2:0"
+    said = errors(jobs[name])
+    assert len(said) == 1 and WRONG[name][2] in said[0]
+
+
+def test_a_container_is_started_by_srun(submit, folder, jobs):
+    """With a srun on PATH that stands for one with pyxis: it takes the container's options, and starts without a container."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "srun").write_text(
+        "#!/usr/bin/env bash\nwords=()\n"
+        f'for word; do case $word in --container-*) echo "$word" >>{folder}/options ;; *) words+=("$word") ;; esac; done\n'
+        'PATH=${PATH#*:} exec srun "${words[@]}"\n'
+    )
+    (folder / "bin" / "srun").chmod(0o755)
+    path = f"{folder}/bin:{os.environ['PATH']}"
+    job = submit("container", "{folder}/recipe.yaml", PATH=path, HYMEG_CONTAINER_IMAGE="/images/hymeg.sqsh", HYMEG_CONTAINER_MOUNTS="/data:/data")
+    assert job.ended() == "COMPLETED 0:0"
+    assert (folder / "options").read_text().splitlines() == ["--container-image=/images/hymeg.sqsh", "--container-mounts=/data:/data"] * 2
+
+
+def test_no_process_is_left(jobs, slurm):
+    """Once all jobs above have ended."""
+    for job in jobs.values():
+        job.ended()
+    assert slurm.processes() == {}

@@ -1,0 +1,137 @@
+"""A training on a real Slurm of two nodes that is requeued, preempted, shot and orphaned goes on as if nothing had happened."""
+
+import datetime
+import re
+import time
+
+import psutil
+import pytest
+
+from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+
+pytestmark = pytest.mark.timeout(2400)  # six starts, each of which takes ten times longer on a busy machine
+NUM_STEPS, SAVE_INTERVAL = 240, 20
+RECIPE = f"""\
+seq-length: 32
+micro-batch-size: 1
+global-batch-size: 2
+train-iters: {NUM_STEPS}
+lr: 1e-3
+lr-decay-style: constant
+log-interval: 1
+eval-iters: 0
+save-interval: {SAVE_INTERVAL}
+num-workers: 0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from hymeg import platform
+
+    platform.install()
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    folder = tmp_path_factory.mktemp("training")
+    config = write_tiny_checkpoint(folder / "model", dtype="fp32")
+    builder = IndexedDatasetBuilder(f"{folder}/text.bin", dtype=np.uint16)
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        builder.add_document(random.integers(0, config.vocab_size, 60), [60])
+    builder.finalize(f"{folder}/text.idx")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def submit(slurm, folder, name):
+    model, out = folder / "model", folder / name / "checkpoints"
+    data = ["--data-path", folder / "text", "--split", "100,0,0", "--data-cache-path", folder / name / "cache"]
+    words = ["--hf-model", model, "--pretrained-checkpoint", model, "--load", out, "--save", out, *data]
+    return slurm.submit(folder / name, folder / "recipe.yaml", *words, sbatch="--nodes 2")
+
+
+def losses(job, start: int) -> dict[int, float]:
+    """Step -> loss, with the seven digits of the log."""
+    return {int(step): float(loss) for step, loss in re.findall(r" iteration +(\d+)/.* lm loss: (\d\.\d+E[+-]\d+) ", job.log(start))}
+
+
+def ranks(job) -> list[psutil.Process]:
+    """The job's processes that train."""
+    found = [psutil.Process(pid) for pid, command in job.cluster.processes().items() if "pretrain_hy.py" in command and "hymeg.launch" not in command]
+    return [rank for rank in found if rank.environ()["SLURM_JOB_ID"] == job.number]
+
+
+def launcher(rank: psutil.Process) -> psutil.Process:
+    return next(parent for parent in rank.parents() if "hymeg.launch.node" in " ".join(parent.cmdline()))
+
+
+def be_told_that_time_is_up(job) -> None:
+    """The limit is moved so near that Slurm signals when it next looks at the clock, within half a minute: until then the ranks stand still."""
+    stopped = ranks(job)
+    for rank in stopped:
+        rank.suspend()
+    limit = (time.time() - datetime.datetime.fromisoformat(job.shown("StartTime")).timestamp()) // 60 + 4
+    job.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={limit:.0f}")
+    job.wait(lambda: "USR1: the job must end soon" in job.output, "signal of the time limit")
+    for rank in stopped:
+        rank.resume()
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm, folder):
+    """Two jobs of the same words: one is left in peace, the other is disturbed in every start but its last. Both have ended."""
+    peaceful, disturbed = submit(slurm, folder, "peaceful"), submit(slurm, folder, "disturbed")
+
+    def reach(start: int, step: int) -> None:
+        disturbed.wait(lambda: disturbed.step(start) >= step, f"step {step} of start {start}")
+
+    reach(1, 30)
+    slurm.run("scontrol", "requeue", disturbed.number)
+    disturbed.requeued(1)
+    reach(2, 70)
+    be_told_that_time_is_up(disturbed)
+    disturbed.requeued(2)
+    slurm.run("scontrol", "update", f"JobId={disturbed.number}", "TimeLimit=60")
+    reach(3, 3 * SAVE_INTERVAL + 50)
+    ranks(disturbed)[1].kill()
+    reach(4, 3 * SAVE_INTERVAL + 100)
+    launcher(ranks(disturbed)[1]).parent().kill()
+    return peaceful, disturbed, [job.ended() for job in (peaceful, disturbed)]
+
+
+def test_both_jobs_end_well(jobs):
+    assert jobs[2] == ["COMPLETED 0:0", "COMPLETED 0:0"]
+
+
+def test_each_start_ended_as_it_was_made_to(jobs):
+    outcomes = [line.split()[1] for line in jobs[1].history if not line.endswith("started")]
+    assert outcomes == ["left", "left", "crashed", "crashed", "finished"]
+    assert re.search(r"3 crashed \d+ n\d: rank \d was killed by SIGKILL", "\n".join(jobs[1].history))
+
+
+def test_every_step_has_the_loss_of_the_undisturbed_training(jobs):
+    peaceful, disturbed, _ = jobs
+    expected = losses(peaceful, 1)
+    assert sorted(expected) == list(range(1, NUM_STEPS + 1))
+    seen = set()
+    for start in range(1, 6):
+        found = losses(disturbed, start)
+        assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5)
+        seen |= set(found)
+    assert seen == set(expected)
+
+
+def test_who_was_told_to_leave_goes_on_with_the_next_step(jobs):
+    starts = [losses(jobs[1], start) for start in (1, 2, 3)]
+    assert min(starts[1]) == max(starts[0]) + 1 and min(starts[2]) == max(starts[1]) + 1
+
+
+def test_who_crashed_goes_on_from_the_last_complete_checkpoint(jobs):
+    third, fourth, fifth = (losses(jobs[1], start) for start in (3, 4, 5))
+    for before, after in ((third, fourth), (fourth, fifth)):
+        assert (min(after) - 1) % SAVE_INTERVAL == 0 and max(before) - SAVE_INTERVAL <= min(after) - 1 <= max(before)
+
+
+def test_no_process_is_left(jobs, slurm):
+    assert slurm.processes() == {}
