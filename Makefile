@@ -5,15 +5,16 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 # One thread per process: the tests and the demo start several processes, which would otherwise fight over the cores.
-test test-fast demo: export OMP_NUM_THREADS = 1
+test test-fast test-gpu demo: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo test test-fast lint clean
+.PHONY: help setup demo test test-fast test-gpu lint clean
 
 help:
 	@echo "make setup      make $(VENV) and install hymeg with its pinned dependencies (PYTHON=/path/to/python3.12 to choose the interpreter)"
-	@echo "make demo       a small Hy-MT2 trains on four processes and changes its layout: two to four minutes, on CPU"
+	@echo "make demo       a small Hy-MT2 trains on four processes, changes its layout and is fine-tuned: some minutes, on CPU"
 	@echo "make test       the whole test suite, on CPU"
 	@echo "make test-fast  the unit tests: no processes, under two minutes"
+	@echo "make test-gpu   the tests that need a GPU and Transformer Engine (docs/gpu.md), in the environment that has them (PYTHON=... to choose it)"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove $(VENV)"
 
@@ -31,6 +32,10 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest tests/unit
+
+# Transformer Engine is compiled for the machine's own torch: no set-up of ours.
+test-gpu:
+	$(or $(PYTHON),python3) -m pytest tests/gpu -rs
 
 lint: setup
 	$(BIN)/ruff check .

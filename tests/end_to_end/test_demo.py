@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hymeg.checkpoint.compare import compare_checkpoints
+
 DEMO = Path(__file__).parents[2] / "tools" / "demo.py"
 NUM_STEPS, LAST_STEP = 10, 14
 
@@ -78,10 +80,23 @@ def test_what_it_made_is_there(screen, out):
     saves = out / "checkpoints"
     assert {path.name for path in saves.glob("iter_*")} == {f"iter_{step:07d}" for step in (NUM_STEPS, LAST_STEP)}
     assert (saves / "latest_checkpointed_iteration.txt").read_text() == str(LAST_STEP)
-    for name in ("model", "data", "first", "second"):
+    for name in ("model", "to-distributed", "back", "compare", "data", "first", "second", "export", "losses"):
         assert (out / f"{name}.log").stat().st_size > 0
-    for path in (out / "loss.png", saves, out / "tensorboard"):
+    for path in (out / "loss.png", saves, out / "tensorboard", out / "export"):
         assert str(path) in screen
+
+
+def test_there_and_back_nothing_changes(screen, out):
+    assert (out / "compare.log").read_text() == "no difference\n"
+    assert compare_checkpoints(out / "model", out / "back") == []
+    changed = compare_checkpoints(out / "model", out / "export")
+    assert "lm_head.weight" in {difference.name for difference in changed}  # it has been trained
+
+
+def test_transformers_finds_the_loss_that_hymeg_finds(screen, losses):
+    ours, theirs, apart = map(float, re.search(r"loss of 8 x 128 tokens: ([\d.]+) by hymeg, ([\d.]+) by transformers, (\S+) apart", screen).groups())
+    assert ours == pytest.approx(theirs, abs=2e-5) and apart <= 1e-5
+    assert ours == pytest.approx(losses[0][LAST_STEP], abs=0.5) and ours < losses[0][1] - 0.5
 
 
 def test_picture_shows_two_curves(screen, out):
@@ -101,7 +116,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 
 def test_a_command_that_fails_ends_the_demo_with_the_end_of_its_log(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    spec = importlib.util.spec_from_file_location("screen", DEMO.parent / "tour" / "screen.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     (tmp_path / "failing.py").write_text("print('error: no such flag')\nfor n in range(100): print(f'word {n}')\nexit(3)\n")
