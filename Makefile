@@ -27,11 +27,12 @@ $(STAMP): pyproject.toml constraints.txt Makefile tools/setup.sh
 demo: setup
 	$(BIN)/python tools/demo.py
 
-test: setup
-	$(BIN)/python -m pytest
+# Unit tests use one core each; all others start processes of their own.
+test: test-fast
+	$(BIN)/python -m pytest --ignore tests/unit
 
 test-fast: setup
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -n auto --maxprocesses 4 --dist loadfile
 
 # Transformer Engine is compiled for the machine's own torch: no set-up of ours.
 test-gpu:

@@ -80,7 +80,8 @@ class Tour:
         second = self.train(f"resume from step {self.num_steps}", SECOND, "second", f"--load {self.saves} --ckpt-step {self.num_steps}")
         difference = compare(first, second, self.out / "second.log")
         draw(first, second, self.num_steps, self.out / "loss.png")
-        self.rows[-1] = self.rows[-1]._replace(result=f"{self.rows[-1].result}; as under the first layout: to {difference:.0e}")
+        how_well = f"to {difference:.0e}" if difference else "to the last digit printed"
+        self.rows[-1] = self.rows[-1]._replace(result=f"{self.rows[-1].result}; as under the first layout, {how_well}")
 
     def tune(self) -> None:
         """On translations; the loss on articles that were held out, before and after."""

@@ -105,8 +105,10 @@ def check_given_once(label: str, paths: list[str]) -> None:
     """Raises UserError where one file stands twice among `paths`, under whatever name."""
     first = {}
     for path in paths:
-        if (other := first.setdefault(os.path.realpath(path), path)) is not path:
-            raise UserError(f"{label} {path}: the same file as {other}, given before; leave one out (a blend with weights draws from it more often)")
+        real = os.path.realpath(path)
+        if real in first:
+            raise UserError(f"{label} {path}: the same file as {first[real]}, given before; leave one out (the weights of a blend make up for it)")
+        first[real] = path
 
 
 def read_batches(path: str, columns: tuple[str, ...] | None = None) -> Iterator[Batch]:

@@ -89,7 +89,7 @@ def test_bad_rows_that_are_skipped_are_told(tmp_path, tokenizer_dir):
 def test_a_missing_file_ends_in_one_line(tmp_path, tokenizer_dir):
     done = preprocess_data("--input", tmp_path / "none.jsonl", "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file\n"
+    assert done.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file; check the path\n"
 
 
 def test_a_full_disk_ends_in_one_line_and_no_files(tmp_path, tokenizer_dir, large_input):
@@ -98,6 +98,6 @@ def test_a_full_disk_ends_in_one_line_and_no_files(tmp_path, tokenizer_dir, larg
 
     done = preprocess_data("--input", large_input, "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir, preexec_fn=no_file_above_64_kib)
     assert done.returncode == 2
-    assert f"error: {tmp_path}: cannot be written: File too large" in done.stderr.splitlines()
+    assert f"error: {tmp_path}: cannot be written: File too large; make room there, or give another --output" in done.stderr.splitlines()
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
+import warnings
 
 from hymeg.errors import exit_on_user_error
 
@@ -20,6 +22,9 @@ def main() -> None:
     args = parser.parse_args()
 
     os.environ["HYMEG_PLATFORM"] = "cpu"
+    # Of Megatron and PyTorch, about a process without a launcher.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     with exit_on_user_error():
         from hymeg import platform
 
