@@ -124,7 +124,12 @@ def _torch_problems(processes: int) -> Iterator[str]:
 
     from hymeg.platform import device
 
-    count = device.count()
+    try:
+        # The driver counts GPUs also where CUDA does not start on them.
+        count = device.count() if device.current().type != "cpu" else 0
+    except RuntimeError as error:
+        yield f"CUDA does not start: {str(error).splitlines()[0]}; check the driver (nvidia-smi), or leave the node out"
+        return
     if count < processes:
         yield (
             f"torch {torch.__version__} sees {count} GPUs, {processes} are needed; check driver, container and CUDA_VISIBLE_DEVICES "

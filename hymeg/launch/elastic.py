@@ -6,11 +6,13 @@ python -m hymeg.launch.elastic FD [torchrun's arguments]: the line goes to the f
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Collection
 
 from hymeg import errors
 from hymeg.launch import REQUEUE
+from hymeg.launch.node import kill_descendants
 
 _SECONDS_FOR_OTHER_NODES = 5
 
@@ -31,17 +33,26 @@ def ending(exit_code: int) -> str:
         return f"was killed by signal {-exit_code}"
 
 
+def end_with(parent: int) -> None:
+    """Once the launcher is gone (it was killed itself: out of memory, say), nobody else would end the ranks."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    kill_descendants()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(report: int, words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.run import main as torchrun
 
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
         torchrun(words)
     except ChildFailedError as error:
         code = judge({failure.exitcode for failure in error.failures.values()})
         rank, failure = next(((rank, failure) for rank, failure in error.failures.items() if failure.exitcode == code), error.get_first_failure())
-        os.write(report, f"rank {rank} {ending(failure.exitcode)}".encode())
+        os.write(report, b"all ranks have saved and left" if code == REQUEUE else f"rank {rank} {ending(failure.exitcode)}".encode())
         if code == REQUEUE:
             # The other agents look into the store, which lives on the first node as long as this error does, until their ranks have gone too.
             time.sleep(_SECONDS_FOR_OTHER_NODES)

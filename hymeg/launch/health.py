@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ def main() -> None:
     except UserError as error:
         if first:
             print(f"error: {error}", flush=True)
+            (args.folder / "refused").touch()  # as an exit code it is lost when srun kills the other nodes
         sys.exit(EXIT_CODE)
     if first and note:
         print(f"hymeg: {note}", flush=True)
@@ -58,13 +60,13 @@ def _head(facts: dict[str, Any], names: list[str], port: int, folders: list[Path
     """Hear all others, compare, say what is wrong."""
     token = secrets.token_hex(8)
     for folder in folders:
-        if os.access(folder, os.W_OK):
+        with contextlib.suppress(OSError):  # which is among the problems found here
             _token_file(folder, names[0]).write_text(token)
     heard = {names[0]: facts}
     try:
-        streams = _hear(heard, len(names), port, {"head": names[0], "token": token}, seconds)
+        streams = _hear(heard, names, port, {"head": names[0], "token": token}, seconds)
     except OSError as error:
-        print(f"error: {names[0]}: port {port} cannot be listened at ({error.strerror}); set HYMEG_PORT to a free one", flush=True)
+        print(f"error: {names[0]}: port {port} cannot be listened at ({os.strerror(error.errno)}); set HYMEG_PORT to a free one", flush=True)
         return 1
     problems = list(compare(heard, names, folders, token, seconds))
     for name, problem in problems:
@@ -73,32 +75,36 @@ def _head(facts: dict[str, Any], names: list[str], port: int, folders: list[Path
         (folders[0] / "unfit").write_text("".join(f"{name}\n" for name in dict.fromkeys(name for name, _ in problems)))
     else:
         print(f"hymeg: {len(names)} nodes are fit: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", flush=True)
-    for stream in streams:
-        with contextlib.suppress(OSError):  # it has gone, and srun says so
-            _send(stream, {"fit": not problems})
     for folder in folders:
         for name in names:
             with contextlib.suppress(OSError):
                 _token_file(folder, name).unlink()
+    for stream in streams:  # at last, for srun ends this process as soon as another has failed
+        with contextlib.suppress(OSError):  # it has gone, and srun says so
+            _send(stream, {"fit": not problems})
     return 1 if problems else 0
 
 
-def _hear(heard: dict[str, dict[str, Any]], num_nodes: int, port: int, greeting: dict[str, str], seconds: int) -> list[TextIO]:
-    """Fill `heard` until all are in it or time is up; returns where to answer them."""
+def _hear(heard: dict[str, dict[str, Any]], names: list[str], port: int, greeting: dict[str, str], seconds: int) -> list[TextIO]:
+    """Fill `heard` until all of `names` are in it or time is up; returns where to answer them. Nobody waits for one that says nothing."""
     streams, end = [], time.monotonic() + seconds
-    with socket.create_server(("", port), backlog=max(128, num_nodes)) as server:
-        while len(heard) < num_nodes and (left := end - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
+
+    def listen(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError):  # who says nothing, or nothing of sense, is named in the end
+            stream = connection.makefile("rw")
+            _send(stream, greeting | {"time": time.time()})
+            facts = json.loads(stream.readline())
+            if isinstance(facts, dict) and facts.get("name") in names:
+                streams.append(stream)
+                heard[facts["name"]] = facts
+
+    with socket.create_server(("", port), backlog=max(128, len(names))) as server:
+        server.settimeout(0.2)
+        while len(heard) < len(names) and time.monotonic() < end:
+            with contextlib.suppress(TimeoutError):
                 connection, _ = server.accept()
-                connection.settimeout(max(5.0, left))
-                stream = connection.makefile("rw")
-                _send(stream, greeting | {"time": time.time()})
-                facts = json.loads(stream.readline())
-            except (OSError, ValueError):
-                continue  # who says nothing is named in the end
-            heard[facts["name"]] = facts
-            streams.append(stream)
+                connection.settimeout(seconds)
+                threading.Thread(target=listen, args=(connection,), daemon=True).start()
     return streams
 
 
@@ -123,31 +129,39 @@ def compare(heard: dict[str, dict[str, Any]], names: list[str], folders: list[Pa
 
 
 def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], seconds: int) -> int:
-    end = time.monotonic() + seconds
+    """Tell the first node what was found here, and hear whether all are fit."""
+    end, where = time.monotonic() + seconds, f"{head[0]}:{head[1]}"
     while True:
         try:
             connection = socket.create_connection(head, timeout=5)
             break
         except OSError as error:
             if time.monotonic() > end:
-                print(
-                    f"error: {facts['name']}: cannot reach {head[0]}:{head[1]} ({error}); open that port between the nodes, or set HYMEG_PORT",
-                    flush=True,
-                )
+                print(f"error: {facts['name']}: cannot reach {where} ({error}); open that port between the nodes, or set HYMEG_PORT", flush=True)
                 return 1
             time.sleep(0.5)
-    with connection:
-        connection.settimeout(seconds + 30)
-        stream = connection.makefile("rw")
-        before = time.time()
-        said = json.loads(stream.readline())
-        away = (time.time() - before) / 2
-        facts["clock"] = _beyond(before + away - said["time"], away)
-        facts["tokens"] = {
-            str(folder): _exchange(_token_file(folder, said["head"]), _token_file(folder, facts["name"]), said["token"]) for folder in folders
-        }
-        _send(stream, facts)
-        return 0 if json.loads(stream.readline())["fit"] else 1
+    try:
+        with connection:
+            connection.settimeout(seconds + 30)
+            return _talk(connection.makefile("rw"), facts, folders)
+    except (OSError, ValueError, KeyError):
+        print(
+            f"error: {facts['name']}: {where} is not the first node's check, or it has gone; set HYMEG_PORT to a free port",
+            flush=True,
+        )
+        return 1
+
+
+def _talk(stream: TextIO, facts: dict[str, Any], folders: list[Path]) -> int:
+    before = time.time()
+    said = json.loads(stream.readline())
+    away = (time.time() - before) / 2
+    facts["clock"] = _beyond(before + away - said["time"], away)
+    facts["tokens"] = {
+        str(folder): _exchange(_token_file(folder, said["head"]), _token_file(folder, facts["name"]), said["token"]) for folder in folders
+    }
+    _send(stream, facts)
+    return 0 if json.loads(stream.readline())["fit"] else 1
 
 
 def _beyond(offset: float, uncertain: float) -> float:

@@ -5,10 +5,11 @@ which would die of it in the middle of a save. So this process alone listens: al
 Megatron's exit signal from here, again and again until they have gone (they may not be listening yet).
 
 Nothing outlives this process: it adopts orphans, and kills what is left when torchrun has ended, when its own parent has gone (Slurm's step daemon),
-or when another node of the job has failed, which NCCL would find out after minutes only.
+or when another node of the job has failed, which NCCL would find out after minutes only. Killed itself, torchrun's process does it (elastic.py).
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -25,7 +26,6 @@ from hymeg.launch import REQUEUE, STEP_FILE
 EXIT_SIGNAL = signal.SIGUSR2
 _LEAVE = (signal.SIGTERM, signal.SIGUSR1)
 _SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_FOR_OTHER_RANKS = 5  # once one has failed, until torchrun kills the rest, which hang in a collective
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -46,8 +46,10 @@ class Node:
         os.close(report_end)
         try:
             stopped = self._watch()
+        except KeyboardInterrupt:
+            stopped = "interrupted"
         finally:
-            _kill_descendants()
+            kill_descendants()
         code = 1 if stopped else self._exit_code()
         why = stopped or os.read(report, 1000).decode() or ("all ranks are done" if code == 0 else f"torchrun exited with {self.torchrun.returncode}")
         self._say(code, why)
@@ -60,13 +62,12 @@ class Node:
 
     def _start(self, report: int) -> subprocess.Popen:
         handled = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own list without SIGTERM
-        options = ["--signals-to-handle", handled, "--shutdown-timeout", str(_SECONDS_FOR_OTHER_RANKS)]
         flags = ["--exit-signal-handler", "--exit-signal", EXIT_SIGNAL.name]
         environment = dict(os.environ)
         if self.folder is not None:
             environment[STEP_FILE] = str(self.folder / "step")
         return subprocess.Popen(
-            [sys.executable, "-m", "hymeg.launch.elastic", str(report), *options, *self.words, *flags],
+            [sys.executable, "-m", "hymeg.launch.elastic", str(report), "--signals-to-handle", handled, *self.words, *flags],
             env=environment,
             pass_fds=(report,),
             preexec_fn=_be_deaf,
@@ -86,7 +87,8 @@ class Node:
                 return f"stopped, for {failed} has failed"
             if self.leaving:
                 for rank in psutil.Process(self.torchrun.pid).children():
-                    rank.send_signal(EXIT_SIGNAL)
+                    with contextlib.suppress(psutil.NoSuchProcess):  # it has just left
+                        rank.send_signal(EXIT_SIGNAL)
 
     def _failed_peer(self) -> str | None:
         for path in self.folder.glob("*.result") if self.folder is not None else ():
@@ -100,7 +102,7 @@ class Node:
     def _say(self, code: int, why: str) -> None:
         print(f"hymeg: {self.name}: {why}", flush=True)
         if self.folder is not None:
-            beside = self.folder / f".{self.name}.result"
+            beside = self.folder / f".{self.name}.beside"  # nobody looks for this name
             beside.write_text(f"{time.time():.3f} {code} {why}\n")
             beside.rename(self.folder / f"{self.name}.result")
 
@@ -110,11 +112,11 @@ def _be_deaf() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _kill_descendants() -> None:
+def kill_descendants() -> None:
     """Orphans among them are children of this process by now."""
     while descendants := psutil.Process().children(recursive=True):
         for process in descendants:
-            if psutil.pid_exists(process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(descendants, timeout=5)
 

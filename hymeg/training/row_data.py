@@ -126,7 +126,9 @@ class RowData:
         """What decides the order of the samples (hymeg.training.data_record)."""
         train = self.sources[0]
         return {
-            "train_data": [[os.path.basename(source.index.path), source.index.content, int(source.index.starts[-1]), *source.rows] for source in train],
+            "train_data": [
+                [os.path.basename(source.index.path), source.index.content, int(source.index.starts[-1]), *source.rows] for source in train
+            ],
             "weights": self.weights[0],
             "sft_samples": [*self.shape, train[0].seed],
         }

@@ -1,5 +1,6 @@
 import cluster
 import pytest
+import small_training
 
 
 @pytest.fixture(scope="session")
@@ -9,3 +10,11 @@ def slurm(tmp_path_factory):
         pytest.skip(why)
     with cluster.Cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory):
+    """The files of a small training."""
+    folder = tmp_path_factory.mktemp("training")
+    small_training.write(folder)
+    return folder

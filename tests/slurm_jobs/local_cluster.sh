@@ -75,10 +75,18 @@ cancel_jobs() {
 
 # Daemons end by the process ids that they wrote themselves.
 stop() {
+    local file pids=()
     if [ -s "$dir/slurmctld.pid" ] && kill -0 "$(<"$dir/slurmctld.pid")" 2>/dev/null; then cancel_jobs; fi
     for file in "$dir"/slurmd.n*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
-        [ ! -s "$file" ] || kill "$(<"$file")" 2>/dev/null || true
+        [ ! -s "$file" ] || pids+=("$(<"$file")")
     done
+    [ ${#pids[@]} -gt 0 ] || return 0
+    kill "${pids[@]}" 2>/dev/null || true
+    for _ in $(seq 60); do
+        kill -0 "${pids[@]}" 2>/dev/null || return 0
+        sleep 0.5
+    done
+    kill -KILL "${pids[@]}" 2>/dev/null || true
 }
 
 case $action in

@@ -1,8 +1,11 @@
 """What examples/slurm/train.sbatch does with a start that fails, nodes that are not fit, wrong words. A stand-in takes the training's place."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.timeout(1200)
@@ -12,13 +15,30 @@ WRONG = {
     "flag for a recipe": ("--lr 1", {}, "--lr stands where the recipe belongs"),
     "recipe is missing": ("nowhere.yaml", {}, "nowhere.yaml: no readable file"),
     "restarts": ("{folder}/recipe.yaml --max-restarts many", {}, "--max-restarts (or HYMEG_MAX_RESTARTS) 'many'"),
+    "no restarts": ("{folder}/recipe.yaml --max-restarts", {}, "--max-restarts (or HYMEG_MAX_RESTARTS) ''"),
+    "recipe is a folder": ("examples", {}, "examples: no readable file"),
+    "recipe is no YAML": ("{folder}/broken.yaml", {}, "broken.yaml cannot be read as YAML"),
     "config twice": ("{folder}/recipe.yaml --config other.yaml", {}, "--config: the recipe is given as the first word"),
     "not the repository": ("{folder}/recipe.yaml", {"HYMEG_ROOT": "/usr"}, "/usr is not hymeg's repository"),
     "no setup file": ("{folder}/recipe.yaml", {"HYMEG_SETUP": "/no/setup"}, "/no/setup: no readable file"),
+    "no venv": ("{folder}/recipe.yaml", {"HYMEG_VENV": "/no/venv"}, "/no/venv/bin/activate: no readable file"),
+    "no program": ("{folder}/recipe.yaml", {"HYMEG_PROGRAM": "nothing.py"}, "HYMEG_PROGRAM nothing.py: no readable file"),
+    "no port": ("{folder}/recipe.yaml", {"HYMEG_PORT": "auto"}, "HYMEG_PORT 'auto': a port from 1024 to 65535"),
+    "no seconds": ("{folder}/recipe.yaml", {"HYMEG_HEALTH_SECONDS": "3m"}, "HYMEG_HEALTH_SECONDS '3m': whole seconds"),
+    "no log folder": ("{folder}/recipe.yaml", {"HYMEG_LOG_DIR": "/proc/logs"}, "HYMEG_LOG_DIR /proc/logs cannot be written to (No such file"),
+    "no pyxis": (
+        "{folder}/recipe.yaml",
+        {"HYMEG_CONTAINER_IMAGE": "a.sqsh"},
+        "this Slurm's srun has no --container-image",
+    ),
     "no processes": ("{folder}/recipe.yaml", {"HYMEG_PROCESSES_PER_NODE": "none"}, "HYMEG_PROCESSES_PER_NODE 'none'"),
     "no save": ("{folder}/empty.yaml", {}, "no --save: a job that is requeued would begin anew"),
     "save without load": ("{folder}/empty.yaml --save out/x", {}, "--save out/x with no --load"),
-    "too few GPUs": ("{folder}/a_16xh100_80gb.yaml --save out/x --load out/x", {}, "is for 16 GPUs, and this job has 1 nodes x 1 = 1"),
+    "too few GPUs": (
+        "{folder}/a_16xh100_80gb.yaml --save out/x --load out/x",
+        {"sbatch": "--nodes 2"},
+        "is for 16 GPUs, and this job has 2 nodes x 1 = 2",
+    ),
 }
 """Words, variables, and what the one line says."""
 
@@ -27,13 +47,14 @@ WRONG = {
 def folder(tmp_path_factory):
     """Recipes that are enough for the stand-in, a pretended other version of transformers, and hooks that some nodes run."""
     folder = tmp_path_factory.mktemp("jobs")
-    for name, text in {"recipe": "save: {0}/{1}\nload: {0}/{1}\n", "empty": "lr: 1e-3\n", "a_16xh100_80gb": "lr: 1e-3\n"}.items():
+    for name, text in {"recipe": "save: {0}/{1}\nload: {0}/{1}\n", "empty": "lr: 1e-3\n", "broken": "lr: [", "a_16xh100_80gb": "lr: 1e-3\n"}.items():
         (folder / f"{name}.yaml").write_text(text.format(folder, "out"))
     other = folder / "n1" / "transformers-0.0.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0\n")
     (folder / "n1" / "out").write_text("a file where n0 sees a folder")
     on_n1 = f"[ $SLURMD_NODENAME != n1 ] || {{ export PYTHONPATH=$PWD:{folder}/n1; cd {folder}/n1; }}\n"
+    (folder / "exits.sh").write_text("exit 3\n")
     (folder / "unfit_n1.sh").write_text(on_n1)
     (folder / "unfit_n1_later.sh").write_text(f"[[ $HYMEG_NODE_START == *start-1 ]] || {on_n1}")
     return folder
@@ -48,15 +69,36 @@ def submit(slurm, folder):
     return submit
 
 
+def empty_venv(folder) -> None:
+    """A Python that has nothing of what is needed."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "empty"], check=True)
+
+
+def hooks(folder) -> dict[str, str]:
+    """Each writes its name when it is run."""
+    (folder / "venv" / "bin").mkdir(parents=True)
+    (folder / "venv" / "bin" / "activate").write_text(f"echo venv >>{folder}/hooks.txt; . {sys.prefix}/bin/activate\n")
+    (folder / "setup.sh").write_text(f"echo setup >>{folder}/hooks.txt\n")
+    module = f'() {{ echo "module $*" >>{folder}/hooks.txt; }}'  # an exported function, as Lmod's is
+    variables = {"HYMEG_MODULES": "cuda/12 nccl", "HYMEG_VENV": f"{folder}/venv", "HYMEG_SETUP": f"{folder}/setup.sh"}
+    return variables | {"BASH_FUNC_module%%": module}
+
+
 @pytest.fixture(scope="module")
 def jobs(submit, folder):
     """All submitted at once: the four nodes work them off."""
+    empty_venv(folder)
     out = "/proc/self/cwd/out/run"  # below the node's own working directory
     recipe = "{folder}/recipe.yaml"
     return {
         "avoids": submit("avoids", f"{recipe} --exit 1 1", "--nodes 2 --nodelist n0,n1", HYMEG_SETUP=folder / "unfit_n1_later.sh"),
         "unfit": submit("unfit", f"{recipe} --save {out} --load {out}", "--nodes 2 --nodelist n0,n1", HYMEG_SETUP=folder / "unfit_n1.sh"),
         "too long": submit("too long", f"{recipe} --steps 1000 --deaf", "--nodes 1 --time 1 --signal B:USR1@50"),
+        "no module": submit("no module", recipe, HYMEG_MODULES="nccl/0"),
+        "setup exits": submit("setup exits", recipe, HYMEG_SETUP=folder / "exits.sh"),
+        "another venv": submit("another venv", recipe, HYMEG_VENV=folder / "empty"),
+        "hooks": submit("hooks", recipe, "--nodes 1 --ntasks-per-node 2", **hooks(folder)),
+        "stuck": submit("stuck", f"{recipe} --max-restarts 0 --exit 3 75 --exit 3 75"),
         "user's error": submit("user's error", f"{recipe} --exit 1 2"),
         "same step": submit("same step", f"{recipe} --exit 2 1 --exit 3 7 --exit 3 7"),
         "too often": submit("too often", f"{recipe} --max-restarts 1 --exit 1 1 --exit 2 1 --exit 3 1"),
@@ -100,6 +142,56 @@ def test_nodes_unfit_at_first_end_the_job_and_are_named(jobs):
     assert "not started: n1" in said[-1] and outcomes(job) == ["unfit 0"]
 
 
+def test_a_job_that_is_told_to_leave_again_and_again_in_the_same_step_ends(jobs):
+    """It would be requeued for ever."""
+    job = jobs["stuck"]
+    job.requeued(1)
+    assert job.ended() == "FAILED 1:0"
+    assert outcomes(job) == ["left 3", "stuck 3"] and "--max-restarts is 0" in errors(job)[-1]
+
+
+def kill_all_on(node: str, job) -> None:
+    """The job's processes there, Slurm's own of its steps first: the node has no power."""
+    found = [psutil.Process(pid) for pid in job.cluster.processes()]
+    found = [one for one in found if one.environ()["SLURM_JOB_ID"] == job.number and one.environ().get("SLURMD_NODENAME") == node]
+    daemons = {parent for one in found for parent in one.parents() if parent.name() == "slurmstepd"}
+    for one in [*daemons, *found]:
+        one.kill()
+
+
+def test_a_job_whose_first_node_fails_goes_on(submit, slurm):
+    """Slurm requeues it; nobody was left to say how the start ended."""
+    job = submit("node fails", "{folder}/recipe.yaml --steps 10000 3", "--nodes 2")
+    job.wait(lambda: job.step(1) > 1, "a step")
+    node = job.shown("BatchHost")
+    kill_all_on(node, job)
+    slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    slurm.run("bash", "-c", f"scontrol update NodeName={node} State=RESUME || true")  # it may be back by itself
+    job.requeued(1)
+    assert job.ended() == "COMPLETED 0:0"
+    assert [line.split()[0] for line in outcomes(job)] == ["lost", "finished"]
+
+
+def test_modules_venv_and_setup_are_run_once_in_each_step(jobs, folder):
+    """In this order; and there is one task a node, whatever number of tasks the job was submitted with."""
+    assert jobs["hooks"].ended() == "COMPLETED 0:0"
+    assert (folder / "hooks.txt").read_text().splitlines() == ["module load cuda/12 nccl", "venv", "setup"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("no module", "module load nccl/0 failed"),
+        ("setup exits", "exits.sh exits, but is sourced"),
+        ("another venv", "empty/bin/python cannot run hymeg ("),
+    ],
+)
+def test_a_node_that_is_set_up_wrongly_is_named(jobs, name, expected):
+    assert jobs[name].ended() == "FAILED 1:0"
+    said = errors(jobs[name])
+    assert len(said) == 2 and said[0].startswith("error: n") and expected in said[0] and "as said above" in said[1]
+
+
 def test_a_users_error_is_not_tried_again(jobs):
     job = jobs["user's error"]
     assert job.ended() == "FAILED 2:0"
@@ -131,7 +223,7 @@ def test_a_container_is_started_by_srun(submit, folder, jobs):
     """With a srun on PATH that stands for one with pyxis: it takes the container's options, and starts without a container."""
     (folder / "bin").mkdir()
     (folder / "bin" / "srun").write_text(
-        "#!/usr/bin/env bash\nwords=()\n"
+        "#!/usr/bin/env bash\n[ $1 != --help ] || exec echo --container-image\nwords=()\n"
         f'for word; do case $word in --container-*) echo "$word" >>{folder}/options ;; *) words+=("$word") ;; esac; done\n'
         'PATH=${PATH#*:} exec srun "${words[@]}"\n'
     )

@@ -6,54 +6,19 @@ import time
 
 import psutil
 import pytest
-
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+import small_training
+from small_training import NUM_STEPS, SAVE_INTERVAL
 
 pytestmark = pytest.mark.timeout(2400)  # six starts, each of which takes ten times longer on a busy machine
-NUM_STEPS, SAVE_INTERVAL = 240, 20
-RECIPE = f"""\
-seq-length: 32
-micro-batch-size: 1
-global-batch-size: 2
-train-iters: {NUM_STEPS}
-lr: 1e-3
-lr-decay-style: constant
-log-interval: 1
-eval-iters: 0
-save-interval: {SAVE_INTERVAL}
-num-workers: 0
-"""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from hymeg import platform
-
-    platform.install()
-    import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    folder = tmp_path_factory.mktemp("training")
-    config = write_tiny_checkpoint(folder / "model", dtype="fp32")
-    builder = IndexedDatasetBuilder(f"{folder}/text.bin", dtype=np.uint16)
-    random = np.random.default_rng(0)
-    for _ in range(300):
-        builder.add_document(random.integers(0, config.vocab_size, 60), [60])
-    builder.finalize(f"{folder}/text.idx")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
-
-
-def submit(slurm, folder, name):
-    model, out = folder / "model", folder / name / "checkpoints"
-    data = ["--data-path", folder / "text", "--split", "100,0,0", "--data-cache-path", folder / name / "cache"]
-    words = ["--hf-model", model, "--pretrained-checkpoint", model, "--load", out, "--save", out, *data]
-    return slurm.submit(folder / name, folder / "recipe.yaml", *words, sbatch="--nodes 2")
+def submit(slurm, training, name):
+    out = training / name
+    return slurm.submit(out, training / "recipe.yaml", *small_training.flags(training, out), sbatch="--nodes 2")
 
 
 def losses(job, start: int) -> dict[int, float]:
-    """Step -> loss, with the seven digits of the log."""
-    return {int(step): float(loss) for step, loss in re.findall(r" iteration +(\d+)/.* lm loss: (\d\.\d+E[+-]\d+) ", job.log(start))}
+    return small_training.losses(job.log(start))
 
 
 def ranks(job) -> list[psutil.Process]:
@@ -79,9 +44,9 @@ def be_told_that_time_is_up(job) -> None:
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm, folder):
+def jobs(slurm, training):
     """Two jobs of the same words: one is left in peace, the other is disturbed in every start but its last. Both have ended."""
-    peaceful, disturbed = submit(slurm, folder, "peaceful"), submit(slurm, folder, "disturbed")
+    peaceful, disturbed = submit(slurm, training, "peaceful"), submit(slurm, training, "disturbed")
 
     def reach(start: int, step: int) -> None:
         disturbed.wait(lambda: disturbed.step(start) >= step, f"step {step} of start {start}")
