@@ -132,6 +132,7 @@ def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], se
     """Tell the first node what was found here, and hear whether all are fit."""
     end, where = time.monotonic() + seconds, f"{head[0]}:{head[1]}"
     while True:
+        before = time.time()
         try:
             connection = socket.create_connection(head, timeout=5)
             break
@@ -143,7 +144,7 @@ def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], se
     try:
         with connection:
             connection.settimeout(seconds + 30)
-            return _talk(connection.makefile("rw"), facts, folders)
+            return _talk(connection.makefile("rw"), facts, folders, before)
     except (OSError, ValueError, KeyError):
         print(
             f"error: {facts['name']}: {where} is not the first node's check, or it has gone; set HYMEG_PORT to a free port",
@@ -152,8 +153,8 @@ def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], se
         return 1
 
 
-def _talk(stream: TextIO, facts: dict[str, Any], folders: list[Path]) -> int:
-    before = time.time()
+def _talk(stream: TextIO, facts: dict[str, Any], folders: list[Path], before: float) -> int:
+    """The first node tells its time between `before` and now: their middle is off by half the time between at most."""
     said = json.loads(stream.readline())
     away = (time.time() - before) / 2
     facts["clock"] = _beyond(before + away - said["time"], away)

@@ -83,8 +83,8 @@ def train(args, config: HyConfig) -> None:
         validate_args(args)
         set_global_variables(args)
         model_config = model_config_from_args(args)
-        convert_hf_weights(args)
         rows = RowData(args, config, _say) if args.sft_rows else None
+        convert_hf_weights(args)
         if int(os.environ["RANK"]) == 0:
             compare_and_keep(args, text_record(args) if rows is None else rows.record(), _say)
         settings = pretrain_cfg_container_from_args(args, model_config)

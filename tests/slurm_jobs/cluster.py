@@ -136,6 +136,8 @@ class Job:
         return f"{self.state()} {self.shown('ExitCode')}"
 
     def requeued(self, restarts: int) -> None:
-        """Wait until the job is back in the queue, and let it start at once: Slurm would wait for two minutes."""
-        self.wait(lambda: self.shown("Restarts") == str(restarts) and self.state() == "PENDING", f"requeue {restarts}")
-        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        """Wait until the job was requeued, and let it start at once: Slurm would wait for two minutes."""
+        back = ("PENDING", "RUNNING", *FINAL)  # on a busy machine it may have gone on by itself
+        self.wait(lambda: int(self.shown("Restarts")) >= restarts and self.state() in back, f"requeue {restarts}")
+        if self.state() == "PENDING":
+            self.cluster.run("bash", "-c", f"scontrol update JobId={self.number} StartTime=now || true")

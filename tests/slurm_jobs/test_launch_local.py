@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import small_training
 
@@ -17,12 +18,24 @@ STEPS = ["--train-iters", "60"]
 ENVIRONMENT = os.environ | {"HYMEG_PLATFORM": "cpu", "HYMEG_PROCESSES_PER_NODE": "2", "HYMEG_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
 
 
-def start(command: list[object], log: Path) -> subprocess.Popen:
-    with log.open("w") as output:
-        return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output)
+@pytest.fixture
+def start():
+    """Start a command; when the test ends, however it does, so does what it has started."""
+    started = []
+
+    def start(command: list[object], log: Path) -> subprocess.Popen:
+        with log.open("w") as output:
+            started.append(subprocess.Popen([str(word) for word in command], cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
 
 
-def torchrun_of_two_nodes(training: Path) -> str:
+def torchrun_of_two_nodes(start, training: Path) -> str:
     """Its whole log."""
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -34,8 +47,8 @@ def torchrun_of_two_nodes(training: Path) -> str:
     return "".join((training / f"plain{node}.log").read_text() for node in (0, 1))
 
 
-def test_a_training_that_was_told_to_leave_goes_on_as_if_left_in_peace(training):
-    expected = small_training.losses(torchrun_of_two_nodes(training))
+def test_a_training_that_was_told_to_leave_goes_on_as_if_left_in_peace(start, training):
+    expected = small_training.losses(torchrun_of_two_nodes(start, training))
     assert sorted(expected) == list(range(1, 61))
     command = ["examples/launch_local.sh", training / "recipe.yaml", *small_training.flags(training, training / "local"), *STEPS]
     logs = [training / "local0.log", training / "local1.log"]

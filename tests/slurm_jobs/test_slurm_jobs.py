@@ -113,14 +113,6 @@ def errors(job) -> list[str]:
     return [line for line in job.output.splitlines() if line.startswith("error: ")]
 
 
-def test_a_save_that_takes_too_long_is_not_waited_for(jobs):
-    """Or the end of the time limit would be the end of the job."""
-    job = jobs["too long"]
-    job.requeued(1)
-    assert "there is no more time to wait for the save" in job.output
-    job.cluster.run("scancel", job.number)
-
-
 def test_a_node_found_unfit_after_a_crash_is_avoided(jobs, slurm):
     job = jobs["avoids"]
     job.wait(lambda: job.shown("ExcNodeList") == "n1", "node n1 excluded")
@@ -232,6 +224,14 @@ def test_a_container_is_started_by_srun(submit, folder, jobs):
     job = submit("container", "{folder}/recipe.yaml", PATH=path, HYMEG_CONTAINER_IMAGE="/images/hymeg.sqsh", HYMEG_CONTAINER_MOUNTS="/data:/data")
     assert job.ended() == "COMPLETED 0:0"
     assert (folder / "options").read_text().splitlines() == ["--container-image=/images/hymeg.sqsh", "--container-mounts=/data:/data"] * 2
+
+
+def test_a_save_that_takes_too_long_is_not_waited_for(jobs):
+    """Or the end of the time limit would be the end of the job."""
+    job = jobs["too long"]
+    job.requeued(1)
+    assert "there is no more time to wait for the save" in job.output
+    job.cluster.run("scancel", job.number)
 
 
 def test_no_process_is_left(jobs, slurm):

@@ -7,6 +7,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+from published_models import PUBLISHED
 from single_process import build, ensure_world, positions
 
 from hymeg.checkpoint.mapping import num_parameters
@@ -149,16 +150,6 @@ def test_fp32_combine_changes_no_bit():
     honours the setting either way."""
     a, b = (torch.randn(2**16, generator=torch.Generator().manual_seed(seed)).mul_(10.0**power).bfloat16() for seed, power in ((0, 0), (1, -2)))
     assert torch.equal(a + b, (a.float() + b.float()).bfloat16())
-
-
-PUBLISHED = {
-    "Hy-MT2-30B-A3B": dict(
-        hidden_size=2048, intermediate_size=6912, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, num_experts=128
-    )
-    | dict(moe_intermediate_size=768, expert_hidden_dim=768, head_dim=128, vocab_size=120832, num_experts_per_tok=8),
-    "Hy3": dict(hidden_size=4096, intermediate_size=13312, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, num_experts=192)
-    | dict(moe_intermediate_size=1536, expert_hidden_dim=1536, head_dim=128, vocab_size=120832, num_experts_per_tok=8),
-}
 
 
 @pytest.mark.parametrize(

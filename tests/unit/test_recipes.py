@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_models import PUBLISHED
+from published_models import PUBLISHED
 
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG
