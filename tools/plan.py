@@ -95,8 +95,13 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(own.gpus)}
     source = [*(["--hf-model", own.hf] if own.hf else []), *(["--config", own.config] if own.config else [])]
-    with for_gpus():
-        args, config = parse([*source, *rest])
+    try:
+        with for_gpus():
+            args, config = parse([*source, *rest])
+    except UserError as error:
+        raise UserError(str(error).replace("--hf-model", "--hf") if own.hf else str(error)) from error
+    if args.fp16:
+        raise UserError("--fp16 is not planned for: leave it out for bf16, or give --no-bf16 for fp32")
     hardware = hardware_of(own.gpu, own.gpu_memory)
     machine = Machine(own.gpus, own.gpus_per_node, Device(own.gpu_memory), hardware, own.network_gbps / 8)
     planner = Planner(config, machine, own.imbalance, own.experts_across_nodes)

@@ -188,6 +188,8 @@ class HyConfig:
     @classmethod
     def from_dir(cls, directory: str | os.PathLike) -> "HyConfig":
         """The config of the checkpoint in the folder `directory`. Raises UserError as `from_file` does."""
+        if Path(directory).is_file():
+            raise UserError(f"{directory}: a file; give the folder that holds {CONFIG_FILE}")
         if not Path(directory).is_dir():
             raise UserError(f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches one)")
         return cls.from_file(Path(directory) / CONFIG_FILE)

@@ -1,6 +1,7 @@
 """A Slurm on this machine for tests, its jobs, and the programs that stand in for a training."""
 
 import os
+import random
 import re
 import shutil
 import socket
@@ -32,6 +33,16 @@ def missing() -> str | None:
         if done.returncode != 0:
             return f"apt-get install slurm-wlm failed: {done.stderr.strip()[-200:]}"
     return None
+
+
+def free_port() -> int:
+    """Below those that the system hands out to connections, one of which would take it before it is listened at."""
+    while True:
+        try:
+            with socket.create_server(("", random.randrange(10000, 32000))) as server:
+                return server.getsockname()[1]
+        except OSError:
+            continue
 
 
 class Cluster:
@@ -68,13 +79,8 @@ class Cluster:
     def submit(self, folder: Path, *words: object, sbatch: str = "", **variables: object) -> "Job":
         """Submit examples/slurm/train.sbatch with `words`; logs and output in `folder`."""
         folder.mkdir(exist_ok=True)
-        with socket.create_server(("", 0)) as server:
-            port = server.getsockname()[1]
-        environment = (
-            self.environment
-            | {"HYMEG_LOG_DIR": str(folder / "logs"), "HYMEG_PORT": str(port)}
-            | {name: str(value) for name, value in variables.items()}
-        )
+        environment = self.environment | {"HYMEG_LOG_DIR": str(folder / "logs"), "HYMEG_PORT": str(free_port())}
+        environment |= {name: str(value) for name, value in variables.items()}
         command = ["sbatch", "--parsable", "--output", folder / "output", "--gpus-per-node", "1", "--time", "60", *sbatch.split(), JOB, *words]
         done = subprocess.run([str(word) for word in command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
         assert done.returncode == 0, done.stderr

@@ -11,9 +11,13 @@ export SLURM_CONF=$dir/slurm.conf
 
 write_configuration() {
     local ports
+    # Below those that the system hands out to connections, one of which would take them before the daemons listen.
     mapfile -t ports < <(python3 -c '
-import socket
-free = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+import random, socket
+free = []
+while len(free) < 5:
+    try: free.append(socket.create_server(("", random.randrange(10000, 32000))))
+    except OSError: pass
 for server in free: print(server.getsockname()[1])')
     cat >"$dir/slurm.conf" <<END
 ClusterName=hymeg
@@ -36,7 +40,7 @@ SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
 MessageTimeout=20
-KillWait=30
+KillWait=300
 GresTypes=gpu
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster import free_port
 
 from hymeg.errors import UserError
 from hymeg.launch.checks import Run, check_num_gpus, check_run, gpu_problems, node_problems, read_run
@@ -17,11 +18,6 @@ from hymeg.launch.health import compare
 from hymeg.platform import device
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 class Nodes:

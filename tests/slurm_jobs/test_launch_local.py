@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import small_training
+from cluster import free_port
 
 pytestmark = pytest.mark.timeout(1200)  # three starts, each of which takes ten times longer on a busy machine
 ROOT = Path(__file__).parents[2]
@@ -37,9 +37,7 @@ def start():
 
 def torchrun_of_two_nodes(start, training: Path) -> str:
     """Its whole log."""
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "run1"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "run1"]
     words = ["pretrain_hy.py", "--config", training / "recipe.yaml", *small_training.flags(training, training / "plain"), *STEPS]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, *words]
     nodes = [start(command, training / f"plain{node}.log") for node in (0, 1)]

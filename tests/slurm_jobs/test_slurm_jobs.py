@@ -229,8 +229,11 @@ def test_a_container_is_started_by_srun(submit, folder, jobs):
 def test_a_save_that_takes_too_long_is_not_waited_for(jobs):
     """Or the end of the time limit would be the end of the job."""
     job = jobs["too long"]
+    job.wait(lambda: "there is no more time to wait for the save: the job is requeued" in job.output, "requeue")
+    for one in [psutil.Process(pid) for pid in job.cluster.processes()]:
+        if one.environ()["SLURM_JOB_ID"] == job.number:
+            one.kill()  # or Slurm would, after its KillWait
     job.requeued(1)
-    assert "there is no more time to wait for the save" in job.output
     job.cluster.run("scancel", job.number)
 
 

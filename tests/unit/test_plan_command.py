@@ -127,6 +127,8 @@ def test_a_recipe_that_fixes_a_part_is_searched(run, places):
         ),
         (f"{MT} --num-layers 12", ["--num-layers 12", "contradicts"]),
         (f"{MT} --tensor-parallel 2", ["--tensor-parallel", "--tensor-model-parallel-size"]),
+        (f"{MT} --fp16", ["--fp16", "bf16"]),
+        ("--hf {mt}/config.json --gpus 8", ["--hf", "config.json", "give the folder"]),
         (f"{MT} --sbatch job.sbatch", ["--sbatch", "--write"]),
         (f"{MT} --picture p.png", ["--picture", "--explain"]),
         (f"{MT} --search", ["--search", "--config"]),
