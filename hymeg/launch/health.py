@@ -37,19 +37,21 @@ def main() -> None:
     args = parser.parse_args()
     names = args.nodes.split(",")
     first = args.name == names[0]
+    folders, problems = [args.folder], []
     try:
         run = read_run(args.recipe, args.words)
         check_run(run)
         note = check_num_gpus(args.recipe, len(names), args.processes, any_number=os.environ.get("HYMEG_ANY_GPUS") == "1")
+        folders.append(Path(run.save))
+        if first and note:
+            print(f"hymeg: {note}", flush=True)
     except UserError as error:
         if first:
             print(f"error: {error}", flush=True)
             (args.folder / "refused").touch()  # as an exit code it is lost when srun kills the other nodes
-        sys.exit(EXIT_CODE)
-    if first and note:
-        print(f"hymeg: {note}", flush=True)
-    folders = [args.folder, Path(run.save)]
-    facts = {"name": args.name, "problems": list(node_problems(args.processes, folders)), "versions": versions(ROOT)}
+            sys.exit(EXIT_CODE)
+        problems.append(str(error))  # it is for the first node to say: srun would kill that as soon as this one ends
+    facts = {"name": args.name, "problems": [*problems, *node_problems(args.processes, folders)], "versions": versions(ROOT)}
     host, _, port = args.head.rpartition(":")
     if first:
         sys.exit(_head(facts, names, int(port), folders, args.seconds))
@@ -121,11 +123,13 @@ def compare(heard: dict[str, dict[str, Any]], names: list[str], folders: list[Pa
                 yield name, f"{package} is {found}, but {version} on {names[0]}; make them the same on all nodes"
         if abs(facts.get("clock", 0.0)) > _SECONDS_BETWEEN_CLOCKS:
             yield name, f"its clock is {facts['clock']:+.0f} s off that of {names[0]}; set both (NTP)"
-        for folder in folders:
-            if name != names[0] and not any(str(folder) in problem for problem in facts["problems"] + first["problems"]):
-                path = _token_file(folder, name)
-                if facts["tokens"].get(str(folder)) != token or not path.is_file() or path.read_text() != token:
-                    yield name, f"{folder} is not the same folder as on {names[0]}; give one on a file system that all nodes share"
+        problems = facts["problems"] + first["problems"]
+        for folder in folders if name != names[0] else ():
+            if str(folder) not in facts["tokens"] or any(str(folder) in problem for problem in problems):
+                continue  # said already
+            path = _token_file(folder, name)
+            if facts["tokens"][str(folder)] != token or not path.is_file() or path.read_text() != token:
+                yield name, f"{folder} is not the same folder as on {names[0]}; give one on a file system that all nodes share"
 
 
 def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], seconds: int) -> int:

@@ -1,9 +1,11 @@
 """A Slurm on this machine for tests, its jobs, and the programs that stand in for a training."""
 
+import contextlib
 import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -86,12 +88,13 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return Job(self, done.stdout.strip(), folder)
 
-    def processes(self) -> dict[int, str]:
-        """Those that a job of this cluster has started and that still run: process id -> command line."""
+    def processes(self, **variables: str) -> dict[int, str]:
+        """Those that a job of this cluster has started, with these variables, and that still run: process id -> command line."""
+        wanted = {f"{name}={value}".encode() for name, value in ({"HYMEG_TEST_MARK": self.mark} | variables).items()}
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if f"HYMEG_TEST_MARK={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
@@ -124,6 +127,14 @@ class Job:
         except (FileNotFoundError, ValueError):
             return 0
 
+    def processes(self, **variables: str) -> dict[int, str]:
+        return self.cluster.processes(SLURM_JOB_ID=self.number, **variables)
+
+    def kill(self, **variables: str) -> None:
+        for pid in self.processes(**variables):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def wait(self, condition: Callable[[], bool], what: str, seconds: int = SECONDS) -> None:
         end = time.monotonic() + seconds
         while not condition():
@@ -142,8 +153,8 @@ class Job:
         return f"{self.state()} {self.shown('ExitCode')}"
 
     def requeued(self, restarts: int) -> None:
-        """Wait until the job was requeued, and let it start at once: Slurm would wait for two minutes."""
+        """Wait until the job was requeued, and let it start soon: Slurm would wait for two minutes, and refuses a start in the same second."""
         back = ("PENDING", "RUNNING", *FINAL)  # on a busy machine it may have gone on by itself
         self.wait(lambda: int(self.shown("Restarts")) >= restarts and self.state() in back, f"requeue {restarts}")
         if self.state() == "PENDING":
-            self.cluster.run("bash", "-c", f"scontrol update JobId={self.number} StartTime=now || true")
+            self.cluster.run("bash", "-c", f"scontrol update JobId={self.number} StartTime=now+5 || true")

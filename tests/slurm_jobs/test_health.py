@@ -30,10 +30,10 @@ class Nodes:
         self.start.mkdir()
         (folder / "recipe.yaml").write_text("lr: 1e-3\n")
 
-    def node(self, name: str, *, save: object = None, port: int = 0, processes: int = 1, seconds: int = 600, cwd: Path = ROOT, **variables: object):
-        save = save or self.save
+    def node(self, name: str, *, recipe="recipe.yaml", port=None, processes=1, seconds=600, cwd: Path = ROOT, **variables: object):
         at = ["--name", name, "--nodes", "n0,n1", "--head", f"127.0.0.1:{port or self.port}", "--folder", str(self.start)]
-        how = ["--processes", str(processes), "--seconds", str(seconds), str(self.folder / "recipe.yaml"), "--save", str(save), "--load", str(save)]
+        words = [str(self.folder / recipe), "--save", str(self.save), "--load", str(self.save)]
+        how = ["--processes", str(processes), "--seconds", str(seconds), *words]
         environment = os.environ | {"HYMEG_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in variables.items()}
         environment["PYTHONPATH"] = f"{environment.get('PYTHONPATH', '')}:{ROOT}"
         command = [sys.executable, "-m", "hymeg.launch.health", *at, *how]
@@ -118,6 +118,22 @@ def test_a_port_that_another_program_listens_at(nodes):
     assert [first.returncode, second.returncode] == [1, 1]
     assert said[0] == f"error: n0: port {nodes.port} cannot be listened at (Address already in use); set HYMEG_PORT to a free one\n"
     assert said[1].startswith(f"error: n1: 127.0.0.1:{nodes.port} is not the first node's check")
+
+
+def test_a_recipe_that_is_wrong_is_said_by_the_first_node_before_another_ends(nodes):
+    """Slurm kills all others as soon as one has ended."""
+    second = nodes.node("n1", recipe="a_16xh100_80gb.yaml")
+    (nodes.folder / "a_16xh100_80gb.yaml").write_text("lr: 1e-3\n")
+    first = nodes.node("n0", recipe="a_16xh100_80gb.yaml")
+    assert "a_16xh100_80gb.yaml is for 16 GPUs, and this job has 2 nodes x 1 = 2" in first.communicate()[0]
+    assert first.returncode == 2 and second.poll() is None and (nodes.start / "refused").exists()
+    second.kill()
+    second.communicate()
+
+
+def test_a_recipe_that_one_node_cannot_read(nodes):
+    codes, (said,) = nodes.check(recipe="nowhere.yaml")
+    assert codes == [1, 1] and said.startswith("error: n1: ") and "nowhere.yaml cannot be read" in said
 
 
 def test_who_connects_and_says_nothing_is_not_waited_for(nodes):

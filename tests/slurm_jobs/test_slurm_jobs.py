@@ -144,11 +144,10 @@ def test_a_job_that_is_told_to_leave_again_and_again_in_the_same_step_ends(jobs)
 
 def kill_all_on(node: str, job) -> None:
     """The job's processes there, Slurm's own of its steps first: the node has no power."""
-    found = [psutil.Process(pid) for pid in job.cluster.processes()]
-    found = [one for one in found if one.environ()["SLURM_JOB_ID"] == job.number and one.environ().get("SLURMD_NODENAME") == node]
-    daemons = {parent for one in found for parent in one.parents() if parent.name() == "slurmstepd"}
-    for one in [*daemons, *found]:
-        one.kill()
+    found = [psutil.Process(pid) for pid in job.processes(SLURMD_NODENAME=node)]
+    for daemon in {parent for one in found for parent in one.parents() if parent.name() == "slurmstepd"}:
+        daemon.kill()
+    job.kill(SLURMD_NODENAME=node)
 
 
 def test_a_job_whose_first_node_fails_goes_on(submit, slurm):
@@ -230,9 +229,7 @@ def test_a_save_that_takes_too_long_is_not_waited_for(jobs):
     """Or the end of the time limit would be the end of the job."""
     job = jobs["too long"]
     job.wait(lambda: "there is no more time to wait for the save: the job is requeued" in job.output, "requeue")
-    for one in [psutil.Process(pid) for pid in job.cluster.processes()]:
-        if one.environ()["SLURM_JOB_ID"] == job.number:
-            one.kill()  # or Slurm would, after its KillWait
+    job.kill()  # or Slurm would, after its KillWait
     job.requeued(1)
     job.cluster.run("scancel", job.number)
 

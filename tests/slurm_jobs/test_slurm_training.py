@@ -23,8 +23,7 @@ def losses(job, start: int) -> dict[int, float]:
 
 def ranks(job) -> list[psutil.Process]:
     """The job's processes that train."""
-    found = [psutil.Process(pid) for pid, command in job.cluster.processes().items() if "pretrain_hy.py" in command and "hymeg.launch" not in command]
-    return [rank for rank in found if rank.environ()["SLURM_JOB_ID"] == job.number]
+    return [psutil.Process(pid) for pid, command in job.processes().items() if "pretrain_hy.py" in command and "hymeg.launch" not in command]
 
 
 def launcher(rank: psutil.Process) -> psutil.Process:
