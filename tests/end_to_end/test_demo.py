@@ -70,17 +70,25 @@ def test_no_jump_from_one_layout_to_the_other(losses):
 
 def test_screen_shows_every_step_and_the_loss_of_that_step(screen, losses):
     """Also of the second step after a start, where Megatron itself shows the mean of two."""
-    shown = [(int(step), float(loss)) for step, loss in re.findall(r"^ +(\d+) / \d+ +(\d\.\d{3}) .*█$", screen, re.MULTILINE)]
+    pretraining = screen.partition("=== 8 of 11")[0]
+    shown = [(int(step), float(loss)) for step, loss in re.findall(r"^ +(\d+) / \d+ +(\d\.\d{3}) .*█$", pretraining, re.MULTILINE)]
     expected = [(step, loss) for curve in losses for step, loss in curve.items()]
     assert [step for step, _ in shown] == [step for step, _ in expected]
     assert [loss for _, loss in shown] == pytest.approx([loss for _, loss in expected], abs=6e-4)
+
+
+def test_the_loss_on_held_out_translations_falls_with_fine_tuning(screen):
+    """Shown in the table: before, after."""
+    rows = r"^ +[89] (?:its loss|fine-tune it) on .*loss on all validation data: (\S+)$"
+    before, after = map(float, re.findall(rows, screen, re.MULTILINE))
+    assert after < before - 0.1
 
 
 def test_what_it_made_is_there(screen, out):
     saves = out / "checkpoints"
     assert {path.name for path in saves.glob("iter_*")} == {f"iter_{step:07d}" for step in (NUM_STEPS, LAST_STEP)}
     assert (saves / "latest_checkpointed_iteration.txt").read_text() == str(LAST_STEP)
-    for name in ("model", "to-distributed", "back", "compare", "data", "first", "second", "export", "losses"):
+    for name in ("model", "to-distributed", "back", "compare", "data", "first", "second", "untuned", "tuned", "export", "losses"):
         assert (out / f"{name}.log").stat().st_size > 0
     for path in (out / "loss.png", saves, out / "tensorboard", out / "export"):
         assert str(path) in screen
