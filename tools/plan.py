@@ -116,6 +116,8 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
             free, fixed = _free(args), {name for name in vars(settings) if name in args.explicit}
             if "main_grads_dtype" in args.explicit or "grad_reduce_in_bf16" in args.explicit:
                 fixed.add("grads_in_fp32")
+            if "recompute_activations" in args.explicit:
+                fixed.add("recompute_granularity")
             settings = dataclasses.replace(settings, **dict.fromkeys([name for name in ASSUMED if name not in args.explicit], True))
             found = planner.search(layout, free, settings, fixed)
             found = found._replace(fitting=[planner.plan(one.layout, one.settings) for one in found.fitting[: max(own.top, own.explain or 1)]])
@@ -132,7 +134,7 @@ def _check_batch(args: argparse.Namespace, own: argparse.Namespace) -> None:
 def _free(args: argparse.Namespace) -> set[str]:
     free = {field for field, dests in CHOSEN.items() if not any(dest in args.explicit for dest in dests)}
     depth = {"virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"}
-    if getattr(args, "sft", False):
+    if args.packed:
         free.discard("micro_batch_size")
     return free if depth <= free else free - depth
 
@@ -152,8 +154,8 @@ def _details(own: argparse.Namespace, args: argparse.Namespace, planner, found) 
         draw(chosen, machine, picture)
         print(f"memory by part and stage: {picture}")
     if own.write is not None:
-        said = {option.lstrip("-"): getattr(args, dest) for dest, (option, _) in args.explicit.items() if dest not in ("hf_model", "config")}
-        kept = {name: value for name, value in said.items() if not any(name.replace("-", "_") in dests for dests in CHOSEN.values())}
+        decided = {"hf_model", "config"}.union(*CHOSEN.values())
+        kept = {name: value for name, value in args.said.items() if name.replace("-", "_") not in decided}
         _write(own.write, "--write", report.recipe(chosen, machine, kept))
         print(f"recipe: {own.write}")
     if own.sbatch is not None:

@@ -8,6 +8,7 @@ from hymeg.planning.layout import Layout
 from hymeg.planning.memory import GIB, StageMemory
 from hymeg.planning.search import Found, Machine, Plan, describe
 from hymeg.planning.settings import Settings
+from hymeg.training.yaml_file import setting_line
 
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "working")
 KINDS = {"tp": "tensor", "cp": "context", "ep": "expert", "etp": "expert-tensor", "dp": "data", "edp": "expert-data", "pp": "pipeline"}
@@ -159,14 +160,8 @@ def recipe(plan: Plan, machine: Machine, others: Mapping[str, Any]) -> str:
         f"# {describe(plan)}",
     ]
     flags = flags_of(plan.layout, plan.settings)
-    lines += [f"{name}: {_yaml(value)}" for name, value in (flags | {k: v for k, v in others.items() if k not in flags}).items()]
+    lines += [setting_line(name, value) for name, value in (flags | {k: v for k, v in others.items() if k not in flags}).items()]
     return "\n".join(lines) + "\n"
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
 def job(recipe_path: str, machine: Machine, hf: str) -> str:

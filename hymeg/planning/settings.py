@@ -61,8 +61,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
     values = {name: getattr(args, name) for name in names}
     values["bf16"] = bool(args.bf16)
     values["grads_in_fp32"] = not (args.bf16 and (args.grad_reduce_in_bf16 or args.main_grads_dtype == "bf16"))
+    if args.recompute_activations:  # another name for it (arguments.py:589)
+        values["recompute_granularity"] = "selective"
     # Megatron's own default where selective recomputation is asked for (transformer_config.py:1763).
-    selective = args.recompute_granularity == "selective"
+    selective = values["recompute_granularity"] == "selective"
     values["recompute_modules"] = tuple(args.recompute_modules or ("core_attn",)) if selective else ()
     values["train_mtp"] = args.mtp_loss_scaling_factor != 0
     return Settings(**values)

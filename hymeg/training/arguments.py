@@ -78,8 +78,8 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
     """Parse `argv` (without the program's name) into Megatron's args, not validated yet, and the model's configuration.
 
-    The args have further attributes: `explicit`, what recipe and command line have set (`Sources`); `sft_rows`, whether `--sft` was given;
-    `packed`, whether samples are packed conversations.
+    The args have further attributes: `explicit`, what recipe and command line have set (`Sources`); `said`, its values by the option as it was
+    typed, without dashes, True for every switch; `sft_rows`, whether `--sft` was given; `packed`, whether samples are packed conversations.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, a flag that contradicts config.json, or one that cannot work here.
@@ -110,6 +110,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
         _refuse_on_platform(said, sources, required | refused, refused_values)
         vars(args).update({dest: value for dest, (value, _) in required.items()})
     args.explicit = sources
+    args.said = {sources[dest][0].lstrip("-"): True if isinstance(value, bool) else value for dest, value in said.items()}
     # What Megatron does with --sft is not wanted: its evaluation averages the means of micro-batches.
     args.sft_rows, args.sft = args.sft, False
     args.packed = args.sft_rows and args.sft_packing

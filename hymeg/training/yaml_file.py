@@ -6,8 +6,10 @@ Numbers stay as written: 1e-5 is text to YAML, and argparse reads it. The comman
 """
 
 import argparse
+import enum
+import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -50,6 +52,21 @@ def read_settings(path: str, parser: argparse.ArgumentParser) -> list[Setting]:
         seen[action.dest] = key_node.start_mark.line + 1
         settings.append(Setting(where, _words(f"{where}: {key!r}", option, action, value_node, parser)))
     return settings
+
+
+def setting_line(name: str, value: Any) -> str:
+    """The line of a recipe that `read_settings` reads as `--name value`.
+
+    Args:
+        value: True for a switch, otherwise a number, a text, one of Megatron's enums, or a list of them.
+    """
+    plain_value = [_scalar(item) for item in value] if isinstance(value, list | tuple) else _scalar(value)
+    text = yaml.safe_dump(plain_value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return f"{name}: {text.removesuffix('...\n').rstrip()}"
+
+
+def _scalar(value: Any) -> Any:
+    return value.name if isinstance(value, enum.Enum) else value
 
 
 def _mapping(path: str) -> list[tuple[yaml.Node, yaml.Node]]:

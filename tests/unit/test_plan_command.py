@@ -16,6 +16,8 @@ from hymeg.planning.memory import Device
 from hymeg.planning.network import HARDWARE
 from hymeg.planning.search import Machine, Planner
 from hymeg.planning.settings import Settings
+from hymeg.platform.flags import for_gpus
+from hymeg.training.arguments import parse
 
 PLAN = Path(__file__).parents[2] / "tools" / "plan.py"
 SPEC = importlib.util.spec_from_file_location("plan_command", PLAN)
@@ -92,6 +94,34 @@ def test_a_written_recipe_is_judged_alike(run, places):
     assert next(line for line in again.splitlines() if line.startswith("1  ")) == best
     assert float(yaml.safe_load((places / "best.yaml").read_text())["lr"]) == 1e-5
     assert "sbatch --nodes 2" in (places / "best.sbatch").read_text() and "examples/slurm/train.sbatch" in (places / "best.sbatch").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--sft --train-data-path a.jsonl 0.3 b.jsonl 0.7 --no-calculate-per-token-loss",
+        "--sft --no-sft-packing --no-bf16 --attention-backend flash --no-overlap-grad-reduce",
+        "--recompute-activations --data-path 2024-01-01 --split 99,1,0 --no-load-optim --lr 1e-5",
+    ],
+)
+def test_a_written_recipe_says_what_was_typed(run, places, flags):
+    code, _, err = run(f"{MT} {flags} --write {{tmp}}/typed.yaml")
+    assert code == 0, err
+    typed, model = flags.split(), ["--hf-model", str(places / "Hy-MT2-30B-A3B")]
+    with for_gpus():
+        expected = parse([*model, *typed])[0]
+        found = parse([*model, "--config", str(places / "typed.yaml")])[0]
+    for dest in [*expected.explicit, "sft_rows", "packed"]:
+        assert getattr(found, dest) == getattr(expected, dest), dest
+    assert found.seq_length == 4096 and found.global_batch_size == 64
+
+
+def test_packed_conversations_keep_a_micro_batch_of_one(run):
+    def micro_batches(flags: str) -> set[str]:
+        return {line.partition("micro-batch ")[2].partition(",")[0] for line in listed(run(f"{MT} {flags} --top 40")[1])}
+
+    assert micro_batches("--sft") == {"1"}
+    assert len(micro_batches("--sft --no-sft-packing")) > 1
 
 
 def test_a_recipe_that_fixes_a_part_is_searched(run, places):
