@@ -1,6 +1,7 @@
 """Two checkpoints compared, tensor by tensor and bit by bit, streaming, in several processes; Hugging Face or distributed on either side."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from hymeg.checkpoint.dist_files import open_dist_checkpoint
 from hymeg.checkpoint.mapping import fits, match_hf_tensors, num_parameters, plan
 from hymeg.checkpoint.rows import Range, RowReader, RowTensor, block_height, converted, row_ranges, rows_of_dist, rows_of_hf
 from hymeg.checkpoint.transfer import shares
-from hymeg.checkpoint.workers import Progress, run
+from hymeg.checkpoint.workers import Outcome, Progress, run
 from hymeg.errors import UserError
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.hf.safetensors_files import ITEM_SIZES, open_checkpoint
@@ -35,19 +36,18 @@ class Difference(NamedTuple):
     what: str  # in words
 
 
-def compare_rows(pairs: Sequence[Pair], workers: int, what: str, tolerance: float = 0.0) -> list[Difference]:
-    """Every pair whose bits differ (with a `tolerance`: whose numbers differ by more).
+def compare_rows(shares: Sequence[Iterable[Pair]], progress: Progress, tolerance: float = 0.0) -> Outcome:
+    """Every pair whose bits differ (with a `tolerance`: whose numbers differ by more), share by share, each compared in a process of its own.
 
     Raises:
         UserError: a file cannot be read.
     """
 
-    def work(share: Sequence[Pair], report: Callable[[int], None]) -> list[Difference]:
+    def work(share: Iterable[Pair], report: Callable[[int], None]) -> list[Difference]:
         with RowReader() as reader_a, RowReader() as reader_b:
             return [found for pair in share if (found := _difference(pair, reader_a, reader_b, tolerance, report))]
 
-    outcome = run(work, shares(pairs, workers), Progress(what, sum(pair.nbytes for pair in pairs)))
-    return [difference for result in outcome.results for difference in result]
+    return run(work, shares, progress)
 
 
 def _difference(pair: Pair, reader_a: RowReader, reader_b: RowReader, tolerance: float, report: Callable[[int], None]) -> Difference | None:
@@ -143,7 +143,8 @@ def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, wo
             pairs.append(Pair(entry.hf_name, of_a, of_b, row_ranges(entry), of_b.dtype))
     for folder, tensors in ((a, left.tensors), (b, right.tensors)):
         differences += [Difference(key, f"only in {folder}, and unknown to config.json") for key in tensors if key not in known]
-    return differences + compare_rows(pairs, workers, "comparing", tolerance)
+    outcome = compare_rows(shares(pairs, workers), Progress("comparing", sum(pair.nbytes for pair in pairs)), tolerance)
+    return [*differences, *itertools.chain(*outcome.results)]
 
 
 def describe(folder: str | Path, iteration: int | None = None) -> list[str]:

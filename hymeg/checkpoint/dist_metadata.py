@@ -6,12 +6,10 @@ The pickle is written out by hand: a pickler would import torch, at a cost of se
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from hymeg.checkpoint.dist_files import FORMAT, FORMAT_FILE, METADATA, TORCH_DTYPES, StoredTensor
 from hymeg.checkpoint.stored_tensor import Shape, plain, stored_object
 from hymeg.hf.config import HyConfig
-from hymeg.hf.files import write_whole
 
 _TORCH = "torch.distributed.checkpoint.metadata"
 
@@ -29,12 +27,8 @@ def common_state(config: HyConfig) -> bytes:
     return stored_object([{"args": flags, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}])
 
 
-def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, tuple[str, int, int]]) -> None:
-    """Write `.metadata`, then `metadata.json`, of the tensors and objects (key -> file, position, length), which are all on disk.
-
-    Raises:
-        UserError: they cannot be written.
-    """
+def metadata_files(tensors: Mapping[str, StoredTensor], objects: Mapping[str, tuple[str, int, int]]) -> dict[str, bytes]:
+    """`.metadata` and `metadata.json`, which comes last, for these tensors and objects (key -> file, position, length)."""
     described = [plain(key) + _instance(_TORCH, "BytesStorageMetadata") for key in objects]
     places = [_place(key, None, *place) for key, place in objects.items()]
     for key, tensor in tensors.items():
@@ -55,8 +49,7 @@ def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor], objects: M
         storage_meta=_instance(_TORCH, "StorageMeta", checkpoint_id=plain(None), save_id=plain(None), load_id=plain(None), modules=b"]"),
         version=plain("1.0.0"),
     )
-    write_whole(folder / METADATA, b"\x80\x02" + metadata + b".")
-    write_whole(folder / FORMAT_FILE, json.dumps(FORMAT).encode())
+    return {METADATA: b"\x80\x02" + metadata + b".", FORMAT_FILE: json.dumps(FORMAT).encode()}
 
 
 def _instance(module: str, name: str, **state: bytes) -> bytes:

@@ -8,7 +8,7 @@ hold which rows and columns, a `RowReader` reads any range of rows, a few megaby
 
 import math
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,12 @@ class RowTensor(NamedTuple):
     dtype: str  # as in safetensors' ITEM_SIZES
     shape: Shape
     bands: tuple[Band, ...]
+
+    def only(self, ranges: list[Range]) -> "RowTensor":
+        """With the bands that these rows need and no others: little to hand on."""
+        low, high = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+        first = bisect_right(self.bands, low, key=lambda band: band.start) - 1
+        return self._replace(bands=self.bands[first : bisect_left(self.bands, high, key=lambda band: band.start)])
 
     @property
     def num_columns(self) -> int:

@@ -6,7 +6,7 @@ A transfer is planned to the byte beforehand: every task has its file and positi
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,8 @@ class Task(NamedTuple):
     stored_shape: Shape | None = None
 
 
-def write(folder: Path, tasks: Sequence[Task], workers: int, progress: Progress, sync: bool = True) -> int:
-    """Write all tasks into files of `folder`, and flush them to disk.
+def write(folder: Path, shares: Sequence[Iterable[Task]], progress: Progress, sync: bool = True) -> int:
+    """Write all tasks into files of `folder`, each share in a process of its own, and flush them to disk.
 
     Args:
         sync: whether to wait for the disk; only a measurement goes without.
@@ -44,7 +44,7 @@ def write(folder: Path, tasks: Sequence[Task], workers: int, progress: Progress,
         UserError: a file cannot be read or written.
     """
 
-    def work(share: Sequence[Task], report: Callable[[int], None]) -> None:
+    def work(share: Iterable[Task], report: Callable[[int], None]) -> None:
         with RowReader() as reader, contextlib.ExitStack() as files:
             descriptors: dict[str, int] = {}
             try:
@@ -58,7 +58,7 @@ def write(folder: Path, tasks: Sequence[Task], workers: int, progress: Progress,
             except OSError as error:
                 raise UserError(f"{folder / task.file}: cannot be written: {error.strerror or error}") from error
 
-    return run(work, shares(tasks, workers), progress).peak_bytes
+    return run(work, shares, progress).peak_bytes
 
 
 def _write_task(reader: RowReader, task: Task, descriptor: int, report: Callable[[int], None], sync: bool) -> None:

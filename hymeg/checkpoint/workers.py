@@ -49,10 +49,21 @@ class Progress:
         print(text, end="" if self.is_terminal else "\n", file=self.stream, flush=True)
 
 
-def run(work: Work, shares: Sequence[Any], progress: Progress) -> Outcome:
+def aside(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What `function()` returns, called in a process that then ends, and with it the memory that the call took; and the peak, as `Outcome` has it.
+
+    Raises:
+        UserError, RuntimeError: as `run` does.
+    """
+    outcome = run(lambda share, report: function(), [None])
+    return outcome.results[0], outcome.peak_bytes
+
+
+def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> Outcome:
     """Call `work(share, report)` for every share, each in a process of its own, forked from this one; `report(n)` tells that n more bytes are done.
 
-    The first failure ends the others. A worker whose parent is gone ends itself at its next report.
+    Shares go to the processes as they are, results come back pickled. The first failure ends the others. A worker whose parent is gone ends itself at
+    its next report.
 
     Raises:
         UserError: a worker raised one, or was killed.
@@ -75,8 +86,10 @@ def run(work: Work, shares: Sequence[Any], progress: Progress) -> Outcome:
             for connection in wait(list(waiting), timeout=_SECONDS_BETWEEN_REDRAWS):
                 number = waiting.pop(connection)
                 results[number], peaks[number] = _received(connection, processes[number])
-            progress.show(sum(done))
-        progress.show(sum(done), at_end=True)
+            if progress:
+                progress.show(sum(done))
+        if progress:
+            progress.show(sum(done), at_end=True)
         return Outcome(results, sum(peaks) + _peak_bytes())
     finally:
         gc.unfreeze()

@@ -176,15 +176,18 @@ def write_shard(directory: str | os.PathLike, shard: Shard, read: Callable[[Tens
                 )
 
 
-def write_index(directory: str | os.PathLike, shards: list[Shard]) -> None:
-    """Write the index of `shards`, which are all written: it makes the checkpoint valid. One shard alone needs none, and none is written."""
-    if len(shards) == 1:
-        return
+def index_of(shards: list[Shard]) -> bytes:
+    """The text of INDEX_FILE: which tensor lies in which file."""
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     metadata = {"total_parameters": sum(math.prod(tensor.shape) for tensor in tensors), "total_size": sum(tensor.nbytes for tensor in tensors)}
     weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
-    text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
-    write_whole(Path(directory) / INDEX_FILE, text.encode())
+    return (json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n").encode()
+
+
+def write_index(directory: str | os.PathLike, shards: list[Shard]) -> None:
+    """Write the index of `shards`, which are all written: it makes the checkpoint valid. One shard alone needs none, and none is written."""
+    if len(shards) > 1:
+        write_whole(Path(directory) / INDEX_FILE, index_of(shards))
 
 
 def write_checkpoint(

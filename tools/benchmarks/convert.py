@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from hymeg.checkpoint.chunks import plan_dist
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
-from hymeg.checkpoint.dist_metadata import write_metadata
+from hymeg.checkpoint.dist_metadata import metadata_files
 from hymeg.checkpoint.mapping import match_hf_tensors, plan
 from hymeg.checkpoint.rows import rows_of_hf
 from hymeg.errors import UserError, exit_on_user_error
@@ -197,7 +197,8 @@ class Bench:
         for name, end in ends.items():
             (folder / name).touch()
             os.truncate(folder / name, end)
-        write_metadata(folder, tensors, {})
+        for name, data in metadata_files(tensors, {}).items():
+            (folder / name).write_bytes(data)
         config.save(dist)
         (dist / TRACKER).write_text(RELEASE)
 
