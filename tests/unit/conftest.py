@@ -5,7 +5,11 @@ from hymeg import platform
 
 platform.install()
 
+import pytest  # noqa: E402
+from corpora import udhr_texts  # noqa: E402
 from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
+
+from hymeg.hf.tokenizer import train_tiny_tokenizer  # noqa: E402
 
 _read, _found = ArgumentGroupFactory._get_field_docstrings, {}
 
@@ -17,3 +21,11 @@ def _read_once(factory: ArgumentGroupFactory, source: type) -> dict[str, str]:
 
 
 ArgumentGroupFactory._get_field_docstrings = _read_once
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    """Of 600 tokens, trained on two languages of the example data."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tiny_tokenizer(udhr_texts("en") + udhr_texts("zh"), vocab_size=600).save_pretrained(directory)
+    return directory

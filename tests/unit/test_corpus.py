@@ -1,10 +1,7 @@
 """Text becomes Megatron's dataset, and Megatron reads back what the tokenizer says of each row. What is wrong is told, and leaves nothing behind."""
 
-import datetime
 import functools
 import gzip
-import importlib.util
-import itertools
 import json
 import os
 import resource
@@ -13,130 +10,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
+from corpora import COMPRESSIONS, UDHR, read_back, udhr_texts, write_rows
 from transformers import AutoTokenizer
 
-from hymeg.data import text_files
 from hymeg.data.corpus import preprocess
-from hymeg.data.rows import RowReader
-from hymeg.data.text_files import read_batches
 from hymeg.errors import UserError
-from hymeg.hf.tokenizer import train_tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-UDHR = ROOT / "examples/data/udhr"
 GOOD = '{"text": "good"}'
-COMPRESSIONS = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
-
-
-def udhr_texts(language):
-    return [json.loads(line)["text"] for line in (UDHR / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    train_tiny_tokenizer(udhr_texts("en") + udhr_texts("zh"), vocab_size=600).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_dir):
     return AutoTokenizer.from_pretrained(tokenizer_dir)
-
-
-def read_back(prefix):
-    """(dtype, the documents as lists of token ids) of a dataset, by Megatron's reader."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    boundaries = dataset.document_indices.tolist()
-    documents = [np.concatenate(dataset[start:end]).tolist() for start, end in itertools.pairwise(boundaries)]
-    return dataset.index.dtype, documents
-
-
-def write_rows(path, texts, key="text"):
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
-    return path
-
-
-def all_rows(path):
-    return [row for batch in read_batches(str(path)) for row in batch.rows]
-
-
-# Reading
-
-
-def test_json_lines_keep_their_numbers_and_lose_their_ends(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}')
-    assert all_rows(path) == [(1, b'{"text": "a"}'), (4, b'{"text": "b"}')]
-
-
-def test_text_documents_are_separated_by_blank_lines(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\n\none\r\n  still one\n\n \t \n\ntwo\n\nthree\nstill three")
-    assert all_rows(path) == [(3, b"one\n  still one"), (8, b"two"), (10, b"three\nstill three")]
-
-
-@pytest.mark.parametrize("suffix", COMPRESSIONS)
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_compressed_files_read_as_plain_ones(tmp_path, language, suffix):
-    plain, path = UDHR / f"{language}.jsonl", tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(COMPRESSIONS[suffix](plain.read_bytes()))
-    assert all_rows(path) == all_rows(plain)
-
-
-@pytest.mark.parametrize("suffix", COMPRESSIONS)
-def test_frames_one_after_another_are_one_file(tmp_path, suffix):
-    compress, path = COMPRESSIONS[suffix], tmp_path / f"a.txt{suffix}"
-    path.write_bytes(compress(b"one\n\nt") + compress(b"") + compress(b"wo" * 5000))
-    assert all_rows(path) == [(1, b"one"), (3, b"t" + b"wo" * 5000)]
-
-
-@pytest.mark.parametrize("suffix", COMPRESSIONS)
-def test_well_compressed_rows_do_not_fill_the_memory(tmp_path, suffix):
-    path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(COMPRESSIONS[suffix]((b" " * 50_000 + b"{}\n") * 4000))  # 200 MB
-    program = f"""
-import resource
-from hymeg.data.rows import RowReader
-from hymeg.data.text_files import read_batches
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert sum(len(batch.rows) for batch in read_batches({str(path)!r})) == 4000
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    kib = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
-    assert kib < 60_000
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"])
-def test_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path, monkeypatch, suffix):
-    data = b"".join(b'{"text": "%d"}\n\n' % number for number in range(3000))
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(COMPRESSIONS.get(path.suffix, bytes)(data))
-    whole = all_rows(path)
-    monkeypatch.setattr(text_files, "BATCH_BYTES", 1000)
-    batches = list(read_batches(str(path)))
-    assert [row for batch in batches for row in batch.rows] == whole
-    assert len(whole) == 3000
-    assert all(sum(len(row) for _, row in batch.rows) < 1020 for batch in batches)
-    assert sum(batch.num_bytes_read for batch in batches) == path.stat().st_size
-
-
-@pytest.mark.parametrize(("name", "first_line"), [("a.jsonl", 2), ("a.txt", 3)])
-def test_a_row_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name, first_line):
-    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 100)
-    path = tmp_path / name
-    path.write_bytes(b"short\n\nlong\n" + b"x" * 200 if name.endswith(".txt") else b"short\n" + b"x" * 200)
-    with pytest.raises(UserError, match=f"line ({first_line}|{first_line + 1}): a document of more than"):
-        all_rows(path)
-
-
-# Datasets
 
 
 @pytest.mark.parametrize("append_eod", [False, True])
@@ -176,81 +63,6 @@ def test_each_key_is_a_dataset(tmp_path, tokenizer_dir, tokenizer):
 
 
 # Parquet
-
-
-def write_parquet(path, **columns):
-    table = pyarrow.table(columns)
-    pyarrow.parquet.write_table(table, path, row_group_size=100)
-    return path
-
-
-def test_parquet_reads_as_json_lines_do(tmp_path, tokenizer_dir):
-    texts = udhr_texts("zh") * 20
-    write_parquet(tmp_path / "a.parquet", number=range(len(texts)), text=texts)
-    write_rows(tmp_path / "a.jsonl", texts)
-    for suffix in ("parquet", "jsonl"):
-        summary = preprocess([tmp_path / f"a.{suffix}"], tmp_path / suffix, tokenizer_dir)
-        assert summary.num_bytes_read == summary.total_bytes
-    assert read_back(tmp_path / "parquet_text_document") == read_back(tmp_path / "jsonl_text_document")
-
-
-def test_parquet_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BATCH_BYTES", 1000)
-    path = write_parquet(tmp_path / "a.parquet", text=[f"{number:020}" for number in range(3000)], other=["x" * 100] * 3000)
-    batches = list(read_batches(str(path), ("text",)))
-    rows = [row for batch in batches for row in batch.rows]
-    assert rows == [(number + 1, b'{"text": "%020d"}' % number) for number in range(3000)]
-    assert all(sum(len(row) for _, row in batch.rows) < 1040 for batch in batches)
-    assert all(batch.num_bytes_read > 0 for batch in batches)
-    assert sum(batch.num_bytes_read for batch in batches) == path.stat().st_size
-
-
-def test_conversations_of_parquet_are_rows_too(tmp_path):
-    messages = [{"role": "user", "content": "hi", "reasoning_content": None}, {"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
-    path = write_parquet(tmp_path / "a.parquet", messages=[messages], source=[None], reasoning_effort=["low"])
-    [(number, raw)] = all_rows(path)
-    conversation = RowReader().parse(str(path), number, raw)
-    assert conversation.messages == [{"role": "user", "content": "hi"}, messages[1]]
-    assert (conversation.reasoning_effort, conversation.where) == ("low", f"{path}: row 1")
-
-
-@pytest.mark.parametrize(
-    ("column", "message"),
-    [
-        (["a", None], "row 2: 'text' is null; a string is needed"),
-        ([1, 2], "row 1: 'text' is 1; a string"),
-        ([b"a", b"\n\xff"], r"row 2: not UTF-8: byte b'\\xff'"),
-        (pyarrow.array([b"a", b"\xe4"], pyarrow.binary()).view(pyarrow.string()), r"row 2: not UTF-8: byte b'\\xe4'"),
-        ([datetime.date(2000, 1, 2)], "row 1: 'text' is {'date': '2000-01-02'}; a string"),
-    ],
-    ids=["null", "numbers", "bytes", "latin-1", "dates"],
-)
-def test_a_bad_row_of_parquet_is_named(tmp_path, tokenizer_dir, column, message):
-    path = write_parquet(tmp_path / "a.parquet", text=column)
-    with pytest.raises(UserError, match=f"^{path}: {message}"):
-        preprocess([path], tmp_path / "corpus", tokenizer_dir)
-
-
-def test_a_missing_column_is_named(tmp_path, tokenizer_dir):
-    path = write_parquet(tmp_path / "a.parquet", content=["a"])
-    with pytest.raises(UserError, match=r"a.parquet: no column 'text' among \['content'\]; --json-keys names the columns to read"):
-        preprocess([path], tmp_path / "corpus", tokenizer_dir)
-
-
-def test_a_cut_parquet_file_is_named(tmp_path, tokenizer_dir):
-    path = write_parquet(tmp_path / "a.parquet", text=[str(number) for number in range(1000)])
-    whole = path.read_bytes()
-    for broken in (whole[:-20], b"PAR1" + b"\x00" * 500 + whole[504:]):
-        path.write_bytes(broken)
-        with pytest.raises(UserError, match=r"a.parquet: is no parquet file or a broken one: \w"):
-            preprocess([path], tmp_path / "corpus", tokenizer_dir)
-
-
-def test_without_pyarrow_parquet_is_refused_with_what_to_install(tmp_path, tokenizer_dir, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", text=["a"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"a.parquet: reading parquet needs pyarrow; install it \(pip install 'hymeg\[parquet\]'\)"):
-        preprocess([path], tmp_path / "corpus", tokenizer_dir)
 
 
 def test_truncation_and_padding_in_the_tokenizers_file_do_not_apply(tmp_path, tokenizer_dir, tokenizer):
