@@ -27,12 +27,14 @@ $(STAMP): pyproject.toml constraints.txt Makefile tools/setup.sh
 demo: setup
 	$(BIN)/python tools/demo.py
 
-# Unit tests use one core each; all others start processes of their own.
-test: test-fast
-	$(BIN)/python -m pytest --ignore tests/unit
+# Several tests at a time: most use one core, or wait.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+test: setup
+	$(PYTEST) --durations 10
 
 test-fast: setup
-	$(BIN)/python -m pytest tests/unit -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) tests/unit
 
 # Transformer Engine is compiled for the machine's own torch: no set-up of ours.
 test-gpu:

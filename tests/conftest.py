@@ -5,6 +5,19 @@ import os
 import pytest
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What shares fixtures that are dear goes to one process: a room with its worlds or its cluster, elsewhere a file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return next((room for room in ("tests/distributed/", "tests/slurm_jobs/") if file.startswith(room)), file)
+
+    return ByRoom(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as environment:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -62,10 +61,8 @@ def _stand_alone() -> None:
     """Without a launcher this process is a world of its own: `python pretrain_hy.py` is `torchrun --nproc-per-node 1`."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    # Port 0: the system gives a free one in the moment in which it is listened at. One chosen before might be taken by then.
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 def train(args, config: HyConfig) -> None:

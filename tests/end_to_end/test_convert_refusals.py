@@ -258,7 +258,7 @@ def test_a_full_or_read_only_disk_is_said_and_nothing_is_left(hf_checkpoint, dis
     for convert, given in ((hf_to_dist, hf_checkpoint), (dist_to_hf, dist_checkpoint)):
         with pytest.raises(UserError, match=r"GB are needed and .* are free on that disk"):
             convert(given, small_disk / "target")
-        monkeypatch.setattr("hymeg.checkpoint.convert.check_target", lambda *_: None)  # the disk fills up while it works
+        monkeypatch.setattr("hymeg.checkpoint.conversion_plan.check_target", lambda *_: None)  # the disk fills up while it works
         (small_disk / "more").write_bytes(bytes((small_disk / "filler").stat().st_size and (1 << 20) - 300_000))
         with pytest.raises(UserError, match="No space left on device"):
             convert(given, small_disk / "target")

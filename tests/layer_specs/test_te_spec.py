@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,10 +88,7 @@ def _work(spec: str, jobs: dict[str, dict], folder: Path, *python_path: Path) ->
     listed = [{**job, "argv": job["argv"].split(), "out": str(folder / f"{spec} {name}.pt")} for name, job in jobs.items()]
     jobs_file, log = folder / f"{spec}.json", folder / f"{spec}.log"
     jobs_file.write_text(json.dumps(listed))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     environment = os.environ | world | {"PYTHONPATH": os.pathsep.join(map(str, python_path)), "HYMEG_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
     with open(log, "w") as output:
         command = [sys.executable, str(HERE / "worker.py"), spec, str(jobs_file)]
