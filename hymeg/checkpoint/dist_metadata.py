@@ -4,6 +4,7 @@ The pickle is written out by hand: a pickler would import torch, at a cost of se
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping
 
@@ -40,16 +41,17 @@ def metadata_files(tensors: Mapping[str, StoredTensor], objects: Mapping[str, tu
         listed = b"](" + b"".join(chunks) + b"e"
         described.append(plain(key) + _instance(_TORCH, "TensorStorageMetadata", properties=properties, size=_size(tensor.shape), chunks=listed))
         places += [_place(key, chunk.offset, chunk.file, chunk.position, chunk.length) for chunk in tensor.chunks]
-    metadata = _instance(
-        _TORCH,
-        "Metadata",
-        state_dict_metadata=b"}(" + b"".join(described) + b"u",
-        planner_data=plain(None),
-        storage_data=b"}(" + b"".join(places) + b"u",
-        storage_meta=_instance(_TORCH, "StorageMeta", checkpoint_id=plain(None), save_id=plain(None), load_id=plain(None), modules=b"]"),
-        version=plain("1.0.0"),
-    )
-    return {METADATA: b"\x80\x02" + metadata + b".", FORMAT_FILE: json.dumps(FORMAT).encode()}
+    # Joined once: the two long lists are most of the file.
+    attributes = {
+        "state_dict_metadata": [b"}(", *described, b"u"],
+        "planner_data": [plain(None)],
+        "storage_data": [b"}(", *places, b"u"],
+        "storage_meta": [_instance(_TORCH, "StorageMeta", checkpoint_id=plain(None), save_id=plain(None), load_id=plain(None), modules=b"]")],
+        "version": [plain("1.0.0")],
+    }
+    named = itertools.chain.from_iterable([plain(name), *pieces] for name, pieces in attributes.items())
+    metadata = b"".join([b"\x80\x02", _instance(_TORCH, "Metadata"), b"}(", *named, b"ub."])
+    return {METADATA: metadata, FORMAT_FILE: json.dumps(FORMAT).encode()}
 
 
 def _instance(module: str, name: str, **state: bytes) -> bytes:

@@ -3,7 +3,7 @@
 A distributed tensor of shape [..., columns] is seen as a matrix [rows, columns]; a vector as one row. Every Hugging Face tensor is then a few ranges
 of whole rows of it, in order: gate and up projections and experts one range, the query heads one range for each KV group. What is stored may be cut
 otherwise: one file holds a range of rows, or, saved under tensor parallelism, some columns of it. A `RowTensor` knows which bytes of which file
-hold which rows and columns, a `RowReader` reads any range of rows, a few megabytes at a time, so that memory does not grow with the checkpoint.
+hold which rows and columns, a `RowReader` reads any range of rows, a block at a time, so that memory does not grow with the checkpoint.
 """
 
 import math
@@ -21,7 +21,7 @@ from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, Shape
 from hymeg.errors import UserError
 from hymeg.hf.safetensors_files import ITEM_SIZES, TensorEntry
 
-BLOCK_BYTES = 4 << 20  # read and written at once; well inside the cache of a core that has to compute a CRC over it
+BLOCK_BYTES = 256 << 10  # read and written at once: well inside the cache of a core. Blocks of megabytes take three times as long on ext4
 
 Range = tuple[int, int]
 
