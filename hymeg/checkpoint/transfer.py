@@ -7,6 +7,7 @@ import contextlib
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from hymeg.checkpoint.stored_tensor import Shape, envelope
 from hymeg.checkpoint.workers import Progress, run
 from hymeg.errors import UserError
 
-_SYNC_BYTES = 128 << 20  # the disk is set to work after so many, and waited for at the end
+_SYNC_BYTES = 128 << 20  # after so many the disk is set to work; it is waited for at the end
 
 
 class Task(NamedTuple):
@@ -45,14 +46,16 @@ def write(folder: Path, shares: Sequence[Iterable[Task]], progress: Progress, sy
     """
 
     def work(share: Iterable[Task], report: Callable[[int], None]) -> None:
-        with RowReader() as reader, contextlib.ExitStack() as files:
+        with RowReader() as reader, ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as files:
             descriptors: dict[str, int] = {}
+            written = _Written(report, pool if sync else None)
             try:
                 for task in share:
                     if task.file not in descriptors:
                         descriptors[task.file] = os.open(folder / task.file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
                         files.callback(os.close, descriptors[task.file])
-                    _write_task(reader, task, descriptors[task.file], report, sync)
+                    _write_task(reader, task, descriptors[task.file], written)
+                written.wait()
                 for descriptor in descriptors.values() if sync else ():
                     os.fsync(descriptor)
             except OSError as error:
@@ -61,8 +64,28 @@ def write(folder: Path, shares: Sequence[Iterable[Task]], progress: Progress, sy
     return run(work, shares, progress).peak_bytes
 
 
-def _write_task(reader: RowReader, task: Task, descriptor: int, report: Callable[[int], None], sync: bool) -> None:
-    position, crc, unsynced = task.position, 0, 0
+class _Written:
+    """Told of all that a worker writes: reports it, and with a `pool` keeps the disk at work meanwhile."""
+
+    def __init__(self, report: Callable[[int], None], pool: ThreadPoolExecutor | None):
+        self._report, self._pool = report, pool
+        self._num_bytes, self._flushes = 0, []
+
+    def __call__(self, descriptor: int, num_bytes: int) -> None:
+        self._report(num_bytes)
+        self._num_bytes += num_bytes
+        if self._pool and self._num_bytes >= _SYNC_BYTES:
+            self._flushes.append(self._pool.submit(os.fdatasync, descriptor))
+            self._num_bytes = 0
+
+    def wait(self) -> None:
+        """Raises OSError where the disk has failed."""
+        for flush in self._flushes:
+            flush.result()
+
+
+def _write_task(reader: RowReader, task: Task, descriptor: int, written: _Written) -> None:
+    position, crc = task.position, 0
     around = envelope(task.dtype, task.stored_shape) if task.stored_shape is not None else None
     pending = [around.before] if around else []
     start = position + (len(around.before) if around else 0)
@@ -72,11 +95,7 @@ def _write_task(reader: RowReader, task: Task, descriptor: int, report: Callable
             crc = zlib.crc32(data, crc)
         position += _write_all(descriptor, [*pending, data], position)
         pending = []
-        unsynced += len(data)
-        if sync and unsynced >= _SYNC_BYTES:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # begins to write out; what is still dirty stays cached
-            unsynced = 0
-        report(len(data))
+        written(descriptor, len(data))
     assert position - start == task.nbytes, (task.name, position - start, task.nbytes)
     if around:
         _write_all(descriptor, [*pending, around.closed(crc)], position)

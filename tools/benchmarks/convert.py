@@ -222,10 +222,9 @@ def _copy(source: Path, target: Path, sync: bool) -> None:
 
 
 def _clean(target: Path) -> None:
-    """The same start for all: an idle disk, and memory for the page cache that was free a moment ago. What a virtual machine has handed back to its
-    host takes five times as long to fill."""
-    subprocess.run(["sync"], check=True)
+    """An idle disk. The memory of what was there has been free for a while when the timed work begins: `cp` would begin in the same moment."""
     shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["sync"], check=True)
 
 
 def _timed(target: Path, work: Callable[[], None]) -> float:
