@@ -9,6 +9,7 @@ With a recipe that recipe is judged as it stands; with --search it fixes what it
 
 import argparse
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,6 +143,7 @@ def _free(args: argparse.Namespace) -> set[str]:
 def _details(own: argparse.Namespace, args: argparse.Namespace, planner, found) -> None:
     from hymeg.planning import report
     from hymeg.planning.picture import draw
+    from hymeg.training.yaml_file import setting_line
 
     number = own.explain or 1
     if not 1 <= number <= len(found.fitting):
@@ -156,7 +158,9 @@ def _details(own: argparse.Namespace, args: argparse.Namespace, planner, found) 
     if own.write is not None:
         decided = {"hf_model", "config"}.union(*CHOSEN.values())
         kept = {name: value for name, value in args.said.items() if name.replace("-", "_") not in decided}
-        _write(own.write, "--write", report.recipe(chosen, machine, kept))
+        flags = report.flags_of(chosen.layout, chosen.settings)
+        settings = flags | kept | flags  # in this order; the plan's values
+        _write(own.write, "--write", "\n".join([*report.comment(chosen, machine), *itertools.starmap(setting_line, settings.items())]) + "\n")
         print(f"recipe: {own.write}")
     if own.sbatch is not None:
         _write(own.sbatch, "--sbatch", report.job(own.write, machine, own.hf or args.hf_model))

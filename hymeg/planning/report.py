@@ -1,14 +1,12 @@
 """Plans as text: the list, one plan stage by stage, a recipe, a job."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import GIB, StageMemory
 from hymeg.planning.search import Found, Machine, Plan, describe
 from hymeg.planning.settings import Settings
-from hymeg.training.yaml_file import setting_line
 
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "working")
 KINDS = {"tp": "tensor", "cp": "context", "ep": "expert", "etp": "expert-tensor", "dp": "data", "edp": "expert-data", "pp": "pipeline"}
@@ -148,20 +146,13 @@ def _memory_flags(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def recipe(plan: Plan, machine: Machine, others: Mapping[str, Any]) -> str:
-    """The YAML file that `pretrain_hy.py --config` takes.
-
-    Args:
-        others: further keys, such as those that the user gave.
-    """
-    lines = [
+def comment(plan: Plan, machine: Machine) -> list[str]:
+    """The first lines of a recipe: for which GPUs, and what the planner says of it."""
+    return [
         f"# {machine.num_gpus} GPUs, {machine.hardware.name} with {machine.device.gpu_memory:g} GiB, {machine.gpus_per_node} a node. tools/plan.py: "
         f"{summary(plan, machine)}.",
         f"# {describe(plan)}",
     ]
-    flags = flags_of(plan.layout, plan.settings)
-    lines += [setting_line(name, value) for name, value in (flags | {k: v for k, v in others.items() if k not in flags}).items()]
-    return "\n".join(lines) + "\n"
 
 
 def job(recipe_path: str, machine: Machine, hf: str) -> str:
