@@ -13,7 +13,7 @@ help:
 	@echo "make setup      make $(VENV) and install hymeg with its pinned dependencies (PYTHON=/path/to/python3.12 to choose the interpreter)"
 	@echo "make demo       a small Hy-MT2 trains on four processes, changes its layout and is fine-tuned: some minutes, on CPU"
 	@echo "make test       the whole test suite, on CPU"
-	@echo "make test-fast  the unit tests: no processes, under two minutes"
+	@echo "make test-fast  the unit tests, under two minutes"
 	@echo "make test-gpu   the tests that need a GPU and Transformer Engine (docs/gpu.md), in the environment that has them (PYTHON=... to choose it)"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove $(VENV)"

@@ -6,7 +6,7 @@ norms, softmax, RoPE, activations, routing's top-k, the optimizer, and whatever 
 
 from hymeg.hf.config import HyConfig
 
-# Dense (not sparse) bf16 tensor-core TFLOP/s by a part of torch.cuda.get_device_name(), from NVIDIA's data sheets. The longest match counts.
+# Dense (not sparse) bf16 tensor-core TFLOP/s by a part of the device's name as CUDA gives it, from NVIDIA's data sheets. The longest match counts.
 PEAK_TFLOPS = {
     "A100": 312.0,
     "A800": 312.0,
