@@ -46,7 +46,8 @@ class Plan(NamedTuple):
     source: Path  # the folder that holds the tensors' files
     config: HyConfig  # to write
     carried: list[Path]
-    shares: list[Part]  # of Task: what each worker moves
+    shares: list[Part]  # of Task: what each worker moves,
+    sizes: dict[str, int]  # and the bytes of the files that it goes to
     before: Part  # of (name, bytes): files to write first,
     after: Part  # and last
     num_tensors: int
@@ -78,14 +79,16 @@ def plan_to_dist(spool: Spool, hf: Path, dist: Path, workers: int, overwrite: bo
     source = _open_hf(hf)
     _check_apart(hf, dist)
     tasks, tensors = plan_dist(source.config, source.tensors, list(dict.fromkeys(entry.file for entry in source.stored.values())), workers)
+    sizes = {task.file: task.position + stored_length(task) for task in tasks}  # a file's last task ends it
     carried = carried_files(hf)
-    check_target(dist, sum(map(stored_length, tasks)) + _small_bytes(carried, len(tasks)), overwrite, _DIST_NAMES)
+    check_target(dist, sum(sizes.values()) + _small_bytes(carried, len(tasks)), overwrite, _DIST_NAMES)
     state, state_file = common_state(source.config), f"__{workers}_0.distcp"
     return Plan(
         source=hf,
         config=source.config,
         carried=carried,
         shares=_spooled_tasks(spool, tasks, workers),
+        sizes=sizes,
         before=spool.add([]),
         after=spool.add([(state_file, state), *metadata_files(tensors, {COMMON_STATE_KEY: (state_file, 0, len(state))}).items()]),
         num_tensors=len(tensors),
@@ -138,18 +141,19 @@ def plan_to_hf(
     specs = {entry.hf_name: _spec(entry, tensors[entry.dist_key].dtype, DTYPES[dtype]) for entry in entries}
     shards = plan_shards(specs.values(), max_shard_bytes)
     tasks = list(_plan_hf(shards, {entry.hf_name: entry for entry in entries}, tensors))
-    num_bytes = sum(task.nbytes for task in tasks)
+    sizes = {task.file: task.position + task.nbytes for task in tasks}  # a file's last task ends it
     carried = carried_files(companions)
-    check_target(hf, num_bytes + sum(len(shard_header(shard)) for shard in shards) + _small_bytes(carried, len(tasks)), overwrite, _HF_NAMES)
+    check_target(hf, sum(sizes.values()) + _small_bytes(carried, len(tasks)), overwrite, _HF_NAMES)
     return Plan(
         source=checkpoint.folder,
         config=_with_dtype(config, specs.values()),
         carried=carried,
         shares=_spooled_tasks(spool, tasks, workers),
+        sizes=sizes,
         before=spool.add((shard.file_name, shard_header(shard)) for shard in shards),
         after=spool.add([(INDEX_FILE, index_of(shards))] if len(shards) > 1 else []),  # one file alone needs no index
         num_tensors=len(tasks),
-        num_bytes=num_bytes,
+        num_bytes=sum(task.nbytes for task in tasks),
         notes=notes,
     )
 

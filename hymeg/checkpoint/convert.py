@@ -129,7 +129,7 @@ def _move(plan: Plan, spool: Spool, folder: Path, what: str, sync: bool) -> int:
     """Write all that is planned; the peak resident memory of all processes, in bytes."""
     for name, data in spool.read(plan.before):
         write_whole(folder / name, data)
-    peak = write(folder, [spool.read(part) for part in plan.shares], Progress(what, plan.num_bytes), sync)
+    peak = write(folder, plan.sizes, [spool.read(part) for part in plan.shares], Progress(what, plan.num_bytes), sync)
     for name, data in spool.read(plan.after):
         write_whole(folder / name, data)
     return peak

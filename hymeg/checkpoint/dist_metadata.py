@@ -4,6 +4,7 @@ The pickle is written out by hand: a pickler would import torch, at a cost of se
 """
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Mapping
@@ -56,10 +57,16 @@ def metadata_files(tensors: Mapping[str, StoredTensor], objects: Mapping[str, tu
 
 def _instance(module: str, name: str, **state: bytes) -> bytes:
     """The pickle of an object with these attributes, themselves pickled."""
-    attributes = b"}(" + b"".join(plain(key) + value for key, value in state.items()) + b"ub" if state else b""
+    attributes = b"}(" + b"".join(itertools.chain.from_iterable((_text(key), value) for key, value in state.items())) + b"ub" if state else b""
     return b"c" + f"{module}\n{name}\n".encode() + b")\x81" + attributes
 
 
+@functools.cache
+def _text(text: str) -> bytes:
+    return plain(text)
+
+
+@functools.cache
 def _size(shape: Shape) -> bytes:
     return b"ctorch\nSize\n(" + plain(shape) + b"tR"
 
@@ -67,6 +74,9 @@ def _size(shape: Shape) -> bytes:
 def _place(key: str, offset: Shape | None, file: str, position: int, length: int) -> bytes:
     """An item of storage_data: where the chunk at `offset` (None: the object) of this key lies."""
     of_chunk = {"offset": _size(offset)} if offset is not None else {}
-    index = _instance(_TORCH, "MetadataIndex", fqn=plain(key), index=plain(None), **of_chunk)
-    info = {"relative_path": plain(file), "offset": plain(position), "length": plain(length)}
+    index = _instance(_TORCH, "MetadataIndex", fqn=_text(key), index=_NONE, **of_chunk)
+    info = {"relative_path": _text(file), "offset": plain(position), "length": plain(length)}
     return index + _instance("torch.distributed.checkpoint.filesystem", "_StorageInfo", **info)
+
+
+_NONE = plain(None)

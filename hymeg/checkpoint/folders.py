@@ -1,7 +1,8 @@
 """Folders that appear whole or not at all, and the small files (config.json, tokenizer) that travel with a checkpoint.
 
 A conversion works in FOLDER.partial beside FOLDER and renames it when everything is on disk. What makes a folder a checkpoint, tracker or
-config.json, is written last there too: nothing accepts a FOLDER.partial that a killed conversion left. The next conversion to FOLDER removes it.
+config.json, is written last there too: nothing accepts a FOLDER.partial that a killed conversion left, unless all of it was there and only the
+rename was not. The next conversion to FOLDER removes it.
 """
 
 import contextlib

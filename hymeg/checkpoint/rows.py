@@ -21,7 +21,7 @@ from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, Shape
 from hymeg.errors import UserError
 from hymeg.hf.safetensors_files import ITEM_SIZES, TensorEntry
 
-BLOCK_BYTES = 256 << 10  # read and written at once: well inside the cache of a core. Blocks of megabytes take three times as long on ext4
+BLOCK_BYTES = 512 << 10  # read and written at once: inside the cache of a core, which blocks of megabytes are not
 
 Range = tuple[int, int]
 

@@ -1,9 +1,10 @@
-"""Objects in an unnamed temporary file: made by one process, read one at a time by others, held whole by none.
+"""Objects in an unnamed temporary file: made by one process, read a few at a time by others, held whole by none.
 
 What grows with the number of tensors is planned in a process that then ends, so that the memory of those that move bytes does not depend on it.
 """
 
 import io
+import itertools
 import os
 import pickle
 import tempfile
@@ -13,6 +14,8 @@ from typing import Any
 from hymeg.errors import UserError
 
 Part = tuple[int, int]  # bytes [start, stop) of the file
+
+_NUM_TOGETHER = 64  # objects in one pickle, where what they share stands once
 
 
 class Spool:
@@ -28,8 +31,8 @@ class Spool:
         """Write them behind what is there. Raises UserError where the disk of temporary files is full."""
         try:
             start = self._file.seek(0, os.SEEK_END)
-            for value in objects:
-                pickle.dump(value, self._file, pickle.HIGHEST_PROTOCOL)
+            for some in itertools.batched(objects, _NUM_TOGETHER):
+                pickle.dump(some, self._file, pickle.HIGHEST_PROTOCOL)
             self._file.flush()
             return start, self._file.tell()
         except OSError as error:
@@ -39,7 +42,7 @@ class Spool:
         """The objects of a part, in their order."""
         with io.BufferedReader(_Window(self._file.fileno(), *part)) as window:
             while window.peek(1):
-                yield pickle.load(window)
+                yield from pickle.load(window)
 
 
 class _Window(io.RawIOBase):

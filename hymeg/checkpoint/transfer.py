@@ -5,16 +5,18 @@ A transfer is planned to the byte beforehand: every task has its file and positi
 
 import contextlib
 import os
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from isal import isal_zlib
 
 from hymeg.checkpoint.rows import Range, RowReader, RowTensor, converted
 from hymeg.checkpoint.stored_tensor import Shape, envelope
 from hymeg.checkpoint.workers import Progress, run
 from hymeg.errors import UserError
+from hymeg.hf.files import reserve
 
 _SYNC_BYTES = 128 << 20  # after so many the disk is set to work; it is waited for at the end
 
@@ -32,10 +34,11 @@ class Task(NamedTuple):
     stored_shape: Shape | None = None
 
 
-def write(folder: Path, shares: Sequence[Iterable[Task]], progress: Progress, sync: bool = True) -> int:
+def write(folder: Path, sizes: Mapping[str, int], shares: Sequence[Iterable[Task]], progress: Progress, sync: bool = True) -> int:
     """Write all tasks into files of `folder`, each share in a process of its own, and flush them to disk.
 
     Args:
+        sizes: the bytes that each of the files will have.
         sync: whether to wait for the disk; only a measurement goes without.
 
     Returns:
@@ -52,7 +55,7 @@ def write(folder: Path, shares: Sequence[Iterable[Task]], progress: Progress, sy
             try:
                 for task in share:
                     if task.file not in descriptors:
-                        descriptors[task.file] = os.open(folder / task.file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                        descriptors[task.file] = os.open(folder / task.file, os.O_WRONLY | os.O_CLOEXEC)
                         files.callback(os.close, descriptors[task.file])
                     _write_task(reader, task, descriptors[task.file], written)
                 written.wait()
@@ -61,6 +64,11 @@ def write(folder: Path, shares: Sequence[Iterable[Task]], progress: Progress, sy
             except OSError as error:
                 raise UserError(f"{folder / task.file}: cannot be written: {error.strerror or error}") from error
 
+    for name, num_bytes in sizes.items():
+        try:
+            reserve(folder / name, num_bytes)
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be written: {error.strerror or error}") from error
     return run(work, shares, progress).peak_bytes
 
 
@@ -92,7 +100,7 @@ def _write_task(reader: RowReader, task: Task, descriptor: int, written: _Writte
     for block in reader.blocks(task.tensor, task.ranges):
         data = converted(block, task.tensor.dtype, task.dtype)
         if around:
-            crc = zlib.crc32(data, crc)
+            crc = isal_zlib.crc32(data, crc)
         position += _write_all(descriptor, [*pending, data], position)
         pending = []
         written(descriptor, len(data))

@@ -55,7 +55,12 @@ def aside(function: Callable[[], Any]) -> tuple[Any, int]:
     Raises:
         UserError, RuntimeError: as `run` does.
     """
-    outcome = run(lambda share, report: function(), [None])
+
+    def work(share: None, report: Callable[[int], None]) -> Any:
+        gc.disable()  # it would look through all that is planned again and again; what it could free is gone with the process
+        return function()
+
+    outcome = run(work, [None])
     return outcome.results[0], outcome.peak_bytes
 
 

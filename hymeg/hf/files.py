@@ -1,6 +1,8 @@
 """Small files in and out: JSON read with errors a person can act on; files that appear whole or not at all."""
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import re
@@ -12,6 +14,8 @@ from typing import Any, BinaryIO
 
 from hymeg.errors import UserError
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _repr = reprlib.Repr(maxstring=160, maxlist=8, maxtuple=8, maxother=160)
 
 
@@ -95,6 +99,23 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
     """`data` as the file `path`, whole or not at all. Raises UserError as `written_whole` does."""
     with written_whole(path) as file:
         file.write(data)
+
+
+def reserve(path: str | os.PathLike, num_bytes: int) -> None:
+    """Make the file `path` so long, what is new in it zeros, and have its disk space allotted where the file system can: writing it then neither
+    finds the disk full nor has to look for space. (os.posix_fallocate would write into every block where it cannot.)
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if num_bytes and _libc.fallocate(descriptor, 0, 0, num_bytes) != 0:
+            if (code := ctypes.get_errno()) not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(code, os.strerror(code), str(path))
+            os.ftruncate(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
 
 
 def fsync_folder(folder: str | os.PathLike) -> None:

@@ -78,29 +78,34 @@ class Bench:
         self.folder, self.workers, self.repeats = folder, workers, repeats
 
     def speed(self, num_gb: float) -> list[Row]:
-        """Both directions against `cp -r` of the source, in turns, so that a disk that slows down slows down all."""
-        source, dist, hf, copy = (self.folder / name for name in ("hf", "dist", "back", "cp"))
+        """Both directions against `cp -r` of the source, all to the same place, in turns that begin with another of the three each round: what one
+        leaves behind, a busy disk or memory that is quickly had again, does not always meet the same other one."""
+        source, dist, target = (self.folder / name for name in ("hf", "dist", "target"))
         self._make_random(source, num_gb)
-        rows, bars, slower = [], {"hf-to-dist": 1.5, "dist-to-hf": 1.5}, {}
+        self._convert("hf-to-dist", source, dist, sync=True)
+        ways = {
+            "cp": lambda sync: {"seconds": _timed(target, lambda: _copy(source, target, sync)), "peak_bytes": 0},
+            "hf-to-dist": lambda sync: self._convert("hf-to-dist", source, target, sync),
+            "dist-to-hf": lambda sync: self._convert("dist-to-hf", dist, target, sync),
+        }
+        rows, slower, names = [], {}, list(ways)
         for sync in (False, True):
-            seconds, peak = {"cp": [], "hf-to-dist": [], "dist-to-hf": []}, 0
-            for _ in range(self.repeats + 1):
-                seconds["cp"].append(_timed(copy, lambda: _copy(source, copy, sync)))  # noqa: B023
-                for name, given, target in (("hf-to-dist", source, dist), ("dist-to-hf", dist, hf)):
-                    summary = self._convert(name, given, target, sync)
-                    seconds[name].append(summary["seconds"])
+            seconds, peak = {name: [] for name in ways}, 0
+            for number in range(self.repeats + 1):
+                for name in (names * 2)[number % 3 : number % 3 + 3]:
+                    summary = ways[name](sync)
                     peak = max(peak, summary["peak_bytes"])
-            seconds = {name: found[1:] for name, found in seconds.items()}  # the first round had nothing to replace
+                    if number:  # the first round had other things before it
+                        seconds[name].append(summary["seconds"])
             medians = {name: statistics.median(found) for name, found in seconds.items()}
             how = "with fsync" if sync else "without fsync"
             rows.append(Row(f"cp, {how}", _spread(seconds["cp"]), "", True))
-            for name, bar in bars.items():
+            for name in names[1:]:
                 ratio = medians[name] / medians["cp"]
-                rows.append(Row(f"{name}, {how}", f"{_spread(seconds[name])}: {ratio:.2f} x cp", f"<= {bar} x cp", ratio <= bar))
+                rows.append(Row(f"{name}, {how}", f"{_spread(seconds[name])}: {ratio:.2f} x cp", "<= 1.5 x cp", ratio <= 1.5))
             rows.append(Row(f"memory of all processes, {how}", f"{peak / 1e6:,.0f} MB", "<= 600 MB", peak <= 600e6))
-            slower[sync] = max(medians["hf-to-dist"], medians["dist-to-hf"])
-        shutil.rmtree(copy)
-        theirs = [_timed_transformers(source, copy) for _ in range(self.repeats + 1)][1:]
+            slower[sync] = max(medians[name] for name in names[1:])
+        theirs = [_timed_transformers(source, target) for _ in range(self.repeats + 1)][1:]
         ratio = {sync: statistics.median(theirs) / seconds for sync, seconds in slower.items()}
         found = f"{_spread(theirs)}: {ratio[False]:.1f} x the slower of ours, {ratio[True]:.1f} x with fsync"
         rows.append(Row("transformers load and save (no fsync)", found, ">= 10 x", ratio[False] >= 10))
@@ -222,7 +227,7 @@ def _copy(source: Path, target: Path, sync: bool) -> None:
 
 
 def _clean(target: Path) -> None:
-    """An idle disk. The memory of what was there has been free for a while when the timed work begins: `cp` would begin in the same moment."""
+    """Nothing at `target`, and an idle disk."""
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run(["sync"], check=True)
 
