@@ -12,7 +12,7 @@ from pathlib import Path
 from hymeg.checkpoint.dist_files import StoredChunk, StoredTensor
 from hymeg.checkpoint.mapping import Entry, plan
 from hymeg.checkpoint.rows import RowTensor, num_rows
-from hymeg.checkpoint.transfer import Task, shares, stored_length
+from hymeg.checkpoint.transfer import Task, num_files, shares, stored_length
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import ITEM_SIZES
 
@@ -22,7 +22,7 @@ MAX_CHUNK_BYTES = 64 << 20
 def plan_dist(config: HyConfig, tensors: Mapping[str, RowTensor], files: Sequence[Path], workers: int) -> tuple[list[Task], dict[str, StoredTensor]]:
     """Every chunk to write, and where each will lie.
 
-    A worker has a file of its own and takes what is consecutive in the source's files.
+    A file holds what is consecutive in the source's.
 
     Args:
         tensors: the source's, by key.
@@ -43,7 +43,8 @@ def plan_dist(config: HyConfig, tensors: Mapping[str, RowTensor], files: Sequenc
     chunks.sort(key=lambda chunk: _first_byte(chunk[1], file_numbers))
     offsets = {task.name: offset for offset, task in chunks}
     tasks, stored = [], {}
-    for number, share in enumerate(shares([task for _, task in chunks], workers)):
+    num_bytes = sum(task.nbytes for _, task in chunks)
+    for number, share in enumerate(shares([task for _, task in chunks], num_files(num_bytes, workers))):
         position = 0
         for task in share:
             placed = task._replace(file=f"__{number}_0.distcp", position=position)

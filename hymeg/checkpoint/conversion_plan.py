@@ -18,7 +18,7 @@ from hymeg.checkpoint.mapping import Entry, check_distributed_tensors, match_hf_
 from hymeg.checkpoint.rows import RowTensor, row_ranges, rows_of_dist, rows_of_hf
 from hymeg.checkpoint.spool import Part, Spool
 from hymeg.checkpoint.stored_tensor import STORAGES
-from hymeg.checkpoint.transfer import Task, shares, stored_length
+from hymeg.checkpoint.transfer import Task, shares, stored_length, turns
 from hymeg.errors import UserError
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.hf.safetensors_files import (
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     source: Path  # the folder that holds the tensors' files
     config: HyConfig  # to write
     carried: list[Path]
-    shares: list[Part]  # of Task: what each worker moves,
+    shares: list[Part]  # of Task: what a worker moves at a time,
     sizes: dict[str, int]  # and the bytes of the files that it goes to
     before: Part  # of (name, bytes): files to write first,
     after: Part  # and last
@@ -82,7 +82,7 @@ def plan_to_dist(spool: Spool, hf: Path, dist: Path, workers: int, overwrite: bo
     sizes = {task.file: task.position + stored_length(task) for task in tasks}  # a file's last task ends it
     carried = carried_files(hf)
     check_target(dist, sum(sizes.values()) + _small_bytes(carried, len(tasks)), overwrite, _DIST_NAMES)
-    state, state_file = common_state(source.config), f"__{workers}_0.distcp"
+    state, state_file = common_state(source.config), f"__{len(sizes)}_0.distcp"
     return Plan(
         source=hf,
         config=source.config,
@@ -243,7 +243,7 @@ def _small_bytes(carried: list[Path], num_tasks: int) -> int:
 
 
 def _spooled_tasks(spool: Spool, tasks: list[Task], workers: int) -> list[Part]:
-    return [spool.add(task._replace(tensor=task.tensor.only(task.ranges)) for task in share) for share in shares(tasks, workers)]
+    return [spool.add(task._replace(tensor=task.tensor.only(task.ranges)) for task in share) for share in turns(tasks, workers)]
 
 
 def _spooled_pairs(spool: Spool, entries: list[Entry], read: Mapping[str, RowTensor], written: Mapping[str, RowTensor], workers: int) -> Pairs:

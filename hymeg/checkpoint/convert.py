@@ -4,6 +4,7 @@ Everything is checked and planned to the byte before anything is written (`conve
 appears whole or not at all (`folders`). Names and places come from `mapping`.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def hf_to_dist(
     with built_beside(dist, say) as partial:
         folder = partial / RELEASE
         folder.mkdir()
-        peak = max(peak, _move(plan, spool, folder, "to distributed", sync))
+        peak = max(peak, _move(plan, spool, folder, workers, "to distributed", sync))
         if verify:
             peak = max(peak, _verify(spool, lambda: pairs_with_dist(spool, plan, folder, workers)))
         carry(plan.carried, partial)
@@ -117,7 +118,7 @@ def dist_to_hf(
     for note in plan.notes:
         say(note)
     with built_beside(hf, say) as partial:
-        peak = max(peak, _move(plan, spool, partial, "to Hugging Face", sync))
+        peak = max(peak, _move(plan, spool, partial, workers, "to Hugging Face", sync))
         if verify:
             peak = max(peak, _verify(spool, lambda: pairs_with_hf(spool, plan, partial, **shared)))
         carry(plan.carried, partial)
@@ -125,11 +126,12 @@ def dist_to_hf(
     return Summary(plan.num_tensors, plan.num_bytes, time.monotonic() - started, peak)
 
 
-def _move(plan: Plan, spool: Spool, folder: Path, what: str, sync: bool) -> int:
+def _move(plan: Plan, spool: Spool, folder: Path, workers: int, what: str, sync: bool) -> int:
     """Write all that is planned; the peak resident memory of all processes, in bytes."""
     for name, data in spool.read(plan.before):
         write_whole(folder / name, data)
-    peak = write(folder, plan.sizes, [spool.read(part) for part in plan.shares], Progress(what, plan.num_bytes), sync)
+    shares = [functools.partial(spool.read, part) for part in plan.shares]
+    peak = write(folder, plan.sizes, shares, workers, Progress(what, plan.num_bytes), sync)
     for name, data in spool.read(plan.after):
         write_whole(folder / name, data)
     return peak

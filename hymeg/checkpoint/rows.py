@@ -22,6 +22,7 @@ from hymeg.errors import UserError
 from hymeg.hf.safetensors_files import ITEM_SIZES, TensorEntry
 
 BLOCK_BYTES = 512 << 10  # read and written at once: inside the cache of a core, which blocks of megabytes are not
+_MAX_OPEN_FILES = 256  # a checkpoint of a thousand ranks has more files than a process may open
 
 Range = tuple[int, int]
 
@@ -195,6 +196,8 @@ class RowReader:
     def _read_piece(self, tensor: RowTensor, piece: Piece, row: int, into: memoryview) -> None:
         try:
             if piece.file not in self._descriptors:
+                while len(self._descriptors) >= _MAX_OPEN_FILES:
+                    os.close(self._descriptors.pop(next(iter(self._descriptors))))
                 self._descriptors[piece.file] = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC)
             descriptor = self._descriptors[piece.file]
             position = piece.position

@@ -1,12 +1,13 @@
 """Moves rows of tensors from one checkpoint's files to another's in several processes; each byte is read once and written once.
 
-A transfer is planned to the byte beforehand: every task has its file and position. Workers take consecutive tasks of about equal bytes.
+A transfer is planned to the byte beforehand: every task has its file and position. Workers take shares of consecutive tasks, of about equal bytes.
 """
 
-import contextlib
+import collections
+import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,13 @@ from isal import isal_zlib
 
 from hymeg.checkpoint.rows import Range, RowReader, RowTensor, converted
 from hymeg.checkpoint.stored_tensor import Shape, envelope
-from hymeg.checkpoint.workers import Progress, run
+from hymeg.checkpoint.workers import Progress, dealt, run
 from hymeg.errors import UserError
 from hymeg.hf.files import reserve
 
 _SYNC_BYTES = 128 << 20  # after so many the disk is set to work; it is waited for at the end
+_MAX_FLUSHES = 64  # that are waited for at a time, each with an open file
+_SEVERAL, _MIN_FILE_BYTES = 4, 64 << 20
 
 
 class Task(NamedTuple):
@@ -34,11 +37,14 @@ class Task(NamedTuple):
     stored_shape: Shape | None = None
 
 
-def write(folder: Path, sizes: Mapping[str, int], shares: Sequence[Iterable[Task]], progress: Progress, sync: bool = True) -> int:
-    """Write all tasks into files of `folder`, each share in a process of its own, and flush them to disk.
+def write(
+    folder: Path, sizes: Mapping[str, int], shares: Sequence[Callable[[], Iterable[Task]]], workers: int, progress: Progress, sync: bool = True
+) -> int:
+    """Write all tasks into files of `folder` and flush them to disk.
 
     Args:
         sizes: the bytes that each of the files will have.
+        shares: dealt to so many workers, processes of their own, a share to whichever has time for it.
         sync: whether to wait for the disk; only a measurement goes without.
 
     Returns:
@@ -48,75 +54,112 @@ def write(folder: Path, sizes: Mapping[str, int], shares: Sequence[Iterable[Task
         UserError: a file cannot be read or written.
     """
 
-    def work(share: Iterable[Task], report: Callable[[int], None]) -> None:
-        with RowReader() as reader, ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as files:
-            descriptors: dict[str, int] = {}
-            written = _Written(report, pool if sync else None)
-            try:
-                for task in share:
-                    if task.file not in descriptors:
-                        descriptors[task.file] = os.open(folder / task.file, os.O_WRONLY | os.O_CLOEXEC)
-                        files.callback(os.close, descriptors[task.file])
-                    _write_task(reader, task, descriptors[task.file], written)
-                written.wait()
-                for descriptor in descriptors.values() if sync else ():
-                    os.fsync(descriptor)
-            except OSError as error:
-                raise UserError(f"{folder / task.file}: cannot be written: {error.strerror or error}") from error
+    def work(dealt_shares: Iterator[Callable[[], Iterable[Task]]], report: Callable[[int], None]) -> None:
+        with RowReader() as reader, _Writer(folder, sync) as writer:
+            for share in dealt_shares:
+                for task in share():
+                    _write_task(reader, task, writer, report)
 
     for name, num_bytes in sizes.items():
         try:
             reserve(folder / name, num_bytes)
         except OSError as error:
-            raise UserError(f"{folder / name}: cannot be written: {error.strerror or error}") from error
-    return run(work, shares, progress).peak_bytes
+            raise _unwritable(folder / name, error) from error
+    return run(work, [dealt(shares)] * min(workers, len(shares)), progress).peak_bytes
 
 
-class _Written:
-    """Told of all that a worker writes: reports it, and with a `pool` keeps the disk at work meanwhile."""
+class _Writer:
+    """Writes into the files of a folder, one after the other, and keeps the disk at work meanwhile. A context manager: at its end all is on disk."""
 
-    def __init__(self, report: Callable[[int], None], pool: ThreadPoolExecutor | None):
-        self._report, self._pool = report, pool
-        self._num_bytes, self._flushes = 0, []
+    def __init__(self, folder: Path, sync: bool):
+        self._folder, self._sync = folder, sync
+        self._pool = ThreadPoolExecutor(1)  # one: a file is closed after what was asked for before
+        self._flushes: collections.deque[tuple[Path, Future]] = collections.deque()
+        self._path, self._descriptor, self._unflushed = folder, -1, 0
 
-    def __call__(self, descriptor: int, num_bytes: int) -> None:
-        self._report(num_bytes)
-        self._num_bytes += num_bytes
-        if self._pool and self._num_bytes >= _SYNC_BYTES:
-            self._flushes.append(self._pool.submit(os.fdatasync, descriptor))
-            self._num_bytes = 0
+    def __enter__(self) -> "_Writer":
+        return self
 
-    def wait(self) -> None:
-        """Raises OSError where the disk has failed."""
-        for flush in self._flushes:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            self._leave()
+            while self._flushes and not kind:
+                self._wait()
+        finally:
+            self._pool.shutdown()
+
+    def open(self, name: str) -> None:
+        """What is written next goes to this file, which exists."""
+        path = self._folder / name
+        if path != self._path:
+            self._leave()
+            try:
+                self._path, self._descriptor = path, os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise _unwritable(path, error) from error
+
+    def write(self, buffers: list[bytes | memoryview], position: int) -> int:
+        """Write them one after the other, from `position` on, whatever the system takes at once; their bytes."""
+        total = sum(map(len, buffers))
+        try:
+            written = os.pwritev(self._descriptor, buffers, position)
+            if written < total:
+                rest = memoryview(b"".join(buffers))
+                while written < total:
+                    written += os.pwrite(self._descriptor, rest[written:], position + written)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+        self._unflushed += total
+        if self._sync and self._unflushed >= _SYNC_BYTES:
+            self._later(os.fdatasync)
+        return total
+
+    def _leave(self) -> None:
+        if self._descriptor >= 0:
+            self._later(_fsync_and_close if self._sync else os.close)
+            self._descriptor = -1
+
+    def _later(self, flush: Callable[[int], None]) -> None:
+        self._flushes.append((self._path, self._pool.submit(flush, self._descriptor)))
+        self._unflushed = 0
+        while len(self._flushes) > _MAX_FLUSHES:
+            self._wait()
+
+    def _wait(self) -> None:
+        path, flush = self._flushes.popleft()
+        try:
             flush.result()
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
 
-def _write_task(reader: RowReader, task: Task, descriptor: int, written: _Written) -> None:
+def _fsync_and_close(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def _write_task(reader: RowReader, task: Task, writer: _Writer, report: Callable[[int], None]) -> None:
     position, crc = task.position, 0
     around = envelope(task.dtype, task.stored_shape) if task.stored_shape is not None else None
     pending = [around.before] if around else []
     start = position + (len(around.before) if around else 0)
+    writer.open(task.file)
     for block in reader.blocks(task.tensor, task.ranges):
         data = converted(block, task.tensor.dtype, task.dtype)
         if around:
             crc = isal_zlib.crc32(data, crc)
-        position += _write_all(descriptor, [*pending, data], position)
+        position += writer.write([*pending, data], position)
         pending = []
-        written(descriptor, len(data))
+        report(len(data))
     assert position - start == task.nbytes, (task.name, position - start, task.nbytes)
     if around:
-        _write_all(descriptor, [*pending, around.closed(crc)], position)
-
-
-def _write_all(descriptor: int, buffers: list[bytes | memoryview], position: int) -> int:
-    total = sum(map(len, buffers))
-    written = os.pwritev(descriptor, buffers, position)
-    if written < total:
-        rest = memoryview(b"".join(buffers))
-        while written < total:
-            written += os.pwrite(descriptor, rest[written:], position + written)
-    return total
+        writer.write([*pending, around.closed(crc)], position)
 
 
 def stored_length(task: Task) -> int:
@@ -135,3 +178,16 @@ def shares(tasks: Sequence[Task], workers: int) -> list[Sequence[Task]]:
             cuts.append(number)
         done += task.nbytes
     return [tasks[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(tasks)], strict=True)]
+
+
+def turns(tasks: Sequence[Task], workers: int) -> list[Sequence[Task]]:
+    """Shares for `write` to deal to so many workers. Whole files where there are several for each: cores and disks are not equally fast, and two that
+    write to one file wait for each other."""
+    files = [list(tasks_of_file) for _, tasks_of_file in itertools.groupby(tasks, key=lambda task: task.file)]
+    return files if len(files) >= _SEVERAL * workers else shares(tasks, workers)
+
+
+def num_files(num_bytes: int, workers: int) -> int:
+    """Into how many files so many workers best write so many bytes, where that is free: several for each, but none too small to be worth it."""
+    several = 2 * _SEVERAL * workers
+    return several if num_bytes >= several * _MIN_FILE_BYTES else workers

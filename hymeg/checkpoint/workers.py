@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TextIO
 
@@ -102,6 +102,21 @@ def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> 
             if process.is_alive():
                 process.kill() if waiting else None
             process.join()
+
+
+def dealt[Part](parts: Sequence[Part]) -> Iterator[Part]:
+    """`parts` for several processes that iterate over this, each part to the one that asks first. Make it before they are forked."""
+    turn = multiprocessing.get_context("fork").Value("q", 0)
+
+    def deal() -> Iterator[Part]:
+        while True:
+            with turn.get_lock():
+                number, turn.value = turn.value, turn.value + 1
+            if number >= len(parts):
+                return
+            yield parts[number]
+
+    return deal()
 
 
 def _peak_bytes() -> int:

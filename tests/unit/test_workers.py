@@ -1,5 +1,6 @@
 """Several processes at one job: what they return, how one that dies is told, what is shown meanwhile."""
 
+import errno
 import io
 import os
 import signal
@@ -101,3 +102,42 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(hf_checkp
     with pytest.raises(UserError, match=r"a worker process was killed by SIGKILL before its share was done; out of memory\?"):
         convert(given, tmp_path / "target")
     assert os.listdir(tmp_path) == []
+
+
+def test_parts_are_dealt_to_whoever_asks_each_once():
+    parts = workers.dealt(range(1000))
+    results = run(lambda share, report: list(share), [parts] * 3).results
+    assert sorted(number for result in results for number in result) == list(range(1000))
+    assert all(result == sorted(result) for result in results)
+
+
+@pytest.mark.parametrize(("num_files", "num_workers", "expected"), [(8, 2, 8), (7, 2, 2), (1, 3, 3), (12, 1, 12)])
+def test_whole_files_are_dealt_where_there_are_several_for_each_worker(num_files, num_workers, expected):
+    tasks = [transfer.Task(f"{file} {i}", None, [], "BF16", 10, f"file{file}", 10 * i) for file in range(num_files) for i in range(6)]
+    found = transfer.turns(tasks, num_workers)
+    assert len(found) == expected and [task for share in found for task in share] == tasks
+    if expected == num_files:
+        assert [len({task.file for task in share}) for share in found] == [1] * num_files
+
+
+def test_no_more_files_are_open_than_a_process_may_have(hf_checkpoint, tmp_path, monkeypatch):
+    from hymeg.checkpoint import rows
+    from hymeg.checkpoint.compare import compare_checkpoints
+
+    monkeypatch.setattr(rows, "_MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(transfer, "_MAX_FLUSHES", 1)
+    monkeypatch.setattr(transfer, "_MIN_FILE_BYTES", 1)
+    hf_to_dist(hf_checkpoint, tmp_path / "dist", workers=5, verify=True)
+    assert len(list((tmp_path / "dist" / "release").glob("*.distcp"))) > 16
+    opened, limit = os.open, len(os.listdir("/proc/self/fd")) + 12
+
+    def scarce(*args, **kwargs) -> int:
+        if len(os.listdir("/proc/self/fd")) > limit:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(os, "open", scarce)
+    dist_to_hf(tmp_path / "dist", tmp_path / "out", max_shard_bytes=20_000, workers=1)
+    monkeypatch.undo()
+    assert compare_checkpoints(hf_checkpoint, tmp_path / "out") == []
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 20
