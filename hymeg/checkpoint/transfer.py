@@ -21,7 +21,8 @@ from hymeg.hf.files import reserve
 
 _SYNC_BYTES = 128 << 20  # after so many the disk is set to work; it is waited for at the end
 _MAX_FLUSHES = 64  # that are waited for at a time, each with an open file
-_SEVERAL, _MIN_FILE_BYTES = 4, 64 << 20
+_SEVERAL = 4  # files for each worker: enough to deal them whole
+_MIN_FILE_BYTES = 64 << 20  # of several, where their number is free
 
 
 class Task(NamedTuple):

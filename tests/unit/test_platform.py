@@ -1,6 +1,7 @@
 """The CPU platform: what it replaces is there to be replaced, and what it puts in its place computes the same."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 
@@ -40,14 +41,22 @@ def test_a_temporary_patch_is_undone():
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
 
 
 def test_platform_must_come_before_megatron():
     done = run_python("import megatron.core; from hymeg import platform; platform.install()", HYMEG_PLATFORM="cpu")
     assert done.returncode != 0 and "must run before anything imports megatron" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["transformer_engine", "apex"])
+def test_kernels_for_cuda_that_are_installed_are_not_used_on_the_cpu(tmp_path, package):
+    """On the login node of a cluster, in NVIDIA's containers."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported where there is no CUDA')")
+    code = "import hymeg.training.run; from megatron.core.transformer import transformer_block as block; print(block.HAVE_TE, block.HAVE_APEX)"
+    done = run_python(code, HYMEG_PLATFORM="cpu", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]]))
+    assert done.stdout.split() == ["False", "False"], done.stderr
 
 
 def test_platform_is_chosen_by_the_environment(monkeypatch):

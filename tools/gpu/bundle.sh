@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a bare GPU machine lacks, in one folder of about 40 MB that can be carried to it: megatron-core, small packages and Transformer Engine as wheels
+# What a bare GPU machine lacks, in one folder of 36 MB that can be carried to it: megatron-core, small packages and Transformer Engine as wheels
 # (the library cut down to one GPU architecture) and the sources of Transformer Engine's torch extension, which install.sh compiles there.
 #
 #   bash tools/gpu/bundle.sh DIR [ARCH]      ARCH: 90 for H100 and H200 (default)
@@ -20,7 +20,7 @@ binary() {
     --platform manylinux_2_17_x86_64 "${@:2}"
 }
 
-binary "$target" "megatron-core==$core" psutil isal zstandard onnx_ir ml_dtypes
+binary "$target" "megatron-core==$core" psutil isal zstandard einops onnx_ir ml_dtypes
 download "$target" --only-binary=:all: "transformer_engine==$te"
 download "$target" --no-binary=:all: --no-build-isolation "transformer_engine_torch==$te"
 binary "$work" "transformer-engine-cu13==$te"
