@@ -48,8 +48,8 @@ class Plan(NamedTuple):
     carried: list[Path]
     shares: list[Part]  # of Task: what a worker moves at a time,
     sizes: dict[str, int]  # and the bytes of the files that it goes to
-    before: Part  # of (name, bytes): files to write first,
-    after: Part  # and last
+    headers: Part  # of (name, bytes): what these files begin with,
+    after: Part  # and further files, to write last
     num_tensors: int
     num_bytes: int
     notes: list[str]  # for the user
@@ -89,7 +89,7 @@ def plan_to_dist(spool: Spool, hf: Path, dist: Path, workers: int, overwrite: bo
         carried=carried,
         shares=_spooled_tasks(spool, tasks, workers),
         sizes=sizes,
-        before=spool.add([]),
+        headers=spool.add([]),
         after=spool.add([(state_file, state), *metadata_files(tensors, {COMMON_STATE_KEY: (state_file, 0, len(state))}).items()]),
         num_tensors=len(tensors),
         num_bytes=sum(task.nbytes for task in tasks),
@@ -150,7 +150,7 @@ def plan_to_hf(
         carried=carried,
         shares=_spooled_tasks(spool, tasks, workers),
         sizes=sizes,
-        before=spool.add((shard.file_name, shard_header(shard)) for shard in shards),
+        headers=spool.add((shard.file_name, shard_header(shard)) for shard in shards),
         after=spool.add([(INDEX_FILE, index_of(shards))] if len(shards) > 1 else []),  # one file alone needs no index
         num_tensors=len(tasks),
         num_bytes=sum(task.nbytes for task in tasks),

@@ -19,7 +19,7 @@ from hymeg.checkpoint.spool import Spool
 from hymeg.checkpoint.transfer import write
 from hymeg.checkpoint.workers import Progress, aside
 from hymeg.errors import UserError
-from hymeg.hf.files import write_whole
+from hymeg.hf.files import overwrite_start, write_whole
 from hymeg.hf.safetensors_files import MAX_SHARD_BYTES
 
 __all__ = ["DTYPES", "Summary", "dist_to_hf", "hf_to_dist"]
@@ -128,10 +128,10 @@ def dist_to_hf(
 
 def _move(plan: Plan, spool: Spool, folder: Path, workers: int, what: str, sync: bool) -> int:
     """Write all that is planned; the peak resident memory of all processes, in bytes."""
-    for name, data in spool.read(plan.before):
-        write_whole(folder / name, data)
     shares = [functools.partial(spool.read, part) for part in plan.shares]
     peak = write(folder, plan.sizes, shares, workers, Progress(what, plan.num_bytes), sync)
+    for name, data in spool.read(plan.headers):  # after the tensors: a file that was not finished is none
+        overwrite_start(folder / name, data)
     for name, data in spool.read(plan.after):
         write_whole(folder / name, data)
     return peak

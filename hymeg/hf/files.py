@@ -101,6 +101,17 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
         file.write(data)
 
 
+def overwrite_start(path: str | os.PathLike, data: bytes) -> None:
+    """`data` over the first bytes of the file `path`, flushed to disk. Raises UserError where it cannot be written."""
+    try:
+        with open(path, "r+b") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def reserve(path: str | os.PathLike, num_bytes: int) -> None:
     """Make the file `path` so long, what is new in it zeros, and have its disk space allotted where the file system can: writing it then neither
     finds the disk full nor has to look for space. (os.posix_fallocate would write into every block where it cannot.)

@@ -14,12 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from hymeg.checkpoint.compare import compare_checkpoints, describe
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.dist_files import TRACKER, open_dist_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
+from hymeg.hf.safetensors_files import SafetensorsFile
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -298,6 +301,27 @@ def test_killed_at_any_moment_nothing_is_accepted_and_the_next_run_starts_anew(t
         assert compare_checkpoints(tmp_path / "hf", tmp_path / name) == []
     assert killed >= 5
     assert sorted(os.listdir(tmp_path)) == ["dist", "hf", "out", "whole"]
+
+
+def test_a_shard_is_none_until_all_its_tensors_are_written(dist_checkpoint, tmp_path, monkeypatch):
+    from hymeg.checkpoint import convert
+
+    seen = []
+
+    def write(folder, *args):
+        peak = transfer_write(folder, *args)
+        for path in folder.glob("*.safetensors"):
+            with pytest.raises(UserError):
+                SafetensorsFile(path)
+            with pytest.raises(SafetensorError):
+                load_file(path)
+            seen.append(path)
+        return peak
+
+    transfer_write = convert.write
+    monkeypatch.setattr(convert, "write", write)
+    dist_to_hf(dist_checkpoint, tmp_path / "out", max_shard_bytes=200_000)
+    assert len(seen) > 2 and compare_checkpoints(dist_checkpoint, tmp_path / "out") == []
 
 
 def _accepted(folder: Path) -> bool:
