@@ -131,7 +131,7 @@ def _move(plan: Plan, spool: Spool, folder: Path, workers: int, what: str, sync:
     shares = [functools.partial(spool.read, part) for part in plan.shares]
     peak = write(folder, plan.sizes, shares, workers, Progress(what, plan.num_bytes), sync)
     for name, data in spool.read(plan.headers):  # after the tensors: a file that was not finished is none
-        overwrite_start(folder / name, data)
+        overwrite_start(folder / name, data, sync)
     for name, data in spool.read(plan.after):
         write_whole(folder / name, data)
     return peak
