@@ -48,7 +48,6 @@ def hf_to_dist(
     workers: int = 2,
     overwrite: bool = False,
     verify: bool = False,
-    sync: bool = True,
     say: Say = lambda line: None,
 ) -> Summary:
     """Convert the Hugging Face checkpoint in folder `hf` to a distributed one in `dist`, with all that training needs beside the weights.
@@ -59,7 +58,6 @@ def hf_to_dist(
         workers: number of processes.
         overwrite: replace what an earlier conversion wrote to `dist`.
         verify: read everything back and compare it, before `dist` appears.
-        sync: wait for the disk; only a measurement goes without.
         say: is given lines for the user.
 
     Raises:
@@ -72,7 +70,7 @@ def hf_to_dist(
     with built_beside(dist, say) as partial:
         folder = partial / RELEASE
         folder.mkdir()
-        peak = max(peak, _move(plan, spool, folder, workers, "to distributed", sync))
+        peak = max(peak, _move(plan, spool, folder, workers, "to distributed"))
         if verify:
             peak = max(peak, _verify(spool, lambda: pairs_with_dist(spool, plan, folder, workers)))
         carry(plan.carried, partial)
@@ -93,7 +91,6 @@ def dist_to_hf(
     workers: int = 2,
     overwrite: bool = False,
     verify: bool = False,
-    sync: bool = True,
     say: Say = lambda line: None,
 ) -> Summary:
     """Convert the distributed checkpoint in folder `dist` to a Hugging Face one in `hf`. Optimizer state beside the weights is passed over.
@@ -105,7 +102,7 @@ def dist_to_hf(
         dtype: "bf16", "fp32" or "keep". The expert bias is always fp32.
         base_hf: the Hugging Face folder that training began with. From it come MTP layers that training did not hold, and, where `dist` has no
             config.json, that and the tokenizer.
-        workers, overwrite, verify, sync, say: as for `hf_to_dist`.
+        workers, overwrite, verify, say: as for `hf_to_dist`.
 
     Raises:
         UserError: the checkpoint is broken, incomplete or not that of the config.json; `hf` cannot be written. Nothing is left behind.
@@ -118,7 +115,7 @@ def dist_to_hf(
     for note in plan.notes:
         say(note)
     with built_beside(hf, say) as partial:
-        peak = max(peak, _move(plan, spool, partial, workers, "to Hugging Face", sync))
+        peak = max(peak, _move(plan, spool, partial, workers, "to Hugging Face"))
         if verify:
             peak = max(peak, _verify(spool, lambda: pairs_with_hf(spool, plan, partial, **shared)))
         carry(plan.carried, partial)
@@ -126,12 +123,12 @@ def dist_to_hf(
     return Summary(plan.num_tensors, plan.num_bytes, time.monotonic() - started, peak)
 
 
-def _move(plan: Plan, spool: Spool, folder: Path, workers: int, what: str, sync: bool) -> int:
+def _move(plan: Plan, spool: Spool, folder: Path, workers: int, what: str) -> int:
     """Write all that is planned; the peak resident memory of all processes, in bytes."""
     shares = [functools.partial(spool.read, part) for part in plan.shares]
-    peak = write(folder, plan.sizes, shares, workers, Progress(what, plan.num_bytes), sync)
+    peak = write(folder, plan.sizes, shares, workers, Progress(what, plan.num_bytes))
     for name, data in spool.read(plan.headers):  # after the tensors: a file that was not finished is none
-        overwrite_start(folder / name, data, sync)
+        overwrite_start(folder / name, data)
     for name, data in spool.read(plan.after):
         write_whole(folder / name, data)
     return peak

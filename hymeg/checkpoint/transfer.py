@@ -38,15 +38,12 @@ class Task(NamedTuple):
     stored_shape: Shape | None = None
 
 
-def write(
-    folder: Path, sizes: Mapping[str, int], shares: Sequence[Callable[[], Iterable[Task]]], workers: int, progress: Progress, sync: bool = True
-) -> int:
+def write(folder: Path, sizes: Mapping[str, int], shares: Sequence[Callable[[], Iterable[Task]]], workers: int, progress: Progress) -> int:
     """Write all tasks into files of `folder` and flush them to disk.
 
     Args:
         sizes: the bytes that each of the files will have.
         shares: dealt to so many workers, processes of their own, a share to whichever has time for it.
-        sync: whether to wait for the disk; only a measurement goes without.
 
     Returns:
         The peak resident memory of the workers and of this process, added up, in bytes.
@@ -56,7 +53,7 @@ def write(
     """
 
     def work(dealt_shares: Iterator[Callable[[], Iterable[Task]]], report: Callable[[int], None]) -> None:
-        with RowReader() as reader, _Writer(folder, sync) as writer:
+        with RowReader() as reader, _Writer(folder) as writer:
             for share in dealt_shares:
                 for task in share():
                     _write_task(reader, task, writer, report)
@@ -72,8 +69,8 @@ def write(
 class _Writer:
     """Writes into the files of a folder, one after the other, and keeps the disk at work meanwhile. A context manager: at its end all is on disk."""
 
-    def __init__(self, folder: Path, sync: bool):
-        self._folder, self._sync = folder, sync
+    def __init__(self, folder: Path):
+        self._folder = folder
         self._pool = ThreadPoolExecutor(1)  # one: a file is closed after what was asked for before
         self._flushes: collections.deque[tuple[Path, Future]] = collections.deque()
         self._path, self._descriptor, self._unflushed = folder, -1, 0
@@ -111,13 +108,13 @@ class _Writer:
         except OSError as error:
             raise _unwritable(self._path, error) from error
         self._unflushed += total
-        if self._sync and self._unflushed >= _SYNC_BYTES:
+        if self._unflushed >= _SYNC_BYTES:
             self._later(os.fdatasync)
         return total
 
     def _leave(self) -> None:
         if self._descriptor >= 0:
-            self._later(_fsync_and_close if self._sync else os.close)
+            self._later(_fsync_and_close)
             self._descriptor = -1
 
     def _later(self, flush: Callable[[int], None]) -> None:

@@ -101,14 +101,13 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
         file.write(data)
 
 
-def overwrite_start(path: str | os.PathLike, data: bytes, sync: bool = True) -> None:
-    """`data` over the first bytes of the file `path`, flushed to disk where `sync`. Raises UserError where it cannot be written."""
+def overwrite_start(path: str | os.PathLike, data: bytes) -> None:
+    """`data` over the first bytes of the file `path`, flushed to disk. Raises UserError where it cannot be written."""
     try:
         with open(path, "r+b") as file:
             file.write(data)
             file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 

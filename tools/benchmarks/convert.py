@@ -2,7 +2,8 @@
 """All that conversion is held to, in one table: time against cp and transformers, memory, planning for Hy3, a large checkpoint in little memory.
 
 Checkpoints are made in a folder inside FOLDER, on the disk to be timed, and removed at the end. Times are of random weights; memory is measured with
-files of holes, which read as zeros and take no room. Each conversion runs in a process of its own.
+files of holes, which read as zeros and take no room. Each conversion runs in a process of its own, where, for a time without fsync, fsync does
+nothing.
 """
 
 import argparse
@@ -33,9 +34,11 @@ from hymeg.hf.safetensors_files import INDEX_FILE, TensorSpec, open_checkpoint, 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = ROOT / "tools" / "convert_checkpoint.py"
 CONVERT = """
-import json, sys
+import json, os, sys
 from hymeg.checkpoint.convert import {function} as convert
-print(json.dumps(convert(sys.argv[1], sys.argv[2], workers={workers}, sync={sync}, **{more})._asdict()))
+if not {sync}:
+    os.fsync = os.fdatasync = lambda descriptor: None
+print(json.dumps(convert(sys.argv[1], sys.argv[2], workers={workers}, **{more})._asdict()))
 """
 TRANSFORMERS = """
 import sys, time
@@ -78,13 +81,13 @@ class Bench:
         self.folder, self.workers, self.repeats = folder, workers, repeats
 
     def speed(self, num_gb: float) -> list[Row]:
-        """Both directions against `cp -r` of the source and against transformers, all to the same place, in turns that begin with another of them
-        each round: what one leaves behind, a busy disk or memory that is quickly had again, does not always meet the same other one."""
+        """Both directions against `cp -r` of the source and against transformers, all from memory to the same place, in turns that begin with another
+        of them each round: what one leaves behind, a busy disk or memory that is quickly had again, does not always meet the same other one."""
         source, dist, target = (self.folder / name for name in ("hf", "dist", "target"))
         self._make_random(source, num_gb)
         self._convert("hf-to-dist", source, dist, sync=True)
         copies = {
-            "cp": lambda sync: (_timed(target, lambda: _copy(source, target, sync)), 0),
+            "cp": lambda sync: (_timed_copy(source, target, sync), 0),
             "hf-to-dist": lambda sync: self._timed_conversion("hf-to-dist", source, target, sync),
             "dist-to-hf": lambda sync: self._timed_conversion("dist-to-hf", dist, target, sync),
         }
@@ -169,11 +172,11 @@ class Bench:
         return rows
 
     def _timed_conversion(self, name: str, given: Path, target: Path, sync: bool) -> tuple[float, int]:
+        _clean(given, target)
         summary = self._convert(name, given, target, sync)
         return summary["seconds"], summary["peak_bytes"]
 
     def _convert(self, name: str, given: Path, target: Path, sync: bool, limit: int | None = None) -> dict:
-        _clean(target)
         more = {"max_shard_bytes": SHARD_BYTES} if name == "dist-to-hf" else {}  # the same files as the source's
         code = CONVERT.format(function=name.replace("-", "_"), workers=self.workers, sync=sync, more=more)
         # One thread a library: each would reserve address space for its own stack and heap.
@@ -231,27 +234,24 @@ def _config(num_gb: float) -> HyConfig:
     return HyConfig.from_dict(SHAPE | {"num_hidden_layers": max(2, round((num_gb - 0.14) / 0.21))})
 
 
-def _copy(source: Path, target: Path, sync: bool) -> None:
-    subprocess.run(["cp", "-r", source, target], check=True)
-    if sync:
-        subprocess.run(["sync", "-f", target], check=True)
-
-
-def _clean(target: Path) -> None:
-    """Nothing at `target`, and an idle disk."""
+def _clean(source: Path, target: Path) -> None:
+    """Nothing at `target`, `source` in memory, which transformers needs so much of that part of it had to go, and an idle disk."""
     shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["cat", *(path for path in source.rglob("*") if path.is_file())], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["sync"], check=True)
 
 
-def _timed(target: Path, work: Callable[[], None]) -> float:
-    _clean(target)
+def _timed_copy(source: Path, target: Path, sync: bool) -> float:
+    _clean(source, target)
     start = time.monotonic()
-    work()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    if sync:
+        subprocess.run(["sync", "-f", target], check=True)
     return time.monotonic() - start
 
 
 def _timed_transformers(source: Path, target: Path) -> float:
-    _clean(target)
+    _clean(source, target)
     done = subprocess.run(
         [sys.executable, "-c", TRANSFORMERS, source, target], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
