@@ -7,7 +7,6 @@ gate and up projections, between KV groups; and no chunk is larger than MAX_CHUN
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from hymeg.checkpoint.dist_files import StoredChunk, StoredTensor
 from hymeg.checkpoint.mapping import Entry, plan
@@ -19,7 +18,7 @@ from hymeg.hf.safetensors_files import ITEM_SIZES
 MAX_CHUNK_BYTES = 64 << 20
 
 
-def plan_dist(config: HyConfig, tensors: Mapping[str, RowTensor], files: Sequence[Path], workers: int) -> tuple[list[Task], dict[str, StoredTensor]]:
+def plan_dist(config: HyConfig, tensors: Mapping[str, RowTensor], files: Sequence[str], workers: int) -> tuple[list[Task], dict[str, StoredTensor]]:
     """Every chunk to write, and where each will lie.
 
     A file holds what is consecutive in the source's.
@@ -74,7 +73,7 @@ def _chunks(entry: Entry, item_size: int) -> Iterator[tuple[tuple[int, ...], tup
         yield (*lead, start + row, 0), (*(1 for _ in lead), min(step, height - row), columns)
 
 
-def _first_byte(task: Task, file_numbers: Mapping[Path, int]) -> tuple[int, int, int]:
+def _first_byte(task: Task, file_numbers: Mapping[str, int]) -> tuple[int, int, int]:
     """Where the task's first row lies in the source, for reading files from beginning to end."""
     low, bands = task.ranges[0][0], task.tensor.bands
     piece = bands[bisect_right(bands, low, key=lambda band: band.start) - 1].pieces[0]

@@ -78,7 +78,7 @@ def plan_to_dist(spool: Spool, hf: Path, dist: Path, workers: int, overwrite: bo
     """From the Hugging Face checkpoint in `hf` to `dist`. Raises UserError as `convert.hf_to_dist` does."""
     source = _open_hf(hf)
     _check_apart(hf, dist)
-    tasks, tensors = plan_dist(source.config, source.tensors, list(dict.fromkeys(entry.file for entry in source.stored.values())), workers)
+    tasks, tensors = plan_dist(source.config, source.tensors, list(dict.fromkeys(str(entry.file) for entry in source.stored.values())), workers)
     sizes = {task.file: task.position + stored_length(task) for task in tasks}  # a file's last task ends it
     carried = carried_files(hf)
     check_target(dist, sum(sizes.values()) + _small_bytes(carried, len(tasks)), overwrite, _DIST_NAMES)

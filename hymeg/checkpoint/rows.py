@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     """Bytes of one file that hold some columns of consecutive rows, from `row` of the stored tensor on. `length` 0: bare elements at `position`;
     otherwise a stored tensor of that many bytes is there, of shape `shape`."""
 
-    file: Path
+    file: str  # not Path, which is slow to compare, hash and pickle
     position: int
     length: int
     shape: Shape
@@ -107,7 +107,7 @@ def _of_stored(folder: Path, key: str, tensor: StoredTensor) -> RowTensor:
     for chunk in tensor.chunks:
         row = 0
         for start, stop in _ranges(tensor.shape, chunk.offset, chunk.shape):
-            piece = Piece(folder / chunk.file, chunk.position, chunk.length, chunk.shape, row, chunk.offset[-1], chunk.shape[-1])
+            piece = Piece(os.path.join(folder, chunk.file), chunk.position, chunk.length, chunk.shape, row, chunk.offset[-1], chunk.shape[-1])
             bands.setdefault((start, stop), []).append(piece)
             row += stop - start
     ordered = (Band(*rows, tuple(sorted(bands[rows], key=lambda piece: piece.first_column))) for rows in sorted(bands))
@@ -129,7 +129,7 @@ def rows_of_hf(entries: list[Entry], tensors: Mapping[str, TensorEntry]) -> dict
             raise UserError(f"{both}, but both are parts of {entry.dist_key}; convert them to one dtype")
         columns, row = entry.hf_shape[-1], 0
         for start, stop in row_ranges(entry):
-            piece = Piece(stored.file, stored.offset, 0, entry.hf_shape, row, 0, columns)
+            piece = Piece(str(stored.file), stored.offset, 0, entry.hf_shape, row, 0, columns)
             bands.setdefault(entry.dist_key, []).append(Band(start, stop, (piece,)))
             row += stop - start
     return {
@@ -147,7 +147,7 @@ class RowReader:
     """Reads rows. A context manager: it keeps files open."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors: dict[str, int] = {}
         self._finder = ElementFinder()
 
     def __enter__(self) -> "RowReader":

@@ -73,7 +73,7 @@ class _Writer:
         self._folder = folder
         self._pool = ThreadPoolExecutor(1)  # one: a file is closed after what was asked for before
         self._flushes: collections.deque[tuple[Path, Future]] = collections.deque()
-        self._path, self._descriptor, self._unflushed = folder, -1, 0
+        self._name, self._path, self._descriptor, self._unflushed = "", folder, -1, 0
 
     def __enter__(self) -> "_Writer":
         return self
@@ -88,13 +88,13 @@ class _Writer:
 
     def open(self, name: str) -> None:
         """What is written next goes to this file, which exists."""
-        path = self._folder / name
-        if path != self._path:
+        if name != self._name:
             self._leave()
+            self._name, self._path = name, self._folder / name
             try:
-                self._path, self._descriptor = path, os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise _unwritable(path, error) from error
+                raise _unwritable(self._path, error) from error
 
     def write(self, buffers: list[bytes | memoryview], position: int) -> int:
         """Write them one after the other, from `position` on, whatever the system takes at once; their bytes."""

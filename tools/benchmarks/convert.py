@@ -210,7 +210,7 @@ class Bench:
         """The distributed checkpoint that `hf` would become, its files holes."""
         config, stored = HyConfig.from_dir(hf), open_checkpoint(hf)
         entries = match_hf_tensors(config, {name: entry.shape for name, entry in stored.items()}).entries
-        _, tensors = plan_dist(config, rows_of_hf(entries, stored), list(dict.fromkeys(entry.file for entry in stored.values())), self.workers)
+        _, tensors = plan_dist(config, rows_of_hf(entries, stored), list(dict.fromkeys(str(entry.file) for entry in stored.values())), self.workers)
         folder = dist / RELEASE
         folder.mkdir(parents=True)
         ends: dict[str, int] = {}
