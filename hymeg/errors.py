@@ -10,15 +10,18 @@ _SECONDS_FOR_RANK_0 = 15
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line: what was wrong (flag, file, key, line), what was found, what is allowed, what to do."""
+    """A mistake the user can mend. The message is one line: what was wrong (flag, file, key, line), what was found,
+    what is allowed, what to do.
+    """
 
 
 @contextlib.contextmanager
 def exit_on_user_error():
     """Turn a `UserError` into one line and exit code 2. Every command line runs inside this.
 
-    Under a launcher rank 0 speaks for all. The others wait for it: the launcher ends every rank as soon as one has failed, and must not end rank 0
-    before it has spoken. A rank that is still alive then was alone with its error and says it itself.
+    Under a launcher rank 0 speaks for all. The others wait for it: the launcher ends every rank as soon as one has
+    failed, and must not end rank 0 before it has spoken. A rank that is still alive then was alone with its error and
+    says it itself.
     """
     try:
         yield
@@ -28,6 +31,7 @@ def exit_on_user_error():
             time.sleep(_SECONDS_FOR_RANK_0)
         where = f"rank {rank}: " if rank > 0 else ""
         print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        # No clean-up: a process group would wait for ranks that are gone, and no file is half-written (they appear whole or not at all).
+        # No clean-up: a process group would wait for ranks that are gone, and no file is half-written (they appear
+        # whole or not at all).
         sys.stdout.flush()
         os._exit(EXIT_CODE)

@@ -7,14 +7,18 @@ import pytest
 
 
 def pytest_configure():
-    """Most machines allow a process 1,024 open files, and more if it asks: a world in which many cases run has process groups by the hundred."""
+    """Most machines allow a process 1,024 open files, and more if it asks: a world in which many cases run has process
+    groups by the hundred.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """What shares fixtures that are dear goes to one process: a room with its worlds or its cluster, elsewhere a file."""
+    """What shares fixtures that are dear goes to one process: a room with its worlds or its cluster, elsewhere a
+    file.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByRoom(LoadScopeScheduling):

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Compare two checkpoints, Hugging Face or distributed on either side, tensor by tensor and bit by bit. Exit code 1 on any difference."""
+"""Compare two checkpoints, Hugging Face or distributed on either side, tensor by tensor and bit by bit. Exit code 1 on
+any difference.
+"""
 
 import argparse
 import sys
@@ -13,7 +15,11 @@ def main() -> None:
     parser.add_argument("a", metavar="A", help="folder of a checkpoint")
     parser.add_argument("b", metavar="B", help="folder of another")
     parser.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="X", help="absolute difference that is none; dtypes may differ then (default: 0)"
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="absolute difference that is none; dtypes may differ then (default: 0)",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
     args = parser.parse_args()

@@ -21,16 +21,33 @@ def main() -> None:
     to_hf.add_argument("--dist", required=True, metavar="DIR", help="folder to read, with its tracker file")
     to_hf.add_argument("--hf", required=True, metavar="DIR", help="folder to write; must be empty or not exist")
     to_hf.add_argument("--iteration", type=int, metavar="N", help="which one (default: the one that the tracker names)")
-    to_hf.add_argument("--layout", choices=HF_LAYOUTS, default="hub", help="tensor names: as published, or as in transformers' memory (default: hub)")
-    to_hf.add_argument("--shard-size", default="5GB", metavar="BYTES", help="largest safetensors file, such as 500MB (default: 5GB)")
-    to_hf.add_argument("--dtype", choices=DTYPES, default="keep", help="of all tensors but the fp32 expert bias (default: keep)")
-    to_hf.add_argument("--base-hf", metavar="DIR", help="Hugging Face folder that training began with: for what the checkpoint does not hold")
+    to_hf.add_argument(
+        "--layout",
+        choices=HF_LAYOUTS,
+        default="hub",
+        help="tensor names: as published, or as in transformers' memory (default: hub)",
+    )
+    to_hf.add_argument(
+        "--shard-size", default="5GB", metavar="BYTES", help="largest safetensors file, such as 500MB (default: 5GB)"
+    )
+    to_hf.add_argument(
+        "--dtype", choices=DTYPES, default="keep", help="of all tensors but the fp32 expert bias (default: keep)"
+    )
+    to_hf.add_argument(
+        "--base-hf",
+        metavar="DIR",
+        help="Hugging Face folder that training began with: for what the checkpoint does not hold",
+    )
     for command in (to_dist, to_hf):
         command.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
         command.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
-        command.add_argument("--verify", action="store_true", help="read everything back and compare it, before the folder appears")
+        command.add_argument(
+            "--verify", action="store_true", help="read everything back and compare it, before the folder appears"
+        )
     inspect.add_argument("folder", metavar="DIR", help="Hugging Face or distributed checkpoint")
-    inspect.add_argument("--iteration", type=int, metavar="N", help="of a distributed one (default: the one that the tracker names)")
+    inspect.add_argument(
+        "--iteration", type=int, metavar="N", help="of a distributed one (default: the one that the tracker names)"
+    )
     args = parser.parse_args()
 
     with exit_on_user_error():
@@ -39,13 +56,26 @@ def main() -> None:
             return
         if not 1 <= args.workers <= 256:
             raise UserError(f"--workers {args.workers}: 1 to 256 are possible")
-        shared = {"workers": args.workers, "overwrite": args.overwrite, "verify": args.verify, "say": lambda line: print(line, flush=True)}
+        shared = {
+            "workers": args.workers,
+            "overwrite": args.overwrite,
+            "verify": args.verify,
+            "say": lambda line: print(line, flush=True),
+        }
         try:
             if args.command == "hf-to-dist":
                 target, summary = args.dist, hf_to_dist(args.hf, args.dist, **shared)
             else:
-                options = {"iteration": args.iteration, "layout": args.layout, "dtype": args.dtype, "base_hf": args.base_hf}
-                target, summary = args.hf, dist_to_hf(args.dist, args.hf, max_shard_bytes=parse_bytes(args.shard_size), **options, **shared)
+                options = {
+                    "iteration": args.iteration,
+                    "layout": args.layout,
+                    "dtype": args.dtype,
+                    "base_hf": args.base_hf,
+                }
+                target, summary = (
+                    args.hf,
+                    dist_to_hf(args.dist, args.hf, max_shard_bytes=parse_bytes(args.shard_size), **options, **shared),
+                )
         except KeyboardInterrupt:
             raise UserError("interrupted; nothing was left behind") from None
         print(f"{target}: {summary}{', verified' if args.verify else ''}")

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""A tour of hymeg on CPU, in a few minutes: a Hugging Face checkpoint trains on four processes, in two layouts, is fine-tuned,
-and becomes one again.
+"""A tour of hymeg on CPU, in a few minutes: a Hugging Face checkpoint trains on four processes, in two layouts, is
+fine-tuned, and becomes one again.
 
-Every step is a command line, printed before it runs, for you to type yourself. Here is only their order; what shows them is in tools/tour.
+Every step is a command line, printed before it runs, for you to type yourself. Here is only their order; what shows
+them is in tools/tour.
 """
 
 import argparse
@@ -42,20 +43,31 @@ class Tour:
     def __init__(self, out: Path, num_steps: int):
         self.out, self.num_steps = out, num_steps
         self.last_step = num_steps + max(NUM_STEPS_TWICE, num_steps // 3)
-        self.model, self.dist, self.back, self.export = (shown(out / name) for name in ("model", "distributed", "back", "export"))
+        self.model, self.dist, self.back, self.export = (
+            shown(out / name) for name in ("model", "distributed", "back", "export")
+        )
         self.saves, self.tuned, self.curves = (shown(out / name) for name in ("checkpoints", "tuned", "tensorboard"))
         self.picture, self.data = shown(out / "loss.png"), shown(out / "udhr")
-        self.python, self.torchrun = shown(Path(sys.executable)), shown(Path(sysconfig.get_path("scripts")) / "torchrun")
-        self.settings = f"--config {TINY}/pretrain_fp32.yaml --hf-model {self.model} --data-path {self.data}_text_document"
+        self.python, self.torchrun = (
+            shown(Path(sys.executable)),
+            shown(Path(sysconfig.get_path("scripts")) / "torchrun"),
+        )
+        self.settings = (
+            f"--config {TINY}/pretrain_fp32.yaml --hf-model {self.model} --data-path {self.data}_text_document"
+        )
         self.launch = f"env HYMEG_PLATFORM=cpu {self.torchrun} --standalone --nproc-per-node 4 pretrain_hy.py"
         self.rows: list[Row] = []
 
     def __call__(self) -> None:
         print(
-            "A tiny Hy-MT2 trains on real text, then on translations, over four processes on this machine's CPU: four to five minutes. "
+            "A tiny Hy-MT2 trains on real text, then on translations, over four processes on this machine's CPU: four "
+            "to five minutes. "
             f"All it makes: {shown(self.out)}"
         )
-        print("Layouts: TP tensor, PP pipeline, EP expert, CP context, DP data parallel; a number says over how many processes.")
+        print(
+            "Layouts: TP tensor, PP pipeline, EP expert, CP context, DP data parallel; a number says over how many "
+            "processes."
+        )
         self.prepare()
         self.pretrain()
         self.tune()
@@ -67,9 +79,16 @@ class Tour:
         convert, texts = f"{self.python} tools/convert_checkpoint.py", " ".join(TEXTS)
         make = f"{self.python} tools/make_tiny_checkpoint.py {self.model} --config {TINY}/config.json --dtype fp32"
         self.step("make a tiny Hy-MT2 of random weights", "", "model", make)
-        self.step("convert it for training", "", "to-distributed", f"{convert} hf-to-dist --hf {self.model} --dist {self.dist} --verify")
+        self.step(
+            "convert it for training",
+            "",
+            "to-distributed",
+            f"{convert} hf-to-dist --hf {self.model} --dist {self.dist} --verify",
+        )
         self.step("and back", "", "back", f"{convert} dist-to-hf --dist {self.dist} --hf {self.back}")
-        self.step("compare, bit by bit", "", "compare", f"{self.python} tools/compare_checkpoints.py {self.model} {self.back}")
+        self.step(
+            "compare, bit by bit", "", "compare", f"{self.python} tools/compare_checkpoints.py {self.model} {self.back}"
+        )
         encode = f"{self.python} tools/preprocess_data.py --input {texts} --output {self.data} --tokenizer {self.model} --append-eod"
         self.step("turn text in five languages into tokens", "", "data", encode)
 
@@ -77,7 +96,9 @@ class Tour:
         """Under one layout, then from its checkpoint under another, for some steps under both."""
         stop = f"--save-interval {self.num_steps} --exit-interval {self.num_steps + NUM_STEPS_TWICE}"
         first = self.train(f"train, save at step {self.num_steps}", FIRST, "first", f"--load {self.dist} {stop}")
-        second = self.train(f"resume from step {self.num_steps}", SECOND, "second", f"--load {self.saves} --ckpt-step {self.num_steps}")
+        second = self.train(
+            f"resume from step {self.num_steps}", SECOND, "second", f"--load {self.saves} --ckpt-step {self.num_steps}"
+        )
         difference = compare(first, second, self.out / "second.log")
         draw(first, second, self.num_steps, self.out / "loss.png")
         how_well = f"to {difference:.0e}" if difference else "to the last digit printed"
@@ -90,7 +111,9 @@ class Tour:
         before = f"env HYMEG_PLATFORM=cpu {self.python} pretrain_hy.py {settings} {load} --skip-train"
         self.step("its loss on held-out translations, so far", "", "untuned", before, TrainingScreen())
         save = f"--save {self.tuned} {LAYOUTS[SECOND]}"
-        self.step("fine-tune it on translations", SECOND, "tuned", f"{self.launch} {settings} {load} {save}", TrainingScreen())
+        self.step(
+            "fine-tune it on translations", SECOND, "tuned", f"{self.launch} {settings} {load} {save}", TrainingScreen()
+        )
 
     def publish(self) -> None:
         """What was trained as a Hugging Face checkpoint, and what transformers makes of it."""
@@ -108,10 +131,14 @@ class Tour:
     def train(self, what: str, layout: str, name: str, load: str) -> dict[int, float]:
         """Returns step -> loss."""
         save = f"--train-iters {self.last_step} --save {self.saves} --tensorboard-dir {shown(self.out / 'tensorboard' / name)}"
-        self.step(what, layout, name, f"{self.launch} {self.settings} {load} {save} {LAYOUTS[layout]}", TrainingScreen())
+        self.step(
+            what, layout, name, f"{self.launch} {self.settings} {load} {save} {LAYOUTS[layout]}", TrainingScreen()
+        )
         losses = read_losses(self.out / "tensorboard" / name)
         begin, end = min(losses), max(losses)
-        self.rows[-1] = self.rows[-1]._replace(result=f"steps {begin} to {end}: loss {losses[begin]:.2f} to {losses[end]:.2f}")
+        self.rows[-1] = self.rows[-1]._replace(
+            result=f"steps {begin} to {end}: loss {losses[begin]:.2f} to {losses[end]:.2f}"
+        )
         return losses
 
     def finish(self) -> None:
@@ -131,14 +158,25 @@ class Tour:
         for what, where in places.items():
             print(f"{what:12} {where}")
         alone = f"env HYMEG_PLATFORM=cpu {self.python} pretrain_hy.py {self.settings} --load {self.saves} --train-iters {self.last_step + 20}"
-        print(f"\nSee all figures:\n\n  {shown(Path(sysconfig.get_path('scripts')) / 'tensorboard')} --logdir {self.curves}")
+        print(
+            f"\nSee all figures:\n\n  {shown(Path(sysconfig.get_path('scripts')) / 'tensorboard')} --logdir "
+            f"{self.curves}"
+        )
         print(f"\nGo on from the last checkpoint with one process:\n\n  {wrapped(alone)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=ROOT / "out" / "demo", type=Path, metavar="DIR", help="where all goes (default: out/demo, which is emptied)")
-    parser.add_argument("--steps", default=60, type=int, metavar="N", help="steps before the change of layout (default: 60)")
+    parser.add_argument(
+        "--out",
+        default=ROOT / "out" / "demo",
+        type=Path,
+        metavar="DIR",
+        help="where all goes (default: out/demo, which is emptied)",
+    )
+    parser.add_argument(
+        "--steps", default=60, type=int, metavar="N", help="steps before the change of layout (default: 60)"
+    )
     args = parser.parse_args()
     out = args.out.resolve()
     if args.steps < 10:

@@ -4,8 +4,9 @@
     tools/inspect_data.py rows.jsonl --tokenizer Hy-MT2-30B-A3B --seq-length 4096
     tools/inspect_data.py rows.jsonl --tokenizer Hy-MT2-30B-A3B --row 7
 
-The first counts rows, tokens, trained tokens and lengths, and says what --seq-length would cut and how full packed sequences are. The second prints
-the row in line 7 token by token ("|" between tokens): what is trained is green on a terminal, elsewhere between ⟦ and ⟧.
+The first counts rows, tokens, trained tokens and lengths, and says what --seq-length would cut and how full packed
+sequences are. The second prints the row in line 7 token by token ("|" between tokens): what is trained is green on a
+terminal, elsewhere between ⟦ and ⟧.
 """
 
 import argparse
@@ -44,7 +45,9 @@ def print_row(encoder: ChatEncoder, tokens: Tokens, seq_length: int | None) -> N
         print(f"longer than --seq-length {seq_length:,} holds ({seq_length + 1:,} tokens)")
     before, after = (GREEN, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
     line = []
-    for trained, group in itertools.groupby(zip(tokens.token_ids.tolist(), tokens.trained.tolist(), strict=True), key=lambda pair: pair[1]):
+    for trained, group in itertools.groupby(
+        zip(tokens.token_ids.tolist(), tokens.trained.tolist(), strict=True), key=lambda pair: pair[1]
+    ):
         text = "|".join(token_texts(encoder, [token_id for token_id, _ in group]))
         line.append(f"{before}{text}{after}" if trained else text)
     print("|".join(line))
@@ -53,7 +56,10 @@ def print_row(encoder: ChatEncoder, tokens: Tokens, seq_length: int | None) -> N
 def print_summary(summary: Summary) -> None:
     lengths, num_rows, num_tokens = summary.lengths, len(summary.lengths), int(summary.lengths.sum())
     print(f"rows      {num_rows:,}")
-    print(f"tokens    {num_tokens:,}; a row has {lengths.min():,} to {lengths.max():,}, {np.median(lengths):,.0f} in the middle")
+    print(
+        f"tokens    {num_tokens:,}; a row has {lengths.min():,} to {lengths.max():,}, {np.median(lengths):,.0f} in the "
+        "middle"
+    )
     print(f"trained   {summary.num_trained.sum():,} tokens, {summary.num_trained.sum() / num_tokens:.1%}")
     classes = histogram(lengths)
     largest = max(count for _, _, count in classes)
@@ -65,8 +71,14 @@ def print_summary(summary: Summary) -> None:
 def print_fit(fitted: Fit, num_rows: int, seq_length: int) -> None:
     print(f"\n--seq-length {seq_length:,}, which holds {seq_length + 1:,} tokens of a row")
     if fitted.num_too_long:
-        print(f"too long  {fitted.num_too_long:,} rows ({fitted.num_too_long / num_rows:.1%}), {fitted.num_tokens_over:,} tokens over:")
-        print("          --sft-truncation error (the default) refuses the file, drop leaves the rows out, left and right cut the tokens off;")
+        print(
+            f"too long  {fitted.num_too_long:,} rows ({fitted.num_too_long / num_rows:.1%}), "
+            f"{fitted.num_tokens_over:,} tokens over:"
+        )
+        print(
+            "          --sft-truncation error (the default) refuses the file, drop leaves the rows out, left and right "
+            "cut the tokens off;"
+        )
         print(f"          cut on the right, {fitted.num_untrained:,} rows would have no trained token left")
     else:
         print("too long  none: nothing would be cut or dropped")
@@ -76,11 +88,17 @@ def print_fit(fitted: Fit, num_rows: int, seq_length: int) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE", help="conversations or translations, one a line (hymeg/data/rows.py describes them)")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the checkpoint's folder, or another with its tokenizer files")
+    parser.add_argument(
+        "file", metavar="FILE", help="conversations or translations, one a line (hymeg/data/rows.py describes them)"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="the checkpoint's folder, or another with its tokenizer files"
+    )
     parser.add_argument("--row", type=int, metavar="N", help="show the row in line N")
     parser.add_argument("--seq-length", type=int, metavar="S", help="say what sequences of S tokens would hold")
-    parser.add_argument("--translation-prompts", metavar="FILE.json", help="further kinds of prompts for translation rows")
+    parser.add_argument(
+        "--translation-prompts", metavar="FILE.json", help="further kinds of prompts for translation rows"
+    )
     return parser.parse_args()
 
 
@@ -100,7 +118,10 @@ def main() -> None:
         if args.seq_length is not None:
             print_fit(fit(summary, args.seq_length), len(summary.lengths), args.seq_length)
     if summary.bad_rows:
-        raise UserError(f"rows that cannot be trained on: {summary.bad_rows:,}; training stops at the first: {summary.first_bad_row}")
+        raise UserError(
+            f"rows that cannot be trained on: {summary.bad_rows:,}; training stops at the first: "
+            f"{summary.first_bad_row}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Write a checkpoint of random weights in the form of Hy-MT2's: a tiny one, or of any shape that a config.json gives."""
+"""Write a checkpoint of random weights in the form of Hy-MT2's: a tiny one, or of any shape that a config.json
+gives.
+"""
 
 import argparse
 import time
@@ -14,12 +16,25 @@ from hymeg.hf.tiny_checkpoint import DTYPES, LAYOUTS, write_tiny_checkpoint
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", metavar="OUT", help="folder to write to; must be empty or not exist")
-    parser.add_argument("--config", metavar="FILE", help="config.json that gives the shape (default: a tiny Hy-MT2, 0.4 M parameters)")
-    parser.add_argument("--layout", choices=LAYOUTS, default="hub", help="tensor names: as published, or as in transformers' memory (default: hub)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all tensors but the fp32 expert bias (default: bf16)")
-    parser.add_argument("--shard-size", default="5GB", metavar="BYTES", help="largest safetensors file, such as 500MB (default: 5GB)")
+    parser.add_argument(
+        "--config", metavar="FILE", help="config.json that gives the shape (default: a tiny Hy-MT2, 0.4 M parameters)"
+    )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="hub",
+        help="tensor names: as published, or as in transformers' memory (default: hub)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="of all tensors but the fp32 expert bias (default: bf16)"
+    )
+    parser.add_argument(
+        "--shard-size", default="5GB", metavar="BYTES", help="largest safetensors file, such as 500MB (default: 5GB)"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the random weights (default: 1234)")
-    parser.add_argument("--mtp", type=int, metavar="N", help="number of multi-token-prediction layers (default: the config's)")
+    parser.add_argument(
+        "--mtp", type=int, metavar="N", help="number of multi-token-prediction layers (default: the config's)"
+    )
     args = parser.parse_args()
 
     with exit_on_user_error():
@@ -35,7 +50,10 @@ def main() -> None:
         )
         tensors = open_checkpoint(args.out).values()
         num_files, num_bytes = len({tensor.file for tensor in tensors}), sum(tensor.nbytes for tensor in tensors)
-        print(f"{args.out}: {len(tensors)} tensors, {num_bytes / 1e6:,.1f} MB in {num_files} file(s), {time.monotonic() - start:.1f} s")
+        print(
+            f"{args.out}: {len(tensors)} tensors, {num_bytes / 1e6:,.1f} MB in {num_files} file(s), "
+            f"{time.monotonic() - start:.1f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Which layouts of a model fit on a cluster, how fast each would be, and what to submit: without a GPU, in seconds.
 
-    python tools/plan.py --hf DIR --gpus 64 --seq-length 4096 --global-batch-size 1024 [any flag of pretrain_hy.py: it is kept]
-    python tools/plan.py --hf DIR --config recipe.yaml --gpus 64
+    python tools/plan.py --hf DIR --gpus 64 --seq-length 4096 --global-batch-size 1024 [any flag of pretrain_hy.py: it
+    is kept] python tools/plan.py --hf DIR --config recipe.yaml --gpus 64
 
 With a recipe that recipe is judged as it stands; with --search it fixes what it says, and the rest is chosen.
 """
@@ -24,30 +24,48 @@ CHOSEN = {  # field of Layout -> destinations of the flags that fix it
     "expert_model_parallel_size": ("expert_model_parallel_size",),
     "expert_tensor_parallel_size": ("expert_tensor_parallel_size",),
     "micro_batch_size": ("micro_batch_size",),
-    "virtual_pipeline_model_parallel_size": ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
+    "virtual_pipeline_model_parallel_size": (
+        "num_virtual_stages_per_pipeline_rank",
+        "num_layers_per_virtual_pipeline_stage",
+    ),
     "pipeline_model_parallel_layout": ("pipeline_model_parallel_layout",),
 }
-ASSUMED = ("bf16", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")  # on where a search is free to choose
+ASSUMED = (
+    "bf16",
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+)  # on where a search is free to choose
 
 
 def own_arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.error = _error
     parser.add_argument("--hf", metavar="DIR", help="folder with the model's config.json")
     parser.add_argument("--config", metavar="FILE.yaml", help="a recipe, judged as it stands")
     parser.add_argument("--search", action="store_true", help="with --config: choose what the recipe does not set")
     parser.add_argument("--gpus", type=int, metavar="N", required=True, help="GPUs of the job")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of them in one node, joined by NVLink (default: 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU, as in its name (default: 80)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="of them in one node, joined by NVLink (default: 8)"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU, as in its name (default: 80)"
+    )
     parser.add_argument("--gpu", metavar="NAME", help="its speed: A100, H100, H200, ... (default: by its memory)")
-    parser.add_argument("--network-gbps", type=float, default=400, metavar="X", help="Gbit/s between nodes for each GPU (default: 400)")
+    parser.add_argument(
+        "--network-gbps", type=float, default=400, metavar="X", help="Gbit/s between nodes for each GPU (default: 400)"
+    )
     imbalance = "tokens of the busiest expert-parallel rank over the mean (default: 1.2)"
     parser.add_argument("--imbalance", type=float, default=1.2, metavar="X", help=imbalance)
     parser.add_argument("--experts-across-nodes", action="store_true", help="let expert parallelism leave the node")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts to list (default: 5)")
     explain = "the K-th layout stage by stage, checked against Megatron's objects on the meta device"
     parser.add_argument("--explain", type=int, nargs="?", const=1, metavar="K", help=explain)
-    parser.add_argument("--picture", metavar="FILE.png", help="with --explain: its memory as a picture (default: plan.png)")
+    parser.add_argument(
+        "--picture", metavar="FILE.png", help="with --explain: its memory as a picture (default: plan.png)"
+    )
     parser.add_argument("--write", metavar="FILE.yaml", help="write the best layout, or the explained one, as a recipe")
     parser.add_argument("--sbatch", metavar="FILE", help="with --write: write the job too")
     return parser
@@ -66,13 +84,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(own: argparse.Namespace) -> None:
-    for name, least in (("gpus", 1), ("gpus_per_node", 1), ("gpu_memory", 4), ("network_gbps", 1e-9), ("imbalance", 1), ("top", 1)):
+    for name, least in (
+        ("gpus", 1),
+        ("gpus_per_node", 1),
+        ("gpu_memory", 4),
+        ("network_gbps", 1e-9),
+        ("imbalance", 1),
+        ("top", 1),
+    ):
         value = getattr(own, name)
         if not least <= value < 1e6:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: {'a positive number' if least < 1 else f'{least} or more'} is needed")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value:g}: {'a positive number' if least < 1 else f'{least} or more'} is "
+                "needed"
+            )
     if own.gpus > own.gpus_per_node and own.gpus % own.gpus_per_node:
         below = own.gpus // own.gpus_per_node * own.gpus_per_node
-        raise UserError(f"--gpus {own.gpus}: whole nodes of {own.gpus_per_node} are needed; use {below} or {below + own.gpus_per_node}")
+        raise UserError(
+            f"--gpus {own.gpus}: whole nodes of {own.gpus_per_node} are needed; use {below} or "
+            f"{below + own.gpus_per_node}"
+        )
     if own.hf is None and own.config is None:
         raise UserError("--hf is missing: give the folder that holds the model's config.json")
     if own.sbatch is not None and own.write is None:
@@ -119,9 +150,15 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
                 fixed.add("grads_in_fp32")
             if "recompute_activations" in args.explicit:
                 fixed.add("recompute_granularity")
-            settings = dataclasses.replace(settings, **dict.fromkeys([name for name in ASSUMED if name not in args.explicit], True))
+            settings = dataclasses.replace(
+                settings, **dict.fromkeys([name for name in ASSUMED if name not in args.explicit], True)
+            )
             found = planner.search(layout, free, settings, fixed)
-            found = found._replace(fitting=[planner.plan(one.layout, one.settings) for one in found.fitting[: max(own.top, own.explain or 1)]])
+            found = found._replace(
+                fitting=[
+                    planner.plan(one.layout, one.settings) for one in found.fitting[: max(own.top, own.explain or 1)]
+                ]
+            )
     print("\n".join(report.listed(found, machine, own.top)))
     _details(own, args, planner, found)
     _say_whether_it_fits(planner, found.fitting[0])
@@ -160,7 +197,11 @@ def _details(own: argparse.Namespace, args: argparse.Namespace, planner, found) 
         kept = {name: value for name, value in args.said.items() if name.replace("-", "_") not in decided}
         flags = report.flags_of(chosen.layout, chosen.settings)
         settings = flags | kept | flags  # in this order; the plan's values
-        _write(own.write, "--write", "\n".join([*report.comment(chosen, machine), *itertools.starmap(setting_line, settings.items())]) + "\n")
+        _write(
+            own.write,
+            "--write",
+            "\n".join([*report.comment(chosen, machine), *itertools.starmap(setting_line, settings.items())]) + "\n",
+        )
         print(f"recipe: {own.write}")
     if own.sbatch is not None:
         _write(own.sbatch, "--sbatch", report.job(own.write, machine, own.hf or args.hf_model))
@@ -182,7 +223,9 @@ def _write(path: str, flag: str, text: str) -> None:
     try:
         Path(path).write_text(text)
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; give a file in a folder that exists and can be written") from None
+        raise UserError(
+            f"{flag} {path}: {error.strerror}; give a file in a folder that exists and can be written"
+        ) from None
 
 
 def _say_whether_it_fits(planner, chosen) -> None:
@@ -192,8 +235,10 @@ def _say_whether_it_fits(planner, chosen) -> None:
     if not planner.fits(chosen):
         device = planner.machine.device
         raise UserError(
-            f"--gpu-memory {device.gpu_memory:g}: the layout needs {chosen.peak / GIB:.1f} GiB and {device.reserve / GIB:.1f} GiB of reserve "
-            f"({why(chosen)}); recompute more, cut the model further, or run plan.py without --config for the layouts that fit"
+            f"--gpu-memory {device.gpu_memory:g}: the layout needs {chosen.peak / GIB:.1f} GiB and "
+            f"{device.reserve / GIB:.1f} GiB of reserve "
+            f"({why(chosen)}); recompute more, cut the model further, or run plan.py without --config for the layouts "
+            "that fit"
         )
 
 

@@ -36,7 +36,11 @@ class Reporter:
             self.bar.update(progress.num_bytes_read - self.bar.n)
         elif now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            print(f"{progress.num_bytes_read / progress.total_bytes:.1%} read: {self.counts(progress)}", file=sys.stderr, flush=True)
+            print(
+                f"{progress.num_bytes_read / progress.total_bytes:.1%} read: {self.counts(progress)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def counts(self, progress: Progress) -> str:
         seconds = max(time.monotonic() - self.start, 1e-3)
@@ -56,12 +60,34 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="JSON lines (.jsonl, .json, .ndjson), text (.txt), both also as .gz or .zst, or .parquet",
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="the files are PREFIX_KEY_document.bin and .idx")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the checkpoint's folder, or another with its tokenizer files")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of a row to tokenize, a dataset each (default: text)")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's EOS token; pre-training wants it")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1, with the tokenizer's own threads)")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="count bad rows and go on, instead of stopping at the first")
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="the files are PREFIX_KEY_document.bin and .idx"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="the checkpoint's folder, or another with its tokenizer files"
+    )
+    parser.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys of a row to tokenize, a dataset each (default: text)",
+    )
+    parser.add_argument(
+        "--append-eod",
+        action="store_true",
+        help="end each document with the tokenizer's EOS token; pre-training wants it",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that tokenize (default: 1, with the tokenizer's own threads)",
+    )
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="count bad rows and go on, instead of stopping at the first"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files of the same names")
     return parser.parse_args()
 

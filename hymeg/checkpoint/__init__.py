@@ -1,1 +1,3 @@
-"""Checkpoints: which tensor goes where, both formats, conversion, comparison. Nothing is imported here, so that `mapping` stays free of torch."""
+"""Checkpoints: which tensor goes where, both formats, conversion, comparison. Nothing is imported here, so that
+`mapping` stays free of torch.
+"""

@@ -1,6 +1,8 @@
-"""The mapping applied to tensors in memory: Hugging Face state dicts to and from distributed ones, and straight into and out of a Megatron model.
+"""The mapping applied to tensors in memory: Hugging Face state dicts to and from distributed ones, and straight into
+and out of a Megatron model.
 
-Checkpoint files are not touched here, and Megatron is imported only where a model is given. Names and places come from `hymeg.checkpoint.mapping`.
+Checkpoint files are not touched here, and Megatron is imported only where a model is given. Names and places come from
+`hymeg.checkpoint.mapping`.
 """
 
 import itertools
@@ -11,7 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hymeg.checkpoint.mapping import VOCABULARY_KEYS, Entry, check_distributed_tensors, distributed_shapes, fits, match_hf_tensors, plan
+from hymeg.checkpoint.mapping import (
+    VOCABULARY_KEYS,
+    Entry,
+    check_distributed_tensors,
+    distributed_shapes,
+    fits,
+    match_hf_tensors,
+    plan,
+)
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 
@@ -24,8 +34,9 @@ StateDict = Mapping[str, torch.Tensor]
 class HyStateDictAdapter:
     """Converts the state dicts of one model, in the manner of NeMo Automodel's state dict adapters.
 
-    Distributed keys are global: `mlp.experts.experts.linear_fc1.weight` holds all experts, [num_experts, 2 * moe_intermediate_size, hidden_size].
-    dtypes are kept, except that the expert bias becomes fp32. A tensor that both sides hold in the same form is passed on, not copied.
+    Distributed keys are global: `mlp.experts.experts.linear_fc1.weight` holds all experts, [num_experts, 2 *
+    moe_intermediate_size, hidden_size]. dtypes are kept, except that the expert bias becomes fp32. A tensor that both
+    sides hold in the same form is passed on, not copied.
     """
 
     def __init__(self, config: HyConfig):
@@ -36,19 +47,27 @@ class HyStateDictAdapter:
         """The distributed state dict of a Hugging Face one, whose layout is told by its names.
 
         Args:
-            state_dict: every tensor of the model. Copies of the trunk's tensors in MTP layers are left out, as the mapping says.
-            padded_vocab_size: rows of embedding and output layer; those beyond the vocabulary are zero. None: no padding.
+            state_dict: every tensor of the model. Copies of the trunk's tensors in MTP layers are left out, as the
+                mapping says.
+            padded_vocab_size: rows of embedding and output layer; those beyond the vocabulary are zero. None: no
+                padding.
 
         Raises:
-            UserError: a tensor is missing, unexpected or of a wrong shape; tensors that become one differ in dtype; padded_vocab_size is too small.
+            UserError: a tensor is missing, unexpected or of a wrong shape; tensors that become one differ in dtype;
+                padded_vocab_size is too small.
         """
         rows = self.config.vocab_size if padded_vocab_size is None else padded_vocab_size
         if rows < self.config.vocab_size:
-            raise UserError(f"padded_vocab_size is {rows}; at least vocab_size ({self.config.vocab_size} in config.json) is needed")
+            raise UserError(
+                f"padded_vocab_size is {rows}; at least vocab_size ({self.config.vocab_size} in config.json) is needed"
+            )
         return {key: _assemble(entries, state_dict, rows) for key, entries in self._match(state_dict).items()}
 
-    def to_hf(self, state_dict: StateDict, exclude_key_regex: str | None = None, layout: str = "hub") -> dict[str, torch.Tensor]:
-        """The Hugging Face state dict of a distributed one. Padding rows of the vocabulary are cut off; no two results share memory.
+    def to_hf(
+        self, state_dict: StateDict, exclude_key_regex: str | None = None, layout: str = "hub"
+    ) -> dict[str, torch.Tensor]:
+        """The Hugging Face state dict of a distributed one. Padding rows of the vocabulary are cut off; no two results
+        share memory.
 
         Args:
             state_dict: every tensor of the model, whole.
@@ -66,7 +85,9 @@ class HyStateDictAdapter:
             if excluded is None or not excluded.match(entry.hf_name)
         }
 
-    def convert_single_tensor_to_hf(self, name: str, tensor: torch.Tensor, layout: str = "hub") -> list[tuple[str, torch.Tensor]]:
+    def convert_single_tensor_to_hf(
+        self, name: str, tensor: torch.Tensor, layout: str = "hub"
+    ) -> list[tuple[str, torch.Tensor]]:
         """The Hugging Face tensors, (name, tensor), that the one distributed tensor of key `name` holds.
 
         Raises:
@@ -76,21 +97,26 @@ class HyStateDictAdapter:
             self._plans[layout] = _by_key(plan(self.config, layout))
         entries = self._plans[layout].get(name)
         if entries is None or not fits(name, tuple(tensor.shape), entries[0].dist_shape):
-            check_distributed_tensors(self.config, {name: tuple(tensor.shape)}, required=())  # raises, and says what is wrong
+            check_distributed_tensors(
+                self.config, {name: tuple(tensor.shape)}, required=()
+            )  # raises, and says what is wrong
         return [(entry.hf_name, _take(entry, tensor)) for entry in entries]
 
     @torch.no_grad()
     def load_into(self, model_chunks: Sequence[torch.nn.Module], hf_state_dict: StateDict) -> None:
-        """Fill this process's part of a Megatron model, whatever its layout, in place and in the model's dtype. Padding rows become zero.
+        """Fill this process's part of a Megatron model, whatever its layout, in place and in the model's dtype. Padding
+        rows become zero.
 
         An optimizer that was built before keeps its own fp32 copy: call its `reload_model_params()`.
 
         Args:
-            model_chunks: what `get_model` returns: one chunk, or several under virtual pipeline parallelism; wrappers (DDP, Float16Module) may be on.
+            model_chunks: what `get_model` returns: one chunk, or several under virtual pipeline parallelism; wrappers
+                (DDP, Float16Module) may be on.
             hf_state_dict: every tensor of the whole model, on every process.
 
         Raises:
-            UserError: the model, config.json and the state dict do not agree on the tensors, their shapes or the number of layers.
+            UserError: the model, config.json and the state dict do not agree on the tensors, their shapes or the number
+                of layers.
         """
         shards_by_key = self._shards(model_chunks)
         for key, entries in self._match(hf_state_dict).items():
@@ -102,17 +128,22 @@ class HyStateDictAdapter:
 
     @torch.no_grad()
     def gather_from(self, model_chunks: Sequence[torch.nn.Module], layout: str = "hub") -> dict[str, torch.Tensor]:
-        """The Hugging Face state dict of a Megatron model all of whose shards are in this process; the inverse of `load_into`.
+        """The Hugging Face state dict of a Megatron model all of whose shards are in this process; the inverse of
+        `load_into`.
 
         Raises:
             UserError: as `load_into`, or a part of the model is in another process.
         """
         shards = self._shards(model_chunks)
-        return self.to_hf({key: _gather(key, shards.get(key, [])) for key in distributed_shapes(self.config)}, layout=layout)
+        return self.to_hf(
+            {key: _gather(key, shards.get(key, [])) for key in distributed_shapes(self.config)}, layout=layout
+        )
 
     def _match(self, state_dict: StateDict) -> dict[str, list[Entry]]:
         """The entries of every distributed tensor, once the state dict is found to be complete."""
-        return _by_key(match_hf_tensors(self.config, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}).entries)
+        return _by_key(
+            match_hf_tensors(self.config, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}).entries
+        )
 
     def _shards(self, model_chunks: Sequence[torch.nn.Module]) -> dict[str, list["ShardedTensor"]]:
         """Every shard that the chunks hold, by key, once the model is found to be the one of config.json."""
@@ -124,13 +155,20 @@ class HyStateDictAdapter:
             ("--mtp-num-layers", "num_nextn_predict_layers", chunks[0].config.mtp_num_layers or 0),
         ):
             if of_model != getattr(self.config, field):
-                raise UserError(f"the model has {flag} {of_model}, config.json {field} = {getattr(self.config, field)}; make them agree")
+                raise UserError(
+                    f"the model has {flag} {of_model}, config.json {field} = {getattr(self.config, field)}; make them "
+                    "agree"
+                )
         shards: dict[str, list[ShardedTensor]] = {}
-        for shard in itertools.chain.from_iterable(_sharded_tensors(chunk.sharded_state_dict(metadata={})) for chunk in chunks):
+        for shard in itertools.chain.from_iterable(
+            _sharded_tensors(chunk.sharded_state_dict(metadata={})) for chunk in chunks
+        ):
             shards.setdefault(shard.key, []).append(shard)
         held = {_layer(key) for key in shards}
         required = [key for key in distributed_shapes(self.config) if _layer(key) in held]
-        check_distributed_tensors(self.config, {key: tuple(of_key[0].global_shape) for key, of_key in shards.items()}, required)
+        check_distributed_tensors(
+            self.config, {key: tuple(of_key[0].global_shape) for key, of_key in shards.items()}, required
+        )
         return shards
 
 
@@ -142,12 +180,16 @@ def _by_key(entries: list[Entry]) -> dict[str, list[Entry]]:
 
 
 def _layer(key: str) -> str:
-    """What a pipeline stage holds whole or not at all: `decoder.layers.3` and the like; a tensor outside the layers is its own."""
+    """What a pipeline stage holds whole or not at all: `decoder.layers.3` and the like; a tensor outside the layers is
+    its own.
+    """
     return ".".join(key.split(".")[:3])
 
 
 def _sharded_tensors(state_dict) -> Iterator["ShardedTensor"]:
-    """The tensors of a sharded state dict, a SwiGLU's fc1 as its two halves: views of the parameter. Objects (`_extra_state`) are passed over."""
+    """The tensors of a sharded state dict, a SwiGLU's fc1 as its two halves: views of the parameter. Objects
+    (`_extra_state`) are passed over.
+    """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     apply_factories(state_dict)
@@ -192,7 +234,10 @@ def _gather(key: str, shards: list["ShardedTensor"]) -> torch.Tensor:
     """The global tensor of which `shards` are all parts; parts at the same offset are replicas."""
     distinct = {shard.global_offset: shard for shard in shards}.values()
     if not shards or sum(shard.data.numel() for shard in distinct) != math.prod(shards[0].global_shape):
-        raise UserError(f"{key} is not whole in this process, gather_from needs the whole model in one; save a checkpoint and export that instead")
+        raise UserError(
+            f"{key} is not whole in this process, gather_from needs the whole model in one; save a checkpoint and "
+            "export that instead"
+        )
     tensor = shards[0].data.new_empty(shards[0].global_shape)
     for shard in distinct:
         tensor[shard.global_slice()] = shard.data

@@ -1,7 +1,8 @@
-"""Into which chunks, and in which files, a distributed checkpoint is written. Arithmetic only: nothing is read or written here.
+"""Into which chunks, and in which files, a distributed checkpoint is written. Arithmetic only: nothing is read or
+written here.
 
-Megatron reads whole chunks, whatever part of one a rank needs. So they are cut where tensor and expert parallelism cut too: between experts, between
-gate and up projections, between KV groups; and no chunk is larger than MAX_CHUNK_BYTES.
+Megatron reads whole chunks, whatever part of one a rank needs. So they are cut where tensor and expert parallelism cut
+too: between experts, between gate and up projections, between KV groups; and no chunk is larger than MAX_CHUNK_BYTES.
 """
 
 import math
@@ -18,7 +19,9 @@ from hymeg.hf.safetensors_files import ITEM_SIZES
 MAX_CHUNK_BYTES = 64 << 20
 
 
-def plan_dist(config: HyConfig, tensors: Mapping[str, RowTensor], files: Sequence[str], workers: int) -> tuple[list[Task], dict[str, StoredTensor]]:
+def plan_dist(
+    config: HyConfig, tensors: Mapping[str, RowTensor], files: Sequence[str], workers: int
+) -> tuple[list[Task], dict[str, StoredTensor]]:
     """Every chunk to write, and where each will lie.
 
     A file holds what is consecutive in the source's.
@@ -37,7 +40,9 @@ def plan_dist(config: HyConfig, tensors: Mapping[str, RowTensor], files: Sequenc
             first = offset[0] if len(shape) < 3 else offset[0] * entry.dist_shape[1] + offset[1]
             rows = (first, first + num_rows(shape)) if len(shape) > 1 else (0, 1)
             nbytes = math.prod(shape) * ITEM_SIZES[dtype]
-            chunks.append((offset, Task(f"{entry.dist_key} {list(offset)}", tensor, [rows], dtype, nbytes, "", 0, shape)))
+            chunks.append(
+                (offset, Task(f"{entry.dist_key} {list(offset)}", tensor, [rows], dtype, nbytes, "", 0, shape))
+            )
     file_numbers = {file: number for number, file in enumerate(files)}
     chunks.sort(key=lambda chunk: _first_byte(chunk[1], file_numbers))
     offsets = {task.name: offset for offset, task in chunks}
@@ -49,11 +54,14 @@ def plan_dist(config: HyConfig, tensors: Mapping[str, RowTensor], files: Sequenc
             placed = task._replace(file=f"__{number}_0.distcp", position=position)
             length = stored_length(placed)
             tasks.append(placed)
-            stored.setdefault(task.tensor.key, []).append(StoredChunk(placed.file, position, length, offsets[task.name], task.stored_shape))
+            stored.setdefault(task.tensor.key, []).append(
+                StoredChunk(placed.file, position, length, offsets[task.name], task.stored_shape)
+            )
             position += length
     dtypes = {task.tensor.key: task.dtype for task in tasks}
     return tasks, {
-        key: StoredTensor(dtypes[key], tensors[key].shape, tuple(sorted(of_key, key=lambda c: c.offset))) for key, of_key in stored.items()
+        key: StoredTensor(dtypes[key], tensors[key].shape, tuple(sorted(of_key, key=lambda c: c.offset)))
+        for key, of_key in stored.items()
     }
 
 

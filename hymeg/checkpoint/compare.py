@@ -1,4 +1,6 @@
-"""Two checkpoints compared, tensor by tensor and bit by bit, streaming, in several processes; Hugging Face or distributed on either side."""
+"""Two checkpoints compared, tensor by tensor and bit by bit, streaming, in several processes; Hugging Face or
+distributed on either side.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +11,16 @@ import numpy as np
 
 from hymeg.checkpoint.dist_files import open_dist_checkpoint
 from hymeg.checkpoint.mapping import fits, match_hf_tensors, num_parameters, plan
-from hymeg.checkpoint.rows import Range, RowReader, RowTensor, block_height, converted, row_ranges, rows_of_dist, rows_of_hf
+from hymeg.checkpoint.rows import (
+    Range,
+    RowReader,
+    RowTensor,
+    block_height,
+    converted,
+    row_ranges,
+    rows_of_dist,
+    rows_of_hf,
+)
 from hymeg.checkpoint.transfer import shares
 from hymeg.checkpoint.workers import Outcome, Progress, run
 from hymeg.errors import UserError
@@ -37,7 +48,8 @@ class Difference(NamedTuple):
 
 
 def compare_rows(shares: Sequence[Iterable[Pair]], progress: Progress, tolerance: float = 0.0) -> Outcome:
-    """Every pair whose bits differ (with a `tolerance`: whose numbers differ by more), share by share, each compared in a process of its own.
+    """Every pair whose bits differ (with a `tolerance`: whose numbers differ by more), share by share, each compared in
+    a process of its own.
 
     Raises:
         UserError: a file cannot be read.
@@ -50,11 +62,15 @@ def compare_rows(shares: Sequence[Iterable[Pair]], progress: Progress, tolerance
     return run(work, shares, progress)
 
 
-def _difference(pair: Pair, reader_a: RowReader, reader_b: RowReader, tolerance: float, report: Callable[[int], None]) -> Difference | None:
+def _difference(
+    pair: Pair, reader_a: RowReader, reader_b: RowReader, tolerance: float, report: Callable[[int], None]
+) -> Difference | None:
     height = min(block_height(pair.a), block_height(pair.b))
     count = position = 0
     first, largest = "", 0.0
-    for raw, b in zip(reader_a.blocks(pair.a, pair.ranges, height), reader_b.blocks(pair.b, pair.ranges, height), strict=True):
+    for raw, b in zip(
+        reader_a.blocks(pair.a, pair.ranges, height), reader_b.blocks(pair.b, pair.ranges, height), strict=True
+    ):
         report(len(raw))
         a = converted(raw, pair.a.dtype, pair.dtype)
         if a != b:
@@ -71,7 +87,9 @@ def _difference(pair: Pair, reader_a: RowReader, reader_b: RowReader, tolerance:
                 count += int(np.count_nonzero(differ))
                 largest = float(np.fmax(largest, np.nanmax(np.where(differ, distance, 0.0))))
         position += len(b) // ITEM_SIZES[pair.dtype]
-    return Difference(pair.name, f"{count} of {position} elements, {first}, by {largest:.3g} at most") if count else None
+    return (
+        Difference(pair.name, f"{count} of {position} elements, {first}, by {largest:.3g} at most") if count else None
+    )
 
 
 def _numbers(data: memoryview, dtype: str) -> np.ndarray:
@@ -99,21 +117,28 @@ def open_any(folder: str | Path, iteration: int | None = None) -> Checkpoint:
         raise UserError(f"{folder}: no such folder; give a Hugging Face or a distributed checkpoint")
     if any(folder.glob("*.safetensors")):
         if iteration is not None:
-            raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has no iterations; leave it out")
+            raise UserError(
+                f"--iteration {iteration}: {folder} is a Hugging Face folder, which has no iterations; leave it out"
+            )
         config, stored = HyConfig.from_dir(folder), open_checkpoint(folder)
         try:
             match = match_hf_tensors(config, {name: entry.shape for name, entry in stored.items()})
-            return Checkpoint(f"Hugging Face, {match.layout} layout", config, rows_of_hf(match.entries, stored), None, False)
+            return Checkpoint(
+                f"Hugging Face, {match.layout} layout", config, rows_of_hf(match.entries, stored), None, False
+            )
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
     found = open_dist_checkpoint(folder, iteration)
-    config_folder = next((place for place in (folder, found.folder, found.folder.parent) if (place / CONFIG_FILE).is_file()), None)
+    config_folder = next(
+        (place for place in (folder, found.folder, found.folder.parent) if (place / CONFIG_FILE).is_file()), None
+    )
     config = HyConfig.from_dir(config_folder) if config_folder else None
     return Checkpoint("distributed (torch_dist)", config, rows_of_dist(found), found.iteration, found.has_optimizer)
 
 
 def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, workers: int = 2) -> list[Difference]:
-    """All that differs between two checkpoints: tensors that one of them lacks, shapes, dtypes, elements. Names are those of the hub layout.
+    """All that differs between two checkpoints: tensors that one of them lacks, shapes, dtypes, elements. Names are
+    those of the hub layout.
 
     Padding rows of a vocabulary are left out. With a `tolerance` dtypes may differ and are compared as fp32.
 
@@ -126,8 +151,15 @@ def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, wo
         raise UserError(f"neither {a} nor {b} has a {CONFIG_FILE}; copy the model's into one of them")
     differences, pairs, known = [], [], set()
     if left.config and right.config and left.config != right.config:
-        fields = [name for name in vars(left.config) if name not in ("raw", "dtype") and getattr(left.config, name) != getattr(right.config, name)]
-        differences += [Difference(CONFIG_FILE, f"{name}: {getattr(left.config, name)} and {getattr(right.config, name)}") for name in fields]
+        fields = [
+            name
+            for name in vars(left.config)
+            if name not in ("raw", "dtype") and getattr(left.config, name) != getattr(right.config, name)
+        ]
+        differences += [
+            Difference(CONFIG_FILE, f"{name}: {getattr(left.config, name)} and {getattr(right.config, name)}")
+            for name in fields
+        ]
     for entry in plan(config, "hub"):
         known.add(entry.dist_key)
         of_a, of_b = left.tensors.get(entry.dist_key), right.tensors.get(entry.dist_key)
@@ -136,13 +168,17 @@ def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, wo
                 differences.append(Difference(entry.hf_name, f"only in {a if of_b is None else b}"))
             continue
         if not all(fits(entry.dist_key, tensor.shape, entry.dist_shape) for tensor in (of_a, of_b)):
-            differences.append(Difference(entry.hf_name, f"shapes: {list(of_a.shape)} and {list(of_b.shape)} as {entry.dist_key}"))
+            differences.append(
+                Difference(entry.hf_name, f"shapes: {list(of_a.shape)} and {list(of_b.shape)} as {entry.dist_key}")
+            )
         elif of_a.dtype != of_b.dtype and tolerance == 0:
             differences.append(Difference(entry.hf_name, f"dtypes: {of_a.dtype} and {of_b.dtype}"))
         else:
             pairs.append(Pair(entry.hf_name, of_a, of_b, row_ranges(entry), of_b.dtype))
     for folder, tensors in ((a, left.tensors), (b, right.tensors)):
-        differences += [Difference(key, f"only in {folder}, and unknown to config.json") for key in tensors if key not in known]
+        differences += [
+            Difference(key, f"only in {folder}, and unknown to config.json") for key in tensors if key not in known
+        ]
     outcome = compare_rows(shares(pairs, workers), Progress("comparing", sum(pair.nbytes for pair in pairs)), tolerance)
     return [*differences, *itertools.chain(*outcome.results)]
 
@@ -163,8 +199,14 @@ def describe(folder: str | Path, iteration: int | None = None) -> list[str]:
         num_moe = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
         lines["model"] = f"{', '.join(config.raw.get('architectures') or ['?'])} ({config.raw.get('model_type')})"
         lines["layers"] = f"{config.num_hidden_layers} ({config.num_hidden_layers - num_moe} dense, {num_moe} MoE)"
-        lines["MTP layers"] = f"{config.num_nextn_predict_layers}, {'held' if any(key.startswith('mtp.') for key in found.tensors) else 'not held'}"
-        lines["experts"] = f"{config.num_experts}, {config.num_experts_per_tok} of them and {config.num_shared_experts} shared for each token"
+        lines["MTP layers"] = (
+            f"{config.num_nextn_predict_layers}, "
+            f"{'held' if any(key.startswith('mtp.') for key in found.tensors) else 'not held'}"
+        )
+        lines["experts"] = (
+            f"{config.num_experts}, {config.num_experts_per_tok} of them and {config.num_shared_experts} shared for "
+            "each token"
+        )
         lines["parameters"] = f"{num_parameters(config):,} by config.json"
     lines["tensors"] = f"{len(found.tensors):,} distributed tensors, {sum(elements.values()):,} elements"
     lines["bytes"] = f"{sum(count * ITEM_SIZES[dtype] for dtype, count in dtypes.items()):,}"

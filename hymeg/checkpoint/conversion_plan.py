@@ -1,6 +1,7 @@
 """A conversion checked and planned to the byte, before anything is written.
 
-Plans are made in a process of their own (`workers.aside`). What grows with the number of tensors goes into a `Spool`; a `Plan` is the rest.
+Plans are made in a process of their own (`workers.aside`). What grows with the number of tensors goes into a `Spool`; a
+`Plan` is the rest.
 """
 
 import math
@@ -11,7 +12,14 @@ from typing import Any, NamedTuple
 
 from hymeg.checkpoint.chunks import plan_dist
 from hymeg.checkpoint.compare import Pair
-from hymeg.checkpoint.dist_files import COMMON_STATE_KEY, RELEASE, SOURCE_FILE, TRACKER, DistCheckpoint, open_dist_checkpoint
+from hymeg.checkpoint.dist_files import (
+    COMMON_STATE_KEY,
+    RELEASE,
+    SOURCE_FILE,
+    TRACKER,
+    DistCheckpoint,
+    open_dist_checkpoint,
+)
 from hymeg.checkpoint.dist_metadata import common_state, metadata_files
 from hymeg.checkpoint.folders import carried_files, check_target
 from hymeg.checkpoint.mapping import Entry, check_distributed_tensors, match_hf_tensors, plan
@@ -78,7 +86,9 @@ def plan_to_dist(spool: Spool, hf: Path, dist: Path, workers: int, overwrite: bo
     """From the Hugging Face checkpoint in `hf` to `dist`. Raises UserError as `convert.hf_to_dist` does."""
     source = _open_hf(hf)
     _check_apart(hf, dist)
-    tasks, tensors = plan_dist(source.config, source.tensors, list(dict.fromkeys(str(entry.file) for entry in source.stored.values())), workers)
+    tasks, tensors = plan_dist(
+        source.config, source.tensors, list(dict.fromkeys(str(entry.file) for entry in source.stored.values())), workers
+    )
     sizes = {task.file: task.position + stored_length(task) for task in tasks}  # a file's last task ends it
     carried = carried_files(hf)
     check_target(dist, sum(sizes.values()) + _small_bytes(carried, len(tasks)), overwrite, _DIST_NAMES)
@@ -90,7 +100,9 @@ def plan_to_dist(spool: Spool, hf: Path, dist: Path, workers: int, overwrite: bo
         shares=_spooled_tasks(spool, tasks, workers),
         sizes=sizes,
         headers=spool.add([]),
-        after=spool.add([(state_file, state), *metadata_files(tensors, {COMMON_STATE_KEY: (state_file, 0, len(state))}).items()]),
+        after=spool.add(
+            [(state_file, state), *metadata_files(tensors, {COMMON_STATE_KEY: (state_file, 0, len(state))}).items()]
+        ),
         num_tensors=len(tensors),
         num_bytes=sum(task.nbytes for task in tasks),
         notes=[f"left out, the trunk's own are used instead: {', '.join(source.dropped)}"] if source.dropped else [],
@@ -108,7 +120,10 @@ def _open_hf(folder: Path) -> _HFSource:
     config, stored = HyConfig.from_dir(folder), open_checkpoint(folder)
     for name, entry in stored.items():
         if entry.dtype not in STORAGES:
-            raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(STORAGES)}: dequantise the checkpoint first")
+            raise UserError(
+                f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(STORAGES)}: dequantise the checkpoint "
+                "first"
+            )
     try:
         match = match_hf_tensors(config, {name: entry.shape for name, entry in stored.items()})
         return _HFSource(config, stored, match.entries, match.dropped, rows_of_hf(match.entries, stored))
@@ -162,7 +177,9 @@ def pairs_with_hf(spool: Spool, made: Plan, folder: Path, *, layout: str, base_h
     """What `plan_to_hf` planned, and what was written to `folder`."""
     entries = plan(made.config, layout)
     tensors, _ = _complete(open_dist_checkpoint(made.source), made.config, entries, base_hf)
-    stored = {name: entry for path in folder.glob("*.safetensors") for name, entry in SafetensorsFile(path).tensors.items()}
+    stored = {
+        name: entry for path in folder.glob("*.safetensors") for name, entry in SafetensorsFile(path).tensors.items()
+    }
     return _spooled_pairs(spool, entries, tensors, rows_of_hf(entries, stored), workers)
 
 
@@ -172,7 +189,9 @@ def _companions(dist: Path, checkpoint: DistCheckpoint, base_hf: Path | None) ->
         if (folder / CONFIG_FILE).is_file():
             return folder, HyConfig.from_dir(folder)
     if base_hf is not None:
-        raise UserError(f"--base-hf {base_hf}: no {CONFIG_FILE} in it; give the Hugging Face folder that training began with")
+        raise UserError(
+            f"--base-hf {base_hf}: no {CONFIG_FILE} in it; give the Hugging Face folder that training began with"
+        )
     raise UserError(f"{dist}: no {CONFIG_FILE} in it; give --base-hf, the Hugging Face folder that training began with")
 
 
@@ -180,20 +199,34 @@ def _shape_fields(config: HyConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if name not in ("raw", "dtype")}
 
 
-def _complete(checkpoint: DistCheckpoint, config: HyConfig, entries: list[Entry], base_hf: Path | None) -> tuple[dict[str, RowTensor], list[str]]:
-    """The tensors of the checkpoint, and from `base_hf` those of MTP layers that it does not hold, which is noted; all accounted for."""
+def _complete(
+    checkpoint: DistCheckpoint, config: HyConfig, entries: list[Entry], base_hf: Path | None
+) -> tuple[dict[str, RowTensor], list[str]]:
+    """The tensors of the checkpoint, and from `base_hf` those of MTP layers that it does not hold, which is noted; all
+    accounted for.
+    """
     notes = []
     tensors = rows_of_dist(checkpoint)
-    missing = list(dict.fromkeys(entry.dist_key for entry in entries if entry.dist_key not in tensors and entry.dist_key.startswith("mtp.")))
+    missing = list(
+        dict.fromkeys(
+            entry.dist_key for entry in entries if entry.dist_key not in tensors and entry.dist_key.startswith("mtp.")
+        )
+    )
     if missing and not any(key.startswith("mtp.") for key in tensors):
         if base_hf is None:
             raise UserError(
-                f"{checkpoint.folder}: training did not hold the model's MTP layers ({len(missing)} tensors, num_nextn_predict_layers = "
+                f"{checkpoint.folder}: training did not hold the model's MTP layers ({len(missing)} tensors, "
+                "num_nextn_predict_layers = "
                 f"{config.num_nextn_predict_layers}); give --base-hf, the Hugging Face folder to take them from"
             )
         base = _open_hf(base_hf)
-        if differing := [name for name, value in _shape_fields(config).items() if _shape_fields(base.config)[name] != value]:
-            raise UserError(f"--base-hf {base_hf}: another model than the checkpoint's: {', '.join(differing)} differ in config.json; give its own")
+        if differing := [
+            name for name, value in _shape_fields(config).items() if _shape_fields(base.config)[name] != value
+        ]:
+            raise UserError(
+                f"--base-hf {base_hf}: another model than the checkpoint's: {', '.join(differing)} differ in "
+                "config.json; give its own"
+            )
         tensors |= {key: base.tensors[key] for key in missing}
         notes.append(f"taken from {base_hf}: the MTP layers, {len(missing)} tensors, which training did not hold")
     try:
@@ -212,7 +245,15 @@ def _plan_hf(shards: list[Shard], entries: Mapping[str, Entry], tensors: Mapping
         position = len(shard_header(shard))
         for spec in shard.tensors:
             entry = entries[spec.name]
-            yield Task(spec.name, tensors[entry.dist_key], row_ranges(entry), spec.dtype, spec.nbytes, shard.file_name, position)
+            yield Task(
+                spec.name,
+                tensors[entry.dist_key],
+                row_ranges(entry),
+                spec.dtype,
+                spec.nbytes,
+                shard.file_name,
+                position,
+            )
             position += spec.nbytes
 
 
@@ -243,10 +284,15 @@ def _small_bytes(carried: list[Path], num_tasks: int) -> int:
 
 
 def _spooled_tasks(spool: Spool, tasks: list[Task], workers: int) -> list[Part]:
-    return [spool.add(task._replace(tensor=task.tensor.only(task.ranges)) for task in share) for share in turns(tasks, workers)]
+    return [
+        spool.add(task._replace(tensor=task.tensor.only(task.ranges)) for task in share)
+        for share in turns(tasks, workers)
+    ]
 
 
-def _spooled_pairs(spool: Spool, entries: list[Entry], read: Mapping[str, RowTensor], written: Mapping[str, RowTensor], workers: int) -> Pairs:
+def _spooled_pairs(
+    spool: Spool, entries: list[Entry], read: Mapping[str, RowTensor], written: Mapping[str, RowTensor], workers: int
+) -> Pairs:
     pairs = []
     for entry in entries:
         ranges, a, b = row_ranges(entry), read[entry.dist_key], written[entry.dist_key]

@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints to distributed ones and back: streaming, in several processes, without a model, a GPU or a process group.
+"""Hugging Face checkpoints to distributed ones and back: streaming, in several processes, without a model, a GPU or a
+process group.
 
-Everything is checked and planned to the byte before anything is written (`conversion_plan`); then rows are moved (`transfer`), into a folder that
-appears whole or not at all (`folders`). Names and places come from `mapping`.
+Everything is checked and planned to the byte before anything is written (`conversion_plan`); then rows are moved
+(`transfer`), into a folder that appears whole or not at all (`folders`). Names and places come from `mapping`.
 """
 
 import functools
@@ -12,7 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hymeg.checkpoint.compare import compare_rows
-from hymeg.checkpoint.conversion_plan import DTYPES, Pairs, Plan, pairs_with_dist, pairs_with_hf, plan_to_dist, plan_to_hf
+from hymeg.checkpoint.conversion_plan import (
+    DTYPES,
+    Pairs,
+    Plan,
+    pairs_with_dist,
+    pairs_with_hf,
+    plan_to_dist,
+    plan_to_hf,
+)
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
 from hymeg.checkpoint.folders import built_beside, carry
 from hymeg.checkpoint.spool import Spool
@@ -38,7 +47,9 @@ class Summary(NamedTuple):
     def __str__(self) -> str:
         rate = self.num_bytes / max(self.seconds, 1e-6) / 1e9
         memory = f"{self.peak_bytes / 1e6:,.0f} MB of memory"
-        return f"{self.num_tensors:,} tensors, {self.num_bytes:,} bytes, {self.seconds:.1f} s, {rate:.2f} GB/s, {memory}"
+        return (
+            f"{self.num_tensors:,} tensors, {self.num_bytes:,} bytes, {self.seconds:.1f} s, {rate:.2f} GB/s, {memory}"
+        )
 
 
 def hf_to_dist(
@@ -50,7 +61,8 @@ def hf_to_dist(
     verify: bool = False,
     say: Say = lambda line: None,
 ) -> Summary:
-    """Convert the Hugging Face checkpoint in folder `hf` to a distributed one in `dist`, with all that training needs beside the weights.
+    """Convert the Hugging Face checkpoint in folder `hf` to a distributed one in `dist`, with all that training needs
+    beside the weights.
 
     dtypes are kept, but for the expert bias, which becomes fp32.
 
@@ -61,7 +73,8 @@ def hf_to_dist(
         say: is given lines for the user.
 
     Raises:
-        UserError: the checkpoint is broken, incomplete or not that of its config.json; `dist` cannot be written. Nothing is left behind.
+        UserError: the checkpoint is broken, incomplete or not that of its config.json; `dist` cannot be written.
+            Nothing is left behind.
     """
     started, hf, dist, spool = time.monotonic(), Path(hf), Path(dist), Spool()
     plan, peak = aside(lambda: plan_to_dist(spool, hf, dist, workers, overwrite))
@@ -93,19 +106,21 @@ def dist_to_hf(
     verify: bool = False,
     say: Say = lambda line: None,
 ) -> Summary:
-    """Convert the distributed checkpoint in folder `dist` to a Hugging Face one in `hf`. Optimizer state beside the weights is passed over.
+    """Convert the distributed checkpoint in folder `dist` to a Hugging Face one in `hf`. Optimizer state beside the
+    weights is passed over.
 
     Args:
         iteration: which one; None: the one that the tracker names.
         layout: "hub", the published names, or "fused", transformers' names in memory.
         max_shard_bytes: for each safetensors file.
         dtype: "bf16", "fp32" or "keep". The expert bias is always fp32.
-        base_hf: the Hugging Face folder that training began with. From it come MTP layers that training did not hold, and, where `dist` has no
-            config.json, that and the tokenizer.
+        base_hf: the Hugging Face folder that training began with. From it come MTP layers that training did not hold,
+            and, where `dist` has no config.json, that and the tokenizer.
         workers, overwrite, verify, say: as for `hf_to_dist`.
 
     Raises:
-        UserError: the checkpoint is broken, incomplete or not that of the config.json; `hf` cannot be written. Nothing is left behind.
+        UserError: the checkpoint is broken, incomplete or not that of the config.json; `hf` cannot be written. Nothing
+            is left behind.
     """
     started, dist, hf, spool = time.monotonic(), Path(dist), Path(hf), Spool()
     base = Path(base_hf) if base_hf is not None else None
@@ -137,12 +152,15 @@ def _move(plan: Plan, spool: Spool, folder: Path, workers: int, what: str) -> in
 def _verify(spool: Spool, make_pairs: Callable[[], Pairs]) -> int:
     """Read back and compare; the peak resident memory of all processes, in bytes."""
     pairs, planning = aside(make_pairs)
-    results, comparing = compare_rows([spool.read(part) for part in pairs.shares], Progress("verifying", pairs.num_bytes))
+    results, comparing = compare_rows(
+        [spool.read(part) for part in pairs.shares], Progress("verifying", pairs.num_bytes)
+    )
     differences = list(itertools.chain(*results))
     if differences:
         first = differences[0]
         raise UserError(
-            f"{len(differences)} of {pairs.num_pairs} tensors were not written as they were read, the first {first.name} ({first.what}); "
+            f"{len(differences)} of {pairs.num_pairs} tensors were not written as they were read, the first "
+            f"{first.name} ({first.what}); "
             f"disk or memory is faulty, or the source was changed: convert again"
         )
     return max(planning, comparing)

@@ -1,6 +1,8 @@
-"""Writes what describes a distributed checkpoint: `.metadata`, `metadata.json` and the object beside the tensors. `dist_files` says what they hold.
+"""Writes what describes a distributed checkpoint: `.metadata`, `metadata.json` and the object beside the tensors.
+`dist_files` says what they hold.
 
-The pickle is written out by hand: a pickler would import torch, at a cost of seconds and of half a gigabyte, to look the names of its classes up.
+The pickle is written out by hand: a pickler would import torch, at a cost of seconds and of half a gigabyte, to look
+the names of its classes up.
 """
 
 import argparse
@@ -17,7 +19,9 @@ _TORCH = "torch.distributed.checkpoint.metadata"
 
 
 def common_state(config: HyConfig) -> bytes:
-    """The object of key `dist_files.COMMON_STATE_KEY`. Megatron compares these flags with its own, and wants a version under virtual pipelines."""
+    """The object of key `dist_files.COMMON_STATE_KEY`. Megatron compares these flags with its own, and wants a version
+    under virtual pipelines.
+    """
     flags = argparse.Namespace(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -29,25 +33,48 @@ def common_state(config: HyConfig) -> bytes:
     return stored_object([{"args": flags, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}])
 
 
-def metadata_files(tensors: Mapping[str, StoredTensor], objects: Mapping[str, tuple[str, int, int]]) -> dict[str, bytes]:
-    """`.metadata` and `metadata.json`, which comes last, for these tensors and objects (key -> file, position, length)."""
+def metadata_files(
+    tensors: Mapping[str, StoredTensor], objects: Mapping[str, tuple[str, int, int]]
+) -> dict[str, bytes]:
+    """`.metadata` and `metadata.json`, which comes last, for these tensors and objects (key -> file, position,
+    length).
+    """
     described = [plain(key) + _instance(_TORCH, "BytesStorageMetadata") for key in objects]
     places = [_place(key, None, *place) for key, place in objects.items()]
     for key, tensor in tensors.items():
-        chunks = [_instance(_TORCH, "ChunkStorageMetadata", offsets=_size(chunk.offset), sizes=_size(chunk.shape)) for chunk in tensor.chunks]
+        chunks = [
+            _instance(_TORCH, "ChunkStorageMetadata", offsets=_size(chunk.offset), sizes=_size(chunk.shape))
+            for chunk in tensor.chunks
+        ]
         layout = b"ctorch.serialization\n_get_layout\n(" + plain("torch.strided") + b"tR"
         contiguous = b"c" + _TORCH.encode() + b"\n_MEM_FORMAT_ENCODING\n(" + plain(0) + b"tR"
-        state = b"(ctorch\n" + TORCH_DTYPES[tensor.dtype].encode() + b"\n" + layout + plain(False) + contiguous + plain(False) + b"t"
+        state = (
+            b"(ctorch\n"
+            + TORCH_DTYPES[tensor.dtype].encode()
+            + b"\n"
+            + layout
+            + plain(False)
+            + contiguous
+            + plain(False)
+            + b"t"
+        )
         properties = b"c" + _TORCH.encode() + b"\nTensorProperties\n)\x81" + state + b"b"
         listed = b"](" + b"".join(chunks) + b"e"
-        described.append(plain(key) + _instance(_TORCH, "TensorStorageMetadata", properties=properties, size=_size(tensor.shape), chunks=listed))
+        described.append(
+            plain(key)
+            + _instance(_TORCH, "TensorStorageMetadata", properties=properties, size=_size(tensor.shape), chunks=listed)
+        )
         places += [_place(key, chunk.offset, chunk.file, chunk.position, chunk.length) for chunk in tensor.chunks]
     # Joined once: the two long lists are most of the file.
     attributes = {
         "state_dict_metadata": [b"}(", *described, b"u"],
         "planner_data": [plain(None)],
         "storage_data": [b"}(", *places, b"u"],
-        "storage_meta": [_instance(_TORCH, "StorageMeta", checkpoint_id=plain(None), save_id=plain(None), load_id=plain(None), modules=b"]")],
+        "storage_meta": [
+            _instance(
+                _TORCH, "StorageMeta", checkpoint_id=plain(None), save_id=plain(None), load_id=plain(None), modules=b"]"
+            )
+        ],
         "version": [plain("1.0.0")],
     }
     named = itertools.chain.from_iterable([plain(name), *pieces] for name, pieces in attributes.items())
@@ -57,7 +84,11 @@ def metadata_files(tensors: Mapping[str, StoredTensor], objects: Mapping[str, tu
 
 def _instance(module: str, name: str, **state: bytes) -> bytes:
     """The pickle of an object with these attributes, themselves pickled."""
-    attributes = b"}(" + b"".join(itertools.chain.from_iterable((_text(key), value) for key, value in state.items())) + b"ub" if state else b""
+    attributes = (
+        b"}(" + b"".join(itertools.chain.from_iterable((_text(key), value) for key, value in state.items())) + b"ub"
+        if state
+        else b""
+    )
     return b"c" + f"{module}\n{name}\n".encode() + b")\x81" + attributes
 
 

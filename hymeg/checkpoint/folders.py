@@ -1,8 +1,8 @@
 """Folders that appear whole or not at all, and the small files (config.json, tokenizer) that travel with a checkpoint.
 
-A conversion works in FOLDER.partial beside FOLDER and renames it when everything is on disk. What makes a folder a checkpoint, tracker or
-config.json, is written last there too: nothing accepts a FOLDER.partial that a killed conversion left, unless all of it was there and only the
-rename was not. The next conversion to FOLDER removes it.
+A conversion works in FOLDER.partial beside FOLDER and renames it when everything is on disk. What makes a folder a
+checkpoint, tracker or config.json, is written last there too: nothing accepts a FOLDER.partial that a killed conversion
+left, unless all of it was there and only the rename was not. The next conversion to FOLDER removes it.
 """
 
 import contextlib
@@ -29,11 +29,16 @@ _SECONDS_TO_WAIT = 10.0  # for the workers of a killed conversion to notice
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """What goes along with the weights of a Hugging Face folder, config.json excepted: generation config, tokenizer, chat template, code, licence."""
+    """What goes along with the weights of a Hugging Face folder, config.json excepted: generation config, tokenizer,
+    chat template, code, licence.
+    """
     found = sorted(path for path in folder.iterdir() if _CARRIED.fullmatch(path.name) and path.is_file())
     for path in found:
         if path.stat().st_size > _MAX_CARRIED_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, more than a tokenizer's file can have ({_MAX_CARRIED_BYTES}); move it elsewhere")
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes, more than a tokenizer's file can have ({_MAX_CARRIED_BYTES}); "
+                "move it elsewhere"
+            )
     return found
 
 
@@ -63,18 +68,31 @@ def check_target(target: Path, num_bytes: int, overwrite: bool, replaceable: re.
     if target.is_dir():
         names = sorted(os.listdir(target))
         if names and not overwrite:
-            raise UserError(f"{target}: not empty (it holds {', '.join(names[:3])}); give another folder, or --overwrite to replace it")
-        if foreign := [name for name in names if not replaceable.fullmatch(name) and not _CARRIED.fullmatch(name) and name != _MARK]:
-            raise UserError(f"{target}: --overwrite would lose {', '.join(foreign[:3])}, which no conversion wrote; give another folder")
+            raise UserError(
+                f"{target}: not empty (it holds {', '.join(names[:3])}); give another folder, or --overwrite to "
+                "replace it"
+            )
+        if foreign := [
+            name for name in names if not replaceable.fullmatch(name) and not _CARRIED.fullmatch(name) and name != _MARK
+        ]:
+            raise UserError(
+                f"{target}: --overwrite would lose {', '.join(foreign[:3])}, which no conversion wrote; give another "
+                "folder"
+            )
         if os.path.ismount(target):
             raise UserError(f"{target}: is a mount point, which cannot be replaced as a whole; give a folder inside it")
     existing = next(folder for folder in (target.parent, *target.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
+    if (
+        not existing.is_dir()
+        or not os.access(existing, os.W_OK | os.X_OK)
+        or os.statvfs(existing).f_flag & os.ST_RDONLY
+    ):
         raise UserError(f"{target}: {existing} is not writable; give a folder elsewhere")
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(
-            f"{target}: {num_bytes / 1e9:,.3f} GB are needed and {free / 1e9:,.3f} GB are free on that disk; make room or give a folder elsewhere"
+            f"{target}: {num_bytes / 1e9:,.3f} GB are needed and {free / 1e9:,.3f} GB are free on that disk; make room "
+            "or give a folder elsewhere"
         )
 
 
@@ -85,7 +103,8 @@ def partial_of(target: Path) -> Path:
 
 @contextlib.contextmanager
 def built_beside(target: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """An empty folder to write to, which becomes `target` on success, replacing what is there, and is removed on failure.
+    """An empty folder to write to, which becomes `target` on success, replacing what is there, and is removed on
+    failure.
 
     Raises:
         UserError: it cannot be made, or another conversion is writing to it.
@@ -140,7 +159,9 @@ def _remove_leftover(partial: Path, say: Callable[[str], None]) -> None:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UserError(f"{partial}: another conversion is writing there; wait for it, or give another folder") from None
+                    raise UserError(
+                        f"{partial}: another conversion is writing there; wait for it, or give another folder"
+                    ) from None
                 time.sleep(0.1)
     _remove(partial)
     say(f"{partial}: removed, an earlier conversion did not finish; starting anew")

@@ -1,11 +1,12 @@
 """Which Hugging Face tensor lies where in which distributed (Megatron torch_dist) tensor: one table.
 
-Import, export, comparison, the in-memory adapter and the parameter count all read it. Names, shapes and slices only: no torch, no files, no bytes.
-To add a tensor, add a row.
+Import, export, comparison, the in-memory adapter and the parameter count all read it. Names, shapes and slices only: no
+torch, no files, no bytes. To add a tensor, add a row.
 
-Hugging Face checkpoints come in two layouts, told apart by their names. "hub" is what the published files and `save_pretrained` hold: one tensor per
-expert. "fused" is what transformers (from 5.6 on) holds in memory: the experts of a layer stacked. Distributed keys are those of a GPTModel whose
-`moe_layer_freq` is a list (layers not stacked), as megatron-core 0.19.2 stores them.
+Hugging Face checkpoints come in two layouts, told apart by their names. "hub" is what the published files and
+`save_pretrained` hold: one tensor per expert. "fused" is what transformers (from 5.6 on) holds in memory: the experts
+of a layer stacked. Distributed keys are those of a GPTModel whose `moe_layer_freq` is a list (layers not stacked), as
+megatron-core 0.19.2 stores them.
 """
 
 import math
@@ -24,7 +25,9 @@ Shape = tuple[int, ...]
 
 
 class Place(NamedTuple):
-    """Where a tensor of `hf_shape` lies in one of `dist_shape`: reshape the latter to `view`, and the block of `extent` at `offset` is the former."""
+    """Where a tensor of `hf_shape` lies in one of `dist_shape`: reshape the latter to `view`, and the block of `extent`
+    at `offset` is the former.
+    """
 
     hf_shape: Shape
     dist_shape: Shape
@@ -34,10 +37,13 @@ class Place(NamedTuple):
 
     def in_stack(self, index: int, count: int) -> "Place":
         """The same in slice `index` of `count` such distributed tensors, stacked along a new first axis."""
-        return Place(self.hf_shape, (count, *self.dist_shape), (count, *self.view), (index, *self.offset), (1, *self.extent))
+        return Place(
+            self.hf_shape, (count, *self.dist_shape), (count, *self.view), (index, *self.offset), (1, *self.extent)
+        )
 
 
-# ---- how: the ways a Hugging Face tensor can lie in a distributed one. A size is a field of HyConfig or a product of some: "2*hidden_size".
+# ---- how: the ways a Hugging Face tensor can lie in a distributed one. A size is a field of HyConfig or a product of
+# some: "2*hidden_size".
 
 
 def _size(config: HyConfig, name: str) -> int:
@@ -73,8 +79,9 @@ class GateUp:
 
 @dataclass(frozen=True)
 class QKV:
-    """The query, key or value heads in Megatron's `linear_qkv` [(heads + 2 * kv_heads) * head_dim, hidden], whose rows are, for each KV head, those
-    of its query heads, its key, its value. Seen as [kv_heads, rows per KV head, hidden], each part is a range of the middle axis."""
+    """The query, key or value heads in Megatron's `linear_qkv` [(heads + 2 * kv_heads) * head_dim, hidden], whose rows
+    are, for each KV head, those of its query heads, its key, its value. Seen as [kv_heads, rows per KV head, hidden],
+    each part is a range of the middle axis."""
 
     part: str  # "q", "k" or "v"
 
@@ -83,7 +90,13 @@ class QKV:
         q = config.num_attention_heads // groups * head
         start, length = {"q": (0, q), "k": (q, head), "v": (q + head, head)}[self.part]
         rows = q + 2 * head
-        return Place((groups * length, hidden), (groups * rows, hidden), (groups, rows, hidden), (0, start, 0), (groups, length, hidden))
+        return Place(
+            (groups * length, hidden),
+            (groups * rows, hidden),
+            (groups, rows, hidden),
+            (0, start, 0),
+            (groups, length, hidden),
+        )
 
 
 # ---- the table
@@ -145,9 +158,10 @@ TABLE = {
         Row(FUSED, "mlp.experts.gate_up_proj",              "mlp.experts.experts.linear_fc1.weight",       Whole(EXPERTS, "2*" + EXPERT_FFN, HIDDEN)),
         Row(FUSED, "mlp.experts.down_proj",                 "mlp.experts.experts.linear_fc2.weight",       Whole(EXPERTS, HIDDEN, EXPERT_FFN)),
     ),
-    # An MTP layer is also a "layer" and a "moe", those two under mtp.layers.{i}.transformer_layer: its attribute is mtp_model_layer, but a GPTModel
-    # stores it under the older name (multi_token_prediction.py:1551). What is dropped, the publisher's own reader (vLLM's hy_v3_mtp) skips as well:
-    # the trunk's embedding and lm_head are used, and the norm before the head is final_layernorm.
+    # An MTP layer is also a "layer" and a "moe", those two under mtp.layers.{i}.transformer_layer: its attribute is
+    # mtp_model_layer, but a GPTModel stores it under the older name (multi_token_prediction.py:1551). What is dropped,
+    # the publisher's own reader (vLLM's hy_v3_mtp) skips as well: the trunk's embedding and lm_head are used, and the
+    # norm before the head is final_layernorm.
     "mtp": (  # model.layers.{num_hidden_layers + i}, mtp.layers.{i}
         Row(BOTH,  "enorm.weight",                          "enorm.weight",                                Whole(HIDDEN)),
         Row(BOTH,  "hnorm.weight",                          "hnorm.weight",                                Whole(HIDDEN)),
@@ -160,16 +174,18 @@ TABLE = {
 }
 # fmt: on
 
-# Megatron pads their rows to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size; the surplus rows stand for no token.
+# Megatron pads their rows to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size; the surplus rows
+# stand for no token.
 VOCABULARY_KEYS = tuple(row.dist for row in TABLE["model"] if isinstance(row.how, Whole) and row.how.shape[0] == VOCAB)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One Hugging Face tensor and its place. The distributed tensor, reshaped to `view`, holds it as the block of `extent` at `offset`.
+    """One Hugging Face tensor and its place. The distributed tensor, reshaped to `view`, holds it as the block of
+    `extent` at `offset`.
 
-    Only for q, k and v is `view` another shape than `dist_shape`; elsewhere `offset` and `extent` are those of a chunk of the distributed tensor
-    (with a leading 1 for one expert). `dist_shape` counts the vocabulary without padding.
+    Only for q, k and v is `view` another shape than `dist_shape`; elsewhere `offset` and `extent` are those of a chunk
+    of the distributed tensor (with a leading 1 for one expert). `dist_shape` counts the vocabulary without padding.
     """
 
     hf_name: str
@@ -194,7 +210,9 @@ class Entry:
 
 
 class HFMatch(NamedTuple):
-    """What `match_hf_tensors` found: entries under the names that the checkpoint uses, and the names of the copies that are not imported."""
+    """What `match_hf_tensors` found: entries under the names that the checkpoint uses, and the names of the copies that
+    are not imported.
+    """
 
     layout: str
     entries: list[Entry]
@@ -202,7 +220,9 @@ class HFMatch(NamedTuple):
 
 
 def plan(config: HyConfig, layout: str) -> list[Entry]:
-    """Every Hugging Face tensor of `layout` ("hub" or "fused") with its place. Together they fill every distributed tensor exactly once."""
+    """Every Hugging Face tensor of `layout` ("hub" or "fused") with its place. Together they fill every distributed
+    tensor exactly once.
+    """
     return [entry for row, entry in _expand(config, layout) if not row.alias and row.dist != DROPPED]
 
 
@@ -212,7 +232,9 @@ def hf_shapes(config: HyConfig, layout: str) -> dict[str, Shape]:
 
 
 def distributed_shapes(config: HyConfig, padded_vocab_size: int | None = None) -> dict[str, Shape]:
-    """Global shape of every distributed tensor, by key; the vocabulary's rows unpadded unless `padded_vocab_size` is given."""
+    """Global shape of every distributed tensor, by key; the vocabulary's rows unpadded unless `padded_vocab_size` is
+    given.
+    """
     shapes = {entry.dist_key: entry.dist_shape for entry in plan(config, "fused")}
     for key in VOCABULARY_KEYS:
         shapes[key] = (padded_vocab_size or config.vocab_size, *shapes[key][1:])
@@ -222,8 +244,9 @@ def distributed_shapes(config: HyConfig, padded_vocab_size: int | None = None) -
 def num_parameters(config: HyConfig, include_mtp: bool = True, include_expert_bias: bool = False) -> int:
     """Number of parameters, the vocabulary unpadded.
 
-    The expert bias is a buffer and does not count, unless asked for. The two published counts of Hy3 differ in this: 295,033,528,320 for the trunk is
-    without it (as transformers counts parameters); 298,786,155,776 with MTP is every element in the checkpoint, the 15,360 biases included.
+    The expert bias is a buffer and does not count, unless asked for. The two published counts of Hy3 differ in this:
+    295,033,528,320 for the trunk is without it (as transformers counts parameters); 298,786,155,776 with MTP is every
+    element in the checkpoint, the 15,360 biases included.
     """
     entries = (entry for entry in plan(config, "fused") if include_mtp or not entry.dist_key.startswith("mtp."))
     return sum(math.prod(entry.hf_shape) for entry in entries if include_expert_bias or not entry.is_fp32_buffer)
@@ -241,7 +264,10 @@ def detect_layout(names: Iterable[str]) -> str:
             if layout not in found and marks.fullmatch(name):
                 found[layout] = name
     if len(found) > 1:
-        raise UserError(f"the Hugging Face tensors mix two layouts: {found['hub']} is a hub name, {found['fused']} a fused one; keep to one")
+        raise UserError(
+            f"the Hugging Face tensors mix two layouts: {found['hub']} is a hub name, {found['fused']} a fused one; "
+            "keep to one"
+        )
     return next(iter(found), "hub")
 
 
@@ -249,10 +275,13 @@ def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
     """Account for every tensor of a Hugging Face checkpoint, given the shapes by name.
 
     Raises:
-        UserError: layouts are mixed; a tensor is missing, unexpected or of a wrong shape (one line: how many of each kind, and the first ten).
+        UserError: layouts are mixed; a tensor is missing, unexpected or of a wrong shape (one line: how many of each
+            kind, and the first ten).
     """
     layout = detect_layout(shapes)
-    candidates = sorted(_expand(config, layout), key=lambda pair: pair[0].alias)  # an alias only where the name itself is absent
+    candidates = sorted(
+        _expand(config, layout), key=lambda pair: pair[0].alias
+    )  # an alias only where the name itself is absent
     found, dropped, misshapen = {}, [], []
     for row, entry in candidates:
         place = entry.dist_key, entry.offset
@@ -267,12 +296,17 @@ def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
     wanted = plan(config, layout)
     missing = [entry.hf_name for entry in wanted if (entry.dist_key, entry.offset) not in found]
     accounted_for = {entry.hf_name for entry in found.values()}.union(dropped)
-    _complain("the Hugging Face tensors", config, missing, [name for name in shapes if name not in accounted_for], misshapen)
+    _complain(
+        "the Hugging Face tensors", config, missing, [name for name in shapes if name not in accounted_for], misshapen
+    )
     return HFMatch(layout, [found[entry.dist_key, entry.offset] for entry in wanted], dropped)
 
 
-def check_distributed_tensors(config: HyConfig, shapes: Mapping[str, Shape], required: Collection[str] | None = None) -> None:
-    """Account for the distributed tensors of a model, given the global shapes by key. Embedding and output layer may have padding rows.
+def check_distributed_tensors(
+    config: HyConfig, shapes: Mapping[str, Shape], required: Collection[str] | None = None
+) -> None:
+    """Account for the distributed tensors of a model, given the global shapes by key. Embedding and output layer may
+    have padding rows.
 
     Args:
         required: the keys that must be among them, for a part of a model such as a pipeline stage. None: all.
@@ -283,12 +317,18 @@ def check_distributed_tensors(config: HyConfig, shapes: Mapping[str, Shape], req
     wanted = distributed_shapes(config)
     missing = [key for key in (wanted if required is None else required) if key not in shapes]
     unexpected = [key for key in shapes if key not in wanted]
-    misshapen = [(key, shapes[key], wanted[key]) for key in wanted if key in shapes and not fits(key, tuple(shapes[key]), wanted[key])]
+    misshapen = [
+        (key, shapes[key], wanted[key])
+        for key in wanted
+        if key in shapes and not fits(key, tuple(shapes[key]), wanted[key])
+    ]
     _complain("the distributed tensors", config, missing, unexpected, misshapen)
 
 
 def fits(key: str, found: Shape, wanted: Shape) -> bool:
-    """Whether a distributed tensor of shape `found` can stand where the unpadded shape is `wanted`: the same, or a vocabulary's with padding rows."""
+    """Whether a distributed tensor of shape `found` can stand where the unpadded shape is `wanted`: the same, or a
+    vocabulary's with padding rows.
+    """
     if key in VOCABULARY_KEYS and len(found) == len(wanted):
         return found[0] >= wanted[0] and found[1:] == wanted[1:]
     return found == wanted
@@ -316,24 +356,41 @@ def _expand(config: HyConfig, layout: str) -> Iterator[tuple[Row, Entry]]:
         for row in TABLE[scope]:
             if layout not in row.layouts or (row.when and not getattr(config, row.when)):
                 continue
-            hf, dist, is_fp32_buffer, place = hf_prefix + row.hf, dist_prefix + row.dist, isinstance(row.how, Fp32Buffer), row.how.place(config)
+            hf, dist, is_fp32_buffer, place = (
+                hf_prefix + row.hf,
+                dist_prefix + row.dist,
+                isinstance(row.how, Fp32Buffer),
+                row.how.place(config),
+            )
             if "{expert}" not in hf:
                 yield row, Entry(hf, dist, is_fp32_buffer, *place)
                 continue
             for expert in range(config.num_experts):
-                yield row, Entry(hf.replace("{expert}", str(expert)), dist, is_fp32_buffer, *place.in_stack(expert, config.num_experts))
+                yield (
+                    row,
+                    Entry(
+                        hf.replace("{expert}", str(expert)),
+                        dist,
+                        is_fp32_buffer,
+                        *place.in_stack(expert, config.num_experts),
+                    ),
+                )
 
 
 def _marks(layout: str) -> re.Pattern:
     """Matches the names that only `layout` has."""
     rows = (row for scope in TABLE if scope != "model" for row in TABLE[scope] if row.layouts == (layout,))
-    return re.compile(r"model\.layers\.\d+\.(?:" + "|".join(re.escape(row.hf).replace(r"\{expert\}", r"\d+") for row in rows) + ")")
+    return re.compile(
+        r"model\.layers\.\d+\.(?:" + "|".join(re.escape(row.hf).replace(r"\{expert\}", r"\d+") for row in rows) + ")"
+    )
 
 
 _MARKS = {layout: _marks(layout) for layout in HF_LAYOUTS}
 
 
-def _complain(what: str, config: HyConfig, missing: list[str], unexpected: list[str], misshapen: list[tuple[str, Shape, Shape]]) -> None:
+def _complain(
+    what: str, config: HyConfig, missing: list[str], unexpected: list[str], misshapen: list[tuple[str, Shape, Shape]]
+) -> None:
     kinds = {
         "missing": missing,
         "unexpected": unexpected,

@@ -1,9 +1,11 @@
-"""A checkpoint's tensors as rows, whichever format they are stored in: the one way in which conversion and comparison read them.
+"""A checkpoint's tensors as rows, whichever format they are stored in: the one way in which conversion and comparison
+read them.
 
-A distributed tensor of shape [..., columns] is seen as a matrix [rows, columns]; a vector as one row. Every Hugging Face tensor is then a few ranges
-of whole rows of it, in order: gate and up projections and experts one range, the query heads one range for each KV group. What is stored may be cut
-otherwise: one file holds a range of rows, or, saved under tensor parallelism, some columns of it. A `RowTensor` knows which bytes of which file
-hold which rows and columns, a `RowReader` reads any range of rows, a block at a time, so that memory does not grow with the checkpoint.
+A distributed tensor of shape [..., columns] is seen as a matrix [rows, columns]; a vector as one row. Every Hugging
+Face tensor is then a few ranges of whole rows of it, in order: gate and up projections and experts one range, the query
+heads one range for each KV group. What is stored may be cut otherwise: one file holds a range of rows, or, saved under
+tensor parallelism, some columns of it. A `RowTensor` knows which bytes of which file hold which rows and columns, a
+`RowReader` reads any range of rows, a block at a time, so that memory does not grow with the checkpoint.
 """
 
 import math
@@ -28,8 +30,8 @@ Range = tuple[int, int]
 
 
 class Piece(NamedTuple):
-    """Bytes of one file that hold some columns of consecutive rows, from `row` of the stored tensor on. `length` 0: bare elements at `position`;
-    otherwise a stored tensor of that many bytes is there, of shape `shape`."""
+    """Bytes of one file that hold some columns of consecutive rows, from `row` of the stored tensor on. `length` 0:
+    bare elements at `position`; otherwise a stored tensor of that many bytes is there, of shape `shape`."""
 
     file: str  # not Path, which is slow to compare, hash and pickle
     position: int
@@ -92,7 +94,9 @@ def _ranges(shape: Shape, offset: Shape, extent: Shape) -> list[Range]:
     height = shape[1]
     if extent[1] == height:
         return [(offset[0] * height, (offset[0] + extent[0]) * height)]
-    return [(i * height + offset[1], i * height + offset[1] + extent[1]) for i in range(offset[0], offset[0] + extent[0])]
+    return [
+        (i * height + offset[1], i * height + offset[1] + extent[1]) for i in range(offset[0], offset[0] + extent[0])
+    ]
 
 
 def rows_of_dist(checkpoint: DistCheckpoint) -> dict[str, RowTensor]:
@@ -107,7 +111,15 @@ def _of_stored(folder: Path, key: str, tensor: StoredTensor) -> RowTensor:
     for chunk in tensor.chunks:
         row = 0
         for start, stop in _ranges(tensor.shape, chunk.offset, chunk.shape):
-            piece = Piece(os.path.join(folder, chunk.file), chunk.position, chunk.length, chunk.shape, row, chunk.offset[-1], chunk.shape[-1])
+            piece = Piece(
+                os.path.join(folder, chunk.file),
+                chunk.position,
+                chunk.length,
+                chunk.shape,
+                row,
+                chunk.offset[-1],
+                chunk.shape[-1],
+            )
             bands.setdefault((start, stop), []).append(piece)
             row += stop - start
     ordered = (Band(*rows, tuple(sorted(bands[rows], key=lambda piece: piece.first_column))) for rows in sorted(bands))
@@ -133,7 +145,12 @@ def rows_of_hf(entries: list[Entry], tensors: Mapping[str, TensorEntry]) -> dict
             bands.setdefault(entry.dist_key, []).append(Band(start, stop, (piece,)))
             row += stop - start
     return {
-        key: RowTensor(key, tensors[firsts[key].hf_name].dtype, firsts[key].dist_shape, tuple(sorted(bands[key], key=lambda band: band.start)))
+        key: RowTensor(
+            key,
+            tensors[firsts[key].hf_name].dtype,
+            firsts[key].dist_shape,
+            tuple(sorted(bands[key], key=lambda band: band.start)),
+        )
         for key in bands
     }
 
@@ -158,7 +175,8 @@ class RowReader:
             os.close(self._descriptors.popitem()[1])
 
     def blocks(self, tensor: RowTensor, ranges: list[Range], height: int | None = None) -> Iterator[memoryview]:
-        """The bytes of these rows in order, in blocks of at most BLOCK_BYTES or one row; each is gone when the next is asked for.
+        """The bytes of these rows in order, in blocks of at most BLOCK_BYTES or one row; each is gone when the next is
+        asked for.
 
         Args:
             height: rows of a block at most, to read two tensors in step.
@@ -203,19 +221,26 @@ class RowReader:
             position = piece.position
             if piece.length:
                 window = FileWindow(descriptor, piece.position, piece.length)
-                position += self._finder.find(window, tensor.dtype, piece.shape, f"{piece.file}: {tensor.key} at byte {piece.position}")
+                position += self._finder.find(
+                    window, tensor.dtype, piece.shape, f"{piece.file}: {tensor.key} at byte {piece.position}"
+                )
             position += (piece.row + row) * piece.num_columns * ITEM_SIZES[tensor.dtype]
             while into:
                 count = os.preadv(descriptor, [into], position)
                 if count == 0:
-                    raise UserError(f"{piece.file}: ends at byte {position}, inside {tensor.key}; it was changed while it was read, or is truncated")
+                    raise UserError(
+                        f"{piece.file}: ends at byte {position}, inside {tensor.key}; it was changed while it was "
+                        "read, or is truncated"
+                    )
                 into, position = into[count:], position + count
         except OSError as error:
             raise UserError(f"{piece.file}: cannot be read: {error.strerror or error}") from error
 
 
 def converted(data: memoryview, found: str, wanted: str) -> memoryview:
-    """The numbers in `data` in another dtype, rounded to the nearest, ties to even. dtypes are "BF16", "F16" or "F32"."""
+    """The numbers in `data` in another dtype, rounded to the nearest, ties to even. dtypes are "BF16", "F16" or
+    "F32".
+    """
     if found == wanted:
         return data
     if found == "BF16":

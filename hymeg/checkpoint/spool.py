@@ -1,6 +1,7 @@
 """Objects in an unnamed temporary file: made by one process, read a few at a time by others, held whole by none.
 
-What grows with the number of tensors is planned in a process that then ends, so that the memory of those that move bytes does not depend on it.
+What grows with the number of tensors is planned in a process that then ends, so that the memory of those that move
+bytes does not depend on it.
 """
 
 import io
@@ -62,4 +63,7 @@ class _Window(io.RawIOBase):
 
 
 def _unusable(error: OSError) -> UserError:
-    return UserError(f"{tempfile.gettempdir()}: cannot be written: {error.strerror or error}; set TMPDIR to a folder with room for temporary files")
+    return UserError(
+        f"{tempfile.gettempdir()}: cannot be written: {error.strerror or error}; set TMPDIR to a folder with room for "
+        "temporary files"
+    )

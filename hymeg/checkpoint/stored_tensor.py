@@ -1,11 +1,13 @@
-"""One stored tensor of a distributed checkpoint, as bytes, without torch: what goes around its elements when writing, where they lie when reading.
+"""One stored tensor of a distributed checkpoint, as bytes, without torch: what goes around its elements when writing,
+where they lie when reading.
 
-Each tensor in a torch_dist checkpoint is a file in the format of `torch.save`: a zip whose records are stored, not compressed. `data.pkl` is a pickle
-that describes the tensor (dtype, shape, strides) and names its storage; `byteorder` and `version` say how to read the rest; `data/0` holds the
-elements, row-major, its first byte at a multiple of 64. A zip ends with a directory of its records. All but the CRC of the elements follows from
-dtype and shape: so a tensor is written as prefix, elements, suffix, and read back by looking at the prefix alone. The CRC stands twice, both times
-behind the elements, so that they can be written as they are read.
-Sources: PKWARE's APPNOTE.TXT 6.3.9 for the zip; torch/serialization.py for the records and for what data.pkl may name.
+Each tensor in a torch_dist checkpoint is a file in the format of `torch.save`: a zip whose records are stored, not
+compressed. `data.pkl` is a pickle that describes the tensor (dtype, shape, strides) and names its storage; `byteorder`
+and `version` say how to read the rest; `data/0` holds the elements, row-major, its first byte at a multiple of 64. A
+zip ends with a directory of its records. All but the CRC of the elements follows from dtype and shape: so a tensor is
+written as prefix, elements, suffix, and read back by looking at the prefix alone. The CRC stands twice, both times
+behind the elements, so that they can be written as they are read. Sources: PKWARE's APPNOTE.TXT 6.3.9 for the zip;
+torch/serialization.py for the records and for what data.pkl may name.
 """
 
 import functools
@@ -24,7 +26,11 @@ from hymeg.hf.safetensors_files import ITEM_SIZES
 
 Shape = tuple[int, ...]
 
-STORAGES = {"BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage"}  # dtype, as in ITEM_SIZES -> torch's class
+STORAGES = {
+    "BF16": "BFloat16Storage",
+    "F16": "HalfStorage",
+    "F32": "FloatStorage",
+}  # dtype, as in ITEM_SIZES -> torch's class
 MAX_STORED_BYTES = 2**32 - 2**20  # beyond, a zip needs the 64-bit form of its headers
 _ALIGNMENT = 64
 _MAX_RECORDS, _MAX_PICKLE_BYTES, _MAX_PREFIX_BYTES = 64, 65536, 2**20
@@ -47,7 +53,9 @@ class Envelope(NamedTuple):
 
 @functools.cache
 def envelope(dtype: str, shape: Shape) -> Envelope:
-    """What surrounds the elements of a contiguous tensor. `dtype` as in STORAGES; the tensor takes at most MAX_STORED_BYTES."""
+    """What surrounds the elements of a contiguous tensor. `dtype` as in STORAGES; the tensor takes at most
+    MAX_STORED_BYTES.
+    """
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     assert nbytes <= MAX_STORED_BYTES, "cut the tensor into smaller chunks"
     out = _Zip()
@@ -90,7 +98,11 @@ class _Zip:
 
     def _header(self, name: str, flags: int, crc: int, nbytes: int, alignment: int) -> None:
         path, start, first_of_1980 = f"archive/{name}".encode(), len(self.body) + self.skipped, 1 << 5 | 1
-        extra = struct.pack("<2sH", b"FB", fill := -(start + 34 + len(path)) % alignment) + bytes(fill) if alignment else b""
+        extra = (
+            struct.pack("<2sH", b"FB", fill := -(start + 34 + len(path)) % alignment) + bytes(fill)
+            if alignment
+            else b""
+        )
         common = struct.pack("<5H3IH", 20, flags, 0, 0, first_of_1980, crc, nbytes, nbytes, len(path))
         self.body += b"PK\3\4" + common + struct.pack("<H", len(extra)) + path + extra
         self.directory += b"PK\1\2" + struct.pack("<H", 20) + common + struct.pack("<4H2I", 0, 0, 0, 0, 0, start) + path
@@ -99,7 +111,9 @@ class _Zip:
     def end(self) -> None:
         start = len(self.body) + self.skipped
         self.body += self.directory
-        self.body += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, self.num_records, self.num_records, len(self.directory), start, 0)
+        self.body += struct.pack(
+            "<4s4H2IH", b"PK\5\6", 0, 0, self.num_records, self.num_records, len(self.directory), start, 0
+        )
 
 
 def plain(value: Any) -> bytes:
@@ -108,13 +122,32 @@ def plain(value: Any) -> bytes:
 
 
 def _pickled(dtype: str, shape: Shape) -> bytes:
-    """data.pkl: a call of torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks), written out by hand because a
-    pickler would import torch to look the names up."""
+    """data.pkl: a call of torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks),
+    written out by hand because a pickler would import torch to look the names up."""
 
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    storage = b"(" + plain("storage") + b"ctorch\n" + STORAGES[dtype].encode() + b"\n" + plain("0") + plain("cpu") + plain(math.prod(shape)) + b"tQ"
+    storage = (
+        b"("
+        + plain("storage")
+        + b"ctorch\n"
+        + STORAGES[dtype].encode()
+        + b"\n"
+        + plain("0")
+        + plain("cpu")
+        + plain(math.prod(shape))
+        + b"tQ"
+    )
     hooks = b"ccollections\nOrderedDict\n)R"
-    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + plain(0) + plain(shape) + plain(strides) + plain(False) + hooks + b"tR."
+    return (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + plain(0)
+        + plain(shape)
+        + plain(strides)
+        + plain(False)
+        + hooks
+        + b"tR."
+    )
 
 
 class ElementFinder:
@@ -143,7 +176,8 @@ class ElementFinder:
             begin = _begin_of_elements(file, dtype, shape)
         except Exception as error:  # whatever reading a broken zip or pickle raises; nothing of the file's own is run
             raise UserError(
-                f"{what}: not a stored {dtype} tensor of shape {list(shape)}: {error or type(error).__name__}; copy the checkpoint again"
+                f"{what}: not a stored {dtype} tensor of shape {list(shape)}: {error or type(error).__name__}; copy "
+                "the checkpoint again"
             ) from None
         self._known[dtype, shape, file.length] = file.read_at(0, begin)
         return begin

@@ -1,6 +1,8 @@
-"""Moves rows of tensors from one checkpoint's files to another's in several processes; each byte is read once and written once.
+"""Moves rows of tensors from one checkpoint's files to another's in several processes; each byte is read once and
+written once.
 
-A transfer is planned to the byte beforehand: every task has its file and position. Workers take shares of consecutive tasks, of about equal bytes.
+A transfer is planned to the byte beforehand: every task has its file and position. Workers take shares of consecutive
+tasks, of about equal bytes.
 """
 
 import collections
@@ -26,7 +28,9 @@ _MIN_FILE_BYTES = 64 << 20  # of several, where their number is free
 
 
 class Task(NamedTuple):
-    """Rows of a distributed tensor, to be written at `position` of `file`: bare, or, with `stored_shape`, as a stored tensor of that shape."""
+    """Rows of a distributed tensor, to be written at `position` of `file`: bare, or, with `stored_shape`, as a stored
+    tensor of that shape.
+    """
 
     name: str  # of what is written, for messages
     tensor: RowTensor
@@ -38,7 +42,13 @@ class Task(NamedTuple):
     stored_shape: Shape | None = None
 
 
-def write(folder: Path, sizes: Mapping[str, int], shares: Sequence[Callable[[], Iterable[Task]]], workers: int, progress: Progress) -> int:
+def write(
+    folder: Path,
+    sizes: Mapping[str, int],
+    shares: Sequence[Callable[[], Iterable[Task]]],
+    workers: int,
+    progress: Progress,
+) -> int:
     """Write all tasks into files of `folder` and flush them to disk.
 
     Args:
@@ -67,7 +77,9 @@ def write(folder: Path, sizes: Mapping[str, int], shares: Sequence[Callable[[], 
 
 
 class _Writer:
-    """Writes into the files of a folder, one after the other, and keeps the disk at work meanwhile. A context manager: at its end all is on disk."""
+    """Writes into the files of a folder, one after the other, and keeps the disk at work meanwhile. A context manager:
+    at its end all is on disk.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -179,13 +191,15 @@ def shares(tasks: Sequence[Task], workers: int) -> list[Sequence[Task]]:
 
 
 def turns(tasks: Sequence[Task], workers: int) -> list[Sequence[Task]]:
-    """Shares for `write` to deal to so many workers. Whole files where there are several for each: cores and disks are not equally fast, and two that
-    write to one file wait for each other."""
+    """Shares for `write` to deal to so many workers. Whole files where there are several for each: cores and disks are
+    not equally fast, and two that write to one file wait for each other."""
     files = [list(tasks_of_file) for _, tasks_of_file in itertools.groupby(tasks, key=lambda task: task.file)]
     return files if len(files) >= _SEVERAL * workers else shares(tasks, workers)
 
 
 def num_files(num_bytes: int, workers: int) -> int:
-    """Into how many files so many workers best write so many bytes, where that is free: several for each, but none too small to be worth it."""
+    """Into how many files so many workers best write so many bytes, where that is free: several for each, but none too
+    small to be worth it.
+    """
     several = 2 * _SEVERAL * workers
     return several if num_bytes >= several * _MIN_FILE_BYTES else workers

@@ -1,4 +1,6 @@
-"""Several processes at one job, with their progress shown: what conversion and comparison have in common. Nothing here knows of checkpoints."""
+"""Several processes at one job, with their progress shown: what conversion and comparison have in common. Nothing here
+knows of checkpoints.
+"""
 
 import contextlib
 import gc
@@ -50,7 +52,8 @@ class Progress:
 
 
 def aside(function: Callable[[], Any]) -> tuple[Any, int]:
-    """What `function()` returns, called in a process that then ends, and with it the memory that the call took; and the peak, as `Outcome` has it.
+    """What `function()` returns, called in a process that then ends, and with it the memory that the call took; and the
+    peak, as `Outcome` has it.
 
     Raises:
         UserError, RuntimeError: as `run` does.
@@ -65,10 +68,11 @@ def aside(function: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> Outcome:
-    """Call `work(share, report)` for every share, each in a process of its own, forked from this one; `report(n)` tells that n more bytes are done.
+    """Call `work(share, report)` for every share, each in a process of its own, forked from this one; `report(n)` tells
+    that n more bytes are done.
 
-    Shares go to the processes as they are, results come back pickled. The first failure ends the others. A worker whose parent is gone ends itself at
-    its next report.
+    Shares go to the processes as they are, results come back pickled. The first failure ends the others. A worker whose
+    parent is gone ends itself at its next report.
 
     Raises:
         UserError: a worker raised one, or was killed.
@@ -105,7 +109,9 @@ def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> 
 
 
 def dealt[Part](parts: Sequence[Part]) -> Iterator[Part]:
-    """`parts` for several processes that iterate over this, each part to the one that asks first. Make it before they are forked."""
+    """`parts` for several processes that iterate over this, each part to the one that asks first. Make it before they
+    are forked.
+    """
     turn = multiprocessing.get_context("fork").Value("q", 0)
 
     def deal() -> Iterator[Part]:
@@ -150,7 +156,10 @@ def _received(connection: Connection, process: Any) -> tuple[Any, int]:
         process.join()
         code = process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise UserError(f"a worker process {how} before its share was done; out of memory? give fewer --workers, or see the kernel's log") from None
+        raise UserError(
+            f"a worker process {how} before its share was done; out of memory? give fewer --workers, or see the "
+            "kernel's log"
+        ) from None
     if kind == "user":
         raise UserError(result)
     if kind == "bug":

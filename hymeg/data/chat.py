@@ -1,8 +1,10 @@
-"""Conversations -> tokens, by the checkpoint's own chat template; and which of the tokens are trained: exactly the assistant's.
+"""Conversations -> tokens, by the checkpoint's own chat template; and which of the tokens are trained: exactly the
+assistant's.
 
-The text of a message is never a special token. Where it holds the literal of one ("<｜hy_Assistant｜>", "</think>"), the row is cut at the special
-tokens that the template wrote (`hymeg.data.chat_template` knows which) and each stretch between them is tokenized as if the vocabulary had no such
-tokens. All other rows are tokenized in one piece, as serving does.
+The text of a message is never a special token. Where it holds the literal of one ("<｜hy_Assistant｜>", "</think>"), the
+row is cut at the special tokens that the template wrote (`hymeg.data.chat_template` knows which) and each stretch
+between them is tokenized as if the vocabulary had no such tokens. All other rows are tokenized in one piece, as serving
+does.
 """
 
 import contextlib
@@ -71,8 +73,8 @@ class ChatEncoder:
         """The tokens of each conversation.
 
         Raises:
-            UserError: the template refuses a conversation, leaves a text out or changes it, or cannot be rendered turn by turn. The message begins
-                with the conversation's `where`.
+            UserError: the template refuses a conversation, leaves a text out or changes it, or cannot be rendered turn
+                by turn. The message begins with the conversation's `where`.
         """
         forms, rendered = [], []
         for conversation in conversations:
@@ -98,13 +100,22 @@ class ChatEncoder:
 
     def _encode_stretches(self, form: Form, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The token ids, and the positions of the controls among them."""
-        encodings = self._without_special(form.special_ids).encode_batch_fast(form.stretches(texts), add_special_tokens=False)
+        encodings = self._without_special(form.special_ids).encode_batch_fast(
+            form.stretches(texts), add_special_tokens=False
+        )
         stretches = [np.array(encoding.ids, np.int32) for encoding in encodings]
         for stretch in stretches:
             for token_id in stretch[form.is_special[stretch]].tolist():
                 token = self.tokenizer.convert_ids_to_tokens(token_id)
-                raise UserError(f"a message holds {shown(token)}, a special token that this tokenizer cannot take for plain text; reword it")
-        pieces = [piece for stretch, token_id in zip(stretches, form.control_ids, strict=False) for piece in (stretch, [token_id])]
+                raise UserError(
+                    f"a message holds {shown(token)}, a special token that this tokenizer cannot take for plain text; "
+                    "reword it"
+                )
+        pieces = [
+            piece
+            for stretch, token_id in zip(stretches, form.control_ids, strict=False)
+            for piece in (stretch, [token_id])
+        ]
         positions = np.cumsum([len(stretch) + 1 for stretch in stretches[:-1]]) - 1
         return np.concatenate([*pieces, stretches[-1]]).astype(np.int32), positions
 
@@ -131,7 +142,10 @@ def _check(tokenizer_dir: str | os.PathLike, tokenizer: PreTrainedTokenizerBase,
             "(or its tokenizer_config.json with a chat_template)"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{tokenizer_dir}: the tokenizer has no EOS token (eos_token in tokenizer_config.json), which ends the assistant's turns")
+        raise UserError(
+            f"{tokenizer_dir}: the tokenizer has no EOS token (eos_token in tokenizer_config.json), which ends the "
+            "assistant's turns"
+        )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""What a chat template makes of a conversation, and where in it the assistant's turns begin and end, found by rendering.
+"""What a chat template makes of a conversation, and where in it the assistant's turns begin and end, found by
+rendering.
 
-The template sees the conversation once with a marker in place of each text, cut off before and after every turn, with and without the generation
-prompt: that gives the template's own text, the places of the messages' texts and the bounds of the turns. All this depends on the form of a
-conversation only, so that a form is analysed once. A template that does not keep to the order of turns is refused.
+The template sees the conversation once with a marker in place of each text, cut off before and after every turn, with
+and without the generation prompt: that gives the template's own text, the places of the messages' texts and the bounds
+of the turns. All this depends on the form of a conversation only, so that a form is analysed once. A template that does
+not keep to the order of turns is refused.
 """
 
 import functools
@@ -52,11 +54,16 @@ class Form(NamedTuple):
         """What stands before, between and behind the controls."""
         starts = [0, *(control.end for control in self.controls)]
         ends = [*(control.start for control in self.controls), len(self.text)]
-        return [_MARKER.sub(lambda match: texts[int(match[1])], self.text[start:end]) for start, end in zip(starts, ends, strict=True)]
+        return [
+            _MARKER.sub(lambda match: texts[int(match[1])], self.text[start:end])
+            for start, end in zip(starts, ends, strict=True)
+        ]
 
 
 class ChatTemplate:
-    """The chat template of `tokenizer`, whose EOS token must end the assistant's turns; `fast` is the tokenizer below it."""
+    """The chat template of `tokenizer`, whose EOS token must end the assistant's turns; `fast` is the tokenizer below
+    it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, fast: Tokenizer):
         self._tokenizer = tokenizer
@@ -64,7 +71,9 @@ class ChatTemplate:
         self._added = fast.get_added_tokens_decoder()
         self._num_ids = max(fast.get_vocab().values()) + 1
         # Not the unknown token: it stands for a character that is not in the vocabulary.
-        self._special_ids = {token_id for token_id, token in self._added.items() if token.special} - {tokenizer.unk_token_id}
+        self._special_ids = {token_id for token_id, token in self._added.items() if token.special} - {
+            tokenizer.unk_token_id
+        }
         self._analysed = functools.lru_cache(1024)(self._analyse)
         self._is_special = functools.lru_cache(16)(self._lookup)
 
@@ -77,7 +86,9 @@ class ChatTemplate:
         structure, texts = _without_texts(conversation)
         return self._analysed(structure), texts
 
-    def render(self, messages: list[dict], tools: list[dict] | None = None, effort: str | None = None, prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict], tools: list[dict] | None = None, effort: str | None = None, prompt: bool = False
+    ) -> str:
         """What the template makes of `messages`; with `prompt`, followed by the beginning of the assistant's turn."""
         given = {} if effort is None else {"reasoning_effort": effort}
         try:
@@ -91,19 +102,27 @@ class ChatTemplate:
         return text
 
     def rendered(self, conversation: Conversation, form: Form, texts: list[str]) -> str:
-        """What the template makes of the conversation. Raises UserError where that is not `form` filled with `texts`: it may look into them."""
+        """What the template makes of the conversation. Raises UserError where that is not `form` filled with `texts`:
+        it may look into them.
+        """
         expected = form.filled(texts)
         text = self.render(conversation.messages, conversation.tools, conversation.reasoning_effort)
         if text != expected:
-            at = next((index for index, (one, other) in enumerate(zip(text, expected, strict=False)) if one != other), min(len(text), len(expected)))
+            at = next(
+                (index for index, (one, other) in enumerate(zip(text, expected, strict=False)) if one != other),
+                min(len(text), len(expected)),
+            )
             raise UserError(
-                f"the chat template changes the text of a message: {shown(expected[at : at + 40])} becomes {shown(text[at : at + 40])}; "
+                f"the chat template changes the text of a message: {shown(expected[at : at + 40])} becomes "
+                f"{shown(text[at : at + 40])}; "
                 "give the text as the template leaves it (often: no space at its ends)"
             )
         return text
 
     def _analyse(self, structure: str) -> Form:
-        """The form of conversations of one structure (`_without_texts`). Raises UserError where its turns have no sound bounds."""
+        """The form of conversations of one structure (`_without_texts`). Raises UserError where its turns have no sound
+        bounds.
+        """
         messages, tools, effort = json.loads(structure)
         text = self.render(messages, tools, effort)
         controls = self._controls(text)
@@ -112,14 +131,19 @@ class ChatTemplate:
             for key, value in message.items():
                 if unseen.intersection(_MARKER.findall(_plain_json(value))):
                     raise UserError(
-                        f"message {number}: the chat template leaves out its {key!r}; it cannot be trained with this tokenizer's template"
+                        f"message {number}: the chat template leaves out its {key!r}; it cannot be trained with this "
+                        "tokenizer's template"
                     )
         if unseen:
-            raise UserError("the chat template leaves out 'tools'; they cannot be trained with this tokenizer's template")
+            raise UserError(
+                "the chat template leaves out 'tools'; they cannot be trained with this tokenizer's template"
+            )
         special_ids = frozenset(self._special_ids | {control.token_id for control in controls})
         self._check_structure(messages, tools, special_ids)
         turns = [
-            self._turn(messages, number, tools, effort, text, controls) for number, message in enumerate(messages) if message["role"] == "assistant"
+            self._turn(messages, number, tools, effort, text, controls)
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant"
         ]
         control_ids = np.array([control.token_id for control in controls], np.int32)
         return Form(text, _MARKER.split(text), controls, control_ids, turns, special_ids, self._is_special(special_ids))
@@ -127,47 +151,77 @@ class ChatTemplate:
     def _controls(self, text: str) -> list[Control]:
         """The added tokens in `text`, in their order."""
         encoding = self._fast.encode(text, add_special_tokens=False)
-        found = [Control(token_id, *offsets) for token_id, offsets in zip(encoding.ids, encoding.offsets, strict=True) if token_id in self._added]
+        found = [
+            Control(token_id, *offsets)
+            for token_id, offsets in zip(encoding.ids, encoding.offsets, strict=True)
+            if token_id in self._added
+        ]
         # Not the unknown token in place of a character, nor an added token that is also a piece of plain text.
-        return [control for control in found if text[control.start : control.end] == self._added[control.token_id].content]
+        return [
+            control for control in found if text[control.start : control.end] == self._added[control.token_id].content
+        ]
 
     def _check_structure(self, messages: list[dict], tools: list[dict] | None, special_ids: frozenset[int]) -> None:
-        """Raises UserError where anything but the texts holds a special token's text: there it could not be told from the template's own."""
+        """Raises UserError where anything but the texts holds a special token's text: there it could not be told from
+        the template's own.
+        """
         for control in self._controls(_plain_json([messages, tools])):
             if control.token_id in special_ids:
                 token = self._added[control.token_id].content
-                raise UserError(f"{shown(token)} is a special token of this tokenizer; only texts may hold it, not 'tools', 'tool_calls' or names")
+                raise UserError(
+                    f"{shown(token)} is a special token of this tokenizer; only texts may hold it, not 'tools', "
+                    "'tool_calls' or names"
+                )
 
     def _turn(
-        self, messages: list[dict], number: int, tools: list[dict] | None, effort: str | None, text: str, controls: list[Control]
+        self,
+        messages: list[dict],
+        number: int,
+        tools: list[dict] | None,
+        effort: str | None,
+        text: str,
+        controls: list[Control],
     ) -> tuple[int, int]:
-        """The numbers of the controls that open and end the turn `messages[number]` of the assistant in `text`, the whole conversation."""
+        """The numbers of the controls that open and end the turn `messages[number]` of the assistant in `text`, the
+        whole conversation.
+        """
         where = f"message {number + 1}"
         before = self.render(messages[:number], tools, effort)
         prompted = self.render(messages[:number], tools, effort, prompt=True)
         after = self.render(messages[: number + 1], tools, effort)
         if not (text.startswith(after) and after.startswith(before) and prompted.startswith(before)):
             raise UserError(
-                f"{where}: the chat template renders what stands before it differently when more follows, so that the assistant would not be trained "
+                f"{where}: the chat template renders what stands before it differently when more follows, so that the "
+                "assistant would not be trained "
                 "on what it sees in use; system messages belong at the start, and earlier reasoning must stay"
             )
         prompt = [control.token_id for control in self._controls(prompted) if control.start == len(before)]
-        inside = [index for index, control in enumerate(controls) if len(before) <= control.start and control.end <= len(after)]
+        inside = [
+            index
+            for index, control in enumerate(controls)
+            if len(before) <= control.start and control.end <= len(after)
+        ]
         if not inside or controls[inside[0]].start != len(before) or [controls[inside[0]].token_id] != prompt:
             raise UserError(
-                f"{where}: the chat template does not open it with the special token of its generation prompt (perhaps because the turn before is "
+                f"{where}: the chat template does not open it with the special token of its generation prompt (perhaps "
+                "because the turn before is "
                 "the assistant's too: make them one); such rows are refused"
             )
         ends = [index for index in inside if controls[index].token_id == self._tokenizer.eos_token_id]
         trained = text[controls[inside[0]].end : controls[ends[-1]].start] if ends else ""
         if not ends or _MARKER.findall(text[controls[ends[-1]].end : len(after)]):
             raise UserError(
-                f"{where}: the chat template does not end it with the EOS token {shown(self._tokenizer.eos_token)}, and the model would never learn "
+                f"{where}: the chat template does not end it with the EOS token {shown(self._tokenizer.eos_token)}, "
+                "and the model would never learn "
                 "to stop; the checkpoint's own template and eos_token are needed"
             )
         own = set(_MARKER.findall(_plain_json(messages[number])))
-        if own != set(_MARKER.findall(trained)) or len(_MARKER.findall(trained)) != sum(found in own for found in _MARKER.findall(text)):
-            raise UserError(f"{where}: the chat template puts its text elsewhere, or other text into it; such templates are refused")
+        if own != set(_MARKER.findall(trained)) or len(_MARKER.findall(trained)) != sum(
+            found in own for found in _MARKER.findall(text)
+        ):
+            raise UserError(
+                f"{where}: the chat template puts its text elsewhere, or other text into it; such templates are refused"
+            )
         return inside[0], ends[-1]
 
     def _lookup(self, special_ids: frozenset[int]) -> np.ndarray:
@@ -177,7 +231,9 @@ class ChatTemplate:
 
 
 def _without_texts(conversation: Conversation) -> tuple[str, list[str]]:
-    """The conversation as JSON with a marker in place of each text of a message and each name of a function; and those."""
+    """The conversation as JSON with a marker in place of each text of a message and each name of a function; and
+    those.
+    """
     texts = []
 
     def marked(text: str) -> str:

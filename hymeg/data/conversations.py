@@ -1,7 +1,8 @@
 """Conversations as samples: cut where too long, packed, in an order that depends on nothing but the seed.
 
-Sample i of a run is the same whatever the number of ranks, the micro-batch or the length of the run: epoch and place in the epoch are divmod(i,
-sequences), and each epoch has its own permutation. A run that goes on at sample n therefore goes on with the very next sample.
+Sample i of a run is the same whatever the number of ranks, the micro-batch or the length of the run: epoch and place in
+the epoch are divmod(i, sequences), and each epoch has its own permutation. A run that goes on at sample n therefore
+goes on with the very next sample.
 """
 
 import functools
@@ -59,7 +60,9 @@ class Sequences:
 
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
-        return self.index.cached(self.fingerprint, lambda: _make_sequences(self.index, self.rows, self.shape, self.seed))
+        return self.index.cached(
+            self.fingerprint, lambda: _make_sequences(self.index, self.rows, self.shape, self.seed)
+        )
 
     @functools.cached_property
     def packs(self) -> Packs:
@@ -74,8 +77,9 @@ class Sequences:
         return len(self.packs)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        """`tokens`, `labels`, `position_ids`, `lengths` (int64) and `loss_mask` (fp32), each `[seq_length]`. Positions restart with each conversation
-        of a packed sequence, and with the padding at its end; where a conversation begins, `lengths` has its tokens."""
+        """`tokens`, `labels`, `position_ids`, `lengths` (int64) and `loss_mask` (fp32), each `[seq_length]`. Positions
+        restart with each conversation of a packed sequence, and with the padding at its end; where a conversation
+        begins, `lengths` has its tokens."""
         sample = empty_sample(self.shape)
         start = 0
         for row in self.packs[number]:
@@ -83,7 +87,11 @@ class Sequences:
             length = len(token_ids) - 1
             here = slice(start, start + length)
             sample["lengths"][start] = length
-            sample["tokens"][here], sample["labels"][here], sample["loss_mask"][here] = token_ids[:-1], token_ids[1:], trained[1:]
+            sample["tokens"][here], sample["labels"][here], sample["loss_mask"][here] = (
+                token_ids[:-1],
+                token_ids[1:],
+                trained[1:],
+            )
             if not self.shape.packed:
                 return sample
             padded = _padded(length, self.shape.alignment)
@@ -112,8 +120,10 @@ def _make_sequences(index: RowIndex, rows: tuple[int, int], shape: Shape, seed: 
     if len(too_long) and shape.truncation == "error":
         first, worst = too_long[0], lengths.max() + 1
         raise UserError(
-            f"{place(index.path, index.lines[rows[0] + first])}: a conversation of {lengths[first] + 1} tokens, more than --seq-length "
-            f"{shape.seq_length} holds (rows as long: {len(too_long)}, the longest {worst} tokens); give --seq-length {_padded(worst - 1, 128)}, or "
+            f"{place(index.path, index.lines[rows[0] + first])}: a conversation of {lengths[first] + 1} tokens, more "
+            "than --seq-length "
+            f"{shape.seq_length} holds (rows as long: {len(too_long)}, the longest {worst} tokens); give --seq-length "
+            f"{_padded(worst - 1, 128)}, or "
             f"--sft-truncation right, left or drop"
         )
     for row in too_long:
@@ -122,9 +132,14 @@ def _make_sequences(index: RowIndex, rows: tuple[int, int], shape: Shape, seed: 
     lengths = np.minimum(lengths, shape.seq_length)
     kept = np.flatnonzero(keep)
     if not len(kept):
-        raise UserError(f"{index.path}: no conversation is left of {len(lengths)}: none has a trained token within --seq-length {shape.seq_length}")
+        raise UserError(
+            f"{index.path}: no conversation is left of {len(lengths)}: none has a trained token within --seq-length "
+            f"{shape.seq_length}"
+        )
     if shape.packed:
-        packs = pack(_padded(lengths[kept], shape.alignment) // shape.alignment, shape.seq_length // shape.alignment, seed)
+        packs = pack(
+            _padded(lengths[kept], shape.alignment) // shape.alignment, shape.seq_length // shape.alignment, seed
+        )
     else:
         packs = Packs(np.arange(len(kept)), np.arange(len(kept) + 1))
     counts = Counts(len(lengths), int(num_truncated), len(lengths) - len(kept), int(lengths[kept].sum()))
@@ -150,7 +165,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         split: Megatron's name of the split, for the sizes of its batches.
         seed: of the order; None: as the sequences come.
         weights: of the sources. None: every sequence of every source once an epoch.
-        multiple_of: an epoch is filled up with empty samples to a multiple of this, so that batches of that size end where it ends.
+        multiple_of: an epoch is filled up with empty samples to a multiple of this, so that batches of that size end
+            where it ends.
     """
 
     def __init__(
@@ -197,8 +213,8 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 
 def _draw(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each sample its source, and the how manieth draw of that source it is. The first n are the same for every number of samples: Megatron's
-    helper gives each sample to the source that lags most behind its weight."""
+    """For each sample its source, and the how manieth draw of that source it is. The first n are the same for every
+    number of samples: Megatron's helper gives each sample to the source that lags most behind its weight."""
     from megatron.core.datasets import helpers
 
     source, draw = np.zeros(num_samples, np.int16), np.zeros(num_samples, np.int64)

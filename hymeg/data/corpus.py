@@ -1,6 +1,7 @@
 """Plain text for pre-training: files of documents in, Megatron's indexed dataset (.bin, .idx) out.
 
-Memory is bounded by a few batches of rows, plus some tens of bytes a document for Megatron's index. Training on a dataset is Megatron's business.
+Memory is bounded by a few batches of rows, plus some tens of bytes a document for Megatron's index. Training on a
+dataset is Megatron's business.
 """
 
 import contextlib
@@ -37,7 +38,9 @@ class Progress:
 
 
 class Encoded(NamedTuple):
-    """The documents of one `Batch`: for each key the token ids, one document after another, and the number of tokens in each."""
+    """The documents of one `Batch`: for each key the token ids, one document after another, and the number of tokens in
+    each.
+    """
 
     token_ids: dict[str, np.ndarray]
     lengths: dict[str, list[int]]
@@ -60,30 +63,37 @@ def preprocess(
 ) -> Progress:
     """Tokenize files into OUTPUT_KEY_document.bin and .idx for each key, the names that Megatron-LM's own tool gives.
 
-    Files appear whole or not at all. Documents keep the order of the files and of the rows in them. No special token is added but the
-    end-of-document token, if asked for.
+    Files appear whole or not at all. Documents keep the order of the files and of the rows in them. No special token is
+    added but the end-of-document token, if asked for.
 
     Args:
-        inputs: files as `hymeg.data.text_files` reads them, UTF-8. A row of JSON lines is an object with a string under each key.
+        inputs: files as `hymeg.data.text_files` reads them, UTF-8. A row of JSON lines is an object with a string under
+            each key.
         output: prefix of the files to write; missing folders are made.
-        tokenizer_dir: the checkpoint's folder. Token ids are stored as uint16 where the vocabulary is below 65500, else as int32.
+        tokenizer_dir: the checkpoint's folder. Token ids are stored as uint16 where the vocabulary is below 65500, else
+            as int32.
         json_keys: the keys of a row to tokenize, a dataset for each.
         append_eod: end each document with the tokenizer's EOS token, which is what Megatron takes for end of document.
-        num_workers: 1: this process tokenizes, with the tokenizer's own threads. More: so many processes. The files are the same, to the byte.
-        skip_bad_rows: count rows that are not UTF-8, not JSON or lack a string under a key, instead of stopping at the first.
+        num_workers: 1: this process tokenizes, with the tokenizer's own threads. More: so many processes. The files are
+            the same, to the byte.
+        skip_bad_rows: count rows that are not UTF-8, not JSON or lack a string under a key, instead of stopping at the
+            first.
         overwrite: replace files of the same names.
         report: called before the first batch and after each.
 
     Raises:
-        UserError: an input cannot be read, a row is bad, nothing is left to write, the tokenizer cannot be loaded or lacks EOS, the output exists
-            or cannot be written.
+        UserError: an input cannot be read, a row is bad, nothing is left to write, the tokenizer cannot be loaded or
+            lacks EOS, the output exists or cannot be written.
     """
     if num_workers < 1:
         raise UserError(f"--workers is {num_workers}; at least 1 is needed")
     paths = [check_name(path) for path in inputs]
     check_given_once("--input", paths)
     if len(json_keys) > 1 and (text_file := next(filter(is_text, paths), None)):
-        raise UserError(f"{text_file}: a text file has no keys; with several --json-keys ({', '.join(json_keys)}) only JSON lines can be read")
+        raise UserError(
+            f"{text_file}: a text file has no keys; with several --json-keys ({', '.join(json_keys)}) only JSON lines "
+            "can be read"
+        )
     prefixes = _prefixes(os.fspath(output), json_keys, overwrite)
     settings = (str(tokenizer_dir), tuple(json_keys), append_eod, skip_bad_rows)
     encoder = Encoder(*settings)
@@ -99,9 +109,15 @@ def _prefixes(output: str, json_keys: tuple[str, ...], overwrite: bool) -> list[
     if len(set(json_keys)) != len(json_keys):
         raise UserError(f"--json-keys names a key twice: {', '.join(json_keys)}")
     if os.path.isdir(output) or not os.path.basename(output):
-        raise UserError(f"--output {output}: is a folder; a prefix for the files is needed, such as {os.path.join(output, 'corpus')}")
+        raise UserError(
+            f"--output {output}: is a folder; a prefix for the files is needed, such as "
+            f"{os.path.join(output, 'corpus')}"
+        )
     if wrong := [key for key in json_keys if "/" in key]:
-        raise UserError(f"--json-keys {shown(wrong[0])}: holds a '/', which no file can have in its name; rename the key in the input")
+        raise UserError(
+            f"--json-keys {shown(wrong[0])}: holds a '/', which no file can have in its name; rename the key in the "
+            "input"
+        )
     prefixes = [f"{output}_{key}_document" for key in json_keys]
     for path in (prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")):
         if os.path.isdir(path):
@@ -112,12 +128,17 @@ def _prefixes(output: str, json_keys: tuple[str, ...], overwrite: bool) -> list[
 
 
 class Encoder:
-    """Turns a `Batch` into an `Encoded`. Raises UserError where the tokenizer cannot be loaded or lacks the EOS token that is to be appended."""
+    """Turns a `Batch` into an `Encoded`. Raises UserError where the tokenizer cannot be loaded or lacks the EOS token
+    that is to be appended.
+    """
 
     def __init__(self, tokenizer_dir: str, json_keys: tuple[str, ...], append_eod: bool, skip_bad_rows: bool):
         tokenizer = load_tokenizer(tokenizer_dir)
         if append_eod and tokenizer.eos_token_id is None:
-            raise UserError(f"{tokenizer_dir}: the tokenizer has no EOS token (eos_token in tokenizer_config.json), which --append-eod needs")
+            raise UserError(
+                f"{tokenizer_dir}: the tokenizer has no EOS token (eos_token in tokenizer_config.json), which "
+                "--append-eod needs"
+            )
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self._end = [tokenizer.eos_token_id] if append_eod else []
         self._tokenizer = tokenizer.backend_tokenizer
@@ -153,42 +174,66 @@ class Encoder:
         except UnicodeDecodeError as error:
             number += row.count(b"\n", 0, error.start) if is_text(path) else 0
             raise UserError(
-                f"{place(path, number)}: not UTF-8: byte {shown(row[error.start : error.start + 1])}; convert the file with iconv"
+                f"{place(path, number)}: not UTF-8: byte {shown(row[error.start : error.start + 1])}; convert the file "
+                "with iconv"
             ) from error
         if is_text(path):
             return [text]
         record = parse_row(place(path, number), text)
         if not isinstance(record, dict):
-            raise UserError(f"{place(path, number)}: holds {shown(record)}; an object with the key {shown(self._json_keys[0])} is needed")
+            raise UserError(
+                f"{place(path, number)}: holds {shown(record)}; an object with the key {shown(self._json_keys[0])} is "
+                "needed"
+            )
         return [self._text(place(path, number), record, key) for key in self._json_keys]
 
     def _text(self, where: str, record: dict, key: str) -> str:
         if key not in record:
-            raise UserError(f"{where}: no key {shown(key)} among {shown(list(record))}; --json-keys names the keys to read")
+            raise UserError(
+                f"{where}: no key {shown(key)} among {shown(list(record))}; --json-keys names the keys to read"
+            )
         if not isinstance(record[key], str):
             raise UserError(f"{where}: {shown(key)} is {shown(record[key])}; a string is needed")
         try:
             record[key].encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}: {shown(key)} holds {shown(record[key][error.start])}, half of a surrogate pair, which is no text") from error
+            raise UserError(
+                f"{where}: {shown(key)} holds {shown(record[key][error.start])}, half of a surrogate pair, which is no "
+                "text"
+            ) from error
         return record[key]
 
 
-def _write(encoded: Iterable[Encoded], prefixes: dict[str, str], vocab_size: int, progress: Progress, report: Callable[[Progress], None]) -> None:
-    """Write a dataset for each key under temporary names, flush them to disk, then give them their own, the .idx files last."""
-    with warnings.catch_warnings(action="ignore"):  # of optional packages that are not installed: nothing here needs them
+def _write(
+    encoded: Iterable[Encoded],
+    prefixes: dict[str, str],
+    vocab_size: int,
+    progress: Progress,
+    report: Callable[[Progress], None],
+) -> None:
+    """Write a dataset for each key under temporary names, flush them to disk, then give them their own, the .idx files
+    last.
+    """
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # of optional packages that are not installed: nothing here needs them
         platform.install()
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     bins = {key: Path(f"{prefix}.bin") for key, prefix in prefixes.items()}
     indices = {key: Path(f"{prefix}.idx") for key, prefix in prefixes.items()}
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (*bins.values(), *indices.values())}
+    temporary = {
+        path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (*bins.values(), *indices.values())
+    }
     folder = next(iter(bins.values())).parent
     is_new_folder = not folder.exists()
     try:
         with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            builders = {key: IndexedDatasetBuilder(str(temporary[path]), DType.optimal_dtype(vocab_size)) for key, path in bins.items()}
+            builders = {
+                key: IndexedDatasetBuilder(str(temporary[path]), DType.optimal_dtype(vocab_size))
+                for key, path in bins.items()
+            }
         report(progress)
         for batch in encoded:
             with _write_errors(folder):
@@ -198,7 +243,10 @@ def _write(encoded: Iterable[Encoded], prefixes: dict[str, str], vocab_size: int
             report(progress)
         for key, builder in builders.items():
             if not builder.sequence_lengths:
-                raise UserError(f"nothing to write: the input holds no document with a token under {shown(key)} ({_skipped(progress)})")
+                raise UserError(
+                    f"nothing to write: the input holds no document with a token under {shown(key)} "
+                    f"({_skipped(progress)})"
+                )
         with _write_errors(folder):
             for key, builder in builders.items():
                 builder.finalize(str(temporary[indices[key]]))
@@ -225,7 +273,8 @@ def _write_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room there, or give another --output"
+            f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room there, or give "
+            "another --output"
         ) from error
 
 

@@ -27,7 +27,9 @@ class Summary:
 
 
 class Fit(NamedTuple):
-    """Rows put into sequences of `seq_length` positions; a row of n tokens takes n - 1 of them, because its last token is a label only."""
+    """Rows put into sequences of `seq_length` positions; a row of n tokens takes n - 1 of them, because its last token
+    is a label only.
+    """
 
     num_too_long: int
     num_tokens_over: int  # of the rows that are too long, beyond what fits
@@ -49,7 +51,9 @@ def read_row(path: str | os.PathLike, line: int, reader: RowReader, encoder: Cha
 
 
 def summarize(path: str | os.PathLike, reader: RowReader, encoder: ChatEncoder) -> Summary:
-    """Encode every row of the file. Rows that cannot be trained on are counted and left out; UserError is for a file that cannot be read."""
+    """Encode every row of the file. Rows that cannot be trained on are counted and left out; UserError is for a file
+    that cannot be read.
+    """
     bad_rows, table = [], array("q")
     for batch in read_batches(check_row_file(path)):
         for tokens in _encoded(batch, reader, encoder, bad_rows):
@@ -97,5 +101,6 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     """(shortest, longest, rows) of each class of lengths, whose bounds are powers of two."""
     exponents = np.frexp(lengths)[1].astype(int) - 1
     return [
-        (1 << exponent, (2 << exponent) - 1, int(np.count_nonzero(exponents == exponent))) for exponent in range(exponents.min(), exponents.max() + 1)
+        (1 << exponent, (2 << exponent) - 1, int(np.count_nonzero(exponents == exponent)))
+        for exponent in range(exponents.min(), exponents.max() + 1)
     ]

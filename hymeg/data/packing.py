@@ -1,7 +1,8 @@
 """Which conversations share a sequence: best fit over a window.
 
-Rows are taken in a seeded order, a window of them at a time, the longest first; each goes where it leaves the least room. Sequences that are not
-full stay open for the rows of the next windows. (Best-fit decreasing: Johnson, Near-optimal bin packing algorithms, 1973.)
+Rows are taken in a seeded order, a window of them at a time, the longest first; each goes where it leaves the least
+room. Sequences that are not full stay open for the rows of the next windows. (Best-fit decreasing: Johnson,
+Near-optimal bin packing algorithms, 1973.)
 """
 
 from typing import NamedTuple
@@ -48,7 +49,9 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> Packs:
 
 
 class _Open:
-    """Sequences with room left. One bit for each size of room tells whether there is a sequence with just that: the best fit is the lowest bit."""
+    """Sequences with room left. One bit for each size of room tells whether there is a sequence with just that: the
+    best fit is the lowest bit.
+    """
 
     def __init__(self, capacity: int):
         self.capacity = capacity

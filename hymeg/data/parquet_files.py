@@ -19,11 +19,15 @@ _ROWS_AT_ONCE = 256
 def check_available(path: str) -> None:
     """Raises UserError where pyarrow is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{path}: reading parquet needs pyarrow; install it (pip install 'hymeg[parquet]') or convert the file to .jsonl")
+        raise UserError(
+            f"{path}: reading parquet needs pyarrow; install it (pip install 'hymeg[parquet]') or convert the file to "
+            ".jsonl"
+        )
 
 
 class ParquetRows:
-    """(number from 1, JSON object) of each row, in order. A row whose text is not UTF-8 comes as the bytes of that text.
+    """(number from 1, JSON object) of each row, in order. A row whose text is not UTF-8 comes as the bytes of that
+    text.
 
     Args:
         columns: those that are wanted; None: all.
@@ -42,7 +46,9 @@ class ParquetRows:
             self._file = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
             names = self._file.schema_arrow.names
         if missing := [column for column in columns or () if column not in names]:
-            raise UserError(f"{path}: no column {shown(missing[0])} among {shown(names)}; --json-keys names the columns to read")
+            raise UserError(
+                f"{path}: no column {shown(missing[0])} among {shown(names)}; --json-keys names the columns to read"
+            )
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         with self._errors():
@@ -64,7 +70,9 @@ class ParquetRows:
             yield
         except (pyarrow.ArrowException, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{self._path}: is no parquet file or a broken one: {reason.rstrip('.')}; copy or make it again") from error
+            raise UserError(
+                f"{self._path}: is no parquet file or a broken one: {reason.rstrip('.')}; copy or make it again"
+            ) from error
 
 
 def _as_json(batch, index: int) -> bytes:
@@ -76,5 +84,7 @@ def _as_json(batch, index: int) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Binary columns hold text where they hold UTF-8; anything else is shown as what it is, and will be refused as a text."""
+    """Binary columns hold text where they hold UTF-8; anything else is shown as what it is, and will be refused as a
+    text.
+    """
     return value.decode() if isinstance(value, bytes) else {type(value).__name__: str(value)}

@@ -9,8 +9,9 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 
 class _FreshMasks:
-    """Megatron caches the loss mask of a process's first sample, and masks that sample's padding tokens in the cache: every later sample would be
-    masked in the same places, and the loss depend on which rank read which sample first (gpt_dataset.py:266)."""
+    """Megatron caches the loss mask of a process's first sample, and masks that sample's padding tokens in the cache:
+    every later sample would be masked in the same places, and the loss depend on which rank read which sample first
+    (gpt_dataset.py:266)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -25,7 +26,9 @@ class RandomDataset(_FreshMasks, MockGPTDataset):
     """Made-up samples (`--mock-data`)."""
 
 
-def build_datasets(args: argparse.Namespace, tokenizer, num_samples: tuple[int, int, int], is_reader: Callable[[], bool]) -> tuple:
+def build_datasets(
+    args: argparse.Namespace, tokenizer, num_samples: tuple[int, int, int], is_reader: Callable[[], bool]
+) -> tuple:
     """The training, validation and test datasets; None for a split without samples.
 
     Args:
@@ -61,4 +64,6 @@ def build_datasets(args: argparse.Namespace, tokenizer, num_samples: tuple[int, 
     )
 
     print_rank_0("> building datasets ...")
-    return BlendedMegatronDatasetBuilder(RandomDataset if args.mock_data else TextDataset, num_samples, is_reader, config).build()
+    return BlendedMegatronDatasetBuilder(
+        RandomDataset if args.mock_data else TextDataset, num_samples, is_reader, config
+    ).build()

@@ -1,9 +1,10 @@
 """Conversations and translations, tokenised once: an index beside the file, memory-mapped by every process.
 
-FOLDER/NAME-FINGERPRINT/ holds `tokens.bin` (int32, row after row; a token that is trained is stored as its bitwise complement, a negative number),
-`starts.npy` (int64 `[rows + 1]`), `lines.npy` (int64 `[rows]`, from 1) and `index.json`, and in folders of their own what `cached` keeps. The
-fingerprint is taken over the file's size, time and ends, the tokenizer, the chat template and the prompts. A killed build leaves a hidden
-`.partial` folder, which nothing reads.
+FOLDER/NAME-FINGERPRINT/ holds `tokens.bin` (int32, row after row; a token that is trained is stored as its bitwise
+complement, a negative number), `starts.npy` (int64 `[rows + 1]`), `lines.npy` (int64 `[rows]`, from 1) and
+`index.json`, and in folders of their own what `cached` keeps. The fingerprint is taken over the file's size, time and
+ends, the tokenizer, the chat template and the prompts. A killed build leaves a hidden `.partial` folder, which nothing
+reads.
 """
 
 import contextlib
@@ -95,7 +96,12 @@ class RowEncoder:
         conversations = [self._reader.parse(batch.path, number, row) for number, row in batch.rows]
         encoded = self._encoder.encode_batch(conversations)
         stored = [np.where(tokens.trained, ~tokens.token_ids, tokens.token_ids) for tokens in encoded]
-        return np.concatenate(stored) if stored else np.empty(0, np.int32), [len(row) for row in stored], lines, batch.num_bytes_read
+        return (
+            np.concatenate(stored) if stored else np.empty(0, np.int32),
+            [len(row) for row in stored],
+            lines,
+            batch.num_bytes_read,
+        )
 
 
 def index_folder(path: str, cache: Path, fingerprint: str) -> Path:
@@ -129,7 +135,13 @@ def is_built(folder: Path) -> bool:
     return len(index.starts) == len(index) + 1 and (folder / "tokens.bin").stat().st_size == index.starts[-1] * 4
 
 
-def build_index(path: str, folder: Path, settings: tuple, num_workers: int = 1, report: Callable[[Progress], None] = lambda progress: None) -> None:
+def build_index(
+    path: str,
+    folder: Path,
+    settings: tuple,
+    num_workers: int = 1,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> None:
     """Tokenise the file `path` into `folder`, which appears whole or not at all.
 
     Args:
@@ -138,7 +150,8 @@ def build_index(path: str, folder: Path, settings: tuple, num_workers: int = 1, 
         report: called after each batch of rows.
 
     Raises:
-        UserError: the file cannot be read, changes while it is read, a row is wrong, no row is in it, the folder cannot be written.
+        UserError: the file cannot be read, changes while it is read, a row is wrong, no row is in it, the folder cannot
+            be written.
     """
     state = _state(path)
     total_bytes, num_bytes, num_tokens, num_trained = os.path.getsize(path), 0, 0, 0
@@ -146,7 +159,9 @@ def build_index(path: str, folder: Path, settings: tuple, num_workers: int = 1, 
     if not is_built(folder):
         shutil.rmtree(folder, ignore_errors=True)
     with _built_beside(folder) as partial, open(partial / "tokens.bin", "wb") as file:
-        for stored, row_lengths, row_lines, num_bytes_read in encode_all(read_batches(path), RowEncoder, settings, num_workers):
+        for stored, row_lengths, row_lines, num_bytes_read in encode_all(
+            read_batches(path), RowEncoder, settings, num_workers
+        ):
             file.write(stored.tobytes())
             lengths.extend(row_lengths)
             lines.extend(row_lines)
@@ -162,7 +177,14 @@ def build_index(path: str, folder: Path, settings: tuple, num_workers: int = 1, 
         np.save(partial / "lines.npy", np.array(lines, dtype=np.int64))
         with written_whole(partial / _SUMMARY) as summary:
             summary.write(
-                json.dumps({"path": os.path.abspath(path), "num_tokens": num_tokens, "num_trained": num_trained, "content": _content(path)}).encode()
+                json.dumps(
+                    {
+                        "path": os.path.abspath(path),
+                        "num_tokens": num_tokens,
+                        "num_trained": num_trained,
+                        "content": _content(path),
+                    }
+                ).encode()
             )
 
 
@@ -176,7 +198,9 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _built_beside(folder: Path) -> Iterator[Path]:
-    """A folder of its own to write to, which becomes `folder` on success. Who comes second finds the first one's, which is the same."""
+    """A folder of its own to write to, which becomes `folder` on success. Who comes second finds the first one's, which
+    is the same.
+    """
     mine = f".{folder.name}.{socket.gethostname()}."
     partial = folder.with_name(f"{mine}{os.getpid()}.partial")
     try:
@@ -195,6 +219,9 @@ def _built_beside(folder: Path) -> Iterator[Path]:
                 raise
         fsync_folder(folder.parent)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}; give --data-cache-path, a folder with room that can be") from error
+        raise UserError(
+            f"{folder}: cannot be written: {error.strerror or error}; give --data-cache-path, a folder with room that "
+            "can be"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

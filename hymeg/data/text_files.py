@@ -1,7 +1,8 @@
 """Files of documents, read in batches of bounded memory. What is in a document is not looked at here.
 
-Three kinds are known by their names. JSON lines: a row a line. Text: documents separated by blank lines, whose own line feeds are kept. Both may be
-compressed (.gz, .zst); a byte-order mark, carriage returns before line feeds and blank lines are left out. Parquet: a row a row, turned into JSON.
+Three kinds are known by their names. JSON lines: a row a line. Text: documents separated by blank lines, whose own line
+feeds are kept. Both may be compressed (.gz, .zst); a byte-order mark, carriage returns before line feeds and blank
+lines are left out. Parquet: a row a row, turned into JSON.
 """
 
 import contextlib
@@ -29,9 +30,13 @@ BATCH_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 28
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-_ZSTD_BLOCK_BYTES = 1 << 10  # given to the decompressor at once: even the most compressible data become no more than 32 MiB
+_ZSTD_BLOCK_BYTES = (
+    1 << 10
+)  # given to the decompressor at once: even the most compressible data become no more than 32 MiB
 
-Row = tuple[int, bytes]  # (line number, from 1; the line, or the document that starts there), of parquet (row number, the row as JSON)
+Row = tuple[
+    int, bytes
+]  # (line number, from 1; the line, or the document that starts there), of parquet (row number, the row as JSON)
 
 
 class Batch(NamedTuple):
@@ -64,8 +69,8 @@ def _suffix(path: str) -> str:
 
 
 def check_name(path: str | os.PathLike) -> str:
-    """`path` as a string. Raises UserError where there is no such file, it cannot be read or is empty, its name is of no known kind, or parquet
-    cannot be read here."""
+    """`path` as a string. Raises UserError where there is no such file, it cannot be read or is empty, its name is of
+    no known kind, or parquet cannot be read here."""
     path = str(path)
     try:
         path.encode()
@@ -78,7 +83,9 @@ def check_name(path: str | os.PathLike) -> str:
     if stat.S_ISDIR(status.st_mode):
         raise UserError(f"{path}: is a folder; name the files in it ({path.rstrip('/')}/*.jsonl)")
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: is a pipe or a device; write what it gives to a file, which can be read more than once")
+        raise UserError(
+            f"{path}: is a pipe or a device; write what it gives to a file, which can be read more than once"
+        )
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: not readable by this user; change its permissions (chmod a+r)")
     if status.st_size == 0:
@@ -87,7 +94,8 @@ def check_name(path: str | os.PathLike) -> str:
         parquet_files.check_available(path)
     elif _suffix(path) not in JSON_SUFFIXES + TEXT_SUFFIXES:
         raise UserError(
-            f"{path}: its name does not tell what it holds; {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} (each also as .gz or .zst) "
+            f"{path}: its name does not tell what it holds; {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} (each also as "
+            ".gz or .zst) "
             f"and {', '.join(PARQUET_SUFFIXES)} can be read"
         )
     return path
@@ -107,7 +115,10 @@ def check_given_once(label: str, paths: list[str]) -> None:
     for path in paths:
         real = os.path.realpath(path)
         if real in first:
-            raise UserError(f"{label} {path}: the same file as {first[real]}, given before; leave one out (the weights of a blend make up for it)")
+            raise UserError(
+                f"{label} {path}: the same file as {first[real]}, given before; leave one out (the weights of a blend "
+                "make up for it)"
+            )
         first[real] = path
 
 
@@ -135,7 +146,9 @@ def read_batches(path: str, columns: tuple[str, ...] | None = None) -> Iterator[
                     rows, num_bytes, position = [], 0, tell()
             yield Batch(path, rows, tell() - position)
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{path}: the compressed file is broken or cut short: {error}; copy or make it again") from error
+        raise UserError(
+            f"{path}: the compressed file is broken or cut short: {error}; copy or make it again"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; check the file and its disk") from error
 
@@ -149,7 +162,9 @@ def _decompressed(path: str, raw: BinaryIO) -> contextlib.AbstractContextManager
 
 
 class _ZstdFile(io.RawIOBase):
-    """Reads one zstd frame after another. zstandard's own readers take a frame that is cut short for the end of the file."""
+    """Reads one zstd frame after another. zstandard's own readers take a frame that is cut short for the end of the
+    file.
+    """
 
     def __init__(self, raw: BinaryIO):
         self._raw = raw
@@ -161,7 +176,9 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._pending:
-            block = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._raw.read(_ZSTD_BLOCK_BYTES)
+            block = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._raw.read(
+                _ZSTD_BLOCK_BYTES
+            )
             if not block:
                 if self._frame and not self._frame.eof:
                     raise EOFError("the last frame has no end")
@@ -199,4 +216,7 @@ def _documents(path: str, file: BinaryIO) -> Iterator[Row]:
 
 def _check_length(path: str, number: int, length: int) -> None:
     if length > MAX_ROW_BYTES:
-        raise UserError(f"{path}: line {number}: a document of more than {MAX_ROW_BYTES >> 20} MiB starts here; cut it up, one document a row")
+        raise UserError(
+            f"{path}: line {number}: a document of more than {MAX_ROW_BYTES >> 20} MiB starts here; cut it up, one "
+            "document a row"
+        )

@@ -1,7 +1,8 @@
-"""Translations as conversations: the prompts that Hy-MT2 was trained on, in Chinese and English, and the names of its languages.
+"""Translations as conversations: the prompts that Hy-MT2 was trained on, in Chinese and English, and the names of its
+languages.
 
-The prompts are data: `translation_prompts.json` beside this file, and a file of the same form may replace kinds or add some. Which fields a row
-must have follows from the placeholders of its prompt; `hymeg.data.rows` reads them.
+The prompts are data: `translation_prompts.json` beside this file, and a file of the same form may replace kinds or add
+some. Which fields a row must have follows from the placeholders of its prompt; `hymeg.data.rows` reads them.
 """
 
 import functools
@@ -74,7 +75,15 @@ LANGUAGES = {
     "yue": ("Cantonese", "粤语"),
 }
 _CHINESE = ("zh", "zh-Hant", "yue")
-_OTHER_NAMES = {"fil": "tl", "zh-tw": "zh-Hant", "zh-hk": "zh-Hant", "zh-mo": "zh-Hant", "simplified chinese": "zh", "简体中文": "zh", "汉语": "zh"}
+_OTHER_NAMES = {
+    "fil": "tl",
+    "zh-tw": "zh-Hant",
+    "zh-hk": "zh-Hant",
+    "zh-mo": "zh-Hant",
+    "simplified chinese": "zh",
+    "简体中文": "zh",
+    "汉语": "zh",
+}
 _CODES = {name.casefold(): code for code, names in LANGUAGES.items() for name in (code, *names)} | _OTHER_NAMES
 _CODE_FORM = re.compile(r"([a-z]{2,3})(?:[-_][A-Za-z0-9]{2,8})*")
 
@@ -96,7 +105,9 @@ def language_names(language: str) -> LanguageNames:
     if code:
         return LanguageNames(*LANGUAGES[code], code in _CHINESE)
     if form:
-        raise UserError(f"{shown(language)} is not among the language codes {', '.join(LANGUAGES)}; give the language's name")
+        raise UserError(
+            f"{shown(language)} is not among the language codes {', '.join(LANGUAGES)}; give the language's name"
+        )
     return LanguageNames(language, language, "chinese" in language.casefold() or "中文" in language)
 
 
@@ -115,7 +126,8 @@ class Prompt:
         """The prompt with `values` in place of its placeholders; what looks like a placeholder in a value stays.
 
         Args:
-            values: for each placeholder a string; for "text" a list of (source term, target term), for "user_preferences" a list of strings.
+            values: for each placeholder a string; for "text" a list of (source term, target term), for
+                "user_preferences" a list of strings.
         """
         lines, number = [], 0
         for line, repeated in self._lines:
@@ -135,16 +147,19 @@ class Prompts:
     """Kinds of prompt, each in Chinese, English or both: `prompts.kinds[kind][language]`."""
 
     def __init__(self, kinds: dict[str, dict[str, str]]):
-        self.kinds = {kind: {language: Prompt(text) for language, text in texts.items()} for kind, texts in kinds.items()}
+        self.kinds = {
+            kind: {language: Prompt(text) for language, text in texts.items()} for kind, texts in kinds.items()
+        }
         self.fingerprint = hashlib.sha256(json.dumps(kinds, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_prompts(path: str | os.PathLike | None = None) -> Prompts:
     """The shipped prompts; kinds in the file `path` replace those of the same name or add to them.
 
-    A file holds `{kind: {"zh": prompt, "en": prompt}}`, where either language may be absent; under "about" it may say what it likes. Placeholders are
-    the keys of `FIELDS` and {number}. The line with {text} (twice: source term, target term) is repeated for each pair of the row's "terminology",
-    the line with {user_preferences} for each of its preferences, and {number} counts.
+    A file holds `{kind: {"zh": prompt, "en": prompt}}`, where either language may be absent; under "about" it may say
+    what it likes. Placeholders are the keys of `FIELDS` and {number}. The line with {text} (twice: source term, target
+    term) is repeated for each pair of the row's "terminology", the line with {user_preferences} for each of its
+    preferences, and {number} counts.
 
     Raises:
         UserError: the file cannot be read or is not of this form.
@@ -169,7 +184,9 @@ def _read(path: str | os.PathLike) -> dict[str, dict[str, str]]:
         raise UserError(f"{path}: holds no prompt; an object is needed: {{kind: {{'zh': prompt, 'en': prompt}}}}")
     for kind, texts in kinds.items():
         if not isinstance(texts, dict) or not texts or not set(texts) <= set(PROMPT_LANGUAGES):
-            raise UserError(f"{path}: {shown(kind)} is {shown(texts)}; an object with a prompt under 'zh', 'en' or both is needed")
+            raise UserError(
+                f"{path}: {shown(kind)} is {shown(texts)}; an object with a prompt under 'zh', 'en' or both is needed"
+            )
         for language, text in texts.items():
             _check(f"{path}: {shown(kind)}, {language!r}", text)
     return kinds
@@ -182,19 +199,28 @@ def _check(where: str, text: object) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds {shown(text[error.start])}, half of a surrogate pair, which is no text") from error
+        raise UserError(
+            f"{where}: holds {shown(text[error.start])}, half of a surrogate pair, which is no text"
+        ) from error
     names = _PLACEHOLDER.findall(text)
     if unknown := [name for name in names if name not in FIELDS and name != "number"]:
         known = ", ".join(f"{{{name}}}" for name in (*FIELDS, "number"))
         raise UserError(f"{where}: unknown placeholder {{{unknown[0]}}}; known are {known}")
     if missing := [name for name in _REQUIRED if name not in names]:
-        raise UserError(f"{where}: the placeholder {{{missing[0]}}} is missing; every prompt needs {{target_lang}} and {{source_text}}")
+        raise UserError(
+            f"{where}: the placeholder {{{missing[0]}}} is missing; every prompt needs {{target_lang}} and "
+            f"{{source_text}}"
+        )
     for name, occurrences in _OCCURRENCES_ON_ITS_LINE.items():
         on_lines = [count for line in text.split("\n") if (count := _PLACEHOLDER.findall(line).count(name))]
         if on_lines not in ([], [occurrences]):
             raise UserError(
-                f"{where}: {{{name}}} stands on {len(on_lines)} lines, {max(on_lines)} times on one; needed is one line with {occurrences} of it, "
+                f"{where}: {{{name}}} stands on {len(on_lines)} lines, {max(on_lines)} times on one; needed is one "
+                f"line with {occurrences} of it, "
                 "which is repeated for each ({number} counts)"
             )
     if any({"text", "user_preferences"} <= set(_PLACEHOLDER.findall(line)) for line in text.split("\n")):
-        raise UserError(f"{where}: {{text}} and {{user_preferences}} stand on one line; each needs a line of its own, which is repeated")
+        raise UserError(
+            f"{where}: {{text}} and {{user_preferences}} stand on one line; each needs a line of its own, which is "
+            "repeated"
+        )

@@ -14,7 +14,9 @@ from hymeg.errors import UserError
 _encode: Callable[[Batch], object]
 
 
-def encode_all[T](batches: Iterable[Batch], make_encoder: Callable[..., Callable[[Batch], T]], settings: tuple, num_workers: int) -> Iterator[T]:
+def encode_all[T](
+    batches: Iterable[Batch], make_encoder: Callable[..., Callable[[Batch], T]], settings: tuple, num_workers: int
+) -> Iterator[T]:
     """The batches, encoded, in their order.
 
     Args:
@@ -37,7 +39,9 @@ def encode_all[T](batches: Iterable[Batch], make_encoder: Callable[..., Callable
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError(f"a worker process died, perhaps killed for want of memory; try fewer --workers ({num_workers} now)") from error
+        raise UserError(
+            f"a worker process died, perhaps killed for want of memory; try fewer --workers ({num_workers} now)"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -1,7 +1,8 @@
-"""config.json of a Hy checkpoint, read once into a checked, typed `HyConfig`: the one source for the shape of the model.
+"""config.json of a Hy checkpoint, read once into a checked, typed `HyConfig`: the one source for the shape of the
+model.
 
-Both spellings of every field are read; a value that hymeg cannot honour is refused by name rather than ignored. How the fields become Megatron's
-flags is `hymeg.models`' business. No torch here.
+Both spellings of every field are read; a value that hymeg cannot honour is refused by name rather than ignored. How the
+fields become Megatron's flags is `hymeg.models`' business. No torch here.
 """
 
 import copy
@@ -39,15 +40,22 @@ SIZE = _Kind("a positive integer", lambda value: _is_int(value, 1))
 COUNT = _Kind("zero or a positive integer", lambda value: _is_int(value, 0))
 BOOL = _Kind("true or false", lambda value: type(value) is bool)
 POSITIVE = _Kind("a positive number", lambda value: _is_number(value) and value > 0, float)
-PROBABILITY = _Kind("a number from 0 up to, not including, 1", lambda value: _is_number(value) and 0 <= value < 1, float)
+PROBABILITY = _Kind(
+    "a number from 0 up to, not including, 1", lambda value: _is_number(value) and 0 <= value < 1, float
+)
 TOKEN_ID = _Kind("a token id (an integer from 0)", lambda value: _is_int(value, 0))
 TOKEN_IDS = _Kind(
     "a token id (an integer from 0) or a list of them",
-    lambda value: _is_int(value, 0) or (type(value) is list and len(value) > 0 and all(_is_int(token_id, 0) for token_id in value)),
+    lambda value: (
+        _is_int(value, 0)
+        or (type(value) is list and len(value) > 0 and all(_is_int(token_id, 0) for token_id in value))
+    ),
 )
 DTYPE = _Kind('"bfloat16", "float16" or "float32"', lambda value: value in ("bfloat16", "float16", "float32"))
 LAYER_TYPES = _Kind(
-    'a list of "dense" and "sparse"', lambda value: type(value) is list and all(entry in ("dense", "sparse") for entry in value), tuple
+    'a list of "dense" and "sparse"',
+    lambda value: type(value) is list and all(entry in ("dense", "sparse") for entry in value),
+    tuple,
 )
 
 _REQUIRED = object()
@@ -125,7 +133,9 @@ _FIXED = (
 
 @dataclass(frozen=True)
 class HyConfig:
-    """The shape and the numerics of a Hy model. Build it with `from_dir`, `from_file` or `from_dict`; all three check every value."""
+    """The shape and the numerics of a Hy model. Build it with `from_dir`, `from_file` or `from_dict`; all three check
+    every value.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -182,7 +192,9 @@ class HyConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "HyConfig":
-        """The config in the file `path`. Raises UserError as `from_dict` does, and where the file cannot be read or is not JSON."""
+        """The config in the file `path`. Raises UserError as `from_dict` does, and where the file cannot be read or is
+        not JSON.
+        """
         return cls.from_dict(read_json(path), str(path))
 
     @classmethod
@@ -191,7 +203,10 @@ class HyConfig:
         if Path(directory).is_file():
             raise UserError(f"{directory}: a file; give the folder that holds {CONFIG_FILE}")
         if not Path(directory).is_dir():
-            raise UserError(f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches one)")
+            raise UserError(
+                f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` "
+                "fetches one)"
+            )
         return cls.from_file(Path(directory) / CONFIG_FILE)
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +214,9 @@ class HyConfig:
         return copy.deepcopy(self.raw)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write config.json as it was read into `directory` (which exists), whole or not at all. Raises UserError where it cannot be written."""
+        """Write config.json as it was read into `directory` (which exists), whole or not at all. Raises UserError where
+        it cannot be written.
+        """
         write_whole(Path(directory) / CONFIG_FILE, (json.dumps(self.raw, indent=2) + "\n").encode())
 
     @property
@@ -237,11 +254,16 @@ def _read(d: dict[str, Any], row: _Field, source: str) -> Any:
             raise UserError(f"{source}: {spelling} is {shown(value)}; {row.kind.description} is needed")
         if value != next(iter(found.values())):
             both = " and ".join(f"{name} = {shown(v)}" for name, v in found.items())
-            raise UserError(f"{source}: {both} contradict each other; they name the same thing, so make them equal or remove one")
+            raise UserError(
+                f"{source}: {both} contradict each other; they name the same thing, so make them equal or remove one"
+            )
     if found:
         return row.kind.convert(next(iter(found.values())))
     if row.default is _REQUIRED:
-        raise UserError(f"{source}: {' (or '.join(row.spellings)}{')' * (len(row.spellings) - 1)} is missing; {row.kind.description} is needed")
+        raise UserError(
+            f"{source}: {' (or '.join(row.spellings)}{')' * (len(row.spellings) - 1)} is missing; "
+            f"{row.kind.description} is needed"
+        )
     return row.default
 
 
@@ -258,23 +280,37 @@ def _check_fixed(d: dict[str, Any], row: _Fixed, source: str) -> None:
 
 def _check_architectures(d: dict[str, Any], source: str) -> None:
     architectures = d.get("architectures")
-    if architectures is not None and not (type(architectures) is list and any(name in architectures for name in ARCHITECTURES)):
-        raise UserError(f"{source}: architectures is {shown(architectures)}; a list with {' or '.join(ARCHITECTURES)} is needed")
+    if architectures is not None and not (
+        type(architectures) is list and any(name in architectures for name in ARCHITECTURES)
+    ):
+        raise UserError(
+            f"{source}: architectures is {shown(architectures)}; a list with {' or '.join(ARCHITECTURES)} is needed"
+        )
 
 
 def _layer_types(d: dict[str, Any], values: dict[str, Any], source: str) -> tuple[str, ...]:
-    """mlp_layer_types from its own field or from first_k_dense_replace; with neither, the first layer is dense (transformers' class default)."""
+    """mlp_layer_types from its own field or from first_k_dense_replace; with neither, the first layer is dense
+    (transformers' class default).
+    """
     num_layers = values["num_hidden_layers"]
     first_k_dense = _read(d, _FIRST_K_DENSE, source)
     listed = values["mlp_layer_types"]
     if first_k_dense is not None and first_k_dense > num_layers:
-        raise UserError(f"{source}: first_k_dense_replace is {first_k_dense}; at most num_hidden_layers ({num_layers}) is possible")
+        raise UserError(
+            f"{source}: first_k_dense_replace is {first_k_dense}; at most num_hidden_layers ({num_layers}) is possible"
+        )
     if listed is not None and len(listed) != num_layers:
-        raise UserError(f"{source}: mlp_layer_types has {len(listed)} entries; one for each of the {num_layers} layers (num_hidden_layers) is needed")
+        raise UserError(
+            f"{source}: mlp_layer_types has {len(listed)} entries; one for each of the {num_layers} layers "
+            "(num_hidden_layers) is needed"
+        )
     num_dense = 1 if first_k_dense is None else first_k_dense
     counted = ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense)
     if listed is not None and first_k_dense is not None and listed != counted:
-        raise UserError(f"{source}: mlp_layer_types and first_k_dense_replace = {first_k_dense} contradict each other; make them agree or remove one")
+        raise UserError(
+            f"{source}: mlp_layer_types and first_k_dense_replace = {first_k_dense} contradict each other; make them "
+            "agree or remove one"
+        )
     return counted if listed is None else listed
 
 
@@ -282,15 +318,21 @@ def _check_together(values: dict[str, Any], source: str) -> None:
     """What one field alone cannot tell."""
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
     if heads % kv_heads:
-        raise UserError(f"{source}: num_attention_heads is {heads}; a multiple of num_key_value_heads ({kv_heads}) is needed")
+        raise UserError(
+            f"{source}: num_attention_heads is {heads}; a multiple of num_key_value_heads ({kv_heads}) is needed"
+        )
     if values["head_dim"] % 2:
         raise UserError(f"{source}: head_dim is {values['head_dim']}; RoPE needs an even number")
     if values["num_experts_per_tok"] > values["num_experts"]:
         raise UserError(
-            f"{source}: num_experts_per_tok is {values['num_experts_per_tok']}; at most num_experts ({values['num_experts']}) is possible"
+            f"{source}: num_experts_per_tok is {values['num_experts_per_tok']}; at most num_experts "
+            f"({values['num_experts']}) is possible"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token_ids = values[name] if isinstance(values[name], list) else [values[name]]
         for token_id in token_ids:
             if token_id is not None and token_id >= values["vocab_size"]:
-                raise UserError(f"{source}: {name} is {token_id}, outside the vocabulary; an id below vocab_size ({values['vocab_size']}) is needed")
+                raise UserError(
+                    f"{source}: {name} is {token_id}, outside the vocabulary; an id below vocab_size "
+                    f"({values['vocab_size']}) is needed"
+                )

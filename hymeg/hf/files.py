@@ -37,19 +37,26 @@ def parse_bytes(text: str) -> int:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The JSON value in the file `path`. Raises UserError where the file is missing, unreadable or not JSON (with line and column)."""
+    """The JSON value in the file `path`. Raises UserError where the file is missing, unreadable or not JSON (with line
+    and column).
+    """
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, an integer of thousands of digits, brackets thousands deep
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, an integer of thousands of digits, brackets thousands deep
         raise UserError(f"{path}: not valid JSON: {error}") from error
 
 
 def parse_row(where: str, text: str) -> Any:
-    """The JSON value `text`, one line of a file. Raises UserError, which begins with `where`, for no JSON and for a key twice in one object."""
+    """The JSON value `text`, one line of a file. Raises UserError, which begins with `where`, for no JSON and for a key
+    twice in one object.
+    """
     try:
         return _ROW.decode(text)
     except UserError as error:
@@ -66,7 +73,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise UserError(f"the key {shown(twice)} stands twice in one object, of which only one would be read; leave one out")
+        raise UserError(
+            f"the key {shown(twice)} stands twice in one object, of which only one would be read; leave one out"
+        )
     return value
 
 
@@ -75,7 +84,8 @@ _ROW = json.JSONDecoder(object_pairs_hook=_unique)
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` for writing; on success flush it to disk and rename it to `path`, on any failure remove it.
+    """Open a temporary file beside `path` for writing; on success flush it to disk and rename it to `path`, on any
+    failure remove it.
 
     Raises:
         UserError: the disk is full, the folder cannot be written.
@@ -113,8 +123,9 @@ def overwrite_start(path: str | os.PathLike, data: bytes) -> None:
 
 
 def reserve(path: str | os.PathLike, num_bytes: int) -> None:
-    """Make the file `path` so long, what is new in it zeros, and have its disk space allotted where the file system can: writing it then neither
-    finds the disk full nor has to look for space. (os.posix_fallocate would write into every block where it cannot.)
+    """Make the file `path` so long, what is new in it zeros, and have its disk space allotted where the file system
+    can: writing it then neither finds the disk full nor has to look for space. (os.posix_fallocate would write into
+    every block where it cannot.)
 
     Raises:
         OSError: the disk is full, the folder cannot be written.

@@ -1,12 +1,15 @@
-"""Checkpoints in safetensors files, read and written as bytes with bounded memory. What the tensors mean is `hymeg.checkpoint`'s business.
+"""Checkpoints in safetensors files, read and written as bytes with bounded memory. What the tensors mean is
+`hymeg.checkpoint`'s business.
 
-A safetensors file is: 8 bytes, the header's length n as a little-endian unsigned integer; n bytes of JSON; the tensors' bytes, little-endian and in
-row-major order, without a gap. The JSON maps each tensor's name to its dtype ("BF16"), its shape and its `data_offsets` [begin, end), counted
-from the end of the header; the key `__metadata__` maps strings to strings; spaces at the end bring the tensors' bytes to a multiple of 8. A
-checkpoint of more than one file has `model.safetensors.index.json`, whose `weight_map` names the file of each tensor.
-Source: https://github.com/huggingface/safetensors, section "Format"; for the file names, transformers' `save_pretrained`.
+A safetensors file is: 8 bytes, the header's length n as a little-endian unsigned integer; n bytes of JSON; the tensors'
+bytes, little-endian and in row-major order, without a gap. The JSON maps each tensor's name to its dtype ("BF16"), its
+shape and its `data_offsets` [begin, end), counted from the end of the header; the key `__metadata__` maps strings to
+strings; spaces at the end bring the tensors' bytes to a multiple of 8. A checkpoint of more than one file has
+`model.safetensors.index.json`, whose `weight_map` names the file of each tensor. Source:
+https://github.com/huggingface/safetensors, section "Format"; for the file names, transformers' `save_pretrained`.
 
-Files are not trusted: every number in a header is checked against the file's real size before anything is read through it.
+Files are not trusted: every number in a header is checked against the file's real size before anything is read through
+it.
 """
 
 import json
@@ -70,7 +73,8 @@ class SafetensorsFile:
         metadata: the header's `__metadata__`, strings to strings.
 
     Raises:
-        UserError: the file cannot be read, is truncated, or its header does not describe exactly the bytes that follow it.
+        UserError: the file cannot be read, is truncated, or its header does not describe exactly the bytes that follow
+            it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -80,9 +84,14 @@ class SafetensorsFile:
                 size = os.fstat(file.fileno()).st_size
                 header_bytes = int.from_bytes(file.read(8), "little")
                 if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
-                    raise UserError(f"{path}: not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`")
+                    raise UserError(
+                        f"{path}: not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`"
+                    )
                 if header_bytes > size - 8:
-                    raise UserError(f"{path}: truncated: {size} bytes, too few for its header of {header_bytes}; fetch the file again")
+                    raise UserError(
+                        f"{path}: truncated: {size} bytes, too few for its header of {header_bytes}; fetch the file "
+                        "again"
+                    )
                 text = file.read(header_bytes)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -101,33 +110,49 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches one)")
+        raise UserError(
+            f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches "
+            "one)"
+        )
     index_path = directory / INDEX_FILE
     weight_map = _read_index(index_path) if index_path.exists() else None
     file_names = list(dict.fromkeys(weight_map.values())) if weight_map is not None else _files_without_index(directory)
     missing = [name for name in file_names if not os.path.isfile(directory / name)]
     if missing:
-        raise UserError(f"{directory}: {len(missing)} of {len(file_names)} files in {INDEX_FILE} are missing: {shown(missing)}; fetch them again")
+        raise UserError(
+            f"{directory}: {len(missing)} of {len(file_names)} files in {INDEX_FILE} are missing: {shown(missing)}; "
+            "fetch them again"
+        )
     tensors: dict[str, TensorEntry] = {}
     for file_name in file_names:
         for name, entry in SafetensorsFile(directory / file_name).tensors.items():
             if name in tensors:
-                raise UserError(f"{entry.file}: holds tensor {shown(name)} which {tensors[name].file.name} holds too; remove one of the files")
+                raise UserError(
+                    f"{entry.file}: holds tensor {shown(name)} which {tensors[name].file.name} holds too; remove one "
+                    "of the files"
+                )
             if weight_map is not None and weight_map.get(name) != file_name:
                 where = f"is in {weight_map[name]}" if name in weight_map else "does not exist"
-                raise UserError(f"{entry.file}: holds tensor {shown(name)} which, by {INDEX_FILE}, {where}; the files do not belong together")
+                raise UserError(
+                    f"{entry.file}: holds tensor {shown(name)} which, by {INDEX_FILE}, {where}; the files do not "
+                    "belong together"
+                )
             tensors[name] = entry
     for name, file_name in (weight_map or {}).items():
         if name not in tensors:
-            raise UserError(f"{directory / file_name}: does not hold tensor {shown(name)} as {INDEX_FILE} says; the files do not belong together")
+            raise UserError(
+                f"{directory / file_name}: does not hold tensor {shown(name)} as {INDEX_FILE} says; the files do not "
+                "belong together"
+            )
     return tensors
 
 
 def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
-    """Distribute `tensors`, in order, over files of at most `max_shard_bytes` bytes of tensors; a tensor above that gets a file of its own.
+    """Distribute `tensors`, in order, over files of at most `max_shard_bytes` bytes of tensors; a tensor above that
+    gets a file of its own.
 
-    Within a file wider dtypes come first, so that each tensor is aligned to its own item size. One file alone is `model.safetensors`, as
-    transformers names it.
+    Within a file wider dtypes come first, so that each tensor is aligned to its own item size. One file alone is
+    `model.safetensors`, as transformers names it.
     """
     groups: list[list[TensorSpec]] = [[]]
     group_bytes = 0
@@ -137,7 +162,11 @@ def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_
             group_bytes = 0
         groups[-1].append(tensor)
         group_bytes += tensor.nbytes
-    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)] if len(groups) > 1 else [SINGLE_FILE]
+    names = (
+        [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+        if len(groups) > 1
+        else [SINGLE_FILE]
+    )
     by_width = [sorted(group, key=lambda tensor: -ITEM_SIZES[tensor.dtype]) for group in groups]
     return [Shard(name, tuple(group)) for name, group in zip(names, by_width, strict=True)]
 
@@ -160,7 +189,8 @@ def write_shard(directory: str | os.PathLike, shard: Shard, read: Callable[[Tens
     Args:
         directory: an existing folder.
         shard: from `plan_shards`.
-        read: called once for each tensor, in the shard's order; gives its bytes in one or more buffers, `tensor.nbytes` in all.
+        read: called once for each tensor, in the shard's order; gives its bytes in one or more buffers, `tensor.nbytes`
+            in all.
 
     Raises:
         UserError: the file cannot be written.
@@ -172,20 +202,28 @@ def write_shard(directory: str | os.PathLike, shard: Shard, read: Callable[[Tens
             num_bytes = sum(file.write(buffer) for buffer in read(tensor))
             if num_bytes != tensor.nbytes:
                 raise ValueError(
-                    f"tensor {tensor.name}: {num_bytes} bytes given for {tensor.dtype} {list(tensor.shape)}, which takes {tensor.nbytes}"
+                    f"tensor {tensor.name}: {num_bytes} bytes given for {tensor.dtype} {list(tensor.shape)}, which "
+                    f"takes {tensor.nbytes}"
                 )
 
 
 def index_of(shards: list[Shard]) -> bytes:
     """The text of INDEX_FILE: which tensor lies in which file."""
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    metadata = {"total_parameters": sum(math.prod(tensor.shape) for tensor in tensors), "total_size": sum(tensor.nbytes for tensor in tensors)}
+    metadata = {
+        "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "total_size": sum(tensor.nbytes for tensor in tensors),
+    }
     weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
-    return (json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n").encode()
+    return (
+        json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    ).encode()
 
 
 def write_index(directory: str | os.PathLike, shards: list[Shard]) -> None:
-    """Write the index of `shards`, which are all written: it makes the checkpoint valid. One shard alone needs none, and none is written."""
+    """Write the index of `shards`, which are all written: it makes the checkpoint valid. One shard alone needs none,
+    and none is written.
+    """
     if len(shards) > 1:
         write_whole(Path(directory) / INDEX_FILE, index_of(shards))
 
@@ -196,7 +234,9 @@ def write_checkpoint(
     read: Callable[[TensorSpec], Iterable[Buffer]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Shard]:
-    """Write `tensors` into `directory` (which exists and holds no other checkpoint) and return its files. See `plan_shards` and `write_shard`."""
+    """Write `tensors` into `directory` (which exists and holds no other checkpoint) and return its files. See
+    `plan_shards` and `write_shard`.
+    """
     shards = plan_shards(tensors, max_shard_bytes)
     for shard in shards:
         write_shard(directory, shard, read)
@@ -215,7 +255,9 @@ def _parse_header(path: str | os.PathLike, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the header is not valid JSON ({error}): the file is damaged or not a safetensors file") from error
+        raise UserError(
+            f"{path}: the header is not valid JSON ({error}): the file is damaged or not a safetensors file"
+        ) from error
     if type(header) is not dict:
         raise UserError(f"{path}: the header is not a JSON object: the file is damaged or not a safetensors file")
     return header
@@ -231,29 +273,51 @@ def _checked_entries(path: Path, header: dict[str, Any], data_start: int, file_s
     spans = []
     for name, fields in header.items():
         if type(fields) is not dict or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-            raise UserError(f"{path}: tensor {shown(name)}: the header must give its dtype, shape and data_offsets; the file is damaged")
+            raise UserError(
+                f"{path}: tensor {shown(name)}: the header must give its dtype, shape and data_offsets; the file is "
+                "damaged"
+            )
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         if type(dtype) is not str or dtype not in ITEM_SIZES:
-            raise UserError(f"{path}: tensor {shown(name)}: dtype is {shown(dtype)}; one of {', '.join(ITEM_SIZES)} is needed")
+            raise UserError(
+                f"{path}: tensor {shown(name)}: dtype is {shown(dtype)}; one of {', '.join(ITEM_SIZES)} is needed"
+            )
         if not _are_sizes(shape) or len(shape) > 64:
-            raise UserError(f"{path}: tensor {shown(name)}: shape is {shown(shape)}; a list of sizes is needed; the file is damaged")
+            raise UserError(
+                f"{path}: tensor {shown(name)}: shape is {shown(shape)}; a list of sizes is needed; the file is damaged"
+            )
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise UserError(f"{path}: tensor {shown(name)}: data_offsets is {shown(offsets)}; [begin, end] is needed; the file is damaged")
+            raise UserError(
+                f"{path}: tensor {shown(name)}: data_offsets is {shown(offsets)}; [begin, end] is needed; the file is "
+                "damaged"
+            )
         begin, end = offsets
         if math.prod(shape) * ITEM_SIZES[dtype] != end - begin:
-            raise UserError(f"{path}: tensor {shown(name)}: {dtype} {shown(shape)} does not take the {end - begin} bytes that data_offsets gives it")
+            raise UserError(
+                f"{path}: tensor {shown(name)}: {dtype} {shown(shape)} does not take the {end - begin} bytes that "
+                "data_offsets gives it"
+            )
         spans.append((begin, end, name, dtype, tuple(shape)))
     spans.sort(key=lambda span: span[:2])
     position = 0
     for begin, end, name, _, _ in spans:
         if begin != position:
             problem = "overlaps the tensor before it" if begin < position else "leaves a gap after the one before it"
-            raise UserError(f"{path}: tensor {shown(name)}: begins at {begin}, {problem}, which ends at {position}; the file is damaged")
+            raise UserError(
+                f"{path}: tensor {shown(name)}: begins at {begin}, {problem}, which ends at {position}; the file is "
+                "damaged"
+            )
         position = end
     if data_start + position != file_size:
         problem = "truncated" if file_size < data_start + position else "bytes after the last tensor"
-        raise UserError(f"{path}: {problem}: {file_size} bytes where the header describes {data_start + position}; fetch the file again")
-    return {name: TensorEntry(path, dtype, shape, data_start + begin, end - begin) for begin, end, name, dtype, shape in spans}
+        raise UserError(
+            f"{path}: {problem}: {file_size} bytes where the header describes {data_start + position}; fetch the file "
+            "again"
+        )
+    return {
+        name: TensorEntry(path, dtype, shape, data_start + begin, end - begin)
+        for begin, end, name, dtype, shape in spans
+    }
 
 
 def _are_sizes(value: Any) -> bool:
@@ -269,15 +333,22 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file_name in weight_map.items():
         plain = type(file_name) is str and file_name not in ("", ".", "..") and not re.search(r"[/\\\0]", file_name)
         if not plain:
-            raise UserError(f"{path}: tensor {shown(name)}: the file is {shown(file_name)}; the name of a file in this folder is needed")
+            raise UserError(
+                f"{path}: tensor {shown(name)}: the file is {shown(file_name)}; the name of a file in this folder is "
+                "needed"
+            )
     return weight_map
 
 
 def _files_without_index(directory: Path) -> list[str]:
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:
-        raise UserError(f"{directory}: no *.safetensors in this folder; a Hugging Face checkpoint in safetensors files is needed")
+        raise UserError(
+            f"{directory}: no *.safetensors in this folder; a Hugging Face checkpoint in safetensors files is needed"
+        )
     numbered = [match for name in names if (match := re.search(r"-(\d+)-of-(\d+)\.safetensors$", name))]
     if numbered and len(numbered) != int(numbered[0][2]):
-        raise UserError(f"{directory}: {len(numbered)} of {int(numbered[0][2])} files and no {INDEX_FILE}; fetch the rest")
+        raise UserError(
+            f"{directory}: {len(numbered)} of {int(numbered[0][2])} files and no {INDEX_FILE}; fetch the rest"
+        )
     return names

@@ -1,7 +1,8 @@
-"""Checkpoints of random weights in Hy's own form, of any shape: for tests, for trying a cluster out, for timing a conversion.
+"""Checkpoints of random weights in Hy's own form, of any shape: for tests, for trying a cluster out, for timing a
+conversion.
 
-Values depend on the seed and on the tensor's name in the hub layout, never on layout, dtype or shard size: a bf16 checkpoint is the fp32 one rounded,
-and the fused layout holds the numbers of the hub layout.
+Values depend on the seed and on the tensor's name in the hub layout, never on layout, dtype or shard size: a bf16
+checkpoint is the fp32 one rounded, and the fused layout holds the numbers of the hub layout.
 """
 
 import functools
@@ -24,7 +25,8 @@ from hymeg.hf.safetensors_files import MAX_SHARD_BYTES, TensorSpec, write_checkp
 LAYOUTS = ("hub", "fused")
 DTYPES = {"bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32")}  # ours -> safetensors', config.json's
 
-# Hy-MT2-30B-A3B in small. With a standard deviation of 0.006 a hidden size of 64 would give every expert the same score.
+# Hy-MT2-30B-A3B in small. With a standard deviation of 0.006 a hidden size of 64 would give every expert the same
+# score.
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["HYV3ForCausalLM"],
     "model_type": "hy_v3",
@@ -62,10 +64,15 @@ TINY_CONFIG: dict[str, Any] = {
     "rope_scaling": None,
 }
 
-# Above this many elements a tensor repeats itself, shifted: at hundreds of MB/s there is no time for more random numbers.
+# Above this many elements a tensor repeats itself, shifted: at hundreds of MB/s there is no time for more random
+# numbers.
 _BLOCK = 2**18
 
-_FUSED_NAMES = (("mlp.router.gate.", "mlp.gate."), ("mlp.expert_bias", "mlp.e_score_correction_bias"), ("mlp.shared_mlp.", "mlp.shared_experts."))
+_FUSED_NAMES = (
+    ("mlp.router.gate.", "mlp.gate."),
+    ("mlp.expert_bias", "mlp.e_score_correction_bias"),
+    ("mlp.shared_mlp.", "mlp.shared_experts."),
+)
 
 
 class _Part(NamedTuple):
@@ -92,10 +99,12 @@ def write_tiny_checkpoint(
     seed: int = 1234,
     num_mtp_layers: int | None = None,
 ) -> HyConfig:
-    """Write a checkpoint of random weights: config.json, generation_config.json, a tokenizer with its chat template, safetensors files.
+    """Write a checkpoint of random weights: config.json, generation_config.json, a tokenizer with its chat template,
+    safetensors files.
 
-    Matrices have the standard deviation `initializer_range`; norms are 1 + 0.1 x normal and the fp32 expert bias is 0.05 x normal, so that a tensor
-    which is lost or swapped changes the logits. Takes some 20 MB of memory whatever the size.
+    Matrices have the standard deviation `initializer_range`; norms are 1 + 0.1 x normal and the fp32 expert bias is
+    0.05 x normal, so that a tensor which is lost or swapped changes the logits. Takes some 20 MB of memory whatever the
+    size.
 
     Args:
         directory: where to; made if absent, and must be empty.
@@ -107,7 +116,8 @@ def write_tiny_checkpoint(
         num_mtp_layers: replaces the config's `num_nextn_predict_layers`.
 
     Returns:
-        The config as written: `config` with the dtype, the number of MTP layers and the token ids of the tiny tokenizer.
+        The config as written: `config` with the dtype, the number of MTP layers and the token ids of the tiny
+            tokenizer.
 
     Raises:
         UserError: `directory` is not empty or cannot be written, or the vocabulary is too small for a tokenizer.
@@ -148,14 +158,25 @@ def _tiny_tokenizer(vocab_size: int) -> "tok.PreTrainedTokenizerFast":
     root = Path(__file__).resolve().parents[2]
     files = sorted(path for path in (root / "examples" / "data").rglob("*") if path.suffix in (".txt", ".jsonl"))
     files = files or sorted((root / "hymeg").rglob("*.py"))
-    return tok.train_tiny_tokenizer((path.read_text(encoding="utf-8", errors="replace")[:200_000] for path in files), vocab_size)
+    return tok.train_tiny_tokenizer(
+        (path.read_text(encoding="utf-8", errors="replace")[:200_000] for path in files), vocab_size
+    )
 
 
 def _with_tokens(config: HyConfig, vocab: dict[str, int], dtype: str, num_mtp_layers: int | None) -> HyConfig:
     raw = config.to_dict()
     raw.pop("torch_dtype", None)
-    raw |= {"dtype": dtype, "bos_token_id": vocab[tok.BOS], "eos_token_id": vocab[tok.EOS], "pad_token_id": vocab[tok.PAD]}
-    raw |= {key: vocab[token] for key, token in (("eod_token_id", tok.END_OF_DOCUMENT), ("sep_token_id", tok.ASSISTANT)) if key in raw}
+    raw |= {
+        "dtype": dtype,
+        "bos_token_id": vocab[tok.BOS],
+        "eos_token_id": vocab[tok.EOS],
+        "pad_token_id": vocab[tok.PAD],
+    }
+    raw |= {
+        key: vocab[token]
+        for key, token in (("eod_token_id", tok.END_OF_DOCUMENT), ("sep_token_id", tok.ASSISTANT))
+        if key in raw
+    }
     if num_mtp_layers is not None:
         raw["num_nextn_predict_layers"] = num_mtp_layers
     return HyConfig.from_dict(raw)
@@ -167,14 +188,20 @@ def _generation_config(config: HyConfig) -> str:
 
 
 def _stored_tensors(config: HyConfig, layout: str, dtype: str) -> Iterator[_Stored]:
-    """Every tensor of the checkpoint, in the model's order; but stacked experts come last, since nothing may count on a layer lying in one file."""
+    """Every tensor of the checkpoint, in the model's order; but stacked experts come last, since nothing may count on a
+    layer lying in one file.
+    """
     experts: dict[str, list[_Part]] = {}
     for part in _hub_tensors(config):
         prefix, is_expert, projection = part.name.partition(".mlp.experts.")
         if layout == "hub":
-            yield _Stored(TensorSpec(part.name, "F32" if part.name.endswith("expert_bias") else dtype, part.shape), (part,))
+            yield _Stored(
+                TensorSpec(part.name, "F32" if part.name.endswith("expert_bias") else dtype, part.shape), (part,)
+            )
         elif is_expert:
-            experts.setdefault(f"{prefix}.mlp.experts.{'down_proj' if 'down_proj' in projection else 'gate_up_proj'}", []).append(part)
+            experts.setdefault(
+                f"{prefix}.mlp.experts.{'down_proj' if 'down_proj' in projection else 'gate_up_proj'}", []
+            ).append(part)
         else:
             name = functools.reduce(lambda text, rename: text.replace(*rename), _FUSED_NAMES, part.name)
             yield _Stored(TensorSpec(name, "F32" if part.name.endswith("expert_bias") else dtype, part.shape), (part,))
@@ -195,11 +222,22 @@ def _hub_tensors(config: HyConfig) -> Iterator[_Part]:
 
 
 def _layer_tensors(config: HyConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, query, key_value = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden, query, key_value = (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     if layer in config.mtp_layer_indices:
-        yield from {"enorm.weight": (hidden,), "hnorm.weight": (hidden,), "eh_proj.weight": (hidden, 2 * hidden)}.items()
+        yield from {
+            "enorm.weight": (hidden,),
+            "hnorm.weight": (hidden,),
+            "eh_proj.weight": (hidden, 2 * hidden),
+        }.items()
     yield "input_layernorm.weight", (hidden,)
-    yield from ((f"self_attn.{name}_proj.weight", (size, hidden)) for name, size in (("q", query), ("k", key_value), ("v", key_value)))
+    yield from (
+        (f"self_attn.{name}_proj.weight", (size, hidden))
+        for name, size in (("q", query), ("k", key_value), ("v", key_value))
+    )
     yield "self_attn.o_proj.weight", (hidden, query)
     yield from ((f"self_attn.{name}_norm.weight", (config.head_dim,)) for name in "qk")
     yield "post_attention_layernorm.weight", (hidden,)
@@ -217,7 +255,11 @@ def _layer_tensors(config: HyConfig, layer: int) -> Iterator[tuple[str, tuple[in
 
 
 def _mlp_tensors(prefix: str, hidden: int, intermediate: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, shape in (("gate", (intermediate, hidden)), ("up", (intermediate, hidden)), ("down", (hidden, intermediate))):
+    for name, shape in (
+        ("gate", (intermediate, hidden)),
+        ("up", (intermediate, hidden)),
+        ("down", (hidden, intermediate)),
+    ):
         yield f"{prefix}{name}_proj.weight", shape
 
 

@@ -1,7 +1,8 @@
-"""The checkpoint's tokenizer, loaded with errors a person can act on; and a small tokenizer of Hy's form for tiny checkpoints.
+"""The checkpoint's tokenizer, loaded with errors a person can act on; and a small tokenizer of Hy's form for tiny
+checkpoints.
 
-Chat templates differ between Hy's releases, and so do the literals of their special tokens: for a real checkpoint its own template and its own
-tokens count, never the ones below. Those have the form of Hy-MT2-30B-A3B's.
+Chat templates differ between Hy's releases, and so do the literals of their special tokens: for a real checkpoint its
+own template and its own tokens count, never the ones below. Those have the form of Hy-MT2-30B-A3B's.
 """
 
 import os
@@ -23,10 +24,21 @@ END_OF_DOCUMENT = "<｜hy_place▁holder▁no▁8｜>"
 THINK = "<think>"
 END_OF_THINK = "</think>"
 REASONING_MODE = "<｜reasoning_mode｜>"
-SPECIAL_TOKENS = (BOS, PAD, USER, ASSISTANT, EOS, END_OF_DOCUMENT, THINK, END_OF_THINK, REASONING_MODE)  # in the order of their ids
+SPECIAL_TOKENS = (
+    BOS,
+    PAD,
+    USER,
+    ASSISTANT,
+    EOS,
+    END_OF_DOCUMENT,
+    THINK,
+    END_OF_THINK,
+    REASONING_MODE,
+)  # in the order of their ids
 SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# Reasoning of turns before the last question is dropped unless training, and only training closes the last answer with EOS.
+# Reasoning of turns before the last question is dropped unless training, and only training closes the last answer with
+# EOS.
 CHAT_TEMPLATE = """\
 {%- set effort = reasoning_effort or 'no_think' -%}
 {%- if effort not in ['no_think', 'low', 'high'] -%}
@@ -76,26 +88,35 @@ def load_tokenizer(directory: str | os.PathLike, config: HyConfig | None = None)
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches one)")
+        raise UserError(
+            f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches "
+            "one)"
+        )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (directory / name).is_file():
             raise UserError(f"{directory / name}: missing; the checkpoint's tokenizer files are needed")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, use_fast=True, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
-        raise UserError(f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+        raise UserError(
+            f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        ) from error
     if config is not None:
         largest_token, largest_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if largest_id >= config.vocab_size:
             raise UserError(
-                f"{directory}: token {largest_token!r} has id {largest_id}, outside the model's vocabulary; ids below vocab_size "
+                f"{directory}: token {largest_token!r} has id {largest_id}, outside the model's vocabulary; ids below "
+                "vocab_size "
                 f"({config.vocab_size}) are possible: tokenizer and config.json do not belong together"
             )
     return tokenizer
 
 
 def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens, trained on `texts`, with Hy's special tokens (the last ids) and chat template.
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, trained on `texts`, with Hy's special tokens (the last
+    ids) and chat template.
 
     The same texts give the same tokenizer.
 
@@ -103,7 +124,10 @@ def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
         UserError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
     """
     if vocab_size < SMALLEST_VOCAB_SIZE:
-        raise UserError(f"vocab_size is {vocab_size}; at least {SMALLEST_VOCAB_SIZE} are needed for the 256 bytes and the special tokens")
+        raise UserError(
+            f"vocab_size is {vocab_size}; at least {SMALLEST_VOCAB_SIZE} are needed for the 256 bytes and the special "
+            "tokens"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

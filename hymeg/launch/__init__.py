@@ -1,4 +1,5 @@
-"""A node's part of a job, without Slurm in it: start torchrun, pass the signal to leave on, leave nothing behind; check the nodes before.
+"""A node's part of a job, without Slurm in it: start torchrun, pass the signal to leave on, leave nothing behind; check
+the nodes before.
 
 Nothing here imports torch or Megatron at its top: it runs on every node, before every start.
 """

@@ -1,4 +1,6 @@
-"""What a node can say of itself before a start: packages, GPUs, memory, folders. A check of the node gives a line for each thing that is wrong."""
+"""What a node can say of itself before a start: packages, GPUs, memory, folders. A check of the node gives a line for
+each thing that is wrong.
+"""
 
 import hashlib
 import importlib.metadata
@@ -33,7 +35,10 @@ def read_run(recipe: str, words: list[str]) -> Run:
     try:
         settings = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{recipe} cannot be read as YAML ({' '.join(str(error).split())}); give a recipe: flags as keys of a flat file") from error
+        raise UserError(
+            f"{recipe} cannot be read as YAML ({' '.join(str(error).split())}); give a recipe: flags as keys of a flat "
+            "file"
+        ) from error
     if not isinstance(settings, dict):
         raise UserError(f"{recipe} is no recipe: a flat YAML file is needed, whose keys are flags of pretrain_hy.py")
     found = {name: settings.get(name) for name in Run._fields}
@@ -47,17 +52,23 @@ def read_run(recipe: str, words: list[str]) -> Run:
 def check_run(run: Run) -> None:
     """A job that is started again must find its own checkpoints."""
     if run.save is None:
-        raise UserError("no --save: a job that is requeued would begin anew; give --save DIR --load DIR, and --pretrained-checkpoint where to begin")
+        raise UserError(
+            "no --save: a job that is requeued would begin anew; give --save DIR --load DIR, and "
+            "--pretrained-checkpoint where to begin"
+        )
     if run.load is None or os.path.realpath(run.load) != os.path.realpath(run.save):
         found = "no --load" if run.load is None else f"--load {run.load}"
         raise UserError(
-            f"--save {run.save} with {found}: a requeued job could not go on from its own checkpoints; give --load {run.save}, "
+            f"--save {run.save} with {found}: a requeued job could not go on from its own checkpoints; give --load "
+            f"{run.save}, "
             f"and where to begin as --pretrained-checkpoint"
         )
 
 
 def check_num_gpus(recipe: str, num_nodes: int, processes: int, any_number: bool) -> str | None:
-    """A recipe's name says how many GPUs it was planned for (`..._16xh100_80gb_...`). More are fine; what is returned then is to be said."""
+    """A recipe's name says how many GPUs it was planned for (`..._16xh100_80gb_...`). More are fine; what is returned
+    then is to be said.
+    """
     planned = re.search(r"(?:^|_)(\d+)x[a-z]", Path(recipe).name)
     world = num_nodes * processes
     if planned is None or world == int(planned[1]):
@@ -65,7 +76,10 @@ def check_num_gpus(recipe: str, num_nodes: int, processes: int, any_number: bool
     said = f"{recipe} is for {planned[1]} GPUs, and this job has {num_nodes} nodes x {processes} = {world}"
     if world < int(planned[1]) and not any_number:
         nodes = -(-int(planned[1]) // processes)
-        raise UserError(f"{said}: it would not fit in memory as planned; submit it with --nodes {nodes}, or set HYMEG_ANY_GPUS=1 if you know better")
+        raise UserError(
+            f"{said}: it would not fit in memory as planned; submit it with --nodes {nodes}, or set HYMEG_ANY_GPUS=1 "
+            "if you know better"
+        )
     return f"{said}: the global batch stays the recipe's, data parallelism takes the rest"
 
 
@@ -132,7 +146,8 @@ def _torch_problems(processes: int) -> Iterator[str]:
         return
     if count < processes:
         yield (
-            f"torch {torch.__version__} sees {count} GPUs, {processes} are needed; check driver, container and CUDA_VISIBLE_DEVICES "
+            f"torch {torch.__version__} sees {count} GPUs, {processes} are needed; check driver, container and "
+            "CUDA_VISIBLE_DEVICES "
             f"(HYMEG_PLATFORM=cpu trains on the CPU)"
         )
 

@@ -1,4 +1,5 @@
-"""torchrun as it is, but for its end: the exit code says how the ranks ended, and one line says why, in place of its report.
+"""torchrun as it is, but for its end: the exit code says how the ranks ended, and one line says why, in place of its
+report.
 
 python -m hymeg.launch.elastic FD [torchrun's arguments]: the line goes to the file descriptor FD.
 """
@@ -18,7 +19,9 @@ _SECONDS_FOR_OTHER_NODES = 5
 
 
 def judge(exit_codes: Collection[int]) -> int:
-    """The launcher's exit code for those of the ranks that failed (negative: by which signal). A user's error on one rank is everybody's."""
+    """The launcher's exit code for those of the ranks that failed (negative: by which signal). A user's error on one
+    rank is everybody's.
+    """
     if errors.EXIT_CODE in exit_codes:
         return errors.EXIT_CODE
     return REQUEUE if all(code == REQUEUE for code in exit_codes) else 1
@@ -51,10 +54,17 @@ def main(report: int, words: list[str]) -> int:
         torchrun(words)
     except ChildFailedError as error:
         code = judge({failure.exitcode for failure in error.failures.values()})
-        rank, failure = next(((rank, failure) for rank, failure in error.failures.items() if failure.exitcode == code), error.get_first_failure())
-        os.write(report, b"all ranks have saved and left" if code == REQUEUE else f"rank {rank} {ending(failure.exitcode)}".encode())
+        rank, failure = next(
+            ((rank, failure) for rank, failure in error.failures.items() if failure.exitcode == code),
+            error.get_first_failure(),
+        )
+        os.write(
+            report,
+            b"all ranks have saved and left" if code == REQUEUE else f"rank {rank} {ending(failure.exitcode)}".encode(),
+        )
         if code == REQUEUE:
-            # The other agents look into the store, which lives on the first node as long as this error does, until their ranks have gone too.
+            # The other agents look into the store, which lives on the first node as long as this error does, until
+            # their ranks have gone too.
             time.sleep(_SECONDS_FOR_OTHER_NODES)
         return code
     except RendezvousConnectionError:

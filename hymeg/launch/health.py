@@ -1,7 +1,9 @@
-"""Before every start, on every node at once: can they train together? python -m hymeg.launch.health, one process a node; see `main` for its flags.
+"""Before every start, on every node at once: can they train together? python -m hymeg.launch.health, one process a
+node; see `main` for its flags.
 
-The first node listens where the rendezvous will be, and the others come with what they have found: so the network is checked as well. It compares,
-and says all that is wrong, a line each, with the node's name. Exit code: 0, 1 for a node that is not fit, 2 for a recipe or flag that is wrong.
+The first node listens where the rendezvous will be, and the others come with what they have found: so the network is
+checked as well. It compares, and says all that is wrong, a line each, with the node's name. Exit code: 0, 1 for a node
+that is not fit, 2 for a recipe or flag that is wrong.
 """
 
 import argparse
@@ -30,7 +32,12 @@ def main() -> None:
     parser.add_argument("--nodes", required=True, help="the names of all, the first one listens: n0,n1")
     parser.add_argument("--head", required=True, metavar="HOST:PORT", help="where it listens")
     parser.add_argument("--processes", required=True, type=int, help="on each node")
-    parser.add_argument("--folder", required=True, type=Path, help="of this start of the job: shared, and `unfit` written there names nodes to avoid")
+    parser.add_argument(
+        "--folder",
+        required=True,
+        type=Path,
+        help="of this start of the job: shared, and `unfit` written there names nodes to avoid",
+    )
     parser.add_argument("--seconds", default=180, type=int, help="until a node that said nothing is given up")
     parser.add_argument("recipe")
     parser.add_argument("words", nargs=argparse.REMAINDER)
@@ -41,7 +48,9 @@ def main() -> None:
     try:
         run = read_run(args.recipe, args.words)
         check_run(run)
-        note = check_num_gpus(args.recipe, len(names), args.processes, any_number=os.environ.get("HYMEG_ANY_GPUS") == "1")
+        note = check_num_gpus(
+            args.recipe, len(names), args.processes, any_number=os.environ.get("HYMEG_ANY_GPUS") == "1"
+        )
         folders.append(Path(run.save))
         if first and note:
             print(f"hymeg: {note}", flush=True)
@@ -51,7 +60,11 @@ def main() -> None:
             (args.folder / "refused").touch()  # as an exit code it is lost when srun kills the other nodes
             sys.exit(EXIT_CODE)
         problems.append(str(error))  # it is for the first node to say: srun would kill that as soon as this one ends
-    facts = {"name": args.name, "problems": [*problems, *node_problems(args.processes, folders)], "versions": versions(ROOT)}
+    facts = {
+        "name": args.name,
+        "problems": [*problems, *node_problems(args.processes, folders)],
+        "versions": versions(ROOT),
+    }
     host, _, port = args.head.rpartition(":")
     if first:
         sys.exit(_head(facts, names, int(port), folders, args.seconds))
@@ -68,7 +81,11 @@ def _head(facts: dict[str, Any], names: list[str], port: int, folders: list[Path
     try:
         streams = _hear(heard, names, port, {"head": names[0], "token": token}, seconds)
     except OSError as error:
-        print(f"error: {names[0]}: port {port} cannot be listened at ({os.strerror(error.errno)}); set HYMEG_PORT to a free one", flush=True)
+        print(
+            f"error: {names[0]}: port {port} cannot be listened at ({os.strerror(error.errno)}); set HYMEG_PORT to a "
+            "free one",
+            flush=True,
+        )
         return 1
     problems = list(compare(heard, names, folders, token, seconds))
     for name, problem in problems:
@@ -76,7 +93,9 @@ def _head(facts: dict[str, Any], names: list[str], port: int, folders: list[Path
     if problems:
         (folders[0] / "unfit").write_text("".join(f"{name}\n" for name in dict.fromkeys(name for name, _ in problems)))
     else:
-        print(f"hymeg: {len(names)} nodes are fit: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", flush=True)
+        print(
+            f"hymeg: {len(names)} nodes are fit: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", flush=True
+        )
     for folder in folders:
         for name in names:
             with contextlib.suppress(OSError):
@@ -87,8 +106,12 @@ def _head(facts: dict[str, Any], names: list[str], port: int, folders: list[Path
     return 1 if problems else 0
 
 
-def _hear(heard: dict[str, dict[str, Any]], names: list[str], port: int, greeting: dict[str, str], seconds: int) -> list[TextIO]:
-    """Fill `heard` until all of `names` are in it or time is up; returns where to answer them. Nobody waits for one that says nothing."""
+def _hear(
+    heard: dict[str, dict[str, Any]], names: list[str], port: int, greeting: dict[str, str], seconds: int
+) -> list[TextIO]:
+    """Fill `heard` until all of `names` are in it or time is up; returns where to answer them. Nobody waits for one
+    that says nothing.
+    """
     streams, end = [], time.monotonic() + seconds
 
     def listen(connection: socket.socket) -> None:
@@ -110,7 +133,9 @@ def _hear(heard: dict[str, dict[str, Any]], names: list[str], port: int, greetin
     return streams
 
 
-def compare(heard: dict[str, dict[str, Any]], names: list[str], folders: list[Path], token: str, seconds: int) -> Iterator[tuple[str, str]]:
+def compare(
+    heard: dict[str, dict[str, Any]], names: list[str], folders: list[Path], token: str, seconds: int
+) -> Iterator[tuple[str, str]]:
     """(node, what is wrong with it); the first node is what the others are compared with."""
     first = heard[names[0]]
     for name in names:
@@ -129,7 +154,10 @@ def compare(heard: dict[str, dict[str, Any]], names: list[str], folders: list[Pa
                 continue  # said already
             path = _token_file(folder, name)
             if facts["tokens"][str(folder)] != token or not path.is_file() or path.read_text() != token:
-                yield name, f"{folder} is not the same folder as on {names[0]}; give one on a file system that all nodes share"
+                yield (
+                    name,
+                    f"{folder} is not the same folder as on {names[0]}; give one on a file system that all nodes share",
+                )
 
 
 def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], seconds: int) -> int:
@@ -142,7 +170,11 @@ def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], se
             break
         except OSError as error:
             if time.monotonic() > end:
-                print(f"error: {facts['name']}: cannot reach {where} ({error}); open that port between the nodes, or set HYMEG_PORT", flush=True)
+                print(
+                    f"error: {facts['name']}: cannot reach {where} ({error}); open that port between the nodes, or set "
+                    "HYMEG_PORT",
+                    flush=True,
+                )
                 return 1
             time.sleep(0.5)
     try:
@@ -151,7 +183,8 @@ def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], se
             return _talk(connection.makefile("rw"), facts, folders, before)
     except (OSError, ValueError, KeyError):
         print(
-            f"error: {facts['name']}: {where} is not the first node's check, or it has gone; set HYMEG_PORT to a free port",
+            f"error: {facts['name']}: {where} is not the first node's check, or it has gone; set HYMEG_PORT to a free "
+            "port",
             flush=True,
         )
         return 1
@@ -163,7 +196,8 @@ def _talk(stream: TextIO, facts: dict[str, Any], folders: list[Path], before: fl
     away = (time.time() - before) / 2
     facts["clock"] = _beyond(before + away - said["time"], away)
     facts["tokens"] = {
-        str(folder): _exchange(_token_file(folder, said["head"]), _token_file(folder, facts["name"]), said["token"]) for folder in folders
+        str(folder): _exchange(_token_file(folder, said["head"]), _token_file(folder, facts["name"]), said["token"])
+        for folder in folders
     }
     _send(stream, facts)
     return 0 if json.loads(stream.readline())["fit"] else 1

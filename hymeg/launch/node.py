@@ -1,11 +1,14 @@
-"""One node of a job: python -m hymeg.launch.node [--folder DIR --name NODE] -- TORCHRUN'S ARGUMENTS pretrain_hy.py FLAGS
+"""One node of a job: python -m hymeg.launch.node [--folder DIR --name NODE] -- TORCHRUN'S ARGUMENTS pretrain_hy.py
+FLAGS
 
-SIGUSR1 and SIGTERM mean "save and leave". Slurm sends a signal to every process of a step, torchrun and every helper of a rank included, most of
-which would die of it in the middle of a save. So this process alone listens: all below it is deaf to both from birth, and the ranks, nobody else, get
-Megatron's exit signal from here, again and again until they have gone (they may not be listening yet).
+SIGUSR1 and SIGTERM mean "save and leave". Slurm sends a signal to every process of a step, torchrun and every helper of
+a rank included, most of which would die of it in the middle of a save. So this process alone listens: all below it is
+deaf to both from birth, and the ranks, nobody else, get Megatron's exit signal from here, again and again until they
+have gone (they may not be listening yet).
 
-Nothing outlives this process: it adopts orphans, and kills what is left when torchrun has ended, when its own parent has gone (Slurm's step daemon),
-or when another node of the job has failed, which NCCL would find out after minutes only. Killed itself, torchrun's process does it (elastic.py).
+Nothing outlives this process: it adopts orphans, and kills what is left when torchrun has ended, when its own parent
+has gone (Slurm's step daemon), or when another node of the job has failed, which NCCL would find out after minutes
+only. Killed itself, torchrun's process does it (elastic.py).
 """
 
 import argparse
@@ -51,13 +54,19 @@ class Node:
         finally:
             kill_descendants()
         code = 1 if stopped else self._exit_code()
-        why = stopped or os.read(report, 1000).decode() or ("all ranks are done" if code == 0 else f"torchrun exited with {self.torchrun.returncode}")
+        why = (
+            stopped
+            or os.read(report, 1000).decode()
+            or ("all ranks are done" if code == 0 else f"torchrun exited with {self.torchrun.returncode}")
+        )
         self._say(code, why)
         return code
 
     def _leave(self, number: int, _) -> None:
         if not self.leaving:
-            print(f"hymeg: {self.name}: {signal.Signals(number).name}: the ranks are told to save and leave", flush=True)
+            print(
+                f"hymeg: {self.name}: {signal.Signals(number).name}: the ranks are told to save and leave", flush=True
+            )
         self.leaving = True
 
     def _start(self, report: int) -> subprocess.Popen:
@@ -67,7 +76,16 @@ class Node:
         if self.folder is not None:
             environment[STEP_FILE] = str(self.folder / "step")
         return subprocess.Popen(
-            [sys.executable, "-m", "hymeg.launch.elastic", str(report), "--signals-to-handle", handled, *self.words, *flags],
+            [
+                sys.executable,
+                "-m",
+                "hymeg.launch.elastic",
+                str(report),
+                "--signals-to-handle",
+                handled,
+                *self.words,
+                *flags,
+            ],
             env=environment,
             pass_fds=(report,),
             preexec_fn=_be_deaf,
@@ -123,7 +141,11 @@ def kill_descendants() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hymeg.launch.node", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="of this start of the job, shared by its nodes: results and the step under way are written there")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="of this start of the job, shared by its nodes: results and the step under way are written there",
+    )
     parser.add_argument("--name", default="this node", help="of this node")
     parser.add_argument("words", nargs="+", metavar="WORD", help="torchrun's arguments, the program and its flags")
     args = parser.parse_args()

@@ -9,7 +9,9 @@ from hymeg.launch import REQUEUE, STEP_FILE
 
 
 def noting_steps(forward_step: Callable, args) -> Callable:
-    """`forward_step`, which on rank 0 also writes the number of the step, from 1, to the file that the launcher has named, if one has."""
+    """`forward_step`, which on rank 0 also writes the number of the step, from 1, to the file that the launcher has
+    named, if one has.
+    """
     path = os.environ.get(STEP_FILE)
     if path is None or int(os.environ["RANK"]) != 0:
         return forward_step
@@ -27,7 +29,9 @@ def noting_steps(forward_step: Callable, args) -> Callable:
 
 
 def _write(path: str, text: str) -> None:
-    """Never an empty file in between: a killed rank's last word is read. Steps only grow, so that a longer text replaces a shorter one."""
+    """Never an empty file in between: a killed rank's last word is read. Steps only grow, so that a longer text
+    replaces a shorter one.
+    """
     file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     os.write(file, text.encode())
     os.close(file)
@@ -47,7 +51,9 @@ def exit_code_of(train: Callable[[], None], args) -> str | int | None:
 
 
 def _told_to_leave(args) -> bool:
-    """Collective: all ranks leave at the same step. Megatron does so at `--exit-interval` too, and a rank may not have had its signal yet."""
+    """Collective: all ranks leave at the same step. Megatron does so at `--exit-interval` too, and a rank may not have
+    had its signal yet.
+    """
     from megatron.training import get_signal_handler
 
     return args.exit_signal_handler and any(get_signal_handler().signals_received())

@@ -1,8 +1,9 @@
 """Core attention for the local layer spec: grouped queries, context parallelism, packed sequences.
 
-Megatron's local `DotProductAttention` refuses the last two. Keys and values are gathered over the context-parallel group; a rank's queries are two
-chunks of every sequence (chunk r and chunk 2 x cp - 1 - r, the load-balanced order of Megatron's batches), and each chunk attends to the keys up to
-its own end. Softmax is taken in fp32 by torch's kernel whatever the dtype, so `enable_attention_fp32_softmax` always holds.
+Megatron's local `DotProductAttention` refuses the last two. Keys and values are gathered over the context-parallel
+group; a rank's queries are two chunks of every sequence (chunk r and chunk 2 x cp - 1 - r, the load-balanced order of
+Megatron's batches), and each chunk attends to the keys up to its own end. Softmax is taken in fp32 by torch's kernel
+whatever the dtype, so `enable_attention_fp32_softmax` always holds.
 """
 
 import itertools
@@ -50,10 +51,12 @@ class CoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: `[s, b, heads, head_dim]`, or `[t, heads, head_dim]` when packed; s and t are this rank's share under context parallelism.
+            query: `[s, b, heads, head_dim]`, or `[t, heads, head_dim]` when packed; s and t are this rank's share under
+                context parallelism.
             key, value: the same with `query_groups` in place of heads.
             attention_mask: ignored: the mask is causal, and within each sequence when packed.
-            packed_seq_params: where sequences start and end, in tokens of the whole sample (`cu_seqlens_q_padded`, or `cu_seqlens_q` without it).
+            packed_seq_params: where sequences start and end, in tokens of the whole sample (`cu_seqlens_q_padded`, or
+                `cu_seqlens_q` without it).
 
         Returns:
             `[s, b, heads * head_dim]`, or `[t, heads * head_dim]` when packed.
@@ -97,7 +100,9 @@ def _boundaries(packed: PackedSeqParams) -> list[int]:
 
 
 def _chunk_spans(boundaries: list[int], cp_size: int, rank: int) -> list[tuple[slice, slice]]:
-    """For each sequence the rank's two chunks: where they lie in the local queries, and the keys (in the whole sample's order) up to their end."""
+    """For each sequence the rank's two chunks: where they lie in the local queries, and the keys (in the whole sample's
+    order) up to their end.
+    """
     spans, local = [], 0
     for start, end in itertools.pairwise(boundaries):
         chunk = (end - start) // (2 * cp_size)
@@ -108,7 +113,9 @@ def _chunk_spans(boundaries: list[int], cp_size: int, rank: int) -> list[tuple[s
 
 
 def _gather(key: torch.Tensor, value: torch.Tensor, boundaries: list[int], group) -> tuple[torch.Tensor, torch.Tensor]:
-    """All ranks' keys and values, `[s, b, groups, d] -> [s * cp, b, groups, d]`, in the whole sample's order. Gradients are reduce-scattered."""
+    """All ranks' keys and values, `[s, b, groups, d] -> [s * cp, b, groups, d]`, in the whole sample's order. Gradients
+    are reduce-scattered.
+    """
     cp_size = group.size()
     positions = []  # of the gathered rows, rank by rank
     for rank in range(cp_size):

@@ -1,19 +1,24 @@
-"""The language-model head: fp32 logits from bf16 weights (`enable_lm_head_fp32`), no probability for rows that only pad the vocabulary, and losses
-without logits."""
+"""The language-model head: fp32 logits from bf16 weights (`enable_lm_head_fp32`), no probability for rows that only pad
+the vocabulary, and losses without logits."""
 
 import contextlib
 import functools
 from collections.abc import Iterator
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
 from hymeg.platform.kernels import matmul_to_fp32
 
 
 def adapt_head(head: ColumnParallelLinear, vocab_size: int, fp32_logits: bool, recompute: bool = False) -> VocabShard:
-    """Change how `head` computes its logits `[s, b, padded_vocab / tp]`; its weight, its checkpoint keys and its sharding stay.
+    """Change how `head` computes its logits `[s, b, padded_vocab / tp]`; its weight, its checkpoint keys and its
+    sharding stay.
 
     Args:
         head: Megatron's output layer.
@@ -28,7 +33,10 @@ def adapt_head(head: ColumnParallelLinear, vocab_size: int, fp32_logits: bool, r
         RuntimeError: Megatron's layer no longer computes through `_forward_impl`.
     """
     if not hasattr(head, "_forward_impl"):
-        raise RuntimeError("ColumnParallelLinear._forward_impl is gone: look at hymeg.models.head before using this version of Megatron")
+        raise RuntimeError(
+            "ColumnParallelLinear._forward_impl is gone: look at hymeg.models.head before using this version of "
+            "Megatron"
+        )
     forward = head._forward_impl
     if fp32_logits and head.weight.dtype != torch.float32:
         forward = _fp32_logits
@@ -83,7 +91,9 @@ def _fp32_logits(*, input, weight, **kwargs) -> torch.Tensor:
     return _LinearToFp32.apply(input.flatten(0, -2), weight).view(*input.shape[:-1], weight.shape[0])
 
 
-def _whole_input(input: torch.Tensor, *, sequence_parallel: bool, allreduce_dgrad: bool, tp_group, **unused) -> torch.Tensor:
+def _whole_input(
+    input: torch.Tensor, *, sequence_parallel: bool, allreduce_dgrad: bool, tp_group, **unused
+) -> torch.Tensor:
     """The hidden states of all tokens, whose gradient is summed over the tensor-parallel group."""
     if sequence_parallel:
         return gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
@@ -91,8 +101,8 @@ def _whole_input(input: torch.Tensor, *, sequence_parallel: bool, allreduce_dgra
 
 
 class _LinearToFp32(torch.autograd.Function):
-    """`[n, h] x [v, h] -> [n, v]` in fp32. The gradient of the logits is rounded to the weight's dtype for the two products of the backward pass, as
-    Megatron's cross-entropy rounds it for a head in that dtype."""
+    """`[n, h] x [v, h] -> [n, v]` in fp32. The gradient of the logits is rounded to the weight's dtype for the two
+    products of the backward pass, as Megatron's cross-entropy rounds it for a head in that dtype."""
 
     @staticmethod
     def forward(ctx, input, weight):

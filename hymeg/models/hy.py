@@ -1,7 +1,8 @@
 """The two models, and the one function that constructs them.
 
-They are Megatron's GPTModel. Megatron 0.19 calls it deprecated in favour of HybridModel, which has no schedule for expert-parallel overlap yet and
-forbids pipeline layouts; the stored keys are the same. Nothing outside `construct` may depend on the class.
+They are Megatron's GPTModel. Megatron 0.19 calls it deprecated in favour of HybridModel, which has no schedule for
+expert-parallel overlap yet and forbids pipeline layouts; the stored keys are the same. Nothing outside `construct` may
+depend on the class.
 """
 
 import contextlib
@@ -12,7 +13,12 @@ from typing import ClassVar
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -23,7 +29,9 @@ from hymeg.models.head import PendingLogits, adapt_head, without_logits
 from hymeg.models.router import Router
 from hymeg.models.specs import decoder_spec, mtp_spec
 
-logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
+logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
+    lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
+)
 
 
 @dataclasses.dataclass
@@ -33,18 +41,28 @@ class HyTransformerConfig(TransformerConfig):
     hy_lm_head_fp32: bool = False
     """Logits in fp32 from weights of a lower precision (config.json: enable_lm_head_fp32)."""
     hy_recompute_logits: bool = False
-    """Compute the logits a second time in the backward pass instead of keeping their exponentials (--recompute-logits)."""
+    """Compute the logits a second time in the backward pass instead of keeping their exponentials
+    (--recompute-logits).
+    """
 
 
 class HYV3ForCausalLM(GPTModel):
     """Hy3: the trunk and its multi-token-prediction layers.
 
-    `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None)` takes `[b, s]`, or `[1, t]` with
-    `packed_seq_params`, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every token `[b, s]` when labels are given; every pipeline
-    stage but the last returns hidden states `[s, b, h]`.
+    `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None)` takes `[b,
+    s]`, or `[1, t]` with `packed_seq_params`, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every
+    token `[b, s]` when labels are given; every pipeline stage but the last returns hidden states `[s, b, h]`.
     """
 
-    def __init__(self, config: HyTransformerConfig, *, vocab_size: int, padded_vocab_size: int, vp_stage: int | None = None, **kwargs):
+    def __init__(
+        self,
+        config: HyTransformerConfig,
+        *,
+        vocab_size: int,
+        padded_vocab_size: int,
+        vp_stage: int | None = None,
+        **kwargs,
+    ):
         super().__init__(
             config=config,
             transformer_layer_spec=decoder_spec(config, vp_stage),
@@ -54,15 +72,24 @@ class HYV3ForCausalLM(GPTModel):
             **kwargs,
         )
         if self.post_process:
-            self.vocab_shard = adapt_head(self.output_layer, vocab_size, config.hy_lm_head_fp32, config.hy_recompute_logits)
+            self.vocab_shard = adapt_head(
+                self.output_layer, vocab_size, config.hy_lm_head_fp32, config.hy_recompute_logits
+            )
         self._reduce_experts_over_expert_data_parallel_group()
         if self.mtp_process and config.mtp_loss_scaling_factor == 0:
             self.mtp.requires_grad_(False)
         self.register_load_state_dict_post_hook(_allow_missing_extra_state)
 
     def _postprocess(self, *args, labels=None, **kwargs):
-        """Where only losses are asked for, the head makes no logits, unless a fused cross entropy of Megatron's is to have them."""
-        if not self.post_process or labels is None or self.config.cross_entropy_loss_fusion or kwargs.get("output_processor") is not None:
+        """Where only losses are asked for, the head makes no logits, unless a fused cross entropy of Megatron's is to
+        have them.
+        """
+        if (
+            not self.post_process
+            or labels is None
+            or self.config.cross_entropy_loss_fusion
+            or kwargs.get("output_processor") is not None
+        ):
             return super()._postprocess(*args, labels=labels, **kwargs)
         with without_logits(self.output_layer, self.vocab_shard):
             return super()._postprocess(*args, labels=labels, **kwargs)
@@ -74,30 +101,38 @@ class HYV3ForCausalLM(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """What a distributed checkpoint holds: tensors only, the same under both layer specs and from the converter. Megatron would add an object
-        `_extra_state` for every linear layer, every expert and each of Transformer Engine's norms, and refuse to load a checkpoint without them;
-        they are empty but where quantization keeps a state."""
+        """What a distributed checkpoint holds: tensors only, the same under both layer specs and from the converter.
+        Megatron would add an object `_extra_state` for every linear layer, every expert and each of Transformer
+        Engine's norms, and refuse to load a checkpoint without them; they are empty but where quantization keeps a
+        state."""
         state_dict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if _quantization_keeps_state(self.config):
             return state_dict
         return {key: value for key, value in state_dict.items() if "._extra_state" not in key}
 
     def _reduce_experts_over_expert_data_parallel_group(self) -> None:
-        """Mark the experts as Megatron does only when EP > 1. Without the mark it reduces their gradients over the wrong group when TP > ETP, and
-        the optimizer keeps one state where EP > 1 has two, so that neither loads the other's (FACTS, traps 3 and 4)."""
+        """Mark the experts as Megatron does only when EP > 1. Without the mark it reduces their gradients over the
+        wrong group when TP > ETP, and the optimizer keeps one state where EP > 1 has two, so that neither loads the
+        other's (FACTS, traps 3 and 4)."""
         for name, parameter in self.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False
 
 
 def _quantization_keeps_state(config: TransformerConfig) -> bool:
-    """FP8's delayed scaling keeps a history of maxima, a custom recipe may; the others keep nothing (transformer_engine/pytorch/_extra_state.py)."""
-    return bool(config.fp8 and config.fp8_recipe in ("delayed", "custom")) or bool(config.fp4 and config.fp4_recipe == "custom")
+    """FP8's delayed scaling keeps a history of maxima, a custom recipe may; the others keep nothing
+    (transformer_engine/pytorch/_extra_state.py).
+    """
+    return bool(config.fp8 and config.fp8_recipe in ("delayed", "custom")) or bool(
+        config.fp4 and config.fp4_recipe == "custom"
+    )
 
 
 def _allow_missing_extra_state(model: torch.nn.Module, incompatible_keys) -> None:
     """What `sharded_state_dict` leaves out, a strict `load_state_dict` does not miss."""
-    incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if not key.endswith("._extra_state")]
+    incompatible_keys.missing_keys[:] = [
+        key for key in incompatible_keys.missing_keys if not key.endswith("._extra_state")
+    ]
 
 
 class HyMT2ForCausalLM(HYV3ForCausalLM):
@@ -115,7 +150,11 @@ class HyModelBuilder(GPTModelBuilder):
     """Megatron's builder, constructing our models."""
 
     def build_model(
-        self, pg_collection: ProcessGroupCollection, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
     ) -> HYV3ForCausalLM:
         return construct(self._model_config, pg_collection, pre_process, post_process, vp_stage)
 
@@ -146,7 +185,10 @@ def construct(
         config=transformer,
         vocab_size=config.vocab_size,
         padded_vocab_size=calculate_padded_vocab_size(
-            config.vocab_size, config.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size, logging_enabled=False
+            config.vocab_size,
+            config.make_vocab_size_divisible_by,
+            transformer.tensor_model_parallel_size,
+            logging_enabled=False,
         ),
         max_sequence_length=config.seq_length,
         pre_process=pre_process,
@@ -165,8 +207,9 @@ def record_outputs(model: torch.nn.Module) -> Iterator[dict[str, dict[int, torch
     """Record what the layers of `model` (wrapped or not) compute while the context is open.
 
     Yields:
-        `{"hidden_states": {layer: [s, b, h]}, "router_logits": {layer: [s, b, experts]}}`, filled by each forward pass with this rank's share.
-        Layers are counted from 0 as in config.json; a multi-token-prediction layer follows the last one of the trunk.
+        `{"hidden_states": {layer: [s, b, h]}, "router_logits": {layer: [s, b, experts]}}`, filled by each forward pass
+        with this rank's share. Layers are counted from 0 as in config.json; a multi-token-prediction layer follows the
+        last one of the trunk.
     """
     recorded = {"hidden_states": {}, "router_logits": {}}
     undo = []
@@ -176,7 +219,9 @@ def record_outputs(model: torch.nn.Module) -> Iterator[dict[str, dict[int, torch
 
     def watch_layer(layer: TransformerLayer):
         index = number(layer, getattr(layer, "is_mtp_layer", False))
-        handle = layer.register_forward_hook(lambda module, args, output: recorded["hidden_states"].__setitem__(index, output[0]))
+        handle = layer.register_forward_hook(
+            lambda module, args, output: recorded["hidden_states"].__setitem__(index, output[0])
+        )
         undo.append(handle.remove)
 
     def watch_router(router: Router):

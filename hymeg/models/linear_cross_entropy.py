@@ -1,10 +1,13 @@
-"""The cross entropy of tokens straight from their hidden states: the logits are computed a slice of the vocabulary at a time and never held whole.
+"""The cross entropy of tokens straight from their hidden states: the logits are computed a slice of the vocabulary at a
+time and never held whole.
 
-With 120,832 tokens in the vocabulary fp32 logits and what a cross entropy makes of them take 6 bytes a token and vocabulary entry at their peak:
-3 GB for 4,096 tokens. Here they take 2 (exponentials in bf16, kept for the backward pass), or only a slice when they are computed again there.
+With 120,832 tokens in the vocabulary fp32 logits and what a cross entropy makes of them take 6 bytes a token and
+vocabulary entry at their peak: 3 GB for 4,096 tokens. Here they take 2 (exponentials in bf16, kept for the backward
+pass), or only a slice when they are computed again there.
 
-Slices are merged as tensor-parallel shards are: by the maximum m and the sum z of exp(logit - m), both `[n]` (Milakov and Gimelshein, "Online
-normalizer calculation for softmax", 2018). The loss is log z + m - logit[label]; its gradient by a logit is exp(logit - m) / z, less 1 at the label.
+Slices are merged as tensor-parallel shards are: by the maximum m and the sum z of exp(logit - m), both `[n]` (Milakov
+and Gimelshein, "Online normalizer calculation for softmax", 2018). The loss is log z + m - logit[label]; its gradient
+by a logit is exp(logit - m) / z, less 1 at the label.
 """
 
 import dataclasses
@@ -25,7 +28,8 @@ class VocabShard:
 
     Attributes:
         start: the token of the first row.
-        num_rows: the rows that stand for tokens; what follows them pads the vocabulary, has no probability and gets no gradient.
+        num_rows: the rows that stand for tokens; what follows them pads the vocabulary, has no probability and gets no
+            gradient.
         fp32_logits: logits in fp32 whatever the weight's dtype; otherwise they are rounded to it.
         recompute: keep nothing of the logits for the backward pass.
         group: the tensor-parallel ranks, whose shards make up the vocabulary.
@@ -47,7 +51,9 @@ class VocabShard:
             yield slice(start, min(start + width, self.num_rows))
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, shard: VocabShard
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses in nats `[n]` (fp32), and whether the label is the likeliest token `[n]` (bool; a tie counts).
 
     Args:
@@ -92,7 +98,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_losses, _):
         shard = ctx.shard
         hidden, weight, labels, losses, log_total, *kept = ctx.saved_tensors
-        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
+        grad_hidden = (
+            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
+        )
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_at_label = torch.expm1(-losses) * grad_losses
         for number, rows in enumerate(shard.slices(len(labels))):
@@ -104,7 +112,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 exponentials = shard.logits(hidden, weight[rows]).sub_(log_total[:, None]).exp_()
                 grad = exponentials.mul_(grad_losses[:, None]).to(weight.dtype)
             index, inside = _label_in(labels, rows)
-            grad.scatter_(1, index, torch.where(inside[:, None], grad_at_label[:, None].to(grad.dtype), grad.gather(1, index)))
+            grad.scatter_(
+                1, index, torch.where(inside[:, None], grad_at_label[:, None].to(grad.dtype), grad.gather(1, index))
+            )
             if grad_hidden is not None:
                 grad_hidden += grad @ weight[rows]
             if grad_weight is not None:
@@ -113,6 +123,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _label_in(labels: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the labels stand in a slice: the index `[n, 1]`, and whether they stand there at all `[n]`; where not, the index is any."""
+    """Where the labels stand in a slice: the index `[n, 1]`, and whether they stand there at all `[n]`; where not, the
+    index is any.
+    """
     offset = labels - rows.start
     return offset.clamp(0, rows.stop - rows.start - 1)[:, None], (labels >= rows.start) & (labels < rows.stop)

@@ -7,14 +7,21 @@ from megatron.core.transformer.moe.router import TopKRouter
 class Router(TopKRouter):
     """Sigmoid top-k router with an expert bias that only selects.
 
-    The bias stays fp32 whatever the training dtype, and frozen while `--moe-router-bias-update-rate` is 0, the publisher's practice in fine-tuning.
-    `expert_load` (int64 `[experts]`, not saved) counts the tokens each expert was given since the last log line.
+    The bias stays fp32 whatever the training dtype, and frozen while `--moe-router-bias-update-rate` is 0, the
+    publisher's practice in fine-tuning. `expert_load` (int64 `[experts]`, not saved) counts the tokens each expert was
+    given since the last log line.
     """
 
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False):
         super().__init__(config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.frozen_expert_bias = config.moe_router_bias_update_rate == 0 or (is_mtp_layer and config.mtp_loss_scaling_factor == 0)
-        self.register_buffer("expert_load", torch.zeros(config.num_moe_experts, dtype=torch.int64, device=self.weight.device), persistent=False)
+        self.frozen_expert_bias = config.moe_router_bias_update_rate == 0 or (
+            is_mtp_layer and config.mtp_loss_scaling_factor == 0
+        )
+        self.register_buffer(
+            "expert_load",
+            torch.zeros(config.num_moe_experts, dtype=torch.int64, device=self.weight.device),
+            persistent=False,
+        )
 
     def _maintain_float32_expert_bias(self):
         super()._maintain_float32_expert_bias()

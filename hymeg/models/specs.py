@@ -1,14 +1,19 @@
 """Layer specs: Transformer Engine's on CUDA, local modules elsewhere, the same stored keys from both.
 
-Megatron's own specs are taken and three things changed: the router on every platform; norm and core attention in the local spec, whose own refuse
-sequence parallelism, context parallelism and packing; and the local spec's key for the norm before a MoE layer, which it stores under a name of
-its own (FACTS, trap 6), so that checkpoints cross between CPU and GPU.
+Megatron's own specs are taken and three things changed: the router on every platform; norm and core attention in the
+local spec, whose own refuse sequence parallelism, context parallelism and packing; and the local spec's key for the
+norm before a MoE layer, which it stores under a name of its own (FACTS, trap 6), so that checkpoints cross between CPU
+and GPU.
 """
 
 import dataclasses
 import functools
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
@@ -27,7 +32,9 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
 def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the final norm."""
     use_te = uses_transformer_engine(config)
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
+    )
     block.layer_specs = [_adapted(layer, use_te) for layer in block.layer_specs]
     if not use_te:
         block.layer_norm = RMSNorm
@@ -35,11 +42,15 @@ def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tran
 
 
 def mtp_spec(config: TransformerConfig, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
-    """The multi-token-prediction layers of this pipeline stage, each a MoE layer like the trunk's; None where there are none."""
+    """The multi-token-prediction layers of this pipeline stage, each a MoE layer like the trunk's; None where there are
+    none.
+    """
     if not config.mtp_num_layers:
         return None
     use_te = uses_transformer_engine(config)
-    trunk = get_gpt_decoder_layer_specs(config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage)
+    trunk = get_gpt_decoder_layer_specs(
+        config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
+    )
     inner = _adapted(next(layer for layer in reversed(trunk) if _is_moe(layer)), use_te)
     block = get_gpt_mtp_block_spec(config, inner, use_transformer_engine=use_te, vp_stage=vp_stage)
     if block is not None and not use_te:
@@ -63,7 +74,10 @@ def _adapted(layer: ModuleSpec, use_te: bool) -> ModuleSpec:
         keys_map.pop("pre_mlp_layernorm.", None)
     if not use_te:
         attention = dataclasses.replace(
-            layer.submodules.self_attention.submodules, q_layernorm=RMSNorm, k_layernorm=RMSNorm, core_attention=CoreAttention
+            layer.submodules.self_attention.submodules,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+            core_attention=CoreAttention,
         )
         changes["self_attention"] = dataclasses.replace(layer.submodules.self_attention, submodules=attention)
         changes["input_layernorm"] = changes["pre_mlp_layernorm"] = RMSNorm

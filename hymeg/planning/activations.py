@@ -1,11 +1,14 @@
-"""Bytes that autograd keeps from a micro-batch's forward pass until its backward pass, by formula. docs/planning.md derives every term.
+"""Bytes that autograd keeps from a micro-batch's forward pass until its backward pass, by formula. docs/planning.md
+derives every term.
 
-Two layer specs save different tensors. The local spec (CPU) is held within 10 % of what was measured, setting by setting. Transformer Engine's (GPU)
-is read from the sources of megatron-core 0.19.2 and transformer-engine 2.20.2; no GPU has confirmed it yet.
+Two layer specs save different tensors. The local spec (CPU) is held within 10 % of what was measured, setting by
+setting. Transformer Engine's (GPU) is read from the sources of megatron-core 0.19.2 and transformer-engine 2.20.2; no
+GPU has confirmed it yet.
 
-Notation, as in the docs: T tokens of a rank (micro-batch x sequence / CP), Ts those of its sequence-parallel share (T / TP), a bytes of an
-activation, H hidden, q and kv the widths of query and key heads, n and g their numbers, k experts per token, I and Is widths of an expert and of the
-shared one, F of the dense MLP, E experts, V rows of the vocabulary. Widths below are a rank's own (q / TP and so on).
+Notation, as in the docs: T tokens of a rank (micro-batch x sequence / CP), Ts those of its sequence-parallel share (T /
+TP), a bytes of an activation, H hidden, q and kv the widths of query and key heads, n and g their numbers, k experts
+per token, I and Is widths of an expert and of the shared one, F of the dense MLP, E experts, V rows of the vocabulary.
+Widths below are a rank's own (q / TP and so on).
 """
 
 from hymeg.hf.config import HyConfig
@@ -14,7 +17,9 @@ from hymeg.planning.parameters import padded_vocab_size
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk
 
-SLICE_ELEMENTS = 2**22  # hymeg.models.linear_cross_entropy's, which cannot be imported without torch; a test holds the two equal
+SLICE_ELEMENTS = (
+    2**22
+)  # hymeg.models.linear_cross_entropy's, which cannot be imported without torch; a test holds the two equal
 
 
 class Activations:
@@ -33,14 +38,20 @@ class Activations:
         self.positions = layout.seq_length // layout.context_parallel_size
         self.shared_tokens = self.tokens / tp
         self.expert_tokens = self.shared_tokens * config.num_experts_per_tok * etp * imbalance
-        self.q, self.kv = (heads * config.head_dim / tp for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q, self.kv = (
+            heads * config.head_dim / tp for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.heads, self.groups = config.num_attention_heads / tp, config.num_key_value_heads / tp
         self.dense, self.shared = config.intermediate_size / tp, config.shared_expert_intermediate_size / tp
         self.expert = config.moe_intermediate_size / etp
         self.vocab_parameters = padded_vocab_size(config, layout, settings) / tp * config.hidden_size
-        self.vocab = min(config.vocab_size, padded_vocab_size(config, layout, settings) / tp)  # rows that stand for tokens
+        self.vocab = min(
+            config.vocab_size, padded_vocab_size(config, layout, settings) / tp
+        )  # rows that stand for tokens
         modules = settings.recompute_modules
-        self.recomputes = {name: name in modules for name in ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")}
+        self.recomputes = {
+            name: name in modules for name in ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
+        }
 
     # ---- a virtual stage
 
@@ -56,8 +67,8 @@ class Activations:
         return total + chunk.num_mtp_layers * self.mtp_layer()
 
     def layers(self, chunk: Chunk) -> float:
-        """The trunk's layers, as recomputation leaves them. A recomputed piece keeps its input: of n layers under "uniform", of one under "block"
-        (megatron/core/recompute.py)."""
+        """The trunk's layers, as recomputation leaves them. A recomputed piece keeps its input: of n layers under
+        "uniform", of one under "block" (megatron/core/recompute.py)."""
         settings = self.settings
         kept, pieces = chunk.layers, 0
         if settings.recompute_granularity == "full":
@@ -66,12 +77,14 @@ class Activations:
             pieces = -(-len(kept) // number) if uniform else min(number, len(kept))
             kept = () if uniform else kept[number:]
         num_moe = sum(map(self.config.is_moe_layer, kept))
-        plain = (num_moe and num_moe * self.layer(True)) + (len(kept) > num_moe and (len(kept) - num_moe) * self.layer(False))
+        plain = (num_moe and num_moe * self.layer(True)) + (
+            len(kept) > num_moe and (len(kept) - num_moe) * self.layer(False)
+        )
         return pieces * self.hidden() + (self.rope() if pieces else 0) + plain
 
     def mtp_layer(self) -> float:
-        """One multi-token-prediction layer with its logits. Under full recomputation its block keeps its two inputs; the "block" method does not
-        know it (multi_token_prediction.py:1415)."""
+        """One multi-token-prediction layer with its logits. Under full recomputation its block keeps its two inputs;
+        the "block" method does not know it (multi_token_prediction.py:1415)."""
         width, tokens = self.config.hidden_size, self.shared_tokens
         around = self.head() + 8 * self.tokens
         if self.settings.recompute_granularity == "full" and self.settings.recompute_method == "uniform":
@@ -80,8 +93,9 @@ class Activations:
         return around + 2 * self.norm(width, tokens) + joined + self.layer(is_moe=True) + self.norm(width, tokens)
 
     def head(self) -> float:
-        """Its input, of whole sequences; labels, losses and two numbers a token; and what hymeg.models.linear_cross_entropy keeps of the logits:
-        exponentials in the weight's dtype, or nothing with --recompute-logits. Megatron's fused cross-entropy keeps fp32 logits."""
+        """Its input, of whole sequences; labels, losses and two numbers a token; and what
+        hymeg.models.linear_cross_entropy keeps of the logits: exponentials in the weight's dtype, or nothing with
+        --recompute-logits. Megatron's fused cross-entropy keeps fp32 logits."""
         settings, per_token = self.settings, self.a * self.config.hidden_size + 16
         if settings.cross_entropy_loss_fusion:
             per_token += 4 * self.vocab
@@ -99,8 +113,8 @@ class Activations:
         return self.a * self.config.hidden_size * self.shared_tokens
 
     def norm(self, width: float, tokens: float) -> float:
-        """A norm by itself, its output not counted. Local: torch's RMSNorm keeps its input and the normalised one in fp32, and the root; Transformer
-        Engine's its input and the root."""
+        """A norm by itself, its output not counted. Local: torch's RMSNorm keeps its input and the normalised one in
+        fp32, and the root; Transformer Engine's its input and the root."""
         return tokens * (8 * width + 4 if self.is_local else self.a * width + 4)
 
     def rope(self) -> float:
@@ -122,7 +136,9 @@ class Activations:
             copied = self.a * self.q if self.groups > 1 else 0  # q out of the mixed q, k, v, where they alternate
             norms = copied + 4 * (self.heads + self.groups)
             core = self.a * (self.q + self.kv)
-            result = self.a * self.q + (0 if self.recomputes["core_attn"] else 4 * self.heads)  # attention's output is the projection's input
+            result = self.a * self.q + (
+                0 if self.recomputes["core_attn"] else 4 * self.heads
+            )  # attention's output is the projection's input
         own = self.tokens * (mixed + norms + core + result) + per_position * self.positions
         return self.norm(self.config.hidden_size, self.shared_tokens) + self.hidden() + own
 
@@ -145,13 +161,15 @@ class Activations:
         return norm + output + shared + self.routing() + self.routed_experts()
 
     def routing(self) -> float:
-        """Scores in fp32 and the order in which tokens leave: int64 for every expert, chosen or not, sorted; int64 and fp32 for the chosen."""
+        """Scores in fp32 and the order in which tokens leave: int64 for every expert, chosen or not, sorted; int64 and
+        fp32 for the chosen.
+        """
         chosen = self.config.num_experts_per_tok
         return self.shared_tokens * (12 * self.config.num_experts + 20 * chosen + 4)
 
     def routed_experts(self) -> float:
-        """Tokens as they came out of the all-to-all, k of them for each, more on the busiest rank: H in, 2 I out of the gate-up projection, I into
-        the down projection, and the fp32 weight."""
+        """Tokens as they came out of the all-to-all, k of them for each, more on the busiest rank: H in, 2 I out of the
+        gate-up projection, I into the down projection, and the fp32 weight."""
         activation = 0 if self.recomputes["moe_act"] else self.expert
         return self.expert_tokens * (self.a * (self.config.hidden_size + 2 * self.expert + activation) + 4)
 
@@ -159,23 +177,30 @@ class Activations:
 
     def working(self, chunk: Chunk) -> float:
         """The largest of: the backward pass of a layer, with what it recomputes; of the head; of the embedding."""
-        kinds = {self.config.is_moe_layer(layer) for layer in chunk.layers} | ({True} if chunk.num_mtp_layers else set())
+        kinds = {self.config.is_moe_layer(layer) for layer in chunk.layers} | (
+            {True} if chunk.num_mtp_layers else set()
+        )
         needs = [self.layer_backward(is_moe) for is_moe in kinds]
         if chunk.has_head:
-            # Two slices of fp32 logits, the gradients of the weight and of the input (fp32); with the fused cross-entropy those of all logits too.
+            # Two slices of fp32 logits, the gradients of the weight and of the input (fp32); with the fused
+            # cross-entropy those of all logits too.
             slices = 8 * min(SLICE_ELEMENTS, self.vocab * self.tokens)
             all_logits = self.a * self.vocab * self.tokens if self.settings.cross_entropy_loss_fusion else 0
-            needs.append(slices + all_logits + self.a * self.vocab_parameters + 4 * self.config.hidden_size * self.tokens)
+            needs.append(
+                slices + all_logits + self.a * self.vocab_parameters + 4 * self.config.hidden_size * self.tokens
+            )
         if chunk.has_embedding or chunk.num_mtp_layers:
             needs.append(self.a * self.vocab_parameters)
         return max(needs, default=0.0)
 
     def layer_backward(self, is_moe: bool) -> float:
-        """What is recomputed of the layer, and the gradients of its widest part: of the tokens before and after the all-to-all, of the activation and
-        its two inputs; of the MLP's three."""
+        """What is recomputed of the layer, and the gradients of its widest part: of the tokens before and after the
+        all-to-all, of the activation and its two inputs; of the MLP's three."""
         recomputed = 0.0
         if self.settings.recompute_granularity == "full":
-            recomputed = self.layer(is_moe) * (self.settings.recompute_num_layers if self.settings.recompute_method == "uniform" else 1)
+            recomputed = self.layer(is_moe) * (
+                self.settings.recompute_num_layers if self.settings.recompute_method == "uniform" else 1
+            )
         elif is_moe and self.recomputes["moe"]:
             recomputed = self.routing() + self.routed_experts() + self.a * 3 * self.shared * self.tokens
         if is_moe:

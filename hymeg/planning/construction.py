@@ -1,7 +1,9 @@
-"""A rank's model and its DDP buffers as Megatron builds them, on the meta device in a process group that does not exist: no memory, no other process.
+"""A rank's model and its DDP buffers as Megatron builds them, on the meta device in a process group that does not
+exist: no memory, no other process.
 
-What the arithmetic of `hymeg.planning.parameters` is held against. The local layer spec is built, whose parameters are Transformer Engine's in number
-and size (tests/layer_specs). The process can build no other world while one is open, and must have none of its own.
+What the arithmetic of `hymeg.planning.parameters` is held against. The local layer spec is built, whose parameters are
+Transformer Engine's in number and size (tests/layer_specs). The process can build no other world while one is open, and
+must have none of its own.
 """
 
 import argparse
@@ -71,14 +73,26 @@ def world(args: argparse.Namespace, rank: int) -> Iterator[ProcessGroupCollectio
 
 
 def validated_for_cpu(args: argparse.Namespace) -> argparse.Namespace:
-    """A copy of `args`, as parsed for a GPU, with which the model can be constructed here. Gradients keep their dtype."""
+    """A copy of `args`, as parsed for a GPU, with which the model can be constructed here. Gradients keep their
+    dtype.
+    """
     args = copy.copy(args)
     vars(args).update({dest: value for dest, (value, _) in (REFUSED | REQUIRED).items() if dest in vars(args)})
-    args.main_grads_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype, args.main_params_dtype = "fp32", "fp32", "fp32", "fp32"
+    args.main_grads_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype, args.main_params_dtype = (
+        "fp32",
+        "fp32",
+        "fp32",
+        "fp32",
+    )
     args.recompute_granularity = args.recompute_method = args.recompute_num_layers = args.recompute_modules = None
     args.sequence_parallel = args.tensor_model_parallel_size > 1
     args.mock_data, args.data_path, args.save = True, None, None
-    args.train_iters, args.train_samples, args.lr_warmup_fraction, args.lr_decay_iters = args.train_iters or 1, None, None, None
+    args.train_iters, args.train_samples, args.lr_warmup_fraction, args.lr_decay_iters = (
+        args.train_iters or 1,
+        None,
+        None,
+        None,
+    )
     args.lr = args.lr or 1e-5
     destroy_num_microbatches_calculator()
     with quiet():
@@ -108,7 +122,11 @@ def build(args: argparse.Namespace, pipeline_rank: int) -> Built:
     from hymeg.training.run import model_config_from_args
 
     pp = args.pipeline_model_parallel_size
-    step = args.tensor_model_parallel_size * args.context_parallel_size if args.use_tp_pp_dp_mapping else args.world_size // pp
+    step = (
+        args.tensor_model_parallel_size * args.context_parallel_size
+        if args.use_tp_pp_dp_mapping
+        else args.world_size // pp
+    )
     with quiet(), world(args, pipeline_rank * step) as groups, device.on_meta():
         chunks = _chunks(model_config_from_args(args), args, groups)
         for chunk in chunks:
@@ -160,8 +178,11 @@ def _shard(buffer) -> int:
     return sum(part["param"].size for bucket in ranges for part in bucket["param_map"].values())
 
 
-def differences(args: argparse.Namespace, config: HyConfig, layout: Layout, settings: Settings, pipeline_ranks: list[int]) -> list[str]:
-    """Where the arithmetic of `hymeg.planning.parameters` and the built stages differ: one line each; empty when all is equal.
+def differences(
+    args: argparse.Namespace, config: HyConfig, layout: Layout, settings: Settings, pipeline_ranks: list[int]
+) -> list[str]:
+    """Where the arithmetic of `hymeg.planning.parameters` and the built stages differ: one line each; empty when all is
+    equal.
 
     Args:
         args: as parsed for a GPU; layout and settings are put into a copy.
@@ -179,7 +200,11 @@ def differences(args: argparse.Namespace, config: HyConfig, layout: Layout, sett
     found = []
     for rank in pipeline_ranks:
         built, expected = build(args, rank), expected_build(config, layout, local, rank)
-        found += [f"stage {rank}: {name} {a}, by arithmetic {b}" for name, a, b in zip(Built._fields, built, expected, strict=True) if a != b]
+        found += [
+            f"stage {rank}: {name} {a}, by arithmetic {b}"
+            for name, a, b in zip(Built._fields, built, expected, strict=True)
+            if a != b
+        ]
     return found
 
 

@@ -1,12 +1,14 @@
 """Model FLOPs of a Hy model, and what a GPU could do at best: the two halves of MFU.
 
-Counted are the matrix multiplications that the model's definition asks for, two FLOPs a multiply-add. Left out, as in published MFU figures:
-norms, softmax, RoPE, activations, routing's top-k, the optimizer, and whatever a run computes twice (activation recomputation).
+Counted are the matrix multiplications that the model's definition asks for, two FLOPs a multiply-add. Left out, as in
+published MFU figures: norms, softmax, RoPE, activations, routing's top-k, the optimizer, and whatever a run computes
+twice (activation recomputation).
 """
 
 from hymeg.hf.config import HyConfig
 
-# Dense (not sparse) bf16 tensor-core TFLOP/s by a part of the device's name as CUDA gives it, from NVIDIA's data sheets. The longest match counts.
+# Dense (not sparse) bf16 tensor-core TFLOP/s by a part of the device's name as CUDA gives it, from NVIDIA's data
+# sheets. The longest match counts.
 PEAK_TFLOPS = {
     "A100": 312.0,
     "A800": 312.0,
@@ -29,30 +31,36 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak bf16 TFLOP/s of the GPU that calls itself `device_name`, e.g. "NVIDIA H100 80GB HBM3"; None for one that is not in `PEAK_TFLOPS`."""
+    """Peak bf16 TFLOP/s of the GPU that calls itself `device_name`, e.g. "NVIDIA H100 80GB HBM3"; None for one that is
+    not in `PEAK_TFLOPS`.
+    """
     matches = [part for part in PEAK_TFLOPS if part.lower() in device_name.lower()]
     return PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
-def forward_flops_by_part(config: HyConfig, num_tokens: int, squared_length_sum: int, causal: bool = True) -> dict[str, float]:
-    """FLOPs of one forward pass by part of the model. With H hidden, L layers (the MTP layers included), and all per token but the scores:
+def forward_flops_by_part(
+    config: HyConfig, num_tokens: int, squared_length_sum: int, causal: bool = True
+) -> dict[str, float]:
+    """FLOPs of one forward pass by part of the model. With H hidden, L layers (the MTP layers included), and all per
+    token but the scores:
 
-        attention_projections   2 L (H q + 2 H kv + q H)         q = query heads x head_dim, kv = key-value heads x head_dim
-        attention_scores        2 L 2 q sum(len^2), halved if causal    QK^T and the product with V, each q per pair of positions
-        dense_mlp               2 x 3 H intermediate_size for each dense layer              gate, up, down
-        routed_experts          2 x 3 H moe_intermediate_size top_k for each MoE layer
+        attention_projections   2 L (H q + 2 H kv + q H)         q = query heads x head_dim, kv = key-value heads x
+        head_dim attention_scores        2 L 2 q sum(len^2), halved if causal    QK^T and the product with V, each q per
+        pair of positions dense_mlp               2 x 3 H intermediate_size for each dense layer              gate, up,
+        down routed_experts          2 x 3 H moe_intermediate_size top_k for each MoE layer
         shared_experts          2 x 3 H shared_expert_intermediate_size for each MoE layer
         router                  2 H num_experts for each MoE layer
         lm_head                 2 H vocab_size, once and once more for each MTP layer
         mtp_projection          2 x 2H H for each MTP layer        eh_proj
 
     The halving takes len^2 / 2 for the len (len + 1) / 2 pairs under a causal mask: the convention of Megatron-LM
-    (`num_floating_point_operations`) and of the MFU figures published with it. `causal=False` counts every pair, as PaLM's appendix B does
-    (arXiv:2204.02311) and as `torch.utils.flop_counter` sees eager attention.
+    (`num_floating_point_operations`) and of the MFU figures published with it. `causal=False` counts every pair, as
+    PaLM's appendix B does (arXiv:2204.02311) and as `torch.utils.flop_counter` sees eager attention.
 
     Args:
         num_tokens: tokens in the batch.
-        squared_length_sum: sum of len^2 over the sequences that attend within themselves: the documents, where a batch is packed.
+        squared_length_sum: sum of len^2 over the sequences that attend within themselves: the documents, where a batch
+            is packed.
     """
     hidden = config.hidden_size
     query_width = config.num_attention_heads * config.head_dim
@@ -80,12 +88,16 @@ def forward_flops_by_part(config: HyConfig, num_tokens: int, squared_length_sum:
 
 
 def flops_per_token(config: HyConfig, seq_length: int, causal: bool = True) -> float:
-    """Forward FLOPs of one token in an unpacked sequence of `seq_length` tokens. Training takes three times as many. See `forward_flops_by_part`."""
+    """Forward FLOPs of one token in an unpacked sequence of `seq_length` tokens. Training takes three times as many.
+    See `forward_flops_by_part`.
+    """
     return sum(forward_flops_by_part(config, seq_length, seq_length**2, causal).values()) / seq_length
 
 
 def training_flops(config: HyConfig, batch_size: int, seq_length: int, causal: bool = True) -> float:
-    """FLOPs of one training step on `batch_size` (the global one) unpacked sequences: the forward pass, and twice as much for the backward pass."""
+    """FLOPs of one training step on `batch_size` (the global one) unpacked sequences: the forward pass, and twice as
+    much for the backward pass.
+    """
     return packed_training_flops(config, batch_size * seq_length, batch_size * seq_length**2, causal)
 
 

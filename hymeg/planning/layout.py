@@ -1,7 +1,8 @@
 """What makes a layout legal: written once, asked by preflight and by the planner. No Megatron and no torch.
 
-What is accepted, Megatron accepts, and what Megatron runs is accepted, but for a tensor-parallel size that does not divide the hidden size, which
-only the projection of a multi-token-prediction layer minds. Some of what Megatron's own checks let through fails later there, and is refused here.
+What is accepted, Megatron accepts, and what Megatron runs is accepted, but for a tensor-parallel size that does not
+divide the hidden size, which only the projection of a multi-token-prediction layer minds. Some of what Megatron's own
+checks let through fails later there, and is refused here.
 """
 
 import dataclasses
@@ -55,7 +56,9 @@ class Layout:
 
     @property
     def data_parallel_size(self) -> int:
-        return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size)
+        return self.world_size // (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
     @property
     def num_microbatches(self) -> int:
@@ -97,57 +100,81 @@ def _check_widths(config: HyConfig, layout: Layout) -> None:
         wrong = next((what for what, size in widths.items() if size % parallel), None)
         if wrong is None and (widths is not tensor or _shares(parallel, groups)):
             continue
-        allowed = [size for size in _divisors(math.gcd(*widths.values())) if widths is not tensor or _shares(size, groups)]
+        allowed = [
+            size for size in _divisors(math.gcd(*widths.values())) if widths is not tensor or _shares(size, groups)
+        ]
         if wrong is not None:
-            raise UserError(f"{_FLAG[field]} {parallel} does not divide the model's {widths[wrong]} {wrong}; it may be {_listed(allowed)}")
+            raise UserError(
+                f"{_FLAG[field]} {parallel} does not divide the model's {widths[wrong]} {wrong}; it may be "
+                f"{_listed(allowed)}"
+            )
         if widths is tensor:
             raise UserError(
-                f"{_FLAG[field]} {parallel} and the model's {groups} query groups (key/value heads): neither divides the other; "
+                f"{_FLAG[field]} {parallel} and the model's {groups} query groups (key/value heads): neither divides "
+                "the other; "
                 f"it may be {_listed(allowed)}"
             )
 
 
 def _shares(tensor_parallel: int, groups: int) -> bool:
-    """Whether ranks hold whole query groups each, or groups whole sets of ranks, which then compute a group's keys and values together."""
+    """Whether ranks hold whole query groups each, or groups whole sets of ranks, which then compute a group's keys and
+    values together.
+    """
     return groups % tensor_parallel == 0 or tensor_parallel % groups == 0
 
 
 def _check_world(config: HyConfig, layout: Layout) -> None:
-    world, tp, pp, cp = layout.world_size, layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
+    world, tp, pp, cp = (
+        layout.world_size,
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.context_parallel_size,
+    )
     ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
     if world % (tp * pp * cp):
-        product = _product(layout, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        product = _product(
+            layout, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+        )
         below = world // (tp * pp * cp) * (tp * pp * cp)
         start = f"{below} or {below + tp * pp * cp}" if below else f"{tp * pp * cp}"
         raise UserError(
-            f"{product} does not divide the {_processes(world)} of this job; start {start} (torchrun --nproc-per-node, --nnodes) or lower it"
+            f"{product} does not divide the {_processes(world)} of this job; start {start} (torchrun --nproc-per-node, "
+            "--nnodes) or lower it"
         )
     if world % (ep * etp * pp):
-        product = _product(layout, "expert_model_parallel_size", "expert_tensor_parallel_size", "pipeline_model_parallel_size")
+        product = _product(
+            layout, "expert_model_parallel_size", "expert_tensor_parallel_size", "pipeline_model_parallel_size"
+        )
         allowed = [size for size in _divisors(config.num_experts) if world % (size * etp * pp) == 0]
         choices = [f"--expert-model-parallel-size {_listed(allowed)} would do"] if allowed else []
         if etp > 1 and world % (ep * pp) == 0:
             choices.append("so would --expert-tensor-parallel-size 1 (unset, it is the tensor-parallel size)")
         raise UserError(
-            f"{product} does not divide the {_processes(world)} of this job (experts are spread over tensor, context and data parallel ranks); "
+            f"{product} does not divide the {_processes(world)} of this job (experts are spread over tensor, context "
+            "and data parallel ranks); "
             f"{', and '.join(choices) or 'lower one of them'}"
         )
     if layout.use_tp_pp_dp_mapping and pp > 1 and ep * etp != tp * cp:
         raise UserError(
-            f"--use-tp-pp-dp-mapping with --pipeline-model-parallel-size {pp} needs expert x expert-tensor parallel size ({ep} x {etp}) to equal "
+            f"--use-tp-pp-dp-mapping with --pipeline-model-parallel-size {pp} needs expert x expert-tensor parallel "
+            f"size ({ep} x {etp}) to equal "
             f"tensor x context parallel size ({tp} x {cp}); leave --use-tp-pp-dp-mapping out"
         )
     instances = layout.num_distributed_optimizer_instances
     for what, ranks in (("data x context", world // (tp * pp)), ("expert-data", world // (ep * etp * pp))):
         if ranks % instances:
-            raise UserError(f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} {what} parallel ranks; it may be 1")
+            raise UserError(
+                f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} {what} parallel ranks; "
+                "it may be 1"
+            )
 
 
 def _check_batch(layout: Layout) -> None:
     step = layout.micro_batch_size * layout.data_parallel_size
     if layout.global_batch_size % step:
         raise UserError(
-            f"--global-batch-size {layout.global_batch_size} is no multiple of --micro-batch-size {layout.micro_batch_size} x data-parallel size "
+            f"--global-batch-size {layout.global_batch_size} is no multiple of --micro-batch-size "
+            f"{layout.micro_batch_size} x data-parallel size "
             f"{layout.data_parallel_size} = {step}; use {_multiples(layout.global_batch_size, step)}"
         )
 
@@ -165,21 +192,30 @@ def _check_depth(config: HyConfig, layout: Layout) -> int:
         if (layers + extra) % (pp * vpp):
             counted = f"{layers} layers" + (f" + {extra} for embedding or loss" if extra else "")
             raise UserError(
-                f"--pipeline-model-parallel-size {pp}: {counted} do not divide over {over}; use {_listed(_divisors(layers + extra))} stages in all, "
+                f"--pipeline-model-parallel-size {pp}: {counted} do not divide over {over}; use "
+                f"{_listed(_divisors(layers + extra))} stages in all, "
                 f"or set --decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers or {_LAYOUT}"
             )
         return vpp
     flags = {
-        flag: size for flag, size in ((_FLAG["decoder_first_pipeline_num_layers"], first), (_FLAG["decoder_last_pipeline_num_layers"], last)) if size
+        flag: size
+        for flag, size in (
+            (_FLAG["decoder_first_pipeline_num_layers"], first),
+            (_FLAG["decoder_last_pipeline_num_layers"], last),
+        )
+        if size
     }
     given = " and ".join(f"{flag} {size}" for flag, size in flags.items())
     if extra:
         raise UserError(
-            f"{given} cannot be combined with --account-for-embedding-in-pipeline-split or --account-for-loss-in-pipeline-split; leave one out"
+            f"{given} cannot be combined with --account-for-embedding-in-pipeline-split or "
+            "--account-for-loss-in-pipeline-split; leave one out"
         )
     for flag, size in flags.items():
         if size % vpp:
-            raise UserError(f"{flag} {size} is no multiple of the {vpp} virtual stages of a rank; use {_multiples(size, vpp)}")
+            raise UserError(
+                f"{flag} {size} is no multiple of the {vpp} virtual stages of a rank; use {_multiples(size, vpp)}"
+            )
     middle_layers, middle_stages = layers - sum(flags.values()), pp - len(flags)
     if middle_stages < 0:
         raise UserError(f"{given} set more stages than --pipeline-model-parallel-size {pp}; leave one out")
@@ -187,7 +223,8 @@ def _check_depth(config: HyConfig, layout: Layout) -> int:
         raise UserError(f"{given}: more than the model's {layers} layers; lower it")
     if bool(middle_layers) != bool(middle_stages) or (middle_stages and middle_layers % (middle_stages * vpp)):
         raise UserError(
-            f"{given} leave{'s' if len(flags) == 1 else ''} {middle_layers} of {layers} layers for the other {middle_stages} of {over}"
+            f"{given} leave{'s' if len(flags) == 1 else ''} {middle_layers} of {layers} layers for the other "
+            f"{middle_stages} of {over}"
             f", over which they do not divide; "
             f"change it, or use {_LAYOUT}"
         )
@@ -195,33 +232,54 @@ def _check_depth(config: HyConfig, layout: Layout) -> int:
 
 
 def _check_layout_string(config: HyConfig, layout: Layout) -> int:
-    """Megatron's rules for `E|(t|)*3,m|m||L`: E embedding, t layer, m multi-token prediction, L loss. Returns the virtual stages of a rank."""
+    """Megatron's rules for `E|(t|)*3,m|m||L`: E embedding, t layer, m multi-token prediction, L loss. Returns the
+    virtual stages of a rank.
+    """
     text, pp = layout.pipeline_model_parallel_layout, layout.pipeline_model_parallel_size
     said = f"{_LAYOUT} {text}"
-    for field in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "virtual_pipeline_model_parallel_size"):
+    for field in (
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+        "virtual_pipeline_model_parallel_size",
+    ):
         if getattr(layout, field) is not None:
             raise UserError(f"{said} says where layers lie; leave {_FLAG[field]} out")
     if layout.account_for_embedding_in_pipeline_split or layout.account_for_loss_in_pipeline_split:
-        raise UserError(f"{said} says where layers lie; leave --account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split out")
+        raise UserError(
+            f"{said} says where layers lie; leave --account-for-embedding-in-pipeline-split and "
+            "--account-for-loss-in-pipeline-split out"
+        )
     unrolled = text.replace(",", "")
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         unrolled = re.sub(pattern, lambda match: match[1] * int(match[2]), unrolled)
     if wrong := re.search(r"[^ELtm|]", unrolled):
         raise UserError(
-            f"{said}: found {wrong[0]!r}; E, t, m, L stand for embedding, layer, multi-token prediction and loss, | ends a stage, (...)*n repeats"
+            f"{said}: found {wrong[0]!r}; E, t, m, L stand for embedding, layer, multi-token prediction and loss, | "
+            "ends a stage, (...)*n repeats"
         )
     stages, flat = unrolled.split("|"), unrolled.replace("|", "")
     if len(stages) % pp:
-        raise UserError(f"{said} has {len(stages)} stages, no multiple of --pipeline-model-parallel-size {pp}; use {_multiples(len(stages), pp)}")
+        raise UserError(
+            f"{said} has {len(stages)} stages, no multiple of --pipeline-model-parallel-size {pp}; use "
+            f"{_multiples(len(stages), pp)}"
+        )
     mtp = config.num_nextn_predict_layers
-    for letter, what, wanted in (("t", "layers", config.num_hidden_layers), ("m", "multi-token-prediction layers", mtp)):
+    for letter, what, wanted in (
+        ("t", "layers", config.num_hidden_layers),
+        ("m", "multi-token-prediction layers", mtp),
+    ):
         if flat.count(letter) != wanted:
             raise UserError(f"{said} has {flat.count(letter)} {what} ({letter}), the model {wanted}; make them agree")
     if not (flat.startswith("E") and flat.endswith("L") and flat.count("E") == flat.count("L") == 1):
         raise UserError(f"{said} must begin with the embedding (E) and end with the loss (L), each once")
-    if mtp and ("t" in flat[flat.index("m") :] or flat.count("m") != max(stage.count("m") for stage in stages) or "m" in "".join(stages[:-pp])):
+    if mtp and (
+        "t" in flat[flat.index("m") :]
+        or flat.count("m") != max(stage.count("m") for stage in stages)
+        or "m" in "".join(stages[:-pp])
+    ):
         raise UserError(
-            f"{said}: all multi-token-prediction layers (m) lie in one stage after the last layer (t), the last virtual stage of its rank"
+            f"{said}: all multi-token-prediction layers (m) lie in one stage after the last layer (t), the last "
+            "virtual stage of its rank"
         )
     return len(stages) // pp
 
@@ -232,23 +290,29 @@ def _check_interleaving(layout: Layout, num_virtual_stages: int) -> None:
         return
     if pp == 1:
         source = _LAYOUT if layout.pipeline_model_parallel_layout else _FLAG["virtual_pipeline_model_parallel_size"]
-        raise UserError(f"{num_virtual_stages} virtual stages a rank ({source}) need --pipeline-model-parallel-size 2 or more; add it")
+        raise UserError(
+            f"{num_virtual_stages} virtual stages a rank ({source}) need --pipeline-model-parallel-size 2 or more; add "
+            "it"
+        )
     if not layout.overlap_p2p_comm and pp == 2:
         raise UserError(
-            "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size 2 pairs the wrong messages; leave it out, "
+            "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size 2 pairs the wrong "
+            "messages; leave it out, "
             "or use 4 stages"
         )
     group = layout.microbatch_group_size_per_vp_stage or pp
     if not pp <= group <= max(pp, microbatches):
         raise UserError(
-            f"--microbatch-group-size-per-virtual-pipeline-stage {group} must lie between --pipeline-model-parallel-size {pp} and the {microbatches} "
+            f"--microbatch-group-size-per-virtual-pipeline-stage {group} must lie between "
+            f"--pipeline-model-parallel-size {pp} and the {microbatches} "
             f"micro-batches of a step"
         )
     rest = microbatches % group
     if microbatches < group or 0 < rest < pp:
         step = layout.global_batch_size // microbatches
         raise UserError(
-            f"--global-batch-size {layout.global_batch_size} makes {microbatches} micro-batches a step; virtual pipeline stages need a multiple of "
+            f"--global-batch-size {layout.global_batch_size} makes {microbatches} micro-batches a step; virtual "
+            "pipeline stages need a multiple of "
             f"{group}: use {_multiples(layout.global_batch_size, step * group)}"
         )
 
@@ -256,13 +320,18 @@ def _check_interleaving(layout: Layout, num_virtual_stages: int) -> None:
 def _check_sequence(config: HyConfig, layout: Layout) -> None:
     s, tp, cp = layout.seq_length, layout.tensor_model_parallel_size, layout.context_parallel_size
     if s > config.max_position_embeddings:
-        raise UserError(f"--seq-length {s} exceeds the model's context of {config.max_position_embeddings} (max_position_embeddings in config.json)")
+        raise UserError(
+            f"--seq-length {s} exceeds the model's context of {config.max_position_embeddings} "
+            "(max_position_embeddings in config.json)"
+        )
     # Each context-parallel rank takes two chunks, and tensor-parallel ranks share what it has (sequence parallelism).
     multiple = math.lcm(2 * cp, cp * tp) if cp > 1 else tp
     if s % multiple:
         sizes = _product(layout, "context_parallel_size", "tensor_model_parallel_size").partition(" =")[0]
         chunks = ", two chunks a rank," if cp > 1 else ""
-        raise UserError(f"--seq-length {s} is no multiple of {multiple}, as {sizes}{chunks} needs; use {_multiples(s, multiple)}")
+        raise UserError(
+            f"--seq-length {s} is no multiple of {multiple}, as {sizes}{chunks} needs; use {_multiples(s, multiple)}"
+        )
 
 
 def _product(layout: Layout, *fields: str) -> str:

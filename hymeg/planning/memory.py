@@ -1,4 +1,6 @@
-"""The memory of every pipeline stage by part: exact for what a rank keeps all the time, by formula (`activations`) for what a step needs."""
+"""The memory of every pipeline stage by part: exact for what a rank keeps all the time, by formula (`activations`) for
+what a step needs.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,7 +8,15 @@ from typing import NamedTuple
 from hymeg.hf.config import HyConfig
 from hymeg.planning.activations import Activations
 from hymeg.planning.layout import Layout
-from hymeg.planning.parameters import Buffer, buffers_of_chunk, chunk_numel, chunk_parameters, dense_ranks, expert_ranks, shard_numel
+from hymeg.planning.parameters import (
+    Buffer,
+    buffers_of_chunk,
+    chunk_numel,
+    chunk_parameters,
+    dense_ranks,
+    expert_ranks,
+    shard_numel,
+)
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk, micro_batches_held, stages
 
@@ -36,9 +46,10 @@ class StageMemory(NamedTuple):
 def optimizer_bytes(settings: Settings) -> float:
     """Bytes on the device for each element whose state a rank keeps.
 
-    fp32 training: two moments. bf16: an fp32 master copy and two moments (distrib_optimizer.py:347). Precision-aware: the moments in their dtypes,
-    and of the master copy the 16 bits that the bf16 weight lacks (Transformer Engine's FusedAdam, store_param_remainders; lossless), or an fp16 copy.
-    Offloaded: nothing of the offloaded fraction, and the rest in fp32 (hybrid_optimizer.py, param_update_in_fp32).
+    fp32 training: two moments. bf16: an fp32 master copy and two moments (distrib_optimizer.py:347). Precision-aware:
+    the moments in their dtypes, and of the master copy the 16 bits that the bf16 weight lacks (Transformer Engine's
+    FusedAdam, store_param_remainders; lossless), or an fp16 copy. Offloaded: nothing of the offloaded fraction, and the
+    rest in fp32 (hybrid_optimizer.py, param_update_in_fp32).
     """
     if settings.optimizer_cpu_offload:
         return 12 * (1 - settings.optimizer_offload_fraction)
@@ -47,18 +58,25 @@ def optimizer_bytes(settings: Settings) -> float:
     return (2 if settings.bf16 else 4) + BYTES[settings.exp_avg_dtype] + BYTES[settings.exp_avg_sq_dtype]
 
 
-def static_memory(config: HyConfig, layout: Layout, settings: Settings, pipeline_rank: int, ranks: tuple[int, int] = (0, 0)) -> StageMemory:
+def static_memory(
+    config: HyConfig, layout: Layout, settings: Settings, pipeline_rank: int, ranks: tuple[int, int] = (0, 0)
+) -> StageMemory:
     """What a rank of the stage keeps all the time; activations are 0.
 
     Args:
-        ranks: its place among the ranks that share the optimizer of the dense parameters, and of the experts. The first keep the most: padding lies
+        ranks: its place among the ranks that share the optimizer of the dense parameters, and of the experts. The first
+            keep the most: padding lies
         at
             the end.
     """
     weights = gradients = optimizer = buffers = 0
     element, gradient = (2 if settings.bf16 else 4), (4 if settings.grads_in_fp32 or not settings.bf16 else 2)
     for virtual_stage, chunk in enumerate(stages(config, layout)[pipeline_rank]):
-        untrained = sum(parameter.numel for parameter in chunk_parameters(config, layout, settings, chunk) if not parameter.is_trained)
+        untrained = sum(
+            parameter.numel
+            for parameter in chunk_parameters(config, layout, settings, chunk)
+            if not parameter.is_trained
+        )
         weights += untrained * element
         for buffer in buffers_of_chunk(config, layout, settings, chunk, pipeline_rank, virtual_stage):
             weights += buffer.numel * element
@@ -85,18 +103,24 @@ def unpadded_memory(config: HyConfig, layout: Layout, settings: Settings, pipeli
         trained = held if settings.train_mtp else chunk_numel(config, layout, settings, chunk, without_mtp=True)
         weights += element * sum(held)
         gradients += gradient * sum(trained)
-        optimizer += optimizer_bytes(settings) * sum(numel / ranks for numel, ranks in zip(trained, shards, strict=True))
+        optimizer += optimizer_bytes(settings) * sum(
+            numel / ranks for numel, ranks in zip(trained, shards, strict=True)
+        )
         buffers += _router_bytes(config, chunk)
     return StageMemory(round(weights), round(gradients), round(optimizer), buffers, 0, 0)
 
 
 def _router_bytes(config: HyConfig, chunk: Chunk) -> int:
-    """Per MoE layer and expert: tokens counted for the log (int64), and with an expert bias that (fp32) and the counts behind it (fp32)."""
+    """Per MoE layer and expert: tokens counted for the log (int64), and with an expert bias that (fp32) and the counts
+    behind it (fp32).
+    """
     num_moe = sum(config.is_moe_layer(layer) for layer in chunk.layers) + chunk.num_mtp_layers
     return num_moe * config.num_experts * (8 + (8 if config.moe_router_enable_expert_bias else 0))
 
 
-def memory_by_stage(config: HyConfig, layout: Layout, settings: Settings, imbalance: float, exact: bool = True) -> tuple[StageMemory, ...]:
+def memory_by_stage(
+    config: HyConfig, layout: Layout, settings: Settings, imbalance: float, exact: bool = True
+) -> tuple[StageMemory, ...]:
     """Static parts and activations of a rank of every pipeline stage.
 
     Args:
@@ -129,8 +153,8 @@ class Device:
 
     @property
     def reserve(self) -> int:
-        """Bytes that are not the run's: 3 GiB for driver, CUDA context, NCCL's buffers and the workspaces of cuBLAS and Transformer Engine, and 4 %
-        for what the allocator cannot use. An assumption, not a measurement."""
+        """Bytes that are not the run's: 3 GiB for driver, CUDA context, NCCL's buffers and the workspaces of cuBLAS and
+        Transformer Engine, and 4 % for what the allocator cannot use. An assumption, not a measurement."""
         return round((3 + 0.04 * self.gpu_memory) * GIB)
 
     @property

@@ -1,4 +1,6 @@
-"""Who talks to whom over which link: the groups of Megatron's rank order, and how long a collective takes at best. Estimates; docs/planning.md."""
+"""Who talks to whom over which link: the groups of Megatron's rank order, and how long a collective takes at best.
+Estimates; docs/planning.md.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -92,16 +94,25 @@ class Links(NamedTuple):
         return INSIDE if group.local(self.gpus_per_node) == group.size else ACROSS
 
     def ring(self, group: Group, num_bytes: float) -> float:
-        """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all. Rings of all ranks in a node share its network cards."""
+        """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all. Rings of all ranks in a node share its
+        network cards.
+        """
         local = group.local(self.gpus_per_node)
         speed = self.inside if local == group.size else min(self.inside, local * self.across)
         return num_bytes * (group.size - 1) / group.size / speed
 
     def all_to_all(self, group: Group, num_bytes: float) -> float:
-        """Seconds in which every rank sends `num_bytes`, as much to each; NVLink and the network work at the same time."""
+        """Seconds in which every rank sends `num_bytes`, as much to each; NVLink and the network work at the same
+        time.
+        """
         local = group.local(self.gpus_per_node)
-        return max(num_bytes * (local - 1) / group.size / self.inside, num_bytes * (group.size - local) / group.size / self.across)
+        return max(
+            num_bytes * (local - 1) / group.size / self.inside,
+            num_bytes * (group.size - local) / group.size / self.across,
+        )
 
     def neighbour(self, group: Group, num_bytes: float) -> float:
         """Seconds to send `num_bytes` to the next rank."""
-        return num_bytes / (self.inside if group.local(self.gpus_per_node) > 1 else self.across) if group.size > 1 else 0.0
+        return (
+            num_bytes / (self.inside if group.local(self.gpus_per_node) > 1 else self.across) if group.size > 1 else 0.0
+        )

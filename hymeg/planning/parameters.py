@@ -1,7 +1,9 @@
-"""The parameters that a rank holds, in the order of Megatron's modules, and the bytes that they, their gradients and the optimizer take.
+"""The parameters that a rank holds, in the order of Megatron's modules, and the bytes that they, their gradients and
+the optimizer take.
 
-Shapes come from the table of the converter (`hymeg.checkpoint.mapping`); here stands how a rank cuts them. Exact: tests hold it equal to the real
-model, built on the meta device, and to what real runs allocate. How DDP pads its buffers is read from megatron-core 0.19.2.
+Shapes come from the table of the converter (`hymeg.checkpoint.mapping`); here stands how a rank cuts them. Exact: tests
+hold it equal to the real model, built on the meta device, and to what real runs allocate. How DDP pads its buffers is
+read from megatron-core 0.19.2.
 """
 
 import bisect
@@ -34,14 +36,18 @@ _CUT = {  # the end of a distributed key -> how many ways a rank's share is cut
     "layer_norm_weight": WHOLE,
     "router.weight": WHOLE,
 }
-# The order of Megatron's modules. Transformer Engine's linear layers hold the norm before them; the local spec has it as a module of its own.
+# The order of Megatron's modules. Transformer Engine's linear layers hold the norm before them; the local spec has it
+# as a module of its own.
 _ORDER = {
     "transformer_engine": "linear_proj.weight linear_qkv.layer_norm_weight linear_qkv.weight q_layernorm.weight k_layernorm.weight "
-    "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight mlp.linear_fc1.weight mlp.linear_fc2.weight router.weight "
-    "experts.experts.linear_fc1.weight experts.experts.linear_fc2.weight shared_experts.linear_fc1.weight shared_experts.linear_fc2.weight",
+    "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight mlp.linear_fc1.weight mlp.linear_fc2.weight "
+    "router.weight "
+    "experts.experts.linear_fc1.weight experts.experts.linear_fc2.weight shared_experts.linear_fc1.weight "
+    "shared_experts.linear_fc2.weight",
     "local": "linear_qkv.layer_norm_weight linear_proj.weight linear_qkv.weight q_layernorm.weight k_layernorm.weight pre_mlp_layernorm.weight "
     "mlp.linear_fc1.layer_norm_weight mlp.linear_fc1.weight mlp.linear_fc2.weight router.weight "
-    "experts.experts.linear_fc1.weight experts.experts.linear_fc2.weight shared_experts.linear_fc1.weight shared_experts.linear_fc2.weight",
+    "experts.experts.linear_fc1.weight experts.experts.linear_fc2.weight shared_experts.linear_fc1.weight "
+    "shared_experts.linear_fc2.weight",
 }
 
 
@@ -51,17 +57,23 @@ class Parameter(NamedTuple):
     numel: int
     is_expert: bool  # reduced over the expert-data-parallel group
     is_trained: bool = True
-    is_shared_embedding: bool = False  # the two copies of the embedding under multi-token prediction: each gets a bucket of its own
+    is_shared_embedding: bool = (
+        False  # the two copies of the embedding under multi-token prediction: each gets a bucket of its own
+    )
 
 
 def padded_vocab_size(config: HyConfig, layout: Layout, settings: Settings) -> int:
-    """Rows of embedding and head (megatron/training/vocab_utils.py): the next multiple of --make-vocab-size-divisible-by x TP."""
+    """Rows of embedding and head (megatron/training/vocab_utils.py): the next multiple of
+    --make-vocab-size-divisible-by x TP.
+    """
     multiple = settings.make_vocab_size_divisible_by * layout.tensor_model_parallel_size
     return -(-config.vocab_size // multiple) * multiple
 
 
 @functools.lru_cache(maxsize=4096)
-def layer_parameters(config_key: ByValue, layer: str, vocab_rows: int, tp: int, ep: int, etp: int, implementation: str) -> tuple[Parameter, ...]:
+def layer_parameters(
+    config_key: ByValue, layer: str, vocab_rows: int, tp: int, ep: int, etp: int, implementation: str
+) -> tuple[Parameter, ...]:
     """Those of one layer, or of the multi-token-prediction layer's own parts, or of one part of a stage.
 
     Args:
@@ -122,13 +134,21 @@ def chunk_parameters(config: HyConfig, layout: Layout, settings: Settings, chunk
     return found + list(of("output_layer.") if chunk.has_head else ())
 
 
-def chunk_numel(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk, without_mtp: bool = False) -> tuple[int, int]:
+def chunk_numel(
+    config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk, without_mtp: bool = False
+) -> tuple[int, int]:
     """Elements of what a rank holds of `chunk`: dense parameters, experts."""
     sizes = layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
     key, vocab_rows = ByValue(config), padded_vocab_size(config, layout, settings)
     kinds = [config.is_moe_layer(layer) for layer in chunk.layers]
-    counts = {f"decoder.layers.{config.mlp_layer_types.index(name)}.": kinds.count(name == "sparse") for name in set(config.mlp_layer_types)}
-    counts |= {"embedding.": chunk.has_embedding or chunk.num_mtp_layers > 0, "mtp.layers.0.": 0 if without_mtp else chunk.num_mtp_layers}
+    counts = {
+        f"decoder.layers.{config.mlp_layer_types.index(name)}.": kinds.count(name == "sparse")
+        for name in set(config.mlp_layer_types)
+    }
+    counts |= {
+        "embedding.": chunk.has_embedding or chunk.num_mtp_layers > 0,
+        "mtp.layers.0.": 0 if without_mtp else chunk.num_mtp_layers,
+    }
     counts |= {"decoder.final_layernorm": chunk.has_final_norm, "output_layer.": chunk.has_head}
     total = [0, 0]
     for prefix, count in counts.items():
@@ -141,13 +161,20 @@ def chunk_numel(config: HyConfig, layout: Layout, settings: Settings, chunk: Chu
 @functools.lru_cache(maxsize=4096)
 def _numel(*key) -> tuple[int, int]:
     parameters = layer_parameters(*key, "local")
-    return tuple(sum(parameter.numel for parameter in parameters if parameter.is_expert == is_expert) for is_expert in (False, True))
+    return tuple(
+        sum(parameter.numel for parameter in parameters if parameter.is_expert == is_expert)
+        for is_expert in (False, True)
+    )
 
 
 def _mtp(of) -> list[Parameter]:
     prefix = "mtp.layers.0."
     around = [of(f"{prefix}{name}.") for name in ("enorm", "hnorm", "eh_proj")]
-    return [*(parameter for part in around for parameter in part), *of(f"{prefix}transformer_layer."), *of(f"{prefix}final_layernorm.")]
+    return [
+        *(parameter for part in around for parameter in part),
+        *of(f"{prefix}transformer_layer."),
+        *of(f"{prefix}final_layernorm."),
+    ]
 
 
 def _like(config: HyConfig, layer: int) -> int:
@@ -169,8 +196,9 @@ class Buffer(NamedTuple):
 
 
 def buffer_of(parameters: Sequence[Parameter], settings: Settings, num_ranks: int, bucket_size: int | None) -> Buffer:
-    """How Megatron lays parameters of one kind out: in reverse, and with the distributed optimizer each at a multiple of 64 elements and every
-    bucket's end at one of lcm(ranks, 128), or of 65,536 too (distrib_optimizer.py:506, param_layout.py:23)."""
+    """How Megatron lays parameters of one kind out: in reverse, and with the distributed optimizer each at a multiple
+    of 64 elements and every bucket's end at one of lcm(ranks, 128), or of 65,536 too (distrib_optimizer.py:506,
+    param_layout.py:23)."""
     sharded = settings.use_distributed_optimizer
     divisor = math.lcm(num_ranks, 128, 2**16 if settings.ddp_pad_buckets_for_high_nccl_busbw else 1)
     position = bucket_start = end = 0
@@ -194,11 +222,15 @@ def buffer_of(parameters: Sequence[Parameter], settings: Settings, num_ranks: in
             position = bucket_start = close()
     if position > bucket_start:
         close()
-    return Buffer(sum(length for length, _ in buckets), tuple(buckets), tuple(ranges), num_ranks, parameters[0].is_expert)
+    return Buffer(
+        sum(length for length, _ in buckets), tuple(buckets), tuple(ranges), num_ranks, parameters[0].is_expert
+    )
 
 
 def shard_numel(buffer: Buffer, rank: int) -> int:
-    """Elements whose optimizer state rank `rank` of the group keeps: its part of every bucket, without padding (distrib_optimizer.py:134)."""
+    """Elements whose optimizer state rank `rank` of the group keeps: its part of every bucket, without padding
+    (distrib_optimizer.py:134).
+    """
     total = start = 0
     for length, _ in buffer.shards:
         low = start + rank * (length // buffer.num_ranks)
@@ -216,9 +248,11 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def buffers_of_chunk(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk, pipeline_rank: int, virtual_stage: int) -> Iterator[Buffer]:
-    """The dense parameters' buffer and the experts', where there are any. Only the first chunk of the first stage is cut into buckets
-    (training.py:1860)."""
+def buffers_of_chunk(
+    config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk, pipeline_rank: int, virtual_stage: int
+) -> Iterator[Buffer]:
+    """The dense parameters' buffer and the experts', where there are any. Only the first chunk of the first stage is
+    cut into buckets (training.py:1860)."""
     groups = {False: dense_ranks(layout), True: expert_ranks(layout)}
     parameters = chunk_parameters(config, layout, settings, chunk)
     bucket_size = None
@@ -247,5 +281,7 @@ def dense_ranks(layout: Layout) -> int:
 
 def expert_ranks(layout: Layout) -> int:
     """Ranks that share the optimizer of an expert: expert-data parallel, of one optimizer instance."""
-    product = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size * layout.pipeline_model_parallel_size
+    product = (
+        layout.expert_model_parallel_size * layout.expert_tensor_parallel_size * layout.pipeline_model_parallel_size
+    )
     return layout.world_size // product // layout.num_distributed_optimizer_instances

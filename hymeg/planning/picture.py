@@ -37,13 +37,30 @@ def draw(plan: Plan, machine: Machine, path: str | os.PathLike) -> None:
         heights = [getattr(stage, part) / GIB for stage in plan.memory]
         if max(heights) < 0.005:
             continue
-        axes.bar(range(count), heights, bottom=bottom, width=0.72, label=part, color=_COLOURS[part], edgecolor="white", linewidth=0.6)
+        axes.bar(
+            range(count),
+            heights,
+            bottom=bottom,
+            width=0.72,
+            label=part,
+            color=_COLOURS[part],
+            edgecolor="white",
+            linewidth=0.6,
+        )
         if count <= 16:
             _write_numbers(axes, heights, bottom, device.gpu_memory, "white" if part == "weights" else "black")
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     if count <= 16:
         for rank, height in enumerate(bottom):
-            axes.annotate(f"{height:.1f}", (rank, height), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9, weight="bold")
+            axes.annotate(
+                f"{height:.1f}",
+                (rank, height),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                weight="bold",
+            )
     axes.axhspan(device.usable / GIB, device.gpu_memory, color="#D55E00", alpha=0.15, linewidth=0, label="reserve")
     axes.axhline(device.usable / GIB, color="#D55E00", linewidth=1.4)
     axes.set_ylim(0, max(device.gpu_memory, max(bottom)) * 1.04)
@@ -59,7 +76,9 @@ def draw(plan: Plan, machine: Machine, path: str | os.PathLike) -> None:
     try:
         figure.savefig(Path(path), dpi=130)
     except (OSError, ValueError) as error:
-        raise UserError(f"--picture {path}: cannot be written ({error}); give a file such as plan.png in a folder that exists") from None
+        raise UserError(
+            f"--picture {path}: cannot be written ({error}); give a file such as plan.png in a folder that exists"
+        ) from None
     finally:
         pyplot.close(figure)
 

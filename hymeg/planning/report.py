@@ -9,7 +9,15 @@ from hymeg.planning.search import Found, Machine, Plan, describe
 from hymeg.planning.settings import Settings
 
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "working")
-KINDS = {"tp": "tensor", "cp": "context", "ep": "expert", "etp": "expert-tensor", "dp": "data", "edp": "expert-data", "pp": "pipeline"}
+KINDS = {
+    "tp": "tensor",
+    "cp": "context",
+    "ep": "expert",
+    "etp": "expert-tensor",
+    "dp": "data",
+    "edp": "expert-data",
+    "pp": "pipeline",
+}
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -23,12 +31,15 @@ def listed(found: Found, machine: Machine, top: int) -> list[str]:
     """The best plans and the best of those that do not fit."""
     device = machine.device
     lines = [
-        f"{found.num_legal} legal layouts, {found.num_fitting} fit {machine.num_gpus} x {machine.hardware.name} with {device.gpu_memory:g} GiB "
+        f"{found.num_legal} legal layouts, {found.num_fitting} fit {machine.num_gpus} x {machine.hardware.name} with "
+        f"{device.gpu_memory:g} GiB "
         f"({device.usable / GIB:.1f} GiB after {device.reserve / GIB:.1f} GiB of reserve). Times are estimates.",
         "",
     ]
     head = ["", "GiB", "margin", "s/step", "tokens/s/GPU", "TFLOP/s", "MFU", "bubble", "comm.", "layout"]
-    rows = [head] + [[str(number), *_figures(plan, machine), describe(plan)] for number, plan in enumerate(found.fitting[:top], 1)]
+    rows = [head] + [
+        [str(number), *_figures(plan, machine), describe(plan)] for number, plan in enumerate(found.fitting[:top], 1)
+    ]
     lines += table(rows)
     if found.rejected:
         lines += ["", "Not enough memory for these, by estimate the next:"]
@@ -74,13 +85,27 @@ def explained(plan: Plan, machine: Machine) -> list[str]:
         lines.append(f"--pipeline-model-parallel-layout {plan.layout.pipeline_model_parallel_layout}")
     lines += ["", "GiB of a GPU, by pipeline stage:"]
     rows = [["stage", *PARTS, "total", "margin"]]
-    rows += [[str(rank), *_stage_row(stage), f"{(usable - stage.total) / GIB:.2f}"] for rank, stage in enumerate(plan.memory)]
+    rows += [
+        [str(rank), *_stage_row(stage), f"{(usable - stage.total) / GIB:.2f}"] for rank, stage in enumerate(plan.memory)
+    ]
     lines += table(rows)
     lines += ["", "Seconds of a step (estimate):"]
     lines += table(
         [
-            ["compute", "communication", "bubble", "gradients, parameters", "optimizer", "total", "tokens/s/GPU", "MFU"],
-            [f"{value:.3f}" for value in (time.compute, time.communication, time.bubble, time.gradients, time.optimizer, time.total)]
+            [
+                "compute",
+                "communication",
+                "bubble",
+                "gradients, parameters",
+                "optimizer",
+                "total",
+                "tokens/s/GPU",
+                "MFU",
+            ],
+            [
+                f"{value:.3f}"
+                for value in (time.compute, time.communication, time.bubble, time.gradients, time.optimizer, time.total)
+            ]
             + [f"{time.tokens_per_gpu:,.0f}", f"{time.mfu:.1%}"],
         ]
     )
@@ -110,27 +135,46 @@ def summary(plan: Plan, machine: Machine) -> str:
 def flags_of(layout: Layout, settings: Settings) -> dict[str, Any]:
     """The flags that make a run of this plan, by name without dashes; True for switches. Defaults are left out."""
     found: dict[str, Any] = {}
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+    ):
         if getattr(layout, name) > 1:
             found[name] = getattr(layout, name)
     if layout.expert_tensor_parallel_size != layout.tensor_model_parallel_size:
         found["expert_tensor_parallel_size"] = layout.expert_tensor_parallel_size
     if layout.virtual_pipeline_model_parallel_size and layout.pipeline_model_parallel_layout is None:
         found["num_virtual_stages_per_pipeline_rank"] = layout.virtual_pipeline_model_parallel_size
-    for name in ("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+    for name in (
+        "pipeline_model_parallel_layout",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+    ):
         if getattr(layout, name) is not None:
             found[name] = getattr(layout, name)
     for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
         if getattr(settings, name):
             found[name] = True
-    found |= {"seq_length": layout.seq_length, "micro_batch_size": layout.micro_batch_size, "global_batch_size": layout.global_batch_size}
+    found |= {
+        "seq_length": layout.seq_length,
+        "micro_batch_size": layout.micro_batch_size,
+        "global_batch_size": layout.global_batch_size,
+    }
     return {name.replace("_", "-"): value for name, value in (found | _memory_flags(settings)).items()}
 
 
 def _memory_flags(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {"bf16": True} if settings.bf16 else {}
     plain = Settings()
-    for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload", "exp_avg_dtype", "exp_avg_sq_dtype", "recompute_granularity"):
+    for name in (
+        "use_precision_aware_optimizer",
+        "optimizer_cpu_offload",
+        "exp_avg_dtype",
+        "exp_avg_sq_dtype",
+        "recompute_granularity",
+    ):
         if getattr(settings, name) != getattr(plain, name):
             found[name] = getattr(settings, name)
     if settings.recompute_granularity == "selective":
@@ -149,7 +193,8 @@ def _memory_flags(settings: Settings) -> dict[str, Any]:
 def comment(plan: Plan, machine: Machine) -> list[str]:
     """The first lines of a recipe: for which GPUs, and what the planner says of it."""
     return [
-        f"# {machine.num_gpus} GPUs, {machine.hardware.name} with {machine.device.gpu_memory:g} GiB, {machine.gpus_per_node} a node. tools/plan.py: "
+        f"# {machine.num_gpus} GPUs, {machine.hardware.name} with {machine.device.gpu_memory:g} GiB, "
+        f"{machine.gpus_per_node} a node. tools/plan.py: "
         f"{summary(plan, machine)}.",
         f"# {describe(plan)}",
     ]
@@ -161,8 +206,10 @@ def job(recipe_path: str, machine: Machine, hf: str) -> str:
     per_node = min(machine.num_gpus, machine.gpus_per_node)
     return (
         "#!/bin/bash\n"
-        f"# {machine.num_gpus} GPUs. Run it from the project's folder with bash: it submits itself. Further flags of sbatch go into SBATCH_FLAGS,\n"
+        f"# {machine.num_gpus} GPUs. Run it from the project's folder with bash: it submits itself. Further flags of "
+        "sbatch go into SBATCH_FLAGS,\n"
         "# those of the training on this command line.\n"
-        f"exec sbatch --nodes {nodes} --gpus-per-node {per_node} ${{SBATCH_FLAGS:-}} examples/slurm/train.sbatch {recipe_path} "
+        f"exec sbatch --nodes {nodes} --gpus-per-node {per_node} ${{SBATCH_FLAGS:-}} examples/slurm/train.sbatch "
+        f"{recipe_path} "
         f'--hf-model {hf} "$@"\n'
     )

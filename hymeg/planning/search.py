@@ -1,7 +1,8 @@
 """Every legal layout of a model on a number of GPUs, which of them fit, and in what order.
 
-Legal is what `hymeg.planning.layout.check` accepts. For each layout the least recomputation that fits is taken; the optimizer keeps fp32 numerics as
-long as any layout fits so, then bf16 gradients and moments are tried, then the optimizer on the CPU.
+Legal is what `hymeg.planning.layout.check` accepts. For each layout the least recomputation that fits is taken; the
+optimizer keeps fp32 numerics as long as any layout fits so, then bf16 gradients and moments are tried, then the
+optimizer on the CPU.
 """
 
 import dataclasses
@@ -19,7 +20,13 @@ from hymeg.planning.splits import pipeline_splits
 from hymeg.planning.stages import num_stages, stages
 from hymeg.planning.step_time import StepModel, StepTime
 
-_SELECTIVE = (("moe_act",), ("moe_act", "layernorm"), ("moe_act", "layernorm", "shared_experts"), ("moe",), ("moe", "mlp"))
+_SELECTIVE = (
+    ("moe_act",),
+    ("moe_act", "layernorm"),
+    ("moe_act", "layernorm", "shared_experts"),
+    ("moe",),
+    ("moe", "mlp"),
+)
 _PLAIN: dict[str, Any] = {}
 _PRECISION_AWARE = {"use_precision_aware_optimizer": True}
 OPTIMIZERS: tuple[tuple[dict[str, Any], ...], ...] = (
@@ -59,7 +66,9 @@ class Plan(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Plans that fit, best first; and of those that do not, the fastest by estimate, or the smallest where nothing fits."""
+    """Plans that fit, best first; and of those that do not, the fastest by estimate, or the smallest where nothing
+    fits.
+    """
 
     fitting: list[Plan]
     rejected: list[Plan]
@@ -76,11 +85,21 @@ class Planner:
     """
 
     def __init__(self, config: HyConfig, machine: Machine, imbalance: float = 1.2, experts_across_nodes: bool = False):
-        self.config, self.machine, self.imbalance, self.experts_across_nodes = config, machine, imbalance, experts_across_nodes
+        self.config, self.machine, self.imbalance, self.experts_across_nodes = (
+            config,
+            machine,
+            imbalance,
+            experts_across_nodes,
+        )
 
     def plan(self, layout: Layout, settings: Settings) -> Plan:
         """One legal layout as it stands, exactly."""
-        return Plan(layout, settings, memory_by_stage(self.config, layout, settings, self.imbalance), self._time(layout, settings))
+        return Plan(
+            layout,
+            settings,
+            memory_by_stage(self.config, layout, settings, self.imbalance),
+            self._time(layout, settings),
+        )
 
     def fits(self, plan: Plan) -> bool:
         return plan.peak <= self.machine.device.usable
@@ -102,16 +121,22 @@ class Planner:
             # Says what is wrong, where the given sizes alone are, whatever the batch.
             check(self.config, dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size))
             raise UserError(
-                f"--gpus {fixed.world_size}: no legal layout has the sizes given, with experts in nodes of {self.machine.gpus_per_node} GPUs and "
-                f"--global-batch-size {fixed.global_batch_size}; free one of them, choose another number of GPUs, or add --experts-across-nodes"
+                f"--gpus {fixed.world_size}: no legal layout has the sizes given, with experts in nodes of "
+                f"{self.machine.gpus_per_node} GPUs and "
+                f"--global-batch-size {fixed.global_batch_size}; free one of them, choose another number of GPUs, or "
+                "add --experts-across-nodes"
             )
         rejected = []
         for optimizers in OPTIMIZERS:
-            allowed = [one for one in optimizers if not fixed_settings & one.keys()] or ([_PLAIN] if optimizers is OPTIMIZERS[0] else [])
+            allowed = [one for one in optimizers if not fixed_settings & one.keys()] or (
+                [_PLAIN] if optimizers is OPTIMIZERS[0] else []
+            )
             fitting = []
             for layout in structures:
                 for optimizer in allowed:
-                    chosen = self._first_that_fits(layout, dataclasses.replace(settings, **optimizer), fixed_settings, rejected)
+                    chosen = self._first_that_fits(
+                        layout, dataclasses.replace(settings, **optimizer), fixed_settings, rejected
+                    )
                     if chosen is not None:
                         fitting.append(chosen)
                         break
@@ -122,7 +147,8 @@ class Planner:
         least = min(rejected, key=lambda plan: plan.peak)
         needed = (least.peak + self.machine.device.reserve) / GIB
         raise UserError(
-            f"--gpu-memory {self.machine.device.gpu_memory:g}: no layout of {len(structures)} fits; the least needs {needed:.1f} GiB a GPU "
+            f"--gpu-memory {self.machine.device.gpu_memory:g}: no layout of {len(structures)} fits; the least needs "
+            f"{needed:.1f} GiB a GPU "
             f"({describe(least)}); use more GPUs, or GPUs with more memory"
         )
 
@@ -137,24 +163,43 @@ class Planner:
         world, node = fixed.world_size, self.machine.gpus_per_node
         powers = [2**i for i in range(11)]
         depth_fields = {"virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"}
-        depth_free = depth_fields <= free and fixed.decoder_first_pipeline_num_layers is None and fixed.decoder_last_pipeline_num_layers is None
-        for pp in choices("pipeline_model_parallel_size", (p for p in range(1, self.config.num_hidden_layers + 1) if world % p == 0)):
+        depth_free = (
+            depth_fields <= free
+            and fixed.decoder_first_pipeline_num_layers is None
+            and fixed.decoder_last_pipeline_num_layers is None
+        )
+        for pp in choices(
+            "pipeline_model_parallel_size", (p for p in range(1, self.config.num_hidden_layers + 1) if world % p == 0)
+        ):
             for tp in choices("tensor_model_parallel_size", (p for p in powers if p <= node and world % (p * pp) == 0)):
-                for cp in choices("context_parallel_size", (p for p in powers if world % (p * tp * pp) == 0 and _worth(p, fixed.seq_length))):
-                    yield from self._of_sizes(fixed, pp, tp, cp, choices, pipeline_splits(self.config, pp) if depth_free else [{}])
+                for cp in choices(
+                    "context_parallel_size",
+                    (p for p in powers if world % (p * tp * pp) == 0 and _worth(p, fixed.seq_length)),
+                ):
+                    yield from self._of_sizes(
+                        fixed, pp, tp, cp, choices, pipeline_splits(self.config, pp) if depth_free else [{}]
+                    )
 
     def _of_sizes(self, fixed: Layout, pp: int, tp: int, cp: int, choices, splits: list[dict]) -> Iterator[Layout]:
         world, node = fixed.world_size, self.machine.gpus_per_node
         sizes = {"pipeline_model_parallel_size": pp, "tensor_model_parallel_size": tp, "context_parallel_size": cp}
         for etp in choices("expert_tensor_parallel_size", sorted({1, tp})):
             largest = world // pp if self.experts_across_nodes else node
-            experts = (p for p in range(1, self.config.num_experts + 1) if self.config.num_experts % p == 0 and p * etp <= largest)
+            experts = (
+                p
+                for p in range(1, self.config.num_experts + 1)
+                if self.config.num_experts % p == 0 and p * etp <= largest
+            )
             for ep, batch, split in itertools.product(
                 choices("expert_model_parallel_size", (p for p in experts if world % (p * etp * pp) == 0)),
                 choices("micro_batch_size", (1, 2, 4)),
                 splits,
             ):
-                changed = {"expert_tensor_parallel_size": etp, "expert_model_parallel_size": ep, "micro_batch_size": batch}
+                changed = {
+                    "expert_tensor_parallel_size": etp,
+                    "expert_model_parallel_size": ep,
+                    "micro_batch_size": batch,
+                }
                 layout = dataclasses.replace(fixed, **sizes, **changed, **split)
                 if _is_legal(self.config, layout):
                     yield layout
@@ -173,7 +218,9 @@ class Planner:
             yield dataclasses.replace(full, recompute_method="block", recompute_num_layers=-(-longest // 2))
         yield dataclasses.replace(full, recompute_method="uniform", recompute_num_layers=1)
 
-    def _first_that_fits(self, layout: Layout, settings: Settings, fixed_settings: set[str], rejected: list[Plan]) -> Plan | None:
+    def _first_that_fits(
+        self, layout: Layout, settings: Settings, fixed_settings: set[str], rejected: list[Plan]
+    ) -> Plan | None:
         plan = None
         for choice in self._recomputations(layout, settings, fixed_settings):
             plan = Plan(layout, choice, memory_by_stage(self.config, layout, choice, self.imbalance, exact=False), None)
@@ -188,7 +235,9 @@ class Planner:
 
     def _time(self, layout: Layout, settings: Settings) -> StepTime:
         machine = self.machine
-        return StepModel(self.config, layout, settings, machine.hardware, machine.gpus_per_node, machine.network, self.imbalance).step()
+        return StepModel(
+            self.config, layout, settings, machine.hardware, machine.gpus_per_node, machine.network, self.imbalance
+        ).step()
 
     def _fastest_rejected(self, rejected: list[Plan]) -> list[Plan]:
         nearest = sorted(rejected, key=lambda plan: plan.peak)[:NUM_REJECTED_TIMED]
@@ -199,7 +248,12 @@ class Planner:
 def _rank(plan: Plan) -> tuple:
     """The fastest first; of equals to 1 %, the one with fewer parts."""
     layout = plan.layout
-    parts = (layout.pipeline_model_parallel_size, layout.tensor_model_parallel_size, layout.context_parallel_size, layout.expert_model_parallel_size)
+    parts = (
+        layout.pipeline_model_parallel_size,
+        layout.tensor_model_parallel_size,
+        layout.context_parallel_size,
+        layout.expert_model_parallel_size,
+    )
     return round(plan.time.total, 2 if plan.time.total > 1 else 4), plan.settings.use_precision_aware_optimizer, *parts
 
 
@@ -224,7 +278,9 @@ def describe(plan: Plan) -> str:
         chunks = num_stages(layout.pipeline_model_parallel_layout) // layout.pipeline_model_parallel_size
     sizes = [
         f"TP{layout.tensor_model_parallel_size}",
-        f"PP{layout.pipeline_model_parallel_size}" + (f"x{chunks}" if chunks > 1 else "") + ("*" if layout.pipeline_model_parallel_layout else ""),
+        f"PP{layout.pipeline_model_parallel_size}"
+        + (f"x{chunks}" if chunks > 1 else "")
+        + ("*" if layout.pipeline_model_parallel_layout else ""),
         f"EP{layout.expert_model_parallel_size}",
         f"ETP{layout.expert_tensor_parallel_size}",
         f"CP{layout.context_parallel_size}",

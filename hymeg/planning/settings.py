@@ -1,5 +1,5 @@
-"""What decides about memory and speed beside the layout: precision, optimizer, recomputation, overlap. Values of Megatron's flags; no Megatron
-here."""
+"""What decides about memory and speed beside the layout: precision, optimizer, recomputation, overlap. Values of
+Megatron's flags; no Megatron here."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,9 @@ SELECTIVE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Fields are Megatron's flags of the same names, dtypes by the names that the flags take ("fp32", "bf16", "fp16", "fp8")."""
+    """Fields are Megatron's flags of the same names, dtypes by the names that the flags take ("fp32", "bf16", "fp16",
+    "fp8").
+    """
 
     transformer_impl: str = "transformer_engine"
     bf16: bool = True
@@ -20,7 +22,9 @@ class Settings:
     ddp_num_buckets: int | None = None
     ddp_pad_buckets_for_high_nccl_busbw: bool = False
     grads_in_fp32: bool = True
-    """Gradients are accumulated and reduced in fp32: unless --grad-reduce-in-bf16, or --main-grads-dtype bf16 (arguments.py:1186)."""
+    """Gradients are accumulated and reduced in fp32: unless --grad-reduce-in-bf16, or --main-grads-dtype bf16
+    (arguments.py:1186).
+    """
     use_precision_aware_optimizer: bool = False
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"

@@ -1,4 +1,6 @@
-"""Ways to cut a model's layers into pipeline stages, where embedding, head and multi-token prediction weigh something too."""
+"""Ways to cut a model's layers into pipeline stages, where embedding, head and multi-token prediction weigh something
+too.
+"""
 
 import itertools
 from typing import Any
@@ -9,7 +11,9 @@ VIRTUAL_STAGES = (1, 2, 3, 4, 5, 6)
 
 
 def pipeline_splits(config: HyConfig, pp: int) -> list[dict[str, Any]]:
-    """Fields of `Layout`: equal stages where layers divide, and a layout string that leaves the last stage fewer layers for its head."""
+    """Fields of `Layout`: equal stages where layers divide, and a layout string that leaves the last stage fewer layers
+    for its head.
+    """
     if pp == 1:
         return [{}]
     found = []
@@ -23,10 +27,16 @@ def pipeline_splits(config: HyConfig, pp: int) -> list[dict[str, Any]]:
 
 
 def tail_weight(config: HyConfig) -> float:
-    """Head and multi-token-prediction layers in MoE layers' worth of products: what the last stage has more than others."""
+    """Head and multi-token-prediction layers in MoE layers' worth of products: what the last stage has more than
+    others.
+    """
     hidden = config.hidden_size
     attention = 2 * hidden * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-    experts = 3 * hidden * (config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size)
+    experts = (
+        3
+        * hidden
+        * (config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size)
+    )
     head = config.vocab_size * hidden
     return (head * (1 + config.num_nextn_predict_layers) + config.num_nextn_predict_layers * 2 * hidden * hidden) / (
         attention + experts
@@ -34,8 +44,8 @@ def tail_weight(config: HyConfig) -> float:
 
 
 def balanced(config: HyConfig, num_stages: int) -> str:
-    """A layout string: the last stage has as many layers fewer as its tail weighs; of the others, the later ones have one more where they do not
-    divide, since the earlier ones hold more micro-batches."""
+    """A layout string: the last stage has as many layers fewer as its tail weighs; of the others, the later ones have
+    one more where they do not divide, since the earlier ones hold more micro-batches."""
     layers = config.num_hidden_layers
     last = max(0, round((layers + tail_weight(config)) / num_stages - tail_weight(config)))
     each, more = divmod(layers - last, num_stages - 1)

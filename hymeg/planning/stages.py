@@ -1,5 +1,5 @@
-"""Which layers lie on which pipeline stage, and how many micro-batches a stage holds at once. Arithmetic on a legal `Layout`; no Megatron, no
-torch."""
+"""Which layers lie on which pipeline stage, and how many micro-batches a stage holds at once. Arithmetic on a legal
+`Layout`; no Megatron, no torch."""
 
 import functools
 import re
@@ -17,7 +17,9 @@ class Chunk(NamedTuple):
     has_embedding: bool  # the first stage
     has_head: bool  # the last stage
     has_final_norm: bool
-    """Megatron puts it on the last stage; with multi-token prediction, behind the trunk's last layer (transformer_block.py:387)."""
+    """Megatron puts it on the last stage; with multi-token prediction, behind the trunk's last layer
+    (transformer_block.py:387).
+    """
 
 
 class ByValue:
@@ -25,7 +27,11 @@ class ByValue:
 
     def __init__(self, config: HyConfig):
         self.config = config
-        self._key = tuple(value for name, value in vars(config).items() if name not in ("raw", "bos_token_id", "eos_token_id", "pad_token_id"))
+        self._key = tuple(
+            value
+            for name, value in vars(config).items()
+            if name not in ("raw", "bos_token_id", "eos_token_id", "pad_token_id")
+        )
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -37,8 +43,8 @@ class ByValue:
 def stages(config: HyConfig, layout: Layout) -> list[list[Chunk]]:
     """`[pipeline rank][virtual stage]`, of a layout that `layout.check` accepts.
 
-    Virtual stages go round the ranks: stage i of the model is virtual stage i // pp of rank i % pp (transformer_block.py,
-    get_transformer_layer_offset).
+    Virtual stages go round the ranks: stage i of the model is virtual stage i // pp of rank i % pp
+    (transformer_block.py, get_transformer_layer_offset).
     """
     return _stages(ByValue(config), _DepthOnly(*(getattr(layout, name) for name in _DepthOnly._fields)))
 
@@ -89,7 +95,9 @@ def _unrolled(text: str) -> list[str]:
 
 
 def _even_counts(config: HyConfig, layout: _DepthOnly) -> list[int]:
-    """Layers of every stage of the model, in its order, where no layout string says so (transformer_block.py:70, get_num_layers_to_build)."""
+    """Layers of every stage of the model, in its order, where no layout string says so (transformer_block.py:70,
+    get_num_layers_to_build).
+    """
     pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
     first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
     embedding, loss = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
@@ -109,11 +117,13 @@ def _even_counts(config: HyConfig, layout: _DepthOnly) -> list[int]:
 
 @functools.cache
 def micro_batches_held(rank: int, pp: int, vpp: int, num_microbatches: int) -> tuple[tuple[int, ...], ...]:
-    """How many micro-batches' activations of each of its virtual stages a pipeline rank holds at once, wherever that is not exceeded in all of them.
+    """How many micro-batches' activations of each of its virtual stages a pipeline rank holds at once, wherever that is
+    not exceeded in all of them.
 
-    The schedules are Megatron's (schedules.py:915, get_pp_rank_microbatches): 1F1B, where rank r of p runs p - r - 1 forward passes before its first
-    backward pass and so holds min(p - r, m) micro-batches; and interleaved 1F1B, where it runs 2 (p - r - 1) + (v - 1) p of its v m forward passes
-    first, p micro-batches of a virtual stage at a time. The latter is played through here; it repeats itself after p v passes.
+    The schedules are Megatron's (schedules.py:915, get_pp_rank_microbatches): 1F1B, where rank r of p runs p - r - 1
+    forward passes before its first backward pass and so holds min(p - r, m) micro-batches; and interleaved 1F1B, where
+    it runs 2 (p - r - 1) + (v - 1) p of its v m forward passes first, p micro-batches of a virtual stage at a time. The
+    latter is played through here; it repeats itself after p v passes.
     """
     if vpp == 1:
         return ((min(pp - rank, num_microbatches),),)

@@ -1,6 +1,8 @@
-"""How long a training step takes: a roofline over each stage's work with fixed efficiencies, and the communication that cannot hide behind it.
+"""How long a training step takes: a roofline over each stage's work with fixed efficiencies, and the communication that
+cannot hide behind it.
 
-An estimate to rank layouts by. docs/planning.md says where each constant comes from and how far the estimate is off published figures.
+An estimate to rank layouts by. docs/planning.md says where each constant comes from and how far the estimate is off
+published figures.
 """
 
 import collections
@@ -21,17 +23,27 @@ from hymeg.planning.stages import Chunk, stages
 # Shares of the peak that a kernel reaches. Assumed, and checked against published runs (docs/planning.md).
 GEMM, GROUPED_GEMM, ATTENTION, HBM, NVLINK, NETWORK = 0.70, 0.60, 0.50, 0.80, 0.75, 0.80
 HALF_SPEED_TOKENS = 64
-"""Tokens an expert at which a grouped GEMM reaches half of GROUPED_GEMM, unless its weights' traffic already bounds it."""
+"""Tokens an expert at which a grouped GEMM reaches half of GROUPED_GEMM, unless its weights' traffic already bounds
+it.
+"""
 TRAFFIC = 8
-"""How often what a layer saves goes through memory in norms, RoPE, activations and permutations, forward and backward."""
+"""How often what a layer saves goes through memory in norms, RoPE, activations and permutations, forward and
+backward.
+"""
 LAYER_OVERHEAD = 1.5e-4
-"""Seconds a layer and micro-batch, forward and backward: kernel launches, and the synchronisation for the number of tokens an expert gets."""
+"""Seconds a layer and micro-batch, forward and backward: kernel launches, and the synchronisation for the number of
+tokens an expert gets.
+"""
 STAGE_OVERHEAD = 4e-4
-"""Seconds a virtual stage and micro-batch, forward and backward, where there is a pipeline: messages' latency and the schedule's waiting for them."""
+"""Seconds a virtual stage and micro-batch, forward and backward, where there is a pipeline: messages' latency and the
+schedule's waiting for them.
+"""
 OVERLAPPED_EXPERTS = 0.3
 """What stays visible of the all-to-all under --overlap-moe-expert-parallel-comm."""
 CPU_ADAM = 1.2e9
-"""Elements a second that a GPU's share of the host's cores updates under --optimizer-cpu-offload, its PCIe transfers included."""
+"""Elements a second that a GPU's share of the host's cores updates under --optimizer-cpu-offload, its PCIe transfers
+included.
+"""
 
 
 class StepTime(NamedTuple):
@@ -62,10 +74,19 @@ class _Work(NamedTuple):
 
 
 class StepModel:
-    """Args: `gpus_per_node` decides which groups NVLink connects; `network` is GB/s a GPU between nodes (50 for one 400 Gbit/s card each)."""
+    """Args: `gpus_per_node` decides which groups NVLink connects; `network` is GB/s a GPU between nodes (50 for one 400
+    Gbit/s card each).
+    """
 
     def __init__(
-        self, config: HyConfig, layout: Layout, settings: Settings, hardware: Hardware, gpus_per_node: int, network: float, imbalance: float
+        self,
+        config: HyConfig,
+        layout: Layout,
+        settings: Settings,
+        hardware: Hardware,
+        gpus_per_node: int,
+        network: float,
+        imbalance: float,
     ):
         self.config, self.layout, self.settings, self.hardware = config, layout, settings, hardware
         self.links = Links(gpus_per_node, hardware.nvlink * 1e9 * NVLINK, network * 1e9 * NETWORK)
@@ -73,7 +94,10 @@ class StepModel:
         self.sizes = Activations(config, layout, settings, imbalance)
         self.peak = hardware.peak_tflops * 1e12
         # Asked for stage by stage, and the same on all.
-        self._layer, self._layer_communication = functools.cache(self._layer), functools.cache(self._layer_communication)
+        self._layer, self._layer_communication = (
+            functools.cache(self._layer),
+            functools.cache(self._layer_communication),
+        )
 
     def step(self) -> StepTime:
         pp, count = self.layout.pipeline_model_parallel_size, self.layout.num_microbatches
@@ -85,9 +109,24 @@ class StepModel:
         total = count * work.total + idle + gradients + optimizer
         volumes = self._volumes(chunks)
         tokens = self.layout.global_batch_size * self.layout.seq_length / total / self.layout.world_size
-        flops = training_flops(self.config, self.layout.global_batch_size, self.layout.seq_length) / total / self.layout.world_size
+        flops = (
+            training_flops(self.config, self.layout.global_batch_size, self.layout.seq_length)
+            / total
+            / self.layout.world_size
+        )
         busy = (work.forward + work.backward) * count
-        return StepTime(total, busy, work.communication * count, idle, gradients, optimizer, volumes, tokens, flops / 1e12, flops / self.peak)
+        return StepTime(
+            total,
+            busy,
+            work.communication * count,
+            idle,
+            gradients,
+            optimizer,
+            volumes,
+            tokens,
+            flops / 1e12,
+            flops / self.peak,
+        )
 
     # ---- compute
 
@@ -95,7 +134,11 @@ class StepModel:
         forward = backward = communication = 0.0
         for chunk in chunks:
             for is_moe, whole, count in self._kinds(chunk):
-                once, moved, repeated = self._layer(is_moe), self._layer_communication(is_moe), self._repeated_share(is_moe, whole)
+                once, moved, repeated = (
+                    self._layer(is_moe),
+                    self._layer_communication(is_moe),
+                    self._repeated_share(is_moe, whole),
+                )
                 forward += count * once
                 backward += count * ((2 + repeated) * once + LAYER_OVERHEAD)
                 communication += count * moved * (1 + repeated / 2)
@@ -104,15 +147,23 @@ class StepModel:
             forward += head
             backward += STAGE_OVERHEAD if self.groups["pp"].size > 1 else 0.0
             backward += (3 if self.settings.hy_recompute_logits else 2) * head
-        communication += 2 * len(chunks) * self.links.neighbour(self.groups["pp"], self.sizes.hidden()) / 2  # half of it overlaps
+        communication += (
+            2 * len(chunks) * self.links.neighbour(self.groups["pp"], self.sizes.hidden()) / 2
+        )  # half of it overlaps
         return _Work(forward, backward, communication)
 
     def _kinds(self, chunk: Chunk) -> list[tuple[bool, bool, int]]:
         """(is MoE, runs forward twice as a whole, how many) of the chunk's layers."""
         settings, again = self.settings, 0
         if settings.recompute_granularity == "full":
-            again = len(chunk.layers) if settings.recompute_method == "uniform" else min(settings.recompute_num_layers, len(chunk.layers))
-        counts = collections.Counter((self.config.is_moe_layer(layer), number < again) for number, layer in enumerate(chunk.layers))
+            again = (
+                len(chunk.layers)
+                if settings.recompute_method == "uniform"
+                else min(settings.recompute_num_layers, len(chunk.layers))
+            )
+        counts = collections.Counter(
+            (self.config.is_moe_layer(layer), number < again) for number, layer in enumerate(chunk.layers)
+        )
         counts[True, again > 0 and settings.recompute_method == "uniform"] += chunk.num_mtp_layers
         return [(*kind, count) for kind, count in counts.items() if count]
 
@@ -121,7 +172,12 @@ class StepModel:
         if whole:
             return 1.0
         recomputes, parts = self.sizes.recomputes, self.flops(is_moe)
-        names = {"core_attn": ("scores",), "mlp": ("dense_mlp",), "shared_experts": ("shared_experts",), "moe": ("routed_experts", "shared_experts")}
+        names = {
+            "core_attn": ("scores",),
+            "mlp": ("dense_mlp",),
+            "shared_experts": ("shared_experts",),
+            "moe": ("routed_experts", "shared_experts"),
+        }
         again = {part for name, of in names.items() if recomputes[name] for part in of}
         share = sum(parts.get(part, 0.0) for part in again) / sum(parts.values())
         return share + 0.02 * (recomputes["moe_act"] + recomputes["layernorm"])  # no products, but traffic
@@ -145,7 +201,9 @@ class StepModel:
         return 2 * self.sizes.tokens * self.config.hidden_size * self.sizes.vocab
 
     def _layer(self, is_moe: bool) -> float:
-        """Seconds of a forward pass: products at their efficiencies, and a third of the memory traffic of forward and backward."""
+        """Seconds of a forward pass: products at their efficiencies, and a third of the memory traffic of forward and
+        backward.
+        """
         per_expert = self.sizes.expert_tokens / (self.config.num_experts / self.layout.expert_model_parallel_size)
         shares = {"scores": ATTENTION, "routed_experts": GROUPED_GEMM * per_expert / (per_expert + HALF_SPEED_TOKENS)}
         products = {part: flops / (self.peak * shares.get(part, GEMM)) for part, flops in self.flops(is_moe).items()}
@@ -156,7 +214,9 @@ class StepModel:
 
     @functools.cached_property
     def _expert_weights(self) -> float:
-        """Seconds in which a layer's experts go through memory for one micro-batch: weights read forward and backward, gradients added to."""
+        """Seconds in which a layer's experts go through memory for one micro-batch: weights read forward and backward,
+        gradients added to.
+        """
         experts = self.config.num_experts / self.layout.expert_model_parallel_size
         numel = experts * 3 * self.config.hidden_size * self.sizes.expert
         return numel * 2 * (self.sizes.a + (4 if self.settings.grads_in_fp32 else 2)) / (self.hardware.hbm * 1e9 * HBM)
@@ -175,7 +235,9 @@ class StepModel:
         sizes, hidden, layout = self.sizes, self.config.hidden_size, self.layout
         row = sizes.a * hidden
         blocks = 2  # attention, and the MLP or the shared experts: gathered before, scattered after
-        tp = blocks * 5 * sizes.tokens * row if layout.tensor_model_parallel_size > 1 else 0  # the weight's gradient needs the input gathered again
+        tp = (
+            blocks * 5 * sizes.tokens * row if layout.tensor_model_parallel_size > 1 else 0
+        )  # the weight's gradient needs the input gathered again
         found = {"tp": tp, "cp": 0.0, "ep": 0.0, "etp": 0.0}
         if layout.context_parallel_size > 1:
             found["cp"] = 3 * 2 * sizes.a * sizes.kv * sizes.tokens * layout.context_parallel_size
@@ -200,9 +262,14 @@ class StepModel:
         settings = self.settings
         gradient, element = (4 if settings.grads_in_fp32 else 2), (2 if settings.bf16 else 4)
         dense, expert = self._parameters(chunks)
-        reduce = self.links.ring(self.groups["dp"], dense * gradient) + self.links.ring(self.groups["edp"], expert * gradient)
-        gather = self.links.ring(self.groups["dp"], dense * element) + self.links.ring(self.groups["edp"], expert * element)
-        # A step's last backward and first forward pass of one micro-batch hide them; buckets only exist on the first stage, but stages wait for it.
+        reduce = self.links.ring(self.groups["dp"], dense * gradient) + self.links.ring(
+            self.groups["edp"], expert * gradient
+        )
+        gather = self.links.ring(self.groups["dp"], dense * element) + self.links.ring(
+            self.groups["edp"], expert * element
+        )
+        # A step's last backward and first forward pass of one micro-batch hide them; buckets only exist on the first
+        # stage, but stages wait for it.
         reduce = max(0.1 * reduce, reduce - work.backward) if settings.overlap_grad_reduce else reduce
         gather = max(0.1 * gather, gather - work.forward) if settings.overlap_param_gather else gather
         shards = (dense_ranks(self.layout), expert_ranks(self.layout)) if settings.use_distributed_optimizer else (1, 1)

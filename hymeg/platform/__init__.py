@@ -1,9 +1,10 @@
 """Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
 
-With CUDA nothing changes but a call that the wheel of megatron-core cannot serve, a count that it gets wrong and one that needs logits (the three
-functions of `hymeg.platform.megatron` that say "on every platform"). Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo.
-It must run before anything imports Megatron: the packages that import it call it. `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses
-to run without a GPU; unset, the presence of CUDA decides.
+With CUDA nothing changes but a call that the wheel of megatron-core cannot serve, a count that it gets wrong and one
+that needs logits (the three functions of `hymeg.platform.megatron` that say "on every platform"). Without CUDA,
+`install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports Megatron: the
+packages that import it call it. `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run without a
+GPU; unset, the presence of CUDA decides.
 """
 
 import os
@@ -26,7 +27,9 @@ def name() -> str:
     if _name is None:
         wanted = os.environ.get("HYMEG_PLATFORM", "")
         if wanted not in ("", *CHOICES):
-            raise UserError(f"HYMEG_PLATFORM is {wanted!r}; allowed are 'cpu' and 'cuda'. Unset it to let the machine decide.")
+            raise UserError(
+                f"HYMEG_PLATFORM is {wanted!r}; allowed are 'cpu' and 'cuda'. Unset it to let the machine decide."
+            )
         if wanted == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import torch
@@ -34,7 +37,8 @@ def name() -> str:
         has_cuda = torch.cuda.is_available()
         if wanted == "cuda" and not has_cuda:
             raise UserError(
-                "HYMEG_PLATFORM=cuda, but torch sees no CUDA device here. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or unset HYMEG_PLATFORM."
+                "HYMEG_PLATFORM=cuda, but torch sees no CUDA device here. Check nvidia-smi and CUDA_VISIBLE_DEVICES, "
+                "or unset HYMEG_PLATFORM."
             )
         _name = "cuda" if has_cuda else "cpu"
     return _name
@@ -46,7 +50,11 @@ def is_cpu() -> bool:
 
 def announcement() -> list[str]:
     """What a run is told once, at its start, of where it runs."""
-    return ["no CUDA: training on CPU over gloo, with --transformer-impl local, fusions off, no grouped GEMM"] if is_cpu() else []
+    return (
+        ["no CUDA: training on CPU over gloo, with --transformer-impl local, fusions off, no grouped GEMM"]
+        if is_cpu()
+        else []
+    )
 
 
 def transformer_overrides() -> dict[str, bool]:
@@ -62,7 +70,8 @@ def install() -> None:
     """Make this process ready for Megatron. Idempotent.
 
     Raises:
-        RuntimeError: Megatron was imported before (its modules have already bound the names that need replacing), or a patch target is gone.
+        RuntimeError: Megatron was imported before (its modules have already bound the names that need replacing), or a
+            patch target is gone.
     """
     global _installed
     if _installed:

@@ -1,7 +1,8 @@
 """Adam on the CPU in the shape of Transformer Engine's FusedAdam.
 
-Megatron's distributed optimizer knows two layouts of optimizer state: FusedAdam's (the step lies in the parameter group, a parameter has `exp_avg`
-and `exp_avg_sq` alone) and torch's, with which it cannot resume (distrib_optimizer.py:839, 1025, 1223). The arithmetic is torch's own fused kernel.
+Megatron's distributed optimizer knows two layouts of optimizer state: FusedAdam's (the step lies in the parameter
+group, a parameter has `exp_avg` and `exp_avg_sq` alone) and torch's, with which it cannot resume
+(distrib_optimizer.py:839, 1025, 1223). The arithmetic is torch's own fused kernel.
 """
 
 import torch
@@ -12,17 +13,31 @@ from torch.optim.adamw import adamw
 class FusedAdam(torch.optim.Optimizer):
     """Adam (`adam_w_mode=False`: L2 added to the gradient) or AdamW (decoupled decay) over fp32 parameters.
 
-    Args as Transformer Engine's class of this name; those that only matter on a GPU are accepted and must be at their defaults.
+    Args as Transformer Engine's class of this name; those that only matter on a GPU are accepted and must be at their
+    defaults.
 
     Raises:
-        ValueError: an option was asked for that only the GPU's kernel has (state in lower precision, master weights, capturable).
+        ValueError: an option was asked for that only the GPU's kernel has (state in lower precision, master weights,
+            capturable).
     """
 
-    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0, **gpu_only):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        bias_correction=True,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        adam_w_mode=True,
+        weight_decay=0.0,
+        **gpu_only,
+    ):
         asked_for = {k: v for k, v in gpu_only.items() if v not in (None, False, torch.float32)}
         if asked_for or not bias_correction:
             raise ValueError(f"FusedAdam on CPU does not offer {asked_for or 'bias_correction=False'}")
-        super().__init__(params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(
+            params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay)
+        )
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()

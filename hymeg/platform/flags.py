@@ -91,7 +91,9 @@ _elsewhere = False
 
 @contextlib.contextmanager
 def for_gpus() -> Iterator[None]:
-    """While the context is open, flags are judged as on a machine with CUDA: they are a plan's or a recipe's, to run elsewhere."""
+    """While the context is open, flags are judged as on a machine with CUDA: they are a plan's or a recipe's, to run
+    elsewhere.
+    """
     global _elsewhere
     _elsewhere = True
     try:

@@ -1,4 +1,6 @@
-"""What gloo lacks of NCCL, for Megatron's calls: one backend name, split sizes as lists, unequal shapes, a barrier without devices."""
+"""What gloo lacks of NCCL, for Megatron's calls: one backend name, split sizes as lists, unequal shapes, a barrier
+without devices.
+"""
 
 import torch
 import torch.distributed as dist
@@ -18,13 +20,26 @@ def _install_groups() -> None:
     def init(backend=None, device_id=None, **kwargs):
         return init_process_group(backend=backend if backend == "fake" else "gloo", **kwargs)
 
-    def new(ranks=None, timeout=None, backend=None, pg_options=None, use_local_synchronization=False, group_desc=None, device_id=None):
+    def new(
+        ranks=None,
+        timeout=None,
+        backend=None,
+        pg_options=None,
+        use_local_synchronization=False,
+        group_desc=None,
+        device_id=None,
+    ):
         backend = "fake" if dist.get_backend() == "fake" else "gloo"
         return new_group(ranks, timeout, backend, None, use_local_synchronization, group_desc)
 
     patch(dist, "init_process_group", init, "training/initialize.py:352 asks for NCCL and a device")
     patch(dist, "new_group", new, "parallel_state.py:259 gives NCCL options")
-    patch(dist, "barrier", lambda group=None, async_op=False, device_ids=None: barrier(group, async_op), "parallel_state.py:1033 names devices")
+    patch(
+        dist,
+        "barrier",
+        lambda group=None, async_op=False, device_ids=None: barrier(group, async_op),
+        "parallel_state.py:1033 names devices",
+    )
 
 
 def _install_all_to_all() -> None:
@@ -34,9 +49,16 @@ def _install_all_to_all() -> None:
         return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
     def with_lists(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
-        return all_to_all_single(output, input, as_list(output_split_sizes), as_list(input_split_sizes), group, async_op)
+        return all_to_all_single(
+            output, input, as_list(output_split_sizes), as_list(input_split_sizes), group, async_op
+        )
 
-    patch(dist, "all_to_all_single", with_lists, "tensor_parallel/mappings.py:460 gives split sizes as arrays; gloo wants lists")
+    patch(
+        dist,
+        "all_to_all_single",
+        with_lists,
+        "tensor_parallel/mappings.py:460 gives split sizes as arrays; gloo wants lists",
+    )
 
 
 def _install_unequal_shapes() -> None:

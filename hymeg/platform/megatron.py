@@ -13,7 +13,9 @@ from hymeg.platform.patches import patch, patched
 
 
 def use_shipped_dataset_helpers() -> None:
-    """On every platform: initialize.py:178 runs `make`, and the wheel ships the compiled helper but no Makefile, so that rank 0 would exit with 1."""
+    """On every platform: initialize.py:178 runs `make`, and the wheel ships the compiled helper but no Makefile, so
+    that rank 0 would exit with 1.
+    """
     from megatron.core.datasets import utils
 
     def import_helper():
@@ -23,8 +25,9 @@ def use_shipped_dataset_helpers() -> None:
 
 
 def count_mtp_tokens_over_context_parallel_group() -> None:
-    """On every platform: under context parallelism process_mtp_loss divides by the tokens of its own rank, so that the multi-token-prediction loss
-    depends on the context-parallel size. `roll_tensor` tells it that count: told the share of the whole sequence's, it divides by the right one.
+    """On every platform: under context parallelism process_mtp_loss divides by the tokens of its own rank, so that the
+    multi-token-prediction loss depends on the context-parallel size. `roll_tensor` tells it that count: told the share
+    of the whole sequence's, it divides by the right one.
     """
     from megatron.core.transformer import multi_token_prediction
 
@@ -47,8 +50,9 @@ def count_mtp_tokens_over_context_parallel_group() -> None:
 
 
 def count_mtp_hits_without_logits() -> None:
-    """On every platform: process_mtp_loss counts the tokens that multi-token prediction got right by the argmax of its logits. Where the head has
-    made none, what stands for them tells in `hits` where the label is the likeliest token (hymeg.models.head.PendingLogits)."""
+    """On every platform: process_mtp_loss counts the tokens that multi-token prediction got right by the argmax of its
+    logits. Where the head has made none, what stands for them tells in `hits` where the label is the likeliest token
+    (hymeg.models.head.PendingLogits)."""
     from megatron.core.transformer import multi_token_prediction
 
     count_by_argmax = multi_token_prediction._compute_mtp_acceptance_counts
@@ -59,7 +63,12 @@ def count_mtp_hits_without_logits() -> None:
         trained = loss_mask.t().bool()
         return (mtp_logits.hits & trained).sum().float(), trained.sum().float()
 
-    patch(multi_token_prediction, "_compute_mtp_acceptance_counts", count, "multi_token_prediction.py, process_mtp_loss: correct, total")
+    patch(
+        multi_token_prediction,
+        "_compute_mtp_acceptance_counts",
+        count,
+        "multi_token_prediction.py, process_mtp_loss: correct, total",
+    )
 
 
 def quieten() -> None:
@@ -73,7 +82,9 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # The device's generator is the CPU's, so that both change together.
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
 
 def install() -> None:
@@ -94,7 +105,12 @@ def _allow_no_cuda() -> None:
 def _skip_kernel_warmup() -> None:
     from megatron.training import initialize
 
-    patch(initialize, "_warmup_jit_function", lambda tp_size=None: None, "initialize.py:497 runs full-size layers to warm up GPU kernels")
+    patch(
+        initialize,
+        "_warmup_jit_function",
+        lambda tp_size=None: None,
+        "initialize.py:497 runs full-size layers to warm up GPU kernels",
+    )
 
 
 def _use_fused_adam() -> None:
@@ -106,15 +122,29 @@ def _use_fused_adam() -> None:
     patch(optimizer, "Adam", FusedAdam, "optimizer/__init__.py:560")
     patch(optimizer, "USING_PYTORCH_OPTIMIZER", False, "optimizer/__init__.py:556")
     patch(distrib_optimizer, "Adam", FusedAdam, "distrib_optimizer.py:689")
-    patch(distrib_optimizer, "HAVE_APEX_OR_TE", True, "distrib_optimizer.py:837, 1025: torch's layout of the step cannot resume")
-    patch(distrib_optimizer, "USING_APEX_OPTIMIZER", True, "distrib_optimizer.py:851, 874: the step lies in the parameter group")
+    patch(
+        distrib_optimizer,
+        "HAVE_APEX_OR_TE",
+        True,
+        "distrib_optimizer.py:837, 1025: torch's layout of the step cannot resume",
+    )
+    patch(
+        distrib_optimizer,
+        "USING_APEX_OPTIMIZER",
+        True,
+        "distrib_optimizer.py:851, 874: the step lies in the parameter group",
+    )
 
 
 def _provide_packed_context_parallel_indices() -> None:
     from megatron.core import utils
 
-    def thd_get_partitioned_indices(cu_seqlens: torch.Tensor, num_tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:
-        """The tokens of rank `cp_rank`, [num_tokens / cp_size]: of every sequence, cut into 2 x cp_size chunks, chunk cp_rank and its mirror."""
+    def thd_get_partitioned_indices(
+        cu_seqlens: torch.Tensor, num_tokens: int, cp_size: int, cp_rank: int
+    ) -> torch.Tensor:
+        """The tokens of rank `cp_rank`, [num_tokens / cp_size]: of every sequence, cut into 2 x cp_size chunks, chunk
+        cp_rank and its mirror.
+        """
         parts = []
         for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
             chunk = (end - start) // (2 * cp_size)
@@ -129,7 +159,9 @@ def _provide_packed_context_parallel_indices() -> None:
 
 @contextlib.contextmanager
 def flops_formula(flops: Callable[[int, float | None, float | None], float]) -> Iterator[None]:
-    """Count a step's FLOPs by `flops(batch_size, squared_lengths, num_tokens)` instead of Megatron's formula, which does not know these models."""
+    """Count a step's FLOPs by `flops(batch_size, squared_lengths, num_tokens)` instead of Megatron's formula, which
+    does not know these models.
+    """
     from megatron.training import training
 
     def ours(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None):
@@ -141,7 +173,9 @@ def flops_formula(flops: Callable[[int, float | None, float | None], float]) -> 
 
 @contextlib.contextmanager
 def log_line(line) -> Iterator[None]:
-    """Let `line` (a hymeg.training.metrics.LogLine) see every call of training_log and extend what it prints: Megatron has no hook there."""
+    """Let `line` (a hymeg.training.metrics.LogLine) see every call of training_log and extend what it prints: Megatron
+    has no hook there.
+    """
     from megatron.training import get_args, training
 
     training_log, print_rank_last = training.training_log, training.print_rank_last
@@ -149,7 +183,8 @@ def log_line(line) -> Iterator[None]:
     def logged(*args, **kwargs):
         iteration = args[3]
         if iteration % get_args().log_interval == 0:
-            # Said to be the first, an iteration is logged and its sums kept (training.py:2594): the next line would be the mean of both.
+            # Said to be the first, an iteration is logged and its sums kept (training.py:2594): the next line would be
+            # the mean of both.
             kwargs["is_first_iteration"] = False
         packed = kwargs.get("total_real_tokens_in_batch"), kwargs.get("seqlen_squared_sum_in_batch")
         line.before(iteration, kwargs.get("is_first_iteration", False), *packed)
@@ -157,6 +192,8 @@ def log_line(line) -> Iterator[None]:
 
     with (
         patched(training, "training_log", logged, "training.py:3985"),
-        patched(training, "print_rank_last", lambda message: print_rank_last(line.extended(message)), "training.py:2913"),
+        patched(
+            training, "print_rank_last", lambda message: print_rank_last(line.extended(message)), "training.py:2913"
+        ),
     ):
         yield

@@ -26,7 +26,8 @@ def patch(owner: Any, name: str, new: Any, reason: str) -> None:
     """Replace `owner.name` by `new`.
 
     Raises:
-        RuntimeError: `owner` has no such attribute: torch or Megatron changed, and whoever upgraded it must look at `reason`.
+        RuntimeError: `owner` has no such attribute: torch or Megatron changed, and whoever upgraded it must look at
+            `reason`.
     """
     if not hasattr(owner, name):
         raise RuntimeError(f"patch target gone: {getattr(owner, '__name__', owner)}.{name} ({reason})")

@@ -1,7 +1,8 @@
 """The torch.cuda calls that Megatron makes, answered by the CPU.
 
-Streams and events do nothing (the CPU runs in order), memory is the process's resident memory, the device's random generator is torch's default
-one, and a tensor asked for on "cuda" is made on the CPU. Line numbers are megatron-core 0.19.2's.
+Streams and events do nothing (the CPU runs in order), memory is the process's resident memory, the device's random
+generator is torch's default one, and a tensor asked for on "cuda" is made on the CPU. Line numbers are megatron-core
+0.19.2's.
 """
 
 import collections
@@ -47,7 +48,8 @@ _TENSOR_FACTORIES = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tens
 
 
 def install() -> None:
-    # torch.device("meta") as a context finds the factories by identity: it must have listed them before they are wrapped.
+    # torch.device("meta") as a context finds the factories by identity: it must have listed them before they are
+    # wrapped.
     from torch.utils._device import _device_constructors
 
     _device_constructors()
@@ -60,7 +62,9 @@ def install() -> None:
 
 
 def _on_cpu(device):
-    """The device to use where Megatron asks for `device`: CUDA names and indices become the CPU, the rest (None, cpu, meta) stays."""
+    """The device to use where Megatron asks for `device`: CUDA names and indices become the CPU, the rest (None, cpu,
+    meta) stays.
+    """
     if isinstance(device, int) and not isinstance(device, bool):
         return _CPU
     if isinstance(device, str) and device.startswith("cuda"):
@@ -89,8 +93,15 @@ def _install_factories() -> None:
 
 
 def _install_tensor_methods() -> None:
-    patch(torch.Tensor, "cuda", lambda self, *args, **kwargs: self, "batches are moved by .cuda(); distrib_optimizer.py:1374")
-    patch(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self, "training/models/dist_utils.py:174 moves the model")
+    patch(
+        torch.Tensor,
+        "cuda",
+        lambda self, *args, **kwargs: self,
+        "batches are moved by .cuda(); distrib_optimizer.py:1374",
+    )
+    patch(
+        torch.nn.Module, "cuda", lambda self, *args, **kwargs: self, "training/models/dist_utils.py:174 moves the model"
+    )
     patch(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self, "optimizer offload, data loader")
     patch(torch.Tensor, "record_stream", lambda self, stream: None, "overlapped all-to-all")
 
@@ -116,17 +127,31 @@ def _install_tensor_methods() -> None:
 
     patch(torch.Tensor, "to", to, "router.py:98, rotary_pos_embedding.py:162, filesystem_async.py:243")
     patch(torch.nn.Module, "to", module_to_cpu, "dist_utils.py moves stages")
-    patch(torch.Tensor, "type", type_, "compared with 'torch.cuda.FloatTensor': clip_grads.py:174, distrib_optimizer.py:401, optimizer.py:1009")
+    patch(
+        torch.Tensor,
+        "type",
+        type_,
+        "compared with 'torch.cuda.FloatTensor': clip_grads.py:174, distrib_optimizer.py:401, optimizer.py:1009",
+    )
 
 
 def _install_device() -> None:
     cuda = torch.cuda
     properties = types.SimpleNamespace(
-        name="cpu", major=8, minor=0, total_memory=psutil.virtual_memory().total, multi_processor_count=os.cpu_count(), gcnArchName="cpu"
+        name="cpu",
+        major=8,
+        minor=0,
+        total_memory=psutil.virtual_memory().total,
+        multi_processor_count=os.cpu_count(),
+        gcnArchName="cpu",
     )
     for name, new, reason in (
         ("current_device", lambda: 0, "nearly every module: the device a tensor is made on"),
-        ("device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "initialize.py:270: 0 would skip the model-parallel set-up"),
+        (
+            "device_count",
+            lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            "initialize.py:270: 0 would skip the model-parallel set-up",
+        ),
         ("set_device", lambda device: None, "initialize.py:282"),
         ("synchronize", lambda *args: None, "timers.py:152"),
         ("empty_cache", lambda: None, "training.py:3060, checkpointing.py:2727"),
@@ -210,7 +235,12 @@ def _install_streams() -> None:
         ("set_stream", lambda stream: None),
         ("stream", lambda stream: contextlib.nullcontext()),
     ):
-        patch(torch.cuda, name, new, "overlap of communication: param_and_grad_buffer.py:632, token_dispatcher.py:469, dist_utils.py:303")
+        patch(
+            torch.cuda,
+            name,
+            new,
+            "overlap of communication: param_and_grad_buffer.py:632, token_dispatcher.py:469, dist_utils.py:303",
+        )
 
 
 def _install_memory() -> None:
@@ -221,7 +251,9 @@ def _install_memory() -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def stats(*args):
-        return collections.defaultdict(int, {"allocated_bytes.all.current": resident(), "allocated_bytes.all.peak": peak()})
+        return collections.defaultdict(
+            int, {"allocated_bytes.all.current": resident(), "allocated_bytes.all.peak": peak()}
+        )
 
     def free_and_total(*args):
         memory = psutil.virtual_memory()
@@ -237,7 +269,12 @@ def _install_memory() -> None:
         ("mem_get_info", free_and_total),
         ("reset_peak_memory_stats", lambda *args: None),
     ):
-        patch(torch.cuda, name, new, "memory report: common_utils.py:322, training.py:2742. Resident memory of the process stands in")
+        patch(
+            torch.cuda,
+            name,
+            new,
+            "memory report: common_utils.py:322, training.py:2742. Resident memory of the process stands in",
+        )
 
 
 class _OneGenerator:

@@ -1,7 +1,7 @@
 """From the command line to Megatron's args: one schema of settings, every source of a value known.
 
-A value comes from, weakest first: Megatron's default, hymeg's default, the YAML recipe, the command line. What config.json (`--hf-model`) and the
-platform fix may be repeated but not contradicted.
+A value comes from, weakest first: Megatron's default, hymeg's default, the YAML recipe, the command line. What
+config.json (`--hf-model`) and the platform fix may be repeated but not contradicted.
 """
 
 import argparse
@@ -37,7 +37,8 @@ _DEFAULTS = {
     "moe_grouped_gemm": True,
     # Attention kernels know the causal mask; a dense one costs seq_length^2 bytes a sample.
     "create_attention_mask_in_dataloader": False,
-    # A mean over micro-batches or ranks, each with its own number of trained tokens, would make the loss depend on the layout.
+    # A mean over micro-batches or ranks, each with its own number of trained tokens, would make the loss depend on the
+    # layout.
     "calculate_per_token_loss": True,
     # The optimizer's state can then be resumed in any layout.
     "dist_ckpt_optim_fully_reshardable": True,
@@ -55,22 +56,32 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         metavar="FILE.yaml",
         help="recipe: these flags as keys of a flat YAML file; the command line wins, and undoes a switch with --no-SWITCH",
     )
-    group.add_argument("--hf-model", metavar="DIR", help="folder with config.json and tokenizer: sets the architecture and the tokenizer")
-    group.add_argument("--init-from-scratch", action="store_true", help="start from random weights where --load holds no checkpoint")
+    group.add_argument(
+        "--hf-model",
+        metavar="DIR",
+        help="folder with config.json and tokenizer: sets the architecture and the tokenizer",
+    )
+    group.add_argument(
+        "--init-from-scratch", action="store_true", help="start from random weights where --load holds no checkpoint"
+    )
     group.add_argument(
         "--recompute-logits",
         dest="hy_recompute_logits",
         action="store_true",
         help="compute the logits a second time in the backward pass: saves 2 bytes a token and vocabulary entry, costs a third more time in the head",
     )
-    group.add_argument("--no-sft-packing", dest="sft_packing", action="store_false", help="--sft: one conversation a sequence, padded")
+    group.add_argument(
+        "--no-sft-packing", dest="sft_packing", action="store_false", help="--sft: one conversation a sequence, padded"
+    )
     group.add_argument(
         "--sft-truncation",
         choices=TRUNCATIONS,
         default="error",
         help="--sft: what to do with conversations longer than --seq-length: stop, cut their beginning or their end, leave them out",
     )
-    group.add_argument("--translation-prompts", metavar="FILE.json", help="--sft: further kinds of prompts for translation rows")
+    group.add_argument(
+        "--translation-prompts", metavar="FILE.json", help="--sft: further kinds of prompts for translation rows"
+    )
     add_opposites(parser)
     return parser
 
@@ -78,11 +89,13 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
     """Parse `argv` (without the program's name) into Megatron's args, not validated yet, and the model's configuration.
 
-    The args have further attributes: `explicit`, what recipe and command line have set (`Sources`); `said`, its values by the option as it was
-    typed, without dashes, True for every switch; `sft_rows`, whether `--sft` was given; `packed`, whether samples are packed conversations.
+    The args have further attributes: `explicit`, what recipe and command line have set (`Sources`); `said`, its values
+    by the option as it was typed, without dashes, True for every switch; `sft_rows`, whether `--sft` was given;
+    `packed`, whether samples are packed conversations.
 
     Raises:
-        UserError: an unknown flag or key, a value of the wrong type, a flag that contradicts config.json, or one that cannot work here.
+        UserError: an unknown flag or key, a value of the wrong type, a flag that contradicts config.json, or one that
+            cannot work here.
     """
     parser = _parser()
     defaults = {action.dest: action.default for action in parser._actions if action.default is not argparse.SUPPRESS}
@@ -98,19 +111,27 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
             except RuntimeError as error:
                 raise UserError(str(error)) from error
         if args.hf_model is None:
-            raise UserError("--hf-model is missing: give the folder that holds config.json and the tokenizer; it sets the architecture")
+            raise UserError(
+                "--hf-model is missing: give the folder that holds config.json and the tokenizer; it sets the "
+                "architecture"
+            )
         try:
             config = HyConfig.from_dir(args.hf_model)
         except UserError as error:
             raise UserError(f"--hf-model {error}") from error
-        architecture = architecture_flags(config) | {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": args.hf_model}
+        architecture = architecture_flags(config) | {
+            "tokenizer_type": "HuggingFaceTokenizer",
+            "tokenizer_model": args.hf_model,
+        }
         _fix(args, said, sources, architecture)
         _default(args, said, _DEFAULTS | default_flags(config))
         required, refused, refused_values = platform_flags.here()
         _refuse_on_platform(said, sources, required | refused, refused_values)
         vars(args).update({dest: value for dest, (value, _) in required.items()})
     args.explicit = sources
-    args.said = {sources[dest][0].lstrip("-"): True if isinstance(value, bool) else value for dest, value in said.items()}
+    args.said = {
+        sources[dest][0].lstrip("-"): True if isinstance(value, bool) else value for dest, value in said.items()
+    }
     # What Megatron does with --sft is not wanted: its evaluation averages the means of micro-batches.
     args.sft_rows, args.sft = args.sft, False
     args.packed = args.sft_rows and args.sft_packing
@@ -150,7 +171,10 @@ def _error(message: str) -> NoReturn:
     message = message.removeprefix("argument ")
     flag = message.partition(":")[0].split("/")[0]
     if value := re.search(r"ignored explicit argument '(.*)'", message):
-        raise UserError(f"{flag} is a switch and takes no value, found {value[1]!r}; write {flag} alone, or {opposite(flag)} to undo it")
+        raise UserError(
+            f"{flag} is a switch and takes no value, found {value[1]!r}; write {flag} alone, or {opposite(flag)} to "
+            "undo it"
+        )
     if "expected" in message:
         raise UserError(f"{flag} needs a value, found none; write it after {flag}")
     raise UserError(message)
@@ -160,11 +184,15 @@ def _expected(action: argparse.Action) -> str:
     if action.choices:
         names = [choice.name if isinstance(choice, enum.Enum) else str(choice) for choice in action.choices]
         return f"one of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-    return {int: "a whole number such as 8", float: "a number such as 1e-5"}.get(action.type, "another form (see --help)")
+    return {int: "a whole number such as 8", float: "a number such as 1e-5"}.get(
+        action.type, "another form (see --help)"
+    )
 
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], Sources, list[str]]:
-    """What was said by destination, where, and all of it in the words of a command line: the recipe's first, since the last one wins."""
+    """What was said by destination, where, and all of it in the words of a command line: the recipe's first, since the
+    last one wins.
+    """
     finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     finder.error = _error
     finder.add_argument("--config")
@@ -179,7 +207,11 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, A
             raise UserError(f"{where}: {error}" if where else str(error)) from None
         said |= vars(values)
         typed = [word.partition("=")[0] for word in line]
-        sources |= {parser._option_string_actions[word].dest: (word, where) for word in typed if word in parser._option_string_actions}
+        sources |= {
+            parser._option_string_actions[word].dest: (word, where)
+            for word in typed
+            if word in parser._option_string_actions
+        }
         words += line
     return said, sources, words
 
@@ -212,14 +244,19 @@ def _refuse(said: dict[str, Any], sources: Sources, defaults: dict[str, Any]) ->
         if value == defaults.get(dest):
             continue
         if dest in refused_flags.OTHER_MODEL:
-            raise UserError(f"{flag} makes another model than Hy-MT2 or Hy3, whose checkpoints could not be used; leave {sources[dest][0]} out")
+            raise UserError(
+                f"{flag} makes another model than Hy-MT2 or Hy3, whose checkpoints could not be used; leave "
+                f"{sources[dest][0]} out"
+            )
         if dest in refused_flags.UNSUPPORTED:
             raise UserError(f"{flag} is not supported: {refused_flags.UNSUPPORTED[dest]}")
         if (why := refused_flags.UNSUPPORTED_VALUES.get((dest, str(_name(value))))) is not None:
             raise UserError(f"{flag} is not supported: {why}")
 
 
-def _refuse_on_platform(said: dict[str, Any], sources: Sources, only: platform_flags.Only, values: platform_flags.Values) -> None:
+def _refuse_on_platform(
+    said: dict[str, Any], sources: Sources, only: platform_flags.Only, values: platform_flags.Values
+) -> None:
     where = "HYMEG_PLATFORM=cpu chose it" if os.environ.get("HYMEG_PLATFORM") == "cpu" else "torch sees no GPU"
     for dest, (allowed, why) in only.items():
         if dest in said and said[dest] != allowed:
@@ -235,7 +272,10 @@ def _fix(args: argparse.Namespace, said: dict[str, Any], sources: Sources, archi
         if dest in said and not _same(dest, said[dest], value):
             option = sources[dest][0]
             says = "the opposite" if isinstance(value, bool) else "none" if value is None else _cut(value)
-            raise UserError(f"{_shown(option, said[dest])} contradicts --hf-model {args.hf_model}, which says {says}; leave {option} out")
+            raise UserError(
+                f"{_shown(option, said[dest])} contradicts --hf-model {args.hf_model}, which says {says}; leave "
+                f"{option} out"
+            )
         setattr(args, dest, value)
 
 

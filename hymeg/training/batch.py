@@ -20,20 +20,31 @@ def is_reader() -> bool:
 
 
 def takes_data(args, pipeline_layout, vp_stage: int | None) -> bool:
-    """Whether this rank's stage of the pipeline takes anything of a batch: tokens or labels, or where conversations begin and how long they are."""
+    """Whether this rank's stage of the pipeline takes anything of a batch: tokens or labels, or where conversations
+    begin and how long they are.
+    """
     if args.sft_rows:
         return True
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-    return first or last or mtp_on_this_rank(layout=pipeline_layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
+    return (
+        first
+        or last
+        or mtp_on_this_rank(
+            layout=pipeline_layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+        )
+    )
 
 
-def get_batch(data_iterator: Iterator | None, args, pipeline_layout, vp_stage: int | None) -> dict[str, torch.Tensor | PackedSeqParams | None]:
-    """`tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), each `[b, s / cp]`, and `packed_seq_params` for packed conversations, whose
-    positions restart with each. All None where the pipeline stage does not need them.
+def get_batch(
+    data_iterator: Iterator | None, args, pipeline_layout, vp_stage: int | None
+) -> dict[str, torch.Tensor | PackedSeqParams | None]:
+    """`tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), each `[b, s / cp]`, and `packed_seq_params`
+    for packed conversations, whose positions restart with each. All None where the pipeline stage does not need them.
 
     Args:
-        data_iterator: yields samples collated to `[b, s]`; None on ranks that receive theirs from tensor-parallel rank 0.
+        data_iterator: yields samples collated to `[b, s]`; None on ranks that receive theirs from tensor-parallel rank
+            0.
     """
     if not takes_data(args, pipeline_layout, vp_stage):
         return dict.fromkeys((*_KEYS, "packed_seq_params"))
@@ -45,7 +56,10 @@ def get_batch(data_iterator: Iterator | None, args, pipeline_layout, vp_stage: i
     else:
         together = torch.empty(len(keys), micro_batch_size, args.seq_length, dtype=torch.int64, device=device.current())
     if args.tensor_model_parallel_size > 1:
-        source, group = parallel_state.get_tensor_model_parallel_src_rank(), parallel_state.get_tensor_model_parallel_group()
+        source, group = (
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
         torch.distributed.broadcast(together, source, group=group)
     batch = dict(zip(keys, together, strict=True))
     lengths = batch.pop("lengths", None)
@@ -67,9 +81,11 @@ def _count(lengths: torch.Tensor) -> None:
 
 
 def _packed_seq_params(position_ids: torch.Tensor) -> PackedSeqParams:
-    """Where the conversations of `position_ids` `[1, s]` begin and end. Padding belongs to the conversation before it: it follows, so nothing that is
-    trained attends to it."""
+    """Where the conversations of `position_ids` `[1, s]` begin and end. Padding belongs to the conversation before it:
+    it follows, so nothing that is trained attends to it."""
     starts = (position_ids[0] == 0).nonzero().squeeze(1)
     cu_seqlens = torch.cat([starts, starts.new_tensor([position_ids.size(1)])]).to(torch.int32)
     longest = int(cu_seqlens.diff().max())
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+    )

@@ -10,7 +10,10 @@ import struct
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -25,32 +28,54 @@ _NUM_TOKENS_LOOKED_AT = 1 << 20
 
 
 def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
-    """Check the data of `args`, choose `--split` where it is not given, and turn evaluation off where there is nothing to evaluate on.
+    """Check the data of `args`, choose `--split` where it is not given, and turn evaluation off where there is nothing
+    to evaluate on.
 
     Raises:
-        UserError: no source of data or several, a blend that is none, a file that is missing, unreadable, truncated or holds tokens of another
-            vocabulary, a split that leaves some part without a document, a folder that cannot be written.
+        UserError: no source of data or several, a blend that is none, a file that is missing, unreadable, truncated or
+            holds tokens of another vocabulary, a split that leaves some part without a document, a folder that cannot
+            be written.
     """
     if args.full_validation != args.multiple_validation_sets:
         one, other = ("full", "multiple") if args.full_validation else ("multiple", "full")
         flags = {"full": "--full-validation", "multiple": "--multiple-validation-sets"}
-        raise UserError(f"{flags[one]} fails in Megatron 0.19 without {flags[other]}; add that, or leave {flags[one]} out")
+        raise UserError(
+            f"{flags[one]} fails in Megatron 0.19 without {flags[other]}; add that, or leave {flags[one]} out"
+        )
     for dest in ("sft_packing", "sft_truncation", "translation_prompts"):
         if dest in args.explicit:
-            raise UserError(f"{args.explicit[dest][0]} is about conversations and needs --sft; add that, or leave {args.explicit[dest][0]} out")
-    given = [dest for dest in ("mock_data", "data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path") if getattr(args, dest)]
+            raise UserError(
+                f"{args.explicit[dest][0]} is about conversations and needs --sft; add that, or leave "
+                f"{args.explicit[dest][0]} out"
+            )
+    given = [
+        dest
+        for dest in ("mock_data", "data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path")
+        if getattr(args, dest)
+    ]
     sources = list(dict.fromkeys("train_data_path" if dest in _PER_SPLIT else dest for dest in given))
     if not sources:
-        raise UserError("no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data for made-up tokens")
+        raise UserError(
+            "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data for made-up tokens"
+        )
     if len(sources) > 1:
-        raise UserError(f"{flag(given[0])} and {flag(next(dest for dest in given if dest in sources[1:]))} are both given; keep one source of data")
+        raise UserError(
+            f"{flag(given[0])} and {flag(next(dest for dest in given if dest in sources[1:]))} are both given; keep "
+            "one source of data"
+        )
     if args.mock_data:
         return
     for dest in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
         if getattr(args, dest) and args.data_cache_path is None:
-            raise UserError(f"{flag(dest)} needs --data-cache-path, the folder of a cache that is there already; add it, or leave {flag(dest)} out")
+            raise UserError(
+                f"{flag(dest)} needs --data-cache-path, the folder of a cache that is there already; add it, or leave "
+                f"{flag(dest)} out"
+            )
     if args.dataloader_fast_cache_load and sources[0] in ("data_path", "data_args_path"):
-        raise UserError(f"--dataloader-fast-cache-load cannot be combined with {flag(sources[0])}; give data for each split (--train-data-path)")
+        raise UserError(
+            f"--dataloader-fast-cache-load cannot be combined with {flag(sources[0])}; give data for each split "
+            "(--train-data-path)"
+        )
     blends = _blends(args, sources[0])
     num_sequences = {}
     for label, words in blends.items():
@@ -69,7 +94,11 @@ def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], 
         choose_split(args, num_sequences, _DEFAULT_SPLITS, "documents", say)
         has_validation = _split_matrix(args.split)[1] is not None
     if not has_validation and args.eval_iters > 0:
-        what = "there is no data for validation" if args.split is None else f"--split {args.split} leaves no data for validation"
+        what = (
+            "there is no data for validation"
+            if args.split is None
+            else f"--split {args.split} leaves no data for validation"
+        )
         if "eval_iters" in args.explicit:
             raise UserError(f"--eval-iters {args.eval_iters}: {what}; give some, or --eval-iters 0")
         args.eval_iters = 0
@@ -79,7 +108,8 @@ def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], 
 def choose_split(
     args: argparse.Namespace, num_items: dict[str, int], defaults: Sequence[str], what: str, say: Callable[[str], None]
 ) -> list[tuple[float, float] | None]:
-    """Set `--split` where it is not given, and say what it means: for training, validation and test the part of each data set, or None.
+    """Set `--split` where it is not given, and say what it means: for training, validation and test the part of each
+    data set, or None.
 
     Args:
         num_items: of each data set.
@@ -87,8 +117,8 @@ def choose_split(
         what: items are called.
 
     Raises:
-        UserError: a split that is none, or leaves some part without an item: Megatron builds a dataset for every split with a weight, and does not
-            return where that holds no document.
+        UserError: a split that is none, or leaves some part without an item: Megatron builds a dataset for every split
+            with a weight, and does not return where that holds no document.
     """
     if args.split is None:
         args.split = next(split for split in defaults if _split_without_items(split, num_items) is None)
@@ -99,7 +129,8 @@ def choose_split(
     if (empty := _split_without_items(args.split, num_items)) is not None:
         name, path = empty
         raise UserError(
-            f"--split {args.split} leaves none of the {num_items[path]} {what} of {path} for {name}; give that a larger weight or 0, "
+            f"--split {args.split} leaves none of the {num_items[path]} {what} of {path} for {name}; give that a "
+            "larger weight or 0, "
             f"or leave --split out"
         )
     return _split_matrix(args.split)
@@ -110,7 +141,8 @@ def check_split(split: str) -> None:
     words = re.split(r"[,/\s]+", split.strip())
     if len(words) > 3 or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", word) for word in words) or float(words[0]) <= 0:
         raise UserError(
-            f"--split {split or repr(split)}: weights for training, validation and test are needed, the first above 0, such as 969,30,1 or 100,0,0"
+            f"--split {split or repr(split)}: weights for training, validation and test are needed, the first above 0, "
+            "such as 969,30,1 or 100,0,0"
         )
 
 
@@ -137,10 +169,15 @@ def _blends(args: argparse.Namespace, source: str) -> dict[str, list[str]]:
         try:
             blends = json.loads(_read_text(flag(source), path))
         except ValueError as error:
-            raise UserError(f"{said}: not JSON ({error}); an object with the keys train, valid and test is needed") from None
+            raise UserError(
+                f"{said}: not JSON ({error}); an object with the keys train, valid and test is needed"
+            ) from None
         if not isinstance(blends, dict) or not {"train", "valid", "test"} <= blends.keys():
             raise UserError(f"{said}: an object with the keys train, valid and test is needed")
-        return {f"{said}, {key}": value.split() if isinstance(value, str) else [str(word) for word in value or []] for key, value in blends.items()}
+        return {
+            f"{said}, {key}": value.split() if isinstance(value, str) else [str(word) for word in value or []]
+            for key, value in blends.items()
+        }
     dests = ("data_path",) if source == "data_path" else _PER_SPLIT
     return {flag(dest): getattr(args, dest) for dest in dests if getattr(args, dest)}
 
@@ -156,17 +193,23 @@ def _read_text(label: str, path: str) -> str:
 
 
 def parse_blend(label: str, words: list[str]) -> tuple[list[str], list[float] | None]:
-    """The data sets of a blend, and their weights: 'NAME NAME ...' or 'weight NAME weight NAME ...'. Raises UserError for anything else."""
+    """The data sets of a blend, and their weights: 'NAME NAME ...' or 'weight NAME weight NAME ...'. Raises UserError
+    for anything else.
+    """
     weights = [_number(word) for word in words[0::2]]
     if words and len(words) % 2 == 0 and all(weight is not None for weight in weights):
         if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
             raise UserError(
-                f"{label}: found the weights {' '.join(words[0::2])}; they must not be negative, nor all zero, and their sum must be finite"
+                f"{label}: found the weights {' '.join(words[0::2])}; they must not be negative, nor all zero, and "
+                "their sum must be finite"
             )
         return words[1::2], weights
     number = next((word for word in words if _number(word) is not None), None)
     if number is not None:
-        raise UserError(f"{label}: found the weight {number}, but not one before every data set; write WEIGHT NAME WEIGHT NAME ..., or names alone")
+        raise UserError(
+            f"{label}: found the weight {number}, but not one before every data set; write WEIGHT NAME WEIGHT NAME "
+            "..., or names alone"
+        )
     return words, None
 
 
@@ -187,26 +230,34 @@ def _check_prefix(label: str, prefix: str, config: HyConfig, rank: int) -> int:
         if not os.path.isfile(path):
             raise UserError(f"{label} {prefix}: no file {path}; {_instead(prefix)}")
         if not os.access(path, os.R_OK):
-            raise UserError(f"{label} {prefix}: {path} is not readable by this user; change its permissions (chmod a+r)")
+            raise UserError(
+                f"{label} {prefix}: {path} is not readable by this user; change its permissions (chmod a+r)"
+            )
     return _check_files(label, prefix, config, rank)
 
 
 def _instead(prefix: str) -> str:
     found = sorted(glob.glob(glob.escape(prefix) + ("/*.idx" if os.path.isdir(prefix) else "*.idx")))
     if found:
-        what = f"{prefix} is a folder, and the prefix of two files is needed" if os.path.isdir(prefix) else "a prefix is needed"
+        what = (
+            f"{prefix} is a folder, and the prefix of two files is needed"
+            if os.path.isdir(prefix)
+            else "a prefix is needed"
+        )
         return f"{what}: {', '.join(path.removesuffix('.idx') for path in found[:3])}?"
     return "make it with tools/preprocess_data.py"
 
 
 def _check_files(label: str, prefix: str, config: HyConfig, rank: int) -> int:
-    """The index against the tokens' file: 9 bytes of magic, version, dtype, numbers of sequences and documents; then all lengths (int32), all offsets
-    (int64). Source: megatron/core/datasets/indexed_dataset.py."""
+    """The index against the tokens' file: 9 bytes of magic, version, dtype, numbers of sequences and documents; then
+    all lengths (int32), all offsets (int64). Source: megatron/core/datasets/indexed_dataset.py."""
     index_bytes, token_bytes = os.path.getsize(prefix + ".idx"), os.path.getsize(prefix + ".bin")
     with open(prefix + ".idx", "rb") as file:
         header = file.read(34)
         if len(header) < 34 or not header.startswith(_MAGIC) or header[17] not in _DTYPES:
-            raise UserError(f"{label} {prefix}: {prefix}.idx is not an index of Megatron's; make it with tools/preprocess_data.py")
+            raise UserError(
+                f"{label} {prefix}: {prefix}.idx is not an index of Megatron's; make it with tools/preprocess_data.py"
+            )
         num_sequences, num_documents = struct.unpack_from("<QQ", header, 18)
         if num_sequences == 0:
             raise UserError(f"{label} {prefix}: {prefix}.idx lists no documents; give data with some")
@@ -214,7 +265,10 @@ def _check_files(label: str, prefix: str, config: HyConfig, rank: int) -> int:
             return num_sequences
         needed = 34 + 12 * num_sequences + 8 * num_documents
         if index_bytes < needed:
-            raise UserError(f"{label} {prefix}: {prefix}.idx is truncated: {index_bytes} bytes of at least {needed}; copy or make it again")
+            raise UserError(
+                f"{label} {prefix}: {prefix}.idx is truncated: {index_bytes} bytes of at least {needed}; copy or make "
+                "it again"
+            )
         file.seek(34 + 4 * (num_sequences - 1))
         (length,) = struct.unpack("<i", file.read(4))
         file.seek(34 + 12 * num_sequences - 8)
@@ -223,26 +277,32 @@ def _check_files(label: str, prefix: str, config: HyConfig, rank: int) -> int:
     needed = offset + length * dtype.itemsize
     if token_bytes < needed:
         raise UserError(
-            f"{label} {prefix}: {prefix}.bin is truncated: {token_bytes} bytes of the {needed} that the index describes; copy or make it again"
+            f"{label} {prefix}: {prefix}.bin is truncated: {token_bytes} bytes of the {needed} that the index "
+            "describes; copy or make it again"
         )
     largest = np.fromfile(prefix + ".bin", dtype=dtype, count=_NUM_TOKENS_LOOKED_AT).max(initial=0)
     if largest >= config.vocab_size:
         raise UserError(
-            f"{label} {prefix}: {prefix}.bin holds token {largest}, outside the model's vocabulary of {config.vocab_size}; tokenize it again with "
+            f"{label} {prefix}: {prefix}.bin holds token {largest}, outside the model's vocabulary of "
+            f"{config.vocab_size}; tokenize it again with "
             f"this model's tokenizer (tools/preprocess_data.py)"
         )
     return num_sequences
 
 
 def _check_cache(args: argparse.Namespace, label: str, prefix: str) -> None:
-    """Megatron writes its indices under --data-cache-path, or else beside the data in a folder named like the prefix."""
+    """Megatron writes its indices under --data-cache-path, or else beside the data in a folder named like the
+    prefix.
+    """
     if args.data_cache_path is not None:
         check_writable("--data-cache-path", args.data_cache_path)
     else:
         try:
             check_writable(label, os.path.join(prefix, "cache"))
         except UserError as error:
-            raise UserError(f"{error}; give --data-cache-path, a folder that all ranks share, for Megatron's cache of the data") from None
+            raise UserError(
+                f"{error}; give --data-cache-path, a folder that all ranks share, for Megatron's cache of the data"
+            ) from None
 
 
 def check_writable(label: str, folder: str) -> None:
@@ -253,4 +313,6 @@ def check_writable(label: str, folder: str) -> None:
     if not os.path.isdir(parent):
         raise UserError(f"{label} {folder}: {parent} is a file; give a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{label} {folder}: {parent} is not writable by this user; give another folder, or change its permissions")
+        raise UserError(
+            f"{label} {folder}: {parent} is not writable by this user; give another folder, or change its permissions"
+        )

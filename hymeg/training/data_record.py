@@ -1,4 +1,6 @@
-"""What data a run's checkpoints were trained on, kept beside them: a resume under other data, or in another order, says so."""
+"""What data a run's checkpoints were trained on, kept beside them: a resume under other data, or in another order, says
+so.
+"""
 
 import argparse
 import json
@@ -12,22 +14,36 @@ from hymeg.hf.files import read_json, shown, written_whole
 from hymeg.training.weights import is_distributed_checkpoint
 
 RECORD = "data.json"
-_OF_TEXT = ("seed", "seq_length", "split", "data_path", "data_args_path", "train_data_path", "per_split_data_args_path", "mock_data")
+_OF_TEXT = (
+    "seed",
+    "seq_length",
+    "split",
+    "data_path",
+    "data_args_path",
+    "train_data_path",
+    "per_split_data_args_path",
+    "mock_data",
+)
 
 
 def text_record(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the order of Megatron's samples of text: their number is part of it (gpt_dataset.py, _build_document_sample_shuffle_indices)."""
+    """What decides the order of Megatron's samples of text: their number is part of it (gpt_dataset.py,
+    _build_document_sample_shuffle_indices).
+    """
     num_samples = args.train_samples or args.train_iters * args.global_batch_size
     return {dest: getattr(args, dest) for dest in _OF_TEXT} | {"train_samples": num_samples}
 
 
 def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Say where `record` differs from that of the checkpoint that training goes on from, and keep it in `--save`. For rank 0."""
+    """Say where `record` differs from that of the checkpoint that training goes on from, and keep it in `--save`. For
+    rank 0.
+    """
     if args.load is not None and not args.finetune and is_distributed_checkpoint(args.load):
         for key, was in _kept(args.load).items():
             if key in record and record[key] != was:
                 say(
-                    f"the data are not in the order that {args.load} was trained on: {key} was {shown(was)} and is {shown(record[key])}; samples may "
+                    f"the data are not in the order that {args.load} was trained on: {key} was {shown(was)} and is "
+                    f"{shown(record[key])}; samples may "
                     f"come twice or never"
                 )
     if args.save is not None:

@@ -4,7 +4,8 @@ import argparse
 import difflib
 from collections.abc import Iterable
 
-# What people type who come from papers, other trainers or Megatron-Bridge. Without the "-size" that either spelling may have.
+# What people type who come from papers, other trainers or Megatron-Bridge. Without the "-size" that either spelling may
+# have.
 _ELSEWHERE = {
     "tensor-model-parallel-size": "tp tensor-parallel tensor-model-parallel model-parallel num-tp",
     "pipeline-model-parallel-size": "pp pipeline-parallel pipeline-model-parallel num-stages",
@@ -49,7 +50,8 @@ _TORCHRUN = "nproc-per-node nproc nnodes node-rank master-addr master-port rdzv-
 
 
 def hint(wrong: str, options: Iterable[str]) -> str:
-    """What to do about the unknown flag `wrong` (with or without dashes in front), as `"; did you mean --right-name?"`; nothing when no name is near.
+    """What to do about the unknown flag `wrong` (with or without dashes in front), as `"; did you mean --right-name?"`;
+    nothing when no name is near.
 
     Args:
         options: the flags that exist, with their dashes.
@@ -83,10 +85,18 @@ def opposite(option: str) -> str:
 
 
 def add_opposites(parser: argparse.ArgumentParser) -> None:
-    """Give every switch its opposite, so that the command line can undo what a recipe or a default has set. Megatron gives it to a few only."""
+    """Give every switch its opposite, so that the command line can undo what a recipe or a default has set. Megatron
+    gives it to a few only.
+    """
     for action in list(parser._actions):
         if isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
-            free = [opposite(option) for option in action.option_strings if opposite(option) not in parser._option_string_actions]
+            free = [
+                opposite(option)
+                for option in action.option_strings
+                if opposite(option) not in parser._option_string_actions
+            ]
             undo = "store_false" if action.const else "store_true"
             if free:
-                parser.add_argument(*free, dest=action.dest, action=undo, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+                parser.add_argument(
+                    *free, dest=action.dest, action=undo, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+                )

@@ -1,7 +1,9 @@
-"""A Hugging Face folder given where training expects a checkpoint: converted to a distributed one first, once for all processes of a job.
+"""A Hugging Face folder given where training expects a checkpoint: converted to a distributed one first, once for all
+processes of a job.
 
-Rank 0 converts to `PLACE/hf_weights/NAME`, the others wait; a node that does not see the result has a disk of its own, and its first rank converts to
-`NAME-HOST` there. What was converted is used again as long as its source is the same file by file: `source.json` beside the tracker keeps account.
+Rank 0 converts to `PLACE/hf_weights/NAME`, the others wait; a node that does not see the result has a disk of its own,
+and its first rank converts to `NAME-HOST` there. What was converted is used again as long as its source is the same
+file by file: `source.json` beside the tracker keeps account.
 """
 
 import contextlib
@@ -32,7 +34,8 @@ Say = Callable[[str], None]
 
 
 def converted(hf: str | Path, place: str | Path, rank: int, local_rank: int, say: Say) -> Path:
-    """The distributed checkpoint made of the Hugging Face folder `hf`, in a folder inside `place`. Every process of the job calls this.
+    """The distributed checkpoint made of the Hugging Face folder `hf`, in a folder inside `place`. Every process of the
+    job calls this.
 
     Args:
         place: a folder, made if absent. It may be one for all nodes or each node's own.
@@ -50,7 +53,8 @@ def converted(hf: str | Path, place: str | Path, rank: int, local_rank: int, say
     def found() -> Path | None:
         if rank == 0:
             return shared if _source_of(shared) == source else None
-        # Rank 0 has seen to it that its own is no older than the source; a node with a copy of the source has other times, and maybe another path.
+        # Rank 0 has seen to it that its own is no older than the source; a node with a copy of the source has other
+        # times, and maybe another path.
         return next((target for target in (shared, own) if _content(_source_of(target)) == _content(source)), None)
 
     if rank == 0 and found():
@@ -59,12 +63,15 @@ def converted(hf: str | Path, place: str | Path, rank: int, local_rank: int, say
         once_per_node(f"conversion to {shared}", lambda: found() is not None, lambda: _convert(hf, source, own, say))
     target = found()
     if target is None:
-        raise UserError(f"{hf}: was converted to {shared}, but is not there now; was it removed, or the source changed? start again")
+        raise UserError(
+            f"{hf}: was converted to {shared}, but is not there now; was it removed, or the source changed? start again"
+        )
     return target
 
 
 def fingerprint(hf: Path) -> dict[str, Any]:
-    """What tells a checkpoint from a later one in the same folder: its path, the size and time of its weights, the text of its config.json.
+    """What tells a checkpoint from a later one in the same folder: its path, the size and time of its weights, the text
+    of its config.json.
 
     Raises:
         UserError: the folder cannot be read.
@@ -94,10 +101,14 @@ def _content(source: dict[str, Any] | None) -> Any:
 def _convert(hf: Path, source: dict[str, Any], target: Path, say: Say) -> None:
     say(f"{hf} is a Hugging Face folder: converting it, once, to {target}")
     try:
-        summary = hf_to_dist(hf, target, workers=min(_MAX_WORKERS, len(os.sched_getaffinity(0))), overwrite=True, say=say)
+        summary = hf_to_dist(
+            hf, target, workers=min(_MAX_WORKERS, len(os.sched_getaffinity(0))), overwrite=True, say=say
+        )
         (target / SOURCE_FILE).write_text(json.dumps(source, indent=1))
     except UserError as error:
-        raise UserError(f"{hf} must be converted, which goes to --save, else to --data-cache-path, else to ~/.cache: {error}") from error
+        raise UserError(
+            f"{hf} must be converted, which goes to --save, else to --data-cache-path, else to ~/.cache: {error}"
+        ) from error
     say(f"converted: {summary.num_tensors:,} tensors, {summary.num_bytes / 1e9:,.2f} GB, {summary.seconds:.1f} s")
 
 

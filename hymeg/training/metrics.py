@@ -1,4 +1,6 @@
-"""What the log says beyond Megatron's own: tokens per second, model FLOPs by our formula, MFU, the load of the experts."""
+"""What the log says beyond Megatron's own: tokens per second, model FLOPs by our formula, MFU, the load of the
+experts.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,25 +16,44 @@ _ELAPSED = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+) \|")
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
 
 
-def step_flops(config: HyConfig, seq_length: int, batch_size: int, squared_lengths: float | None = None, num_tokens: float | None = None) -> float:
-    """Model FLOPs of one training step over `batch_size` samples; of packed samples when their `squared_lengths` (sum of len^2) are known."""
+def step_flops(
+    config: HyConfig,
+    seq_length: int,
+    batch_size: int,
+    squared_lengths: float | None = None,
+    num_tokens: float | None = None,
+) -> float:
+    """Model FLOPs of one training step over `batch_size` samples; of packed samples when their `squared_lengths` (sum
+    of len^2) are known.
+    """
     if squared_lengths is not None:
-        return packed_training_flops(config, num_tokens if num_tokens is not None else batch_size * seq_length, squared_lengths)
+        return packed_training_flops(
+            config, num_tokens if num_tokens is not None else batch_size * seq_length, squared_lengths
+        )
     return training_flops(config, batch_size, seq_length)
 
 
 def expert_load(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> dict[int, float]:
-    """Per layer (counted from 0, multi-token prediction after the trunk) the tokens of the busiest expert over the mean, since the last call.
+    """Per layer (counted from 0, multi-token prediction after the trunk) the tokens of the busiest expert over the
+    mean, since the last call.
 
     Collective: every rank calls it. 1.0 is perfect balance, experts / top-k the worst there is.
     """
-    counts = torch.zeros(config.num_hidden_layers + config.num_nextn_predict_layers, config.num_experts, dtype=torch.int64, device=device.current())
+    counts = torch.zeros(
+        config.num_hidden_layers + config.num_nextn_predict_layers,
+        config.num_experts,
+        dtype=torch.int64,
+        device=device.current(),
+    )
     for chunk in model_chunks:
         for router in chunk.modules():
             if isinstance(router, Router):
-                counts[router.layer_number - 1 + (config.num_hidden_layers if router.is_mtp_layer else 0)] += router.expert_load
+                counts[router.layer_number - 1 + (config.num_hidden_layers if router.is_mtp_layer else 0)] += (
+                    router.expert_load
+                )
                 router.expert_load.zero_()
-    # Ranks of one layer see different tokens, ranks of different stages different layers: the sum over the world is the sum over both.
+    # Ranks of one layer see different tokens, ranks of different stages different layers: the sum over the world is the
+    # sum over both.
     torch.distributed.all_reduce(counts)
     counts = counts.double()
     return {layer: (row.max() / row.mean()).item() for layer, row in enumerate(counts) if row.sum() > 0}
@@ -48,7 +69,13 @@ class LogLine:
         self.load: dict[int, float] = {}
         self.packed: list[tuple[float, float]] = []
 
-    def before(self, iteration: int, is_first_iteration: bool, num_tokens: float | None = None, squared_lengths: float | None = None) -> None:
+    def before(
+        self,
+        iteration: int,
+        is_first_iteration: bool,
+        num_tokens: float | None = None,
+        squared_lengths: float | None = None,
+    ) -> None:
         """Called on every rank before Megatron logs, each iteration.
 
         Args:
@@ -67,10 +94,17 @@ class LogLine:
             return line
         seconds = float(elapsed.group(1)) / 1e3
         batch_size = int(re.search(r"global batch size: +(\d+)", line).group(1))
-        num_tokens, squared_lengths = (sum(of) / len(self.packed) for of in zip(*self.packed, strict=True)) if self.packed else (None, None)
+        num_tokens, squared_lengths = (
+            (sum(of) / len(self.packed) for of in zip(*self.packed, strict=True)) if self.packed else (None, None)
+        )
         num_positions = batch_size * self.args.seq_length
         tokens = (num_tokens or num_positions) / seconds
-        tflops = step_flops(self.config, self.args.seq_length, batch_size, squared_lengths, num_tokens) / seconds / self.args.world_size / 1e12
+        tflops = (
+            step_flops(self.config, self.args.seq_length, batch_size, squared_lengths, num_tokens)
+            / seconds
+            / self.args.world_size
+            / 1e12
+        )
         # Megatron's format has one decimal: 0.0 on a small model.
         line = _THROUGHPUT.sub(f"throughput per GPU (TFLOP/s/GPU): {tflops:.4g} |", line)
         line += f" tokens/s: {tokens:,.0f} |"

@@ -1,4 +1,6 @@
-"""Long work on files before the process groups are there, and so before their timeouts: done by one rank, waited for by all."""
+"""Long work on files before the process groups are there, and so before their timeouts: done by one rank, waited for by
+all.
+"""
 
 import functools
 import os
@@ -15,7 +17,8 @@ _SECONDS_TO_APPEAR = 5.0  # a shared file system may show another node's files l
 
 
 def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
-    """Have rank 0 `make` what is not there, and after it the first rank of every node that does not see the result. All ranks call it.
+    """Have rank 0 `make` what is not there, and after it the first rank of every node that does not see the result. All
+    ranks call it.
 
     Args:
         what: names the work; no two pieces of work of a run share one name.

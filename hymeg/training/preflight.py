@@ -1,6 +1,8 @@
-"""What is checked, and what is corrected, before anything heavy: the settings that Megatron would refuse late, or run wrongly. Cheap checks first.
+"""What is checked, and what is corrected, before anything heavy: the settings that Megatron would refuse late, or run
+wrongly. Cheap checks first.
 
-Every check raises a `UserError` that names the flag, what was found, and what to do. What is corrected is said, in one place, on rank 0.
+Every check raises a `UserError` that names the flag, what was found, and what to do. What is corrected is said, in one
+place, on rank 0.
 """
 
 import argparse
@@ -54,10 +56,14 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
 
 
 def layout_of(args: argparse.Namespace) -> layouts.Layout:
-    """The layout that `args` describe. A virtual size may be given as stages per rank or as layers per virtual stage."""
+    """The layout that `args` describe. A virtual size may be given as stages per rank or as layers per virtual
+    stage.
+    """
     if args.seq_length is None:
         raise UserError("--seq-length is missing: give the tokens of a sample, e.g. --seq-length 4096")
-    tp, pp, cp = (max(1, getattr(args, f"{name}_parallel_size")) for name in ("tensor_model", "pipeline_model", "context"))
+    tp, pp, cp = (
+        max(1, getattr(args, f"{name}_parallel_size")) for name in ("tensor_model", "pipeline_model", "context")
+    )
     sizes = {field: getattr(args, field) for field in layouts.Layout.__dataclass_fields__ if hasattr(args, field)}
     sizes |= {
         "virtual_pipeline_model_parallel_size": _virtual_stages(args, pp),
@@ -72,7 +78,11 @@ def layout_of(args: argparse.Namespace) -> layouts.Layout:
 
 
 def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
-    names = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout")
+    names = (
+        "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank",
+        "pipeline_model_parallel_layout",
+    )
     given = [name for name in names if getattr(args, name) is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(f'{flag(name)} {getattr(args, name)}' for name in given)} are given; keep one")
@@ -84,14 +94,19 @@ def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
         raise UserError(f"{said} cannot be combined with stages of unequal size; use {flag(names[1])}")
     layers = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
     if per_stage < 1 or layers % (pp * per_stage):
-        raise UserError(f"{said} x --pipeline-model-parallel-size {pp} does not divide {layers} layers; lower one of them")
+        raise UserError(
+            f"{said} x --pipeline-model-parallel-size {pp} does not divide {layers} layers; lower one of them"
+        )
     return layers // (pp * per_stage)
 
 
 def _check_devices() -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local > device.count():
-        raise UserError(f"torchrun --nproc-per-node {local}, but this machine shows {device.count()} GPUs; start as many processes as GPUs")
+        raise UserError(
+            f"torchrun --nproc-per-node {local}, but this machine shows {device.count()} GPUs; start as many processes "
+            "as GPUs"
+        )
 
 
 def _check_evaluation(args: argparse.Namespace, layout: layouts.Layout) -> None:
@@ -99,7 +114,8 @@ def _check_evaluation(args: argparse.Namespace, layout: layouts.Layout) -> None:
     micro = layout.micro_batch_size if args.eval_micro_batch_size is None else args.eval_micro_batch_size
     if batch % (micro * layout.data_parallel_size):
         raise UserError(
-            f"--eval-global-batch-size {batch} is no multiple of --eval-micro-batch-size {micro} x data-parallel size {layout.data_parallel_size}; "
+            f"--eval-global-batch-size {batch} is no multiple of --eval-micro-batch-size {micro} x data-parallel size "
+            f"{layout.data_parallel_size}; "
             f"use {micro * layout.data_parallel_size}"
         )
 
@@ -107,12 +123,20 @@ def _check_evaluation(args: argparse.Namespace, layout: layouts.Layout) -> None:
 def _check_recompute(args: argparse.Namespace) -> None:
     full = args.recompute_granularity == "full"
     if full and args.recompute_method is None:
-        raise UserError("--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers")
+        raise UserError(
+            "--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers"
+        )
     if full and args.recompute_num_layers is None:
-        raise UserError("--recompute-granularity full needs --recompute-num-layers: how many layers a recomputed piece holds, 1 saves most")
+        raise UserError(
+            "--recompute-granularity full needs --recompute-num-layers: how many layers a recomputed piece holds, 1 "
+            "saves most"
+        )
     for name in ("recompute_method", "recompute_num_layers"):
         if not full and getattr(args, name) is not None:
-            raise UserError(f"{flag(name)} {getattr(args, name)} goes with --recompute-granularity full only; leave it out or add that")
+            raise UserError(
+                f"{flag(name)} {getattr(args, name)} goes with --recompute-granularity full only; leave it out or add "
+                "that"
+            )
     if args.recompute_modules is None:
         return
     said = f"--recompute-modules {' '.join(args.recompute_modules)}"
@@ -123,7 +147,10 @@ def _check_recompute(args: argparse.Namespace) -> None:
 
 
 def _check_overlap(args: argparse.Namespace) -> None:
-    for name, needed in (("overlap_param_gather", "use_distributed_optimizer"), ("overlap_param_gather", "overlap_grad_reduce")):
+    for name, needed in (
+        ("overlap_param_gather", "use_distributed_optimizer"),
+        ("overlap_param_gather", "overlap_grad_reduce"),
+    ):
         if getattr(args, name) and not getattr(args, needed):
             raise UserError(f"{flag(name)} needs {flag(needed)}; add it, or leave {flag(name)} out")
 
@@ -133,13 +160,24 @@ def _check_packages(args: argparse.Namespace) -> None:
         ("transformer_impl", args.transformer_impl == "transformer_engine", "transformer_engine", "'hymeg[gpu]'"),
         ("num_distributed_optimizer_instances", args.num_distributed_optimizer_instances > 1, "einops", "einops"),
         ("optimizer", args.optimizer not in ("adam", "sgd"), "emerging_optimizers", "emerging-optimizers"),
-        ("async_strategy", args.async_save and args.async_strategy == "nvrx", "nvidia_resiliency_ext", "nvidia-resiliency-ext"),
-        ("non_persistent_ckpt_type", args.non_persistent_ckpt_type == "local", "nvidia_resiliency_ext", "nvidia-resiliency-ext"),
+        (
+            "async_strategy",
+            args.async_save and args.async_strategy == "nvrx",
+            "nvidia_resiliency_ext",
+            "nvidia-resiliency-ext",
+        ),
+        (
+            "non_persistent_ckpt_type",
+            args.non_persistent_ckpt_type == "local",
+            "nvidia_resiliency_ext",
+            "nvidia-resiliency-ext",
+        ),
         ("wandb_project", bool(args.wandb_project), "wandb", "wandb"),
     ):
         if needs_it and importlib.util.find_spec(package) is None:
             raise UserError(
-                f"{flag(name)} {getattr(args, name)} needs {package}, which is not installed: run pip install {install}, or choose another"
+                f"{flag(name)} {getattr(args, name)} needs {package}, which is not installed: run pip install "
+                f"{install}, or choose another"
             )
 
 
@@ -154,7 +192,9 @@ def _check_logs(args: argparse.Namespace) -> None:
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir)
     if args.wandb_project and args.wandb_save_dir is None and args.save is None:
-        raise UserError(f"--wandb-project {args.wandb_project} needs a folder to write to; give --wandb-save-dir or --save")
+        raise UserError(
+            f"--wandb-project {args.wandb_project} needs a folder to write to; give --wandb-save-dir or --save"
+        )
 
 
 def _check_save(args: argparse.Namespace) -> None:
@@ -186,7 +226,9 @@ def _correct(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         # A resume under another --train-iters or --lr would otherwise end in an assertion of the scheduler.
         args.override_opt_param_scheduler = True
         if "train_iters" in args.explicit and is_distributed_checkpoint(args.load):
-            say("--override-opt-param-scheduler set: the learning-rate schedule is this command's, not the checkpoint's")
+            say(
+                "--override-opt-param-scheduler set: the learning-rate schedule is this command's, not the checkpoint's"
+            )
     if args.save is None and args.save_interval is not None:
         say(f"--save-interval {args.save_interval} has no effect: without --save nothing is saved")
     if args.save is not None and args.save_interval is None:

@@ -1,6 +1,8 @@
-"""Megatron's flags that hymeg refuses wherever it runs: those that would make another model of it, and those that would be ignored.
+"""Megatron's flags that hymeg refuses wherever it runs: those that would make another model of it, and those that would
+be ignored.
 
-By argparse destination; a flag that repeats Megatron's default is let through. What only the CPU cannot serve stands in hymeg.platform.flags.
+By argparse destination; a flag that repeats Megatron's default is let through. What only the CPU cannot serve stands in
+hymeg.platform.flags.
 """
 
 _OTHER_MODEL = """
@@ -17,7 +19,9 @@ OTHER_MODEL = frozenset(_OTHER_MODEL.split())
 
 _OLD = "Megatron has replaced it: use {}"
 _OWN_LOSS = "these models are trained on their data's own tokens; leave it out"
-_CHECKPOINT_ARGS = "config.json is where the architecture comes from, and the command line where the layout does; leave it out"
+_CHECKPOINT_ARGS = (
+    "config.json is where the architecture comes from, and the command line where the layout does; leave it out"
+)
 _CAUSAL = "attention is causal over the whole sample, so it would change nothing; leave it out"
 _INDEXED = "hymeg reads Megatron's indexed datasets (tools/preprocess_data.py); leave it out"
 _SHARDS = "hymeg's layouts know tensor parallelism and the distributed optimizer only; leave it out"

@@ -46,24 +46,31 @@ def check_rows(args: argparse.Namespace) -> None:
     """Check the flags of `--sft` and that its files are there.
 
     Raises:
-        UserError: a flag that contradicts it or would be ignored, no data, a file that is missing, empty, unreadable or of an unknown kind, a
-            cache that cannot be written.
+        UserError: a flag that contradicts it or would be ignored, no data, a file that is missing, empty, unreadable or
+            of an unknown kind, a cache that cannot be written.
     """
     for dest, why in _IGNORED.items():
         if dest in args.explicit and getattr(args, dest) not in (False, "single"):
             raise UserError(f"{args.explicit[dest][0]} has no place with --sft: {why}; leave it out")
     if not args.calculate_per_token_loss:
-        raise UserError("--sft needs --calculate-per-token-loss: conversations differ in how many tokens they train; leave the opposite out")
+        raise UserError(
+            "--sft needs --calculate-per-token-loss: conversations differ in how many tokens they train; leave the "
+            "opposite out"
+        )
     if args.packed and args.micro_batch_size != 1:
         raise UserError(
-            f"--micro-batch-size {args.micro_batch_size}: packed conversations need 1; for more tokens at once raise --seq-length, or give "
+            f"--micro-batch-size {args.micro_batch_size}: packed conversations need 1; for more tokens at once raise "
+            "--seq-length, or give "
             f"--no-sft-packing"
         )
     if args.data_path and args.train_data_path:
         raise UserError("--data-path and --train-data-path are both given; keep one")
     if args.split is not None and (args.valid_data_path or args.test_data_path):
-        raise UserError(f"--split {args.split} cannot be combined with files given for validation or test; leave it out")
-    # In Megatron's terms, who gives files for validation gives them for each split; where nothing is said it would choose a split, with a warning.
+        raise UserError(
+            f"--split {args.split} cannot be combined with files given for validation or test; leave it out"
+        )
+    # In Megatron's terms, who gives files for validation gives them for each split; where nothing is said it would
+    # choose a split, with a warning.
     if args.valid_data_path or args.test_data_path:
         args.data_path, args.train_data_path = None, args.train_data_path or args.data_path
     else:
@@ -93,7 +100,8 @@ def _check_file(label: str, path: str, cache: str | None) -> None:
 
 
 class RowData:
-    """The sequences of a run: rows tokenised, cut and packed. Every rank makes one; the files behind it are made once a node.
+    """The sequences of a run: rows tokenised, cut and packed. Every rank makes one; the files behind it are made once a
+    node.
 
     Args:
         args: checked. How evaluation goes over the data is set here where the command line left it open.
@@ -110,9 +118,16 @@ class RowData:
         indices = _indices(args, config, dict.fromkeys(path for blend in blends if blend for path in blend.paths))
         self.weights = [blend.weights if blend else blends[0].weights for blend in blends]
         split = _split(args, {path: len(index) for path, index in indices.items()}, blends, say)
-        self.sources = [_sources(indices, blend or blends[0], part, self.shape, args.seed) for blend, part in zip(blends, split, strict=True)]
+        self.sources = [
+            _sources(indices, blend or blends[0], part, self.shape, args.seed)
+            for blend, part in zip(blends, split, strict=True)
+        ]
         everything = [source for sources in self.sources for source in sources]
-        once_per_node("sequences", lambda: all(source.is_made for source in everything), lambda: [source.packs for source in everything])
+        once_per_node(
+            "sequences",
+            lambda: all(source.is_made for source in everything),
+            lambda: [source.packs for source in everything],
+        )
         for name, sources in zip(_SPLITS, self.sources, strict=True):
             for source in sources:
                 say(f"{name} data {described(source)}")
@@ -127,25 +142,33 @@ class RowData:
         train = self.sources[0]
         return {
             "train_data": [
-                [os.path.basename(source.index.path), source.index.content, int(source.index.starts[-1]), *source.rows] for source in train
+                [os.path.basename(source.index.path), source.index.content, int(source.index.starts[-1]), *source.rows]
+                for source in train
             ],
             "weights": self.weights[0],
             "sft_samples": [*self.shape, train[0].seed],
         }
 
     def datasets(self, args: argparse.Namespace, num_samples: tuple[int, int | None, int]) -> tuple:
-        """What Megatron's loop is given for training, validation and test: None for a split without rows, a list where validation has several. Only
-        ranks that read for others are given any."""
+        """What Megatron's loop is given for training, validation and test: None for a split without rows, a list where
+        validation has several. Only ranks that read for others are given any."""
         from megatron.core.datasets.utils import Split
 
         train, valid, test = self.sources
         if not is_reader():
             return None, [None] * len(valid) if args.full_validation else None, None
         if args.full_validation:
-            validation = [ConversationDataset([source], None, Split.valid, multiple_of=args.eval_global_batch_size) for source in valid]
+            validation = [
+                ConversationDataset([source], None, Split.valid, multiple_of=args.eval_global_batch_size)
+                for source in valid
+            ]
         else:
             weights = self.weights[1] if "eval_iters" in args.explicit else None
-            validation = ConversationDataset(valid, num_samples[1], Split.valid, None, weights, args.eval_global_batch_size) if valid else None
+            validation = (
+                ConversationDataset(valid, num_samples[1], Split.valid, None, weights, args.eval_global_batch_size)
+                if valid
+                else None
+            )
         return (
             ConversationDataset(train, num_samples[0], Split.train, args.seed, self.weights[0]),
             validation,
@@ -156,18 +179,29 @@ class RowData:
 def described(sequences: Sequences) -> str:
     """What became of the rows of a file, on one line."""
     counts, num_positions = sequences.counts, len(sequences.packs) * sequences.shape.seq_length
-    lost = "".join(f", {number:,} {what}" for what, number in (("truncated", counts.truncated), ("dropped", counts.dropped)) if number)
+    lost = "".join(
+        f", {number:,} {what}"
+        for what, number in (("truncated", counts.truncated), ("dropped", counts.dropped))
+        if number
+    )
     return (
-        f"{sequences.index.path}: {counts.rows:,} rows{lost}, {counts.tokens:,} tokens in {len(sequences.packs):,} sequences of "
+        f"{sequences.index.path}: {counts.rows:,} rows{lost}, {counts.tokens:,} tokens in {len(sequences.packs):,} "
+        "sequences of "
         f"{sequences.shape.seq_length:,}, {counts.tokens / num_positions:.1%} full"
     )
 
 
 def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Callable[[str], None]) -> None:
-    """Where the command line does not say how much to evaluate on: on everything, each time, each data set with a loss of its own."""
+    """Where the command line does not say how much to evaluate on: on everything, each time, each data set with a loss
+    of its own.
+    """
     if not sources:
         if "eval_iters" in args.explicit and args.eval_iters > 0:
-            what = "there is no data for validation" if args.split is None else f"--split {args.split} leaves no data for validation"
+            what = (
+                "there is no data for validation"
+                if args.split is None
+                else f"--split {args.split} leaves no data for validation"
+            )
             raise UserError(f"--eval-iters {args.eval_iters}: {what}; give some, or --eval-iters 0")
         args.eval_iters = 0
         return
@@ -175,7 +209,10 @@ def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Call
         return
     if len(sources) == 1 or args.virtual_pipeline_model_parallel_size is not None:
         args.eval_iters = -(-sum(len(source.packs) for source in sources) // args.eval_global_batch_size)
-        say(f"--eval-iters {args.eval_iters} set: all validation data, every --eval-interval {args.eval_interval} iterations")
+        say(
+            f"--eval-iters {args.eval_iters} set: all validation data, every --eval-interval {args.eval_interval} "
+            "iterations"
+        )
         return
     # Megatron's own way to several losses. It draws one sample after the other, in micro-batches of one.
     args.full_validation = args.multiple_validation_sets = True
@@ -186,7 +223,10 @@ def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Call
 def row_blends(args: argparse.Namespace) -> list[Blend | None]:
     """The files of training, validation and test; None where the first one's are split, or there is none."""
     per_split = [args.train_data_path or args.data_path, args.valid_data_path, args.test_data_path]
-    return [Blend(*parse_blend(flag(dest), words)) if words else None for dest, words in zip(_flags(args), per_split, strict=True)]
+    return [
+        Blend(*parse_blend(flag(dest), words)) if words else None
+        for dest, words in zip(_flags(args), per_split, strict=True)
+    ]
 
 
 def _flags(args: argparse.Namespace) -> tuple[str, ...]:
@@ -205,14 +245,18 @@ def _indices(args: argparse.Namespace, config: HyConfig, paths: Iterable[str]) -
     return indices
 
 
-def _sources(indices: dict[str, RowIndex], blend: Blend, part: tuple[float, float] | None, shape: Shape, seed: int) -> list[Sequences]:
+def _sources(
+    indices: dict[str, RowIndex], blend: Blend, part: tuple[float, float] | None, shape: Shape, seed: int
+) -> list[Sequences]:
     if part is None:
         return []
     bounds = {path: tuple(round(bound * len(indices[path])) for bound in part) for path in blend.paths}
     return [Sequences(indices[path], bounds[path], shape, seed) for path in blend.paths]
 
 
-def _split(args: argparse.Namespace, num_rows: dict[str, int], blends: list[Blend | None], say: Callable[[str], None]) -> list:
+def _split(
+    args: argparse.Namespace, num_rows: dict[str, int], blends: list[Blend | None], say: Callable[[str], None]
+) -> list:
     """Which part of its rows each of training, validation and test takes, as Megatron cuts documents: contiguous."""
     if any(blends[1:]):
         return [(0.0, 1.0) if blend else None for blend in blends]
@@ -231,7 +275,8 @@ def _reporter() -> Callable[[Progress], None]:
         if now - said >= _SECONDS_BETWEEN_LINES or done:
             said = now
             print(
-                f"hymeg: {progress.path}: {progress.num_rows:,} rows tokenised, {progress.num_bytes / max(progress.total_bytes, 1):.0%}, "
+                f"hymeg: {progress.path}: {progress.num_rows:,} rows tokenised, "
+                f"{progress.num_bytes / max(progress.total_bytes, 1):.0%}, "
                 f"{progress.num_tokens:,} tokens, {progress.num_tokens / (now - started + 1e-9):,.0f} tokens/s",
                 flush=True,
             )

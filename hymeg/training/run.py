@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     """`pretrain_hy.py`: everything but the process's own start."""
     with exit_on_user_error():
         _stand_alone()
-        # Megatron unpickles a checkpoint's objects as they come; so PyTorch refuses any that names what has no place in a checkpoint.
+        # Megatron unpickles a checkpoint's objects as they come; so PyTorch refuses any that names what has no place in
+        # a checkpoint.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         args, config = parse(argv)
         notes: list[str] = []
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
-    """Put config.json, tokenizer and chat template beside the checkpoints, so that the folder can be exported, and trained on, by itself."""
+    """Put config.json, tokenizer and chat template beside the checkpoints, so that the folder can be exported, and
+    trained on, by itself.
+    """
     if hf_model.resolve() == save.resolve():
         return
     save.mkdir(parents=True, exist_ok=True)
@@ -58,11 +61,21 @@ def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
 
 
 def _stand_alone() -> None:
-    """Without a launcher this process is a world of its own: `python pretrain_hy.py` is `torchrun --nproc-per-node 1`."""
+    """Without a launcher this process is a world of its own: `python pretrain_hy.py` is `torchrun --nproc-per-node
+    1`.
+    """
     if "RANK" in os.environ:
         return
-    # Port 0: the system gives a free one in the moment in which it is listened at. One chosen before might be taken by then.
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    # Port 0: the system gives a free one in the moment in which it is listened at. One chosen before might be taken by
+    # then.
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
 
 
 def train(args, config: HyConfig) -> None:
@@ -92,10 +105,15 @@ def train(args, config: HyConfig) -> None:
         if rows is not None:
             return rows.datasets(args, num_samples)
         layout = model_config.transformer.pipeline_model_parallel_layout
-        return build_datasets(args, get_tokenizer(), num_samples, lambda: is_reader() and takes_data(args, layout, vp_stage))
+        return build_datasets(
+            args, get_tokenizer(), num_samples, lambda: is_reader() and takes_data(args, layout, vp_stage)
+        )
 
     datasets.is_distributed = True
-    with megatron_patches.flops_formula(functools.partial(step_flops, config, args.seq_length)), megatron_patches.log_line(log_line):
+    with (
+        megatron_patches.flops_formula(functools.partial(step_flops, config, args.seq_length)),
+        megatron_patches.log_line(log_line),
+    ):
         pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(forward_step, args))
 
 
@@ -133,4 +151,6 @@ def _megatron_refusals():
         if "megatron" not in frame.filename:
             raise
         reason = str(error) or f"it requires `{frame.line.removeprefix('assert ').rstrip(', \\')}`"
-        raise UserError(f"Megatron refuses this combination of flags: {reason} ({os.path.basename(frame.filename)}:{frame.lineno})") from error
+        raise UserError(
+            f"Megatron refuses this combination of flags: {reason} ({os.path.basename(frame.filename)}:{frame.lineno})"
+        ) from error

@@ -1,4 +1,6 @@
-"""Checks how long, how often and how fast: what Megatron's learning-rate scheduler and training loop assert only once the model is built."""
+"""Checks how long, how often and how fast: what Megatron's learning-rate scheduler and training loop assert only once
+the model is built.
+"""
 
 import argparse
 import math
@@ -10,36 +12,84 @@ _INFINITY = math.inf
 _RANGES: dict[str, tuple[float, float]] = {
     # A count of iterations or samples; what is 0 or less would divide by zero or never happen.
     **dict.fromkeys(
-        ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"), (1, _INFINITY)
+        (
+            "train_iters",
+            "train_samples",
+            "lr_decay_iters",
+            "lr_decay_samples",
+            "lr_wsd_decay_iters",
+            "lr_wsd_decay_samples",
+        ),
+        (1, _INFINITY),
     ),
     **dict.fromkeys(
-        ("eval_interval", "log_interval", "tensorboard_log_interval", "save_interval", "save_retain_interval", "exit_interval"), (1, _INFINITY)
+        (
+            "eval_interval",
+            "log_interval",
+            "tensorboard_log_interval",
+            "save_interval",
+            "save_retain_interval",
+            "exit_interval",
+        ),
+        (1, _INFINITY),
     ),
-    **dict.fromkeys(("eval_global_batch_size", "eval_micro_batch_size", "num_dataset_builder_threads", "dist_ckpt_workers"), (1, _INFINITY)),
-    **dict.fromkeys(("make_vocab_size_divisible_by", "distributed_timeout_minutes", "exit_duration_in_mins", "recompute_num_layers"), (1, _INFINITY)),
+    **dict.fromkeys(
+        ("eval_global_batch_size", "eval_micro_batch_size", "num_dataset_builder_threads", "dist_ckpt_workers"),
+        (1, _INFINITY),
+    ),
+    **dict.fromkeys(
+        (
+            "make_vocab_size_divisible_by",
+            "distributed_timeout_minutes",
+            "exit_duration_in_mins",
+            "recompute_num_layers",
+        ),
+        (1, _INFINITY),
+    ),
     "seed": (1, 2**32 - 1),  # Megatron's _set_random_seed and numpy's
-    **dict.fromkeys(("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad", "weight_decay", "adam_eps"), (0, _INFINITY)),
-    **dict.fromkeys(("start_weight_decay", "end_weight_decay", "eval_iters", "num_workers", "init_method_std"), (0, _INFINITY)),
-    **dict.fromkeys(("lr_warmup_iters", "lr_warmup_samples", "mtp_loss_scaling_factor", "moe_router_bias_update_rate"), (0, _INFINITY)),
-    **dict.fromkeys(("lr_warmup_fraction", "hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(
+        ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad", "weight_decay", "adam_eps"),
+        (0, _INFINITY),
+    ),
+    **dict.fromkeys(
+        ("start_weight_decay", "end_weight_decay", "eval_iters", "num_workers", "init_method_std"), (0, _INFINITY)
+    ),
+    **dict.fromkeys(
+        ("lr_warmup_iters", "lr_warmup_samples", "mtp_loss_scaling_factor", "moe_router_bias_update_rate"),
+        (0, _INFINITY),
+    ),
+    **dict.fromkeys(
+        ("lr_warmup_fraction", "hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2"),
+        (0, math.nextafter(1, 0)),
+    ),
 }
 """Destination -> the lowest and the highest value."""
 
-_SAVE_INTERVALS = ("save_interval", *(f"save_{what}_interval" for what in ("params", "activations", "tokens_per_expert", "wgrads", "dgrads")))
+_SAVE_INTERVALS = (
+    "save_interval",
+    *(f"save_{what}_interval" for what in ("params", "activations", "tokens_per_expert", "wgrads", "dgrads")),
+)
 
-_ADVICE = {"eval_interval": "; to evaluate never, give --eval-iters 0", "save_interval": "; to save never, leave --save out"}
+_ADVICE = {
+    "eval_interval": "; to evaluate never, give --eval-iters 0",
+    "save_interval": "; to save never, leave --save out",
+}
 
 
 def check_schedule(args: argparse.Namespace) -> None:
     """Raises UserError: a length, an interval or a rate that cannot work, alone or with the others."""
     if args.train_iters is None and args.train_samples is None:
-        raise UserError("--train-iters is missing: say how long to train, in iterations (or in samples with --train-samples)")
+        raise UserError(
+            "--train-iters is missing: say how long to train, in iterations (or in samples with --train-samples)"
+        )
     if args.lr is None:
         raise UserError("--lr is missing: give the peak learning rate, e.g. --lr 1e-5 for fine-tuning")
     for dest, (lowest, highest) in _RANGES.items():
         value = getattr(args, dest)
         if value is not None and not (lowest <= value <= highest and math.isfinite(value)):
-            raise UserError(f"{flag(dest)} {value}: it must be {_allowed(lowest, highest, value)}{_ADVICE.get(dest, '')}")
+            raise UserError(
+                f"{flag(dest)} {value}: it must be {_allowed(lowest, highest, value)}{_ADVICE.get(dest, '')}"
+            )
     _check_units(args)
     for dest in ("min_lr", "lr_warmup_init"):
         if getattr(args, dest) > args.lr:
@@ -49,27 +99,35 @@ def check_schedule(args: argparse.Namespace) -> None:
         start, end = args.start_weight_decay, args.end_weight_decay
         if start is None or end is None or start > end:
             raise UserError(
-                f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay (found {start}) and --end-weight-decay "
+                f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay (found {start}) "
+                "and --end-weight-decay "
                 f"(found {end}), the first not above the second"
             )
     elif args.start_weight_decay is not None or args.end_weight_decay is not None:
         raise UserError(
-            "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine; for a constant use --weight-decay"
+            "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine; for a "
+            "constant use --weight-decay"
         )
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 are both given; keep --bf16, the precision these models are published in")
     if args.use_checkpoint_opt_param_scheduler and args.override_opt_param_scheduler:
-        raise UserError("--use-checkpoint-opt-param-scheduler and --override-opt-param-scheduler are both given; keep one")
+        raise UserError(
+            "--use-checkpoint-opt-param-scheduler and --override-opt-param-scheduler are both given; keep one"
+        )
     if args.save_retain_interval is not None and args.save_retain_interval % (args.save_interval or 1):
         raise UserError(
-            f"--save-retain-interval {args.save_retain_interval} is no multiple of --save-interval {args.save_interval}; "
+            f"--save-retain-interval {args.save_retain_interval} is no multiple of --save-interval "
+            f"{args.save_interval}; "
             f"with {2 * args.save_interval} every second checkpoint is kept"
         )
     for dest in _SAVE_INTERVALS:
         # From a recipe that several runs share it is only noted.
         typed = args.explicit.get(dest, ("", "in a recipe"))[1] == ""
         if args.save is None and getattr(args, dest) is not None and (typed or dest != "save_interval"):
-            raise UserError(f"{flag(dest)} {getattr(args, dest)} without --save would save nothing; add --save FOLDER, or leave it out")
+            raise UserError(
+                f"{flag(dest)} {getattr(args, dest)} without --save would save nothing; add --save FOLDER, or leave it "
+                "out"
+            )
 
 
 def _allowed(lowest: float, highest: float, value: float) -> str:
@@ -86,16 +144,24 @@ def _check_units(args: argparse.Namespace) -> None:
     for name in ("lr_decay", "lr_wsd_decay", "lr_warmup"):
         if getattr(args, f"{name}_{other}"):
             wrong, right = flag(f"{name}_{other}"), flag(f"{name}_{unit}")
-            raise UserError(f"{wrong} {getattr(args, f'{name}_{other}')} does not go with --train-{unit}: give {right}, so that both count {unit}")
+            raise UserError(
+                f"{wrong} {getattr(args, f'{name}_{other}')} does not go with --train-{unit}: give {right}, so that "
+                f"both count {unit}"
+            )
 
 
 def _check_warmup(args: argparse.Namespace) -> None:
     unit = "iters" if args.train_iters is not None else "samples"
     warmup, decay, length = (getattr(args, f"{name}_{unit}") for name in ("lr_warmup", "lr_decay", "train"))
     if warmup and args.lr_warmup_fraction is not None:
-        raise UserError(f"--lr-warmup-{unit} {warmup} and --lr-warmup-fraction {args.lr_warmup_fraction} are both given; keep one")
+        raise UserError(
+            f"--lr-warmup-{unit} {warmup} and --lr-warmup-fraction {args.lr_warmup_fraction} are both given; keep one"
+        )
     if warmup >= (decay or length):
         until = f"--lr-decay-{unit} {decay}" if decay else f"--train-{unit} {length}"
-        raise UserError(f"--lr-warmup-{unit} {warmup} is not below {until}, so that the learning rate would never reach its peak; lower it")
+        raise UserError(
+            f"--lr-warmup-{unit} {warmup} is not below {until}, so that the learning rate would never reach its peak; "
+            "lower it"
+        )
     if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
         raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}: how long the decay at the end takes")

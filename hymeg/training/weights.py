@@ -1,4 +1,6 @@
-"""Where the first weights come from: a distributed checkpoint, a Hugging Face folder, or, when asked for, chance. Never chance by accident."""
+"""Where the first weights come from: a distributed checkpoint, a Hugging Face folder, or, when asked for, chance. Never
+chance by accident.
+"""
 
 import argparse
 import difflib
@@ -22,28 +24,37 @@ def is_distributed_checkpoint(folder: str) -> bool:
 
 def is_hf_folder(folder: str) -> bool:
     """config.json and weights: a run's own `--save` folder holds config.json from its start."""
-    return os.path.isfile(os.path.join(folder, "config.json")) and any(name.endswith(".safetensors") for name in os.listdir(folder))
+    return os.path.isfile(os.path.join(folder, "config.json")) and any(
+        name.endswith(".safetensors") for name in os.listdir(folder)
+    )
 
 
 def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
-    """Decide where the weights come from, and set `args.hf_weights` to the Hugging Face folder that they lie in, or None.
+    """Decide where the weights come from, and set `args.hf_weights` to the Hugging Face folder that they lie in, or
+    None.
 
-    `--load` of a folder with a checkpoint resumes from it. `--load` or `--pretrained-checkpoint` of a Hugging Face folder starts from its weights.
-    A job script may give its own `--save` folder to `--load` as well, empty in the job's first life, and `--pretrained-checkpoint` (or
-    `--init-from-scratch`) where to start.
+    `--load` of a folder with a checkpoint resumes from it. `--load` or `--pretrained-checkpoint` of a Hugging Face
+    folder starts from its weights. A job script may give its own `--save` folder to `--load` as well, empty in the
+    job's first life, and `--pretrained-checkpoint` (or `--init-from-scratch`) where to start.
 
     Raises:
-        UserError: a folder without anything to load, nothing to load at all and no `--init-from-scratch`, tensors that do not fit config.json, or a
-            `--save` folder whose checkpoints would be overwritten.
+        UserError: a folder without anything to load, nothing to load at all and no `--init-from-scratch`, tensors that
+            do not fit config.json, or a `--save` folder whose checkpoints would be overwritten.
     """
     args.hf_weights = None
     chosen = _choose(args)
     _check_not_overwriting(args, chosen)
     if chosen is None:
         if not args.init_from_scratch:
-            raise UserError("no weights: give --load FOLDER (a checkpoint or a Hugging Face folder), or --init-from-scratch for random weights")
+            raise UserError(
+                "no weights: give --load FOLDER (a checkpoint or a Hugging Face folder), or --init-from-scratch for "
+                "random weights"
+            )
         if not args.perform_initialization:
-            raise UserError("--no-initialization with --init-from-scratch would train whatever the memory held; leave --no-initialization out")
+            raise UserError(
+                "--no-initialization with --init-from-scratch would train whatever the memory held; leave "
+                "--no-initialization out"
+            )
         return
     dest, folder = chosen
     if is_distributed_checkpoint(folder):
@@ -51,13 +62,18 @@ def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str
         args.exit_on_missing_checkpoint = True
     else:
         if args.ckpt_step is not None:
-            raise UserError(f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no iterations; leave it out")
+            raise UserError(
+                f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no "
+                "iterations; leave it out"
+            )
         _check_hf_folder(f"{flag(dest)} {folder}", folder, config)
         args.hf_weights, args.load, args.pretrained_checkpoint = folder, None, None
 
 
 def _choose(args: argparse.Namespace) -> tuple[str, str] | None:
-    """(destination, folder) of what is loaded. A run's own `--save` folder may still be without a checkpoint: `args.load` is then None."""
+    """(destination, folder) of what is loaded. A run's own `--save` folder may still be without a checkpoint:
+    `args.load` is then None.
+    """
     for dest in ("load", "pretrained_checkpoint"):
         folder = getattr(args, dest)
         if folder is None:
@@ -67,7 +83,8 @@ def _choose(args: argparse.Namespace) -> tuple[str, str] | None:
         own = dest == "load" and args.save is not None and os.path.realpath(folder) == os.path.realpath(args.save)
         if own and not args.init_from_scratch and args.pretrained_checkpoint is None:
             raise UserError(
-                f"--load {folder} is this run's own --save folder and holds no checkpoint yet: say with --pretrained-checkpoint where to start"
+                f"--load {folder} is this run's own --save folder and holds no checkpoint yet: say with "
+                "--pretrained-checkpoint where to start"
             )
         if not own:
             raise UserError(f"{flag(dest)} {folder}: {_nothing_in(folder)}")
@@ -84,9 +101,7 @@ def _nothing_in(folder: str) -> str:
     if not os.path.exists(folder):
         siblings = os.listdir(parent) if os.access(parent, os.R_OK | os.X_OK) else []
         near = difflib.get_close_matches(name, siblings, n=1)
-        return (
-            f"no such folder; {f'did you mean {os.path.join(parent, near[0])}? ' if near else ''}{needed}, or --init-from-scratch for random weights"
-        )
+        return f"no such folder; {f'did you mean {os.path.join(parent, near[0])}? ' if near else ''}{needed}, or --init-from-scratch for random weights"
     if not os.path.isdir(folder):
         return f"a file, not a folder; {needed}"
     if not os.access(folder, os.R_OK | os.X_OK):
@@ -101,39 +116,60 @@ def _check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | N
         start = f"{flag(chosen[0])} {chosen[1]}" if chosen else "--init-from-scratch"
         keep = f"--pretrained-checkpoint {chosen[1]}" if chosen else start
         raise UserError(
-            f"--save {args.save} holds a checkpoint already, which {start} would overwrite; to go on from it give --load {args.save} {keep}, "
+            f"--save {args.save} holds a checkpoint already, which {start} would overwrite; to go on from it give "
+            f"--load {args.save} {keep}, "
             f"to start anew another --save"
         )
 
 
-def _check_distributed(args: argparse.Namespace, dest: str, folder: str, config: HyConfig, say: Callable[[str], None]) -> None:
+def _check_distributed(
+    args: argparse.Namespace, dest: str, folder: str, config: HyConfig, say: Callable[[str], None]
+) -> None:
     path = os.path.join(folder, TRACKER)
     try:
         with open(path) as file:
             content = file.read(100).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag(dest)} {folder}: {path} cannot be read ({error}); write the iteration to load into it, or 'release'") from None
+        raise UserError(
+            f"{flag(dest)} {folder}: {path} cannot be read ({error}); write the iteration to load into it, or 'release'"
+        ) from None
     complete = _complete_iterations(folder)
-    available = f"complete in it: {', '.join(map(str, complete[-5:]))}" if complete else "there is no complete one in it"
+    available = (
+        f"complete in it: {', '.join(map(str, complete[-5:]))}" if complete else "there is no complete one in it"
+    )
     if dest == "load" and args.ckpt_step is not None:
         said, content = f"--ckpt-step {args.ckpt_step}", str(args.ckpt_step)
     else:
         said = f"{path} names {content[:40]!r}"
         if content != "release" and not content.isdecimal():
-            raise UserError(f"{flag(dest)} {folder}: {said}; an iteration or 'release' is needed ({available}): write it there, or give --ckpt-step")
+            raise UserError(
+                f"{flag(dest)} {folder}: {said}; an iteration or 'release' is needed ({available}): write it there, or "
+                "give --ckpt-step"
+            )
     name = "release" if content == "release" else f"iter_{int(content):07d}"
     if not os.path.isfile(os.path.join(folder, name, "metadata.json")):
-        raise UserError(f"{flag(dest)} {folder}: {said}, but {name} is missing or was not saved to the end ({available}); give --ckpt-step")
+        raise UserError(
+            f"{flag(dest)} {folder}: {said}, but {name} is missing or was not saved to the end ({available}); give "
+            "--ckpt-step"
+        )
     goes_on = dest == "load" and name != "release" and not args.finetune
     if args.rank == 0:  # Megatron unpickles the same file on every rank, but not before all of them have met
-        _check_stored(f"{flag(dest)} {folder}", os.path.join(folder, name), args, config, with_optimizer=goes_on and not args.no_load_optim)
+        _check_stored(
+            f"{flag(dest)} {folder}",
+            os.path.join(folder, name),
+            args,
+            config,
+            with_optimizer=goes_on and not args.no_load_optim,
+        )
     if goes_on and args.train_iters is not None and int(content) >= args.train_iters:
         say(f"nothing left to train: {folder} is at iteration {int(content)} of --train-iters {args.train_iters}")
 
 
 def _complete_iterations(folder: str) -> list[int]:
     names = [re.fullmatch(r"iter_(\d{7,})", name) for name in os.listdir(folder)]
-    return sorted(int(name[1]) for name in names if name and os.path.isfile(os.path.join(folder, name[0], "metadata.json")))
+    return sorted(
+        int(name[1]) for name in names if name and os.path.isfile(os.path.join(folder, name[0], "metadata.json"))
+    )
 
 
 def _check_stored(label: str, folder: str, args: argparse.Namespace, config: HyConfig, with_optimizer: bool) -> None:
@@ -142,7 +178,9 @@ def _check_stored(label: str, folder: str, args: argparse.Namespace, config: HyC
     except UserError as error:
         raise UserError(f"{label}: {error}, or give --ckpt-step") from None
     try:
-        check_distributed_tensors(config, {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(MODEL_KEYS)})
+        check_distributed_tensors(
+            config, {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(MODEL_KEYS)}
+        )
     except UserError as error:
         raise UserError(f"{label}: {error}; give the --hf-model that this checkpoint was made from") from None
     if with_optimizer:
@@ -169,7 +207,8 @@ def _check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) 
     wanted = distributed if args.use_distributed_optimizer else mixed if args.bf16 or args.fp16 else plain
     if saved not in (None, wanted):
         raise UserError(
-            f"{label}: its optimizer was saved {saved}, but this run is {wanted}; make them agree, or begin the optimizer anew with --no-load-optim"
+            f"{label}: its optimizer was saved {saved}, but this run is {wanted}; make them agree, or begin the "
+            "optimizer anew with --no-load-optim"
         )
 
 
@@ -178,14 +217,18 @@ def _check_hf_folder(label: str, folder: str, config: HyConfig) -> None:
         tensors = open_checkpoint(folder)
         for name, entry in tensors.items():
             if entry.dtype not in STORAGES:
-                raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(STORAGES)}: dequantise the checkpoint first")
+                raise UserError(
+                    f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(STORAGES)}: dequantise the "
+                    "checkpoint first"
+                )
         match_hf_tensors(config, {name: entry.shape for name, entry in tensors.items()})
     except UserError as error:
         raise UserError(f"{label}: {error}") from error
 
 
 def convert_hf_weights(args: argparse.Namespace) -> None:
-    """Where the weights are a Hugging Face folder's, convert it, on one process for all that share its disk, and let `args.load` name the result.
+    """Where the weights are a Hugging Face folder's, convert it, on one process for all that share its disk, and let
+    `args.load` name the result.
 
     It goes into `--save`, else into `--data-cache-path`, else into the user's cache folder.
     """
@@ -193,5 +236,7 @@ def convert_hf_weights(args: argparse.Namespace) -> None:
         return
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hymeg")
     place = args.save or args.data_cache_path or cache
-    args.load = str(converted(args.hf_weights, place, args.rank, args.local_rank, lambda line: print(f"hymeg: {line}", flush=True)))
+    args.load = str(
+        converted(args.hf_weights, place, args.rank, args.local_rank, lambda line: print(f"hymeg: {line}", flush=True))
+    )
     args.exit_on_missing_checkpoint = True

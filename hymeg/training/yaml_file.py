@@ -1,8 +1,9 @@
 """A recipe: a flat YAML file whose keys are Megatron's flags, with dashes or underscores.
 
-`key: value` is `--key value`; `key: true` is the bare switch and `key: false` its opposite; a list gives several values; `null` leaves the flag out.
-Numbers stay as written: 1e-5 is text to YAML, and argparse reads it. The command line wins: it gives a flag another value, and undoes a switch with
---no-SWITCH (hymeg gives every switch of Megatron's its opposite).
+`key: value` is `--key value`; `key: true` is the bare switch and `key: false` its opposite; a list gives several
+values; `null` leaves the flag out. Numbers stay as written: 1e-5 is text to YAML, and argparse reads it. The command
+line wins: it gives a flag another value, and undoes a switch with --no-SWITCH (hymeg gives every switch of Megatron's
+its opposite).
 """
 
 import argparse
@@ -30,8 +31,8 @@ def read_settings(path: str, parser: argparse.ArgumentParser) -> list[Setting]:
     """What the file says, in its order.
 
     Raises:
-        UserError: not readable, not YAML, not flat, a flag set twice, an unknown key, no value, or a value where the flag takes none. Whether a value
-            fits its flag is for argparse to say.
+        UserError: not readable, not YAML, not flat, a flag set twice, an unknown key, no value, or a value where the
+            flag takes none. Whether a value fits its flag is for argparse to say.
     """
     options = {plain(option): option for option in parser._option_string_actions if option.startswith("--")}
     dests = {action.dest: action.option_strings[-1] for action in reversed(parser._actions)}
@@ -39,11 +40,16 @@ def read_settings(path: str, parser: argparse.ArgumentParser) -> list[Setting]:
     for key_node, value_node in _mapping(path):
         where, key = f"{path}, line {key_node.start_mark.line + 1}", str(key_node.value)
         if isinstance(value_node, yaml.MappingNode):
-            raise UserError(f"{where}: {key!r} holds a section; recipes are flat: put its keys at the left margin, without {key!r}")
+            raise UserError(
+                f"{where}: {key!r} holds a section; recipes are flat: put its keys at the left margin, without {key!r}"
+            )
         option = options.get(key.replace("_", "-"))
         if option is None:
             near = f"; did you mean {dests[key]}?" if key in dests else hint(key, options.values())
-            raise UserError(f"{where}: unknown key {key!r}{near.replace('--', '')} (keys are the flags of pretrain_hy.py, without --)")
+            raise UserError(
+                f"{where}: unknown key {key!r}{near.replace('--', '')} (keys are the flags of pretrain_hy.py, without "
+                "--)"
+            )
         if option in ("--config", "--help"):
             raise UserError(f"{where}: {key!r} belongs on the command line, not in a recipe; remove the line")
         action = parser._option_string_actions[option]
@@ -74,23 +80,33 @@ def _mapping(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
         with open(path, encoding="utf-8") as file:
             root = yaml.compose(file, Loader=yaml.SafeLoader)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give a YAML file whose keys are Megatron's flags") from None
+        raise UserError(
+            f"--config {path}: {error.strerror}; give a YAML file whose keys are Megatron's flags"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"--config {path}: not UTF-8 text; give a YAML file whose keys are Megatron's flags") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        advice = "indent with spaces, not tabs" if r"'\t'" in problem else "write one 'key: value' a line, with a space after the colon"
+        advice = (
+            "indent with spaces, not tabs"
+            if r"'\t'" in problem
+            else "write one 'key: value' a line, with a space after the colon"
+        )
         raise UserError(f"--config {path}{where}: not YAML ({problem}); {advice}") from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"--config {path}, line 1: found a {root.id}; write one 'key: value' a line, with a space after the colon")
+        raise UserError(
+            f"--config {path}, line 1: found a {root.id}; write one 'key: value' a line, with a space after the colon"
+        )
     return root.value
 
 
-def _words(said: str, option: str, action: argparse.Action, node: yaml.Node, parser: argparse.ArgumentParser) -> list[str]:
+def _words(
+    said: str, option: str, action: argparse.Action, node: yaml.Node, parser: argparse.ArgumentParser
+) -> list[str]:
     if node.value == "":
         raise UserError(f"{said} has no value; give one, remove the line, or write null to leave the flag out")
     if node.tag == _NULL:
@@ -106,7 +122,9 @@ def _words(said: str, option: str, action: argparse.Action, node: yaml.Node, par
             raise UserError(f"{said} can only be true; remove the line")
         return [opposite(option)]
     if is_bool:
-        raise UserError(f"{said} takes a value, found {node.value}; give the value, or quote it if {node.value} is the value")
+        raise UserError(
+            f"{said} takes a value, found {node.value}; give the value, or quote it if {node.value} is the value"
+        )
     takes_several = action.nargs not in (None, "?")
     if isinstance(node, yaml.SequenceNode):
         values = [_text(said, item) for item in node.value]
@@ -121,5 +139,8 @@ def _text(said: str, node: yaml.Node) -> str:
     if not isinstance(node, yaml.ScalarNode):
         raise UserError(f"{said} holds a {node.id} inside a list; give plain values")
     if re.match(r"~/|\$\{?\w", node.value):
-        raise UserError(f"{said} is {node.value!r}, but a recipe expands neither ~ nor $VARIABLES; write it out, or give it on the command line")
+        raise UserError(
+            f"{said} is {node.value!r}, but a recipe expands neither ~ nor $VARIABLES; write it out, or give it on the "
+            "command line"
+        )
     return node.value

@@ -1,4 +1,6 @@
-"""Checks that run inside a world, called by name from worker.py. Each returns what the test judges; every rank must come to the same collectives."""
+"""Checks that run inside a world, called by name from worker.py. Each returns what the test judges; every rank must
+come to the same collectives.
+"""
 
 import contextlib
 import os
@@ -39,7 +41,9 @@ def _build(argv: list[str]):
 
 
 def packed_context_parallel(argv: list[str]) -> dict:
-    """Losses and embedding gradient of a packed sample `[1, t]` cut over the context-parallel group, put together again in the sample's order."""
+    """Losses and embedding gradient of a packed sample `[1, t]` cut over the context-parallel group, put together again
+    in the sample's order.
+    """
     model = _build(argv)
     group = parallel_state.get_context_parallel_group()
     lengths = [8, 16, 4, 12]
@@ -48,8 +52,12 @@ def packed_context_parallel(argv: list[str]) -> dict:
     positions = torch.cat([torch.arange(n) for n in lengths])
     mine = torch.cat(_mine(boundaries, group)) if group.size() > 1 else torch.arange(boundaries[-1])
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=16, max_seqlen_kv=16)
-    losses = model(tokens[:, :-1][:, mine], positions[None, mine], None, labels=tokens[:, 1:][:, mine], packed_seq_params=packed)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=16, max_seqlen_kv=16
+    )
+    losses = model(
+        tokens[:, :-1][:, mine], positions[None, mine], None, labels=tokens[:, 1:][:, mine], packed_seq_params=packed
+    )
     losses.sum().backward()
     whole = torch.zeros(boundaries[-1])
     whole[mine] = losses.detach()[0]
@@ -60,10 +68,17 @@ def packed_context_parallel(argv: list[str]) -> dict:
 
 
 def save_untrained(argv: list[str]) -> dict:
-    """Load and save, as the trainer does, and no step between. "{node}" in a word: 0 on ranks of an even number, 1 on the others."""
+    """Load and save, as the trainer does, and no step between. "{node}" in a word: 0 on ranks of an even number, 1 on
+    the others.
+    """
     args, config = parse([word.replace("{node}", str(dist.get_rank() % 2)) for word in argv])
     preflight(args, config, lambda note: None)
-    with patched(training, "train", lambda *_, **__: (1, 0), "iteration 1 is reached without a step; the trainer then saves it as its last"):
+    with patched(
+        training,
+        "train",
+        lambda *_, **__: (1, 0),
+        "iteration 1 is reached without a step; the trainer then saves it as its last",
+    ):
         train(args, config)
     return {}
 
@@ -75,7 +90,9 @@ def _mine(boundaries: list[int], group) -> list[torch.Tensor]:
 
 
 def vocabulary_shards(argv: list[str]) -> dict:
-    """Losses, hits and gradients from a head whose rows, padded to 1024, are cut over the world; for vocabularies that end in various places."""
+    """Losses, hits and gradients from a head whose rows, padded to 1024, are cut over the world; for vocabularies that
+    end in various places.
+    """
     group, generator = dist.group.WORLD, torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(29, 32, generator=generator), torch.randn(1024, 32, generator=generator)
     rows = len(weight) // group.size()
@@ -84,14 +101,21 @@ def vocabulary_shards(argv: list[str]) -> dict:
         labels = torch.randint(0, vocab_size, (29,), generator=generator)
         for recompute in (False, True):
             start = group.rank() * rows
-            shard = VocabShard(start, min(max(vocab_size - start, 0), rows), fp32_logits=True, recompute=recompute, group=group)
+            shard = VocabShard(
+                start, min(max(vocab_size - start, 0), rows), fp32_logits=True, recompute=recompute, group=group
+            )
             mine = [hidden.clone().requires_grad_(), weight[start : start + rows].clone().requires_grad_()]
             losses, hits = linear_cross_entropy(*mine, labels, shard)
             (losses * torch.arange(29)).sum().backward()
             dist.all_reduce(mine[0].grad)
             gradients = [torch.empty_like(mine[1]) for _ in range(group.size())]
             dist.all_gather(gradients, mine[1].grad)
-            figures = {"losses": losses, "hits": hits, "hidden gradient": mine[0].grad, "weight gradient": torch.cat(gradients)}
+            figures = {
+                "losses": losses,
+                "hits": hits,
+                "hidden gradient": mine[0].grad,
+                "weight gradient": torch.cat(gradients),
+            }
             found[f"{vocab_size} recompute={recompute}"] = {name: tensor.tolist() for name, tensor in figures.items()}
     return found
 
@@ -105,7 +129,9 @@ def gloo_collectives(argv: list[str]) -> dict:
     dist.reduce_scatter(scattered, [torch.full((n + 1,), float(rank + n)) for n in range(size)])
     received = torch.empty(size * (rank + 1))
     sends = torch.tensor([n + 1 for n in range(size)])
-    dist.all_to_all_single(received, torch.arange(float(sends.sum())) + 100 * rank, torch.full((size,), rank + 1), sends)
+    dist.all_to_all_single(
+        received, torch.arange(float(sends.sum())) + 100 * rank, torch.full((size,), rank + 1), sends
+    )
     dist.barrier(device_ids=[0])
     found = {"gathered": [t.tolist() for t in gathered], "scattered": scattered.tolist(), "received": received.tolist()}
     everyone = [None] * size

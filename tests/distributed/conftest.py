@@ -1,6 +1,7 @@
 """One tiny checkpoint, with and without multi-token prediction, and random text to train on, for all worlds.
 
-The text holds the padding token here and there, which Megatron's dataset masks: micro-batches differ in how many tokens they train.
+The text holds the padding token here and there, which Megatron's dataset masks: micro-batches differ in how many tokens
+they train.
 """
 
 import numpy as np
@@ -38,7 +39,9 @@ def _write_text(prefix, vocab_size: int) -> None:
 
 @pytest.fixture(scope="session")
 def command(folder):
-    """A training's command line. Few tokens: two experts that score the same to the last bit are chosen by rounding, and then layouts differ."""
+    """A training's command line. Few tokens: two experts that score the same to the last bit are chosen by rounding,
+    and then layouts differ.
+    """
 
     def build(*flags: str, checkpoint: str = "trunk", load: str | None = None, steps: int = 4) -> list[str]:
         model = str(folder / checkpoint)
@@ -57,7 +60,9 @@ def one_process(folder, command):
         "trunk": command(steps=6),
         "mtp": command(checkpoint="mtp", steps=6),
         "bf16": command("--bf16"),
-        "recompute": command("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", checkpoint="mtp"),
+        "recompute": command(
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", checkpoint="mtp"
+        ),
         "large micro-batch": command("--micro-batch-size 4"),
         "bias update": command("--moe-router-bias-update-rate 1e-2"),
     }

@@ -1,5 +1,5 @@
-"""Fine-tuning on conversations: neither packing nor layout changes loss or gradient; samples come in one order, whoever draws them and however often
-the run was interrupted."""
+"""Fine-tuning on conversations: neither packing nor layout changes loss or gradient; samples come in one order, whoever
+draws them and however often the run was interrupted."""
 
 import json
 import random
@@ -7,9 +7,28 @@ import random
 import pytest
 from worlds import assert_same_training, largest_difference, launch
 
-TP2, PP2, CP2, EP2 = (f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model"))
+TP2, PP2, CP2, EP2 = (
+    f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model")
+)
 NUM_ROWS, SEQ_LENGTH = 16, 192
-WORDS = ("the", "of", "sea", "wind", "house", "bright", "river", "stone", "while", "under", "letter", "green", "quiet", "morning", "eleven", "paper")
+WORDS = (
+    "the",
+    "of",
+    "sea",
+    "wind",
+    "house",
+    "bright",
+    "river",
+    "stone",
+    "while",
+    "under",
+    "letter",
+    "green",
+    "quiet",
+    "morning",
+    "eleven",
+    "paper",
+)
 
 FILES = {"packed": "rows", "weighted": "0.6 rows2 0.4 rows3"}
 STEPS = 12  # more than three epochs
@@ -27,7 +46,11 @@ LAYOUTS = {  # world size -> name -> flags, checkpoint
         "DP2 apart": ("--no-sft-packing", "trunk"),
         "CP2 apart": (f"--no-sft-packing {CP2}", "mtp"),
     },
-    4: {"TP2 CP2": (f"{TP2} {CP2}", "trunk"), "DP2 CP2": (f"{CP2} --use-distributed-optimizer", "mtp"), "TP2 PP2": (f"{TP2} {PP2}", "mtp")},
+    4: {
+        "TP2 CP2": (f"{TP2} {CP2}", "trunk"),
+        "DP2 CP2": (f"{CP2} --use-distributed-optimizer", "mtp"),
+        "TP2 PP2": (f"{TP2} {PP2}", "mtp"),
+    },
 }
 
 
@@ -36,9 +59,17 @@ def write_rows(path, num_rows: int, seed: int) -> None:
     sentence = lambda: " ".join(choose.choices(WORDS, k=choose.randint(1, 5)))  # noqa: E731
     rows = []
     for number in range(num_rows):
-        turns = [{"role": role, "content": sentence()} for _ in range(choose.randint(1, 2)) for role in ("user", "assistant")]
+        turns = [
+            {"role": role, "content": sentence()} for _ in range(choose.randint(1, 2)) for role in ("user", "assistant")
+        ]
         conversation = {"messages": turns}
-        translation = {"source_lang": "en", "target_lang": "fr", "source": sentence(), "target": sentence(), "prompt_lang": "en"}
+        translation = {
+            "source_lang": "en",
+            "target_lang": "fr",
+            "source": sentence(),
+            "target": sentence(),
+            "prompt_lang": "en",
+        }
         rows.append(translation if number % 8 == 0 else conversation)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -51,21 +82,45 @@ def tuning(folder):
         write_rows(folder / f"rows{number}.jsonl", 9 + number, number)
 
     def build(
-        *flags: str, batch: int, checkpoint: str = "trunk", load: str | None = None, steps: int = 2, files="rows", split="100,0,0"
+        *flags: str,
+        batch: int,
+        checkpoint: str = "trunk",
+        load: str | None = None,
+        steps: int = 2,
+        files="rows",
+        split="100,0,0",
     ) -> list[str]:
         model = str(folder / checkpoint)
         fixed = f"--sft --seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --lr 1e-3 --lr-decay-style constant --num-workers 0"
         paths = [word if word.replace(".", "").isdigit() else str(folder / f"{word}.jsonl") for word in files.split()]
-        data = ["--data-path", *paths, "--data-cache-path", str(folder / "row-cache"), *(["--split", split] if split else [])]
+        data = [
+            "--data-path",
+            *paths,
+            "--data-cache-path",
+            str(folder / "row-cache"),
+            *(["--split", split] if split else []),
+        ]
         words = " ".join(flags).split()
-        return ["--hf-model", model, "--load", load or model, *data, *fixed.split(), "--global-batch-size", str(batch), *words]
+        return [
+            "--hf-model",
+            model,
+            "--load",
+            load or model,
+            *data,
+            *fixed.split(),
+            "--global-batch-size",
+            str(batch),
+            *words,
+        ]
 
     return build
 
 
 @pytest.fixture(scope="module")
 def num_packs(folder, tuning):
-    """How many sequences the rows fill. One global batch is then all of them, in whatever order: each step trains every row."""
+    """How many sequences the rows fill. One global batch is then all of them, in whatever order: each step trains every
+    row.
+    """
     from hymeg import platform
 
     platform.install()
@@ -75,7 +130,10 @@ def num_packs(folder, tuning):
     settings = (str(folder / "trunk"), None, None)
     at = index_folder(str(folder / "rows.jsonl"), folder / "counted", RowEncoder(*settings).fingerprint)
     build_index(str(folder / "rows.jsonl"), at, settings)
-    return {alignment: len(Sequences(RowIndex(at), (0, NUM_ROWS), Shape(SEQ_LENGTH, alignment, True, "error", 0), 1234)) for alignment in (1, 4)}
+    return {
+        alignment: len(Sequences(RowIndex(at), (0, NUM_ROWS), Shape(SEQ_LENGTH, alignment, True, "error", 0), 1234))
+        for alignment in (1, 4)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +150,31 @@ def worlds(folder, tuning, num_packs):
             if size == 1:
                 cases = {name: tuning(batch=batch(""), checkpoint=name) for name in ("trunk", "mtp")}
                 cases["apart"] = tuning("--no-sft-packing", batch=NUM_ROWS)
-                cases["apart, micro-batches of 4"] = tuning("--no-sft-packing --micro-batch-size 4", batch=NUM_ROWS, checkpoint="mtp")
+                cases["apart, micro-batches of 4"] = tuning(
+                    "--no-sft-packing --micro-batch-size 4", batch=NUM_ROWS, checkpoint="mtp"
+                )
                 cases["several sets"] = tuning(sets, batch=2, split=None)
                 cases["split"] = tuning(EVALUATION, batch=2, split="60,40,0")
                 for kind, files in FILES.items():
                     cases[f"{kind} whole"] = tuning(batch=2, steps=STEPS, files=files)
                     for cut in CUTS[kind]:
-                        cases[f"{kind} until {cut}"] = tuning(f"--save {folder}/cuts/{kind}-{cut}", batch=2, steps=cut, files=files)
+                        cases[f"{kind} until {cut}"] = tuning(
+                            f"--save {folder}/cuts/{kind}-{cut}", batch=2, steps=cut, files=files
+                        )
             else:
-                cases = {name: tuning(flags, batch=batch(flags), checkpoint=checkpoint) for name, (flags, checkpoint) in LAYOUTS[size].items()}
+                cases = {
+                    name: tuning(flags, batch=batch(flags), checkpoint=checkpoint)
+                    for name, (flags, checkpoint) in LAYOUTS[size].items()
+                }
             if size == 2:
                 cases["split"] = tuning(EVALUATION, batch=2, split="60,40,0")
                 for name, flags in (("DP2", ""), ("TP2", TP2), ("PP2", PP2)):
                     cases[f"several sets {name}"] = tuning(sets, flags, batch=2, split=None)
                 for kind, files in FILES.items():
                     for cut in CUTS[kind]:
-                        cases[f"{kind} from {cut}"] = tuning(batch=2, steps=STEPS, files=files, load=f"{folder}/cuts/{kind}-{cut}")
+                        cases[f"{kind} from {cut}"] = tuning(
+                            batch=2, steps=STEPS, files=files, load=f"{folder}/cuts/{kind}-{cut}"
+                        )
             started[size] = launch(size, cases, folder / f"conversations-{size}")
         return started[size]
 
@@ -146,7 +213,9 @@ def test_every_epoch_draws_each_sequence_once_and_in_an_order_of_its_own(worlds,
 
 @pytest.mark.parametrize(("kind", "cut"), [(kind, cut) for kind in FILES for cut in CUTS[kind]])
 def test_a_resumed_run_goes_on_with_the_very_next_sample(worlds, kind, cut):
-    """Saved by one process, resumed by two: what both lives draw, one after the other, is what the run without interruption draws."""
+    """Saved by one process, resumed by two: what both lives draw, one after the other, is what the run without
+    interruption draws.
+    """
     whole = [sorted(step["drawn"]) for step in worlds(1)[f"{kind} whole"]["steps"]]
     first, second = worlds(1)[f"{kind} until {cut}"]["steps"], worlds(2)[f"{kind} from {cut}"]["steps"]
     assert [sorted(step["drawn"]) for step in first + second] == whole

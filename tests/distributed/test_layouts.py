@@ -1,10 +1,12 @@
-"""Every layout trains as one process does: from one loaded checkpoint, in fp32, four steps, losses and gradient norms to 1e-5. And every rank of it
-holds the bytes that the planner says."""
+"""Every layout trains as one process does: from one loaded checkpoint, in fp32, four steps, losses and gradient norms
+to 1e-5. And every rank of it holds the bytes that the planner says."""
 
 import pytest
 from worlds import assert_same_training, largest_difference, launch
 
-TP2, PP2, CP2, EP2 = (f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model"))
+TP2, PP2, CP2, EP2 = (
+    f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model")
+)
 VPP2 = "--num-virtual-stages-per-pipeline-rank 2"
 
 LAYOUTS = {  # world size -> name -> flags, checkpoint
@@ -22,8 +24,14 @@ LAYOUTS = {  # world size -> name -> flags, checkpoint
         "DP2": ("", "trunk"),
         "DP2 overlap": ("--overlap-grad-reduce", "trunk"),
         "DP2 distributed optimizer": ("--use-distributed-optimizer", "mtp"),
-        "DP2 distributed optimizer, overlaps": ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", "trunk"),
-        "TP2 recompute": (f"{TP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "trunk"),
+        "DP2 distributed optimizer, overlaps": (
+            "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+            "trunk",
+        ),
+        "TP2 recompute": (
+            f"{TP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+            "trunk",
+        ),
     },
     4: {
         "TP2 PP2": (f"{TP2} {PP2}", "trunk"),
@@ -39,7 +47,9 @@ LAYOUTS = {  # world size -> name -> flags, checkpoint
     },
 }
 
-BF16_DISTRIBUTED = f"--bf16 --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 20000 --grad-reduce-in-bf16 {PP2}"
+BF16_DISTRIBUTED = (
+    f"--bf16 --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 20000 --grad-reduce-in-bf16 {PP2}"
+)
 
 
 @pytest.fixture(scope="module")

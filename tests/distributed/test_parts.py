@@ -1,4 +1,6 @@
-"""Parts that no training shows alone: packed samples under context parallelism, gloo's stand-ins, what a frozen part holds after training."""
+"""Parts that no training shows alone: packed samples under context parallelism, gloo's stand-ins, what a frozen part
+holds after training.
+"""
 
 import pytest
 import torch
@@ -39,13 +41,20 @@ def test_gloo_gathers_scatters_and_exchanges_unequal_shards(two):
 
 
 def test_frozen_multi_token_prediction_is_kept_to_the_bit(alone, folder):
-    """Under weight decay 0.5 and with its loss weighed 0, in a checkpoint that the trainer saved; what trains has moved."""
+    """Under weight decay 0.5 and with its loss weighed 0, in a checkpoint that the trainer saved; what trains has
+    moved.
+    """
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     saved = {}
-    _load_state_dict(saved, storage_reader=FileSystemReader(folder / "frozen" / "iter_0000004"), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    _load_state_dict(
+        saved,
+        storage_reader=FileSystemReader(folder / "frozen" / "iter_0000004"),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
     original = load_file(folder / "mtp" / "model.safetensors")
     names = {
         "mtp.layers.0.eh_proj.weight": "model.layers.4.eh_proj.weight",
@@ -60,6 +69,8 @@ def test_frozen_multi_token_prediction_is_kept_to_the_bit(alone, folder):
     for expert in range(8):
         assert torch.equal(experts[expert], original[f"model.layers.4.mlp.experts.{expert}.down_proj.weight"])
     assert not torch.equal(saved["output_layer.weight"], original["lm_head.weight"])
-    assert not torch.equal(saved["decoder.layers.3.mlp.router.weight"], original["model.layers.3.mlp.router.gate.weight"])
+    assert not torch.equal(
+        saved["decoder.layers.3.mlp.router.weight"], original["model.layers.3.mlp.router.gate.weight"]
+    )
     # and the trunk trains as if the layer were not there
     assert alone["frozen"]["steps"] == alone["trunk"]["steps"]

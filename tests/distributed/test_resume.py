@@ -1,9 +1,13 @@
-"""A run saved under one layout and resumed under another, optimizer state included, goes on as if nothing had happened."""
+"""A run saved under one layout and resumed under another, optimizer state included, goes on as if nothing had
+happened.
+"""
 
 import pytest
 from worlds import assert_same_training, launch
 
-TP2, PP2, CP2, EP2 = (f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model"))
+TP2, PP2, CP2, EP2 = (
+    f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model")
+)
 DISTRIBUTED = "--use-distributed-optimizer"
 
 PAIRS = {  # name -> saved under, resumed under, checkpoint

@@ -14,7 +14,11 @@ VPP2 = "--num-virtual-stages-per-pipeline-rank 2"
 DISTRIBUTED = "--use-distributed-optimizer"
 
 # name -> layout, checkpoint. "odd" has a vocabulary that two tensor-parallel ranks pad.
-LOADED = {"TP2 PP2": (f"{TP2} {PP2}", "trunk"), "TP2 EP2": (f"{TP2} {EP2}", "odd"), "PP2 VPP2 EP2": (f"{PP2} {VPP2} {EP2}", "mtp")}
+LOADED = {
+    "TP2 PP2": (f"{TP2} {PP2}", "trunk"),
+    "TP2 EP2": (f"{TP2} {EP2}", "odd"),
+    "PP2 VPP2 EP2": (f"{PP2} {VPP2} {EP2}", "mtp"),
+}
 SAVED = {
     "TP2 PP2 saved": (f"{TP2} {PP2}", "trunk"),
     "TP2 PP2 distributed optimizer saved": (f"{TP2} {PP2} {DISTRIBUTED}", "odd"),
@@ -25,7 +29,8 @@ SAVED = {
     "EP2 ETP2 saved": (f"{EP2} {ETP.format(2)} {DISTRIBUTED}", "trunk"),
 }
 COMBINED = f"{TP2} {PP2} {EP2} {ETP.format(1)}"
-# name -> flags, checkpoint, what is loaded. "{node}": nodes without a common disk have a conversion each, maybe by other numbers of workers.
+# name -> flags, checkpoint, what is loaded. "{node}": nodes without a common disk have a conversion each, maybe by
+# other numbers of workers.
 UNTRAINED = {
     "TP2 PP2 EP2 untrained": (COMBINED, "mtp", "dist-mtp"),
     "TP2 PP2 EP2 bf16 untrained": (f"{COMBINED} --bf16", "bf16", "dist-bf16"),
@@ -36,7 +41,9 @@ UNTRAINED = {
 @pytest.fixture(scope="module")
 def converted(folder):
     """`dist-NAME` beside every Hugging Face folder NAME."""
-    write_tiny_checkpoint(folder / "odd", HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1025}), dtype="fp32", layout="fused")
+    write_tiny_checkpoint(
+        folder / "odd", HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1025}), dtype="fp32", layout="fused"
+    )
     write_tiny_checkpoint(folder / "bf16", dtype="bf16")
     for name in ("trunk", "mtp", "odd", "bf16"):
         hf_to_dist(folder / name, folder / f"dist-{name}")
@@ -51,7 +58,9 @@ def world(converted, command):
     for name, (layout, checkpoint) in LOADED.items():
         cases[name] = command(layout, checkpoint=checkpoint, load=str(converted / f"dist-{checkpoint}"), steps=2)
     for name, (layout, checkpoint) in SAVED.items():
-        cases[name] = command(layout, f"--lr 0 --save {converted / 'exports' / name.replace(' ', '-')}", checkpoint=checkpoint, steps=1)
+        cases[name] = command(
+            layout, f"--lr 0 --save {converted / 'exports' / name.replace(' ', '-')}", checkpoint=checkpoint, steps=1
+        )
     for name, (layout, checkpoint, load) in UNTRAINED.items():
         save = f"--save {converted / 'exports' / name.replace(' ', '-')} --save-interval 2"
         cases[name] = command(layout, save, checkpoint=checkpoint, load=str(converted / load))
@@ -60,7 +69,9 @@ def world(converted, command):
 
 @pytest.fixture(scope="module")
 def alone(converted, command):
-    """What one process computes from the same checkpoints; that it is right, tests/unit/test_converted_logits.py shows."""
+    """What one process computes from the same checkpoints; that it is right, tests/unit/test_converted_logits.py
+    shows.
+    """
     cases = {checkpoint: command(checkpoint=checkpoint, steps=2) for _, checkpoint in LOADED.values()}
     return launch(1, cases, converted / "convert-1")
 
@@ -75,6 +86,8 @@ def test_every_layout_computes_the_same_from_the_converted_checkpoint(world, alo
 def test_what_training_saved_is_exported_to_the_bit(world, folder, tmp_path, name, layout):
     """Saved after a step at learning rate 0, or, by way of the distributed format, after none."""
     original = folder / (SAVED | UNTRAINED)[name][1]
-    dist_to_hf(folder / "exports" / name.replace(" ", "-"), tmp_path / "hf", base_hf=original, layout=layout, verify=True)
+    dist_to_hf(
+        folder / "exports" / name.replace(" ", "-"), tmp_path / "hf", base_hf=original, layout=layout, verify=True
+    )
     assert compare_checkpoints(original, tmp_path / "hf") == []
     assert compare_checkpoints(original, folder / "exports" / name.replace(" ", "-")) == []

@@ -1,4 +1,6 @@
-"""Losses without logits over a sharded vocabulary are those of the whole: against torch's cross entropy in fp64, shards that only pad included."""
+"""Losses without logits over a sharded vocabulary are those of the whole: against torch's cross entropy in fp64, shards
+that only pad included.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from worlds import launch
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    return {size: launch(size, {"shards": []}, folder / str(size), {"shards": "vocabulary_shards"})["shards"] for size in (1, 2)}
+    return {
+        size: launch(size, {"shards": []}, folder / str(size), {"shards": "vocabulary_shards"})["shards"]
+        for size in (1, 2)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,11 @@ def expected():
         losses = F.cross_entropy(logits, labels, reduction="none")
         gradients = torch.autograd.grad((losses * torch.arange(29)).sum(), [hidden, weight])
         figures[vocab_size] = dict(
-            zip(("losses", "hits", "hidden gradient", "weight gradient"), [losses, logits.argmax(-1) == labels, *gradients], strict=True)
+            zip(
+                ("losses", "hits", "hidden gradient", "weight gradient"),
+                [losses, logits.argmax(-1) == labels, *gradients],
+                strict=True,
+            )
         )
     return figures
 

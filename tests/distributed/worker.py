@@ -1,8 +1,10 @@
-"""Runs many trainings in one gloo world: python -m torch.distributed.run --nproc-per-node N worker.py CASES.json RESULTS.json.
+"""Runs many trainings in one gloo world: python -m torch.distributed.run --nproc-per-node N worker.py CASES.json
+RESULTS.json.
 
-A case is `{"name": ..., "argv": [...], "check": None}`; its result the losses and gradient norms of every step as the trainer computed them,
-unrounded, with the sequences of conversations that it drew; the loss of every evaluation; and the bytes that each rank held all the time. With a
-check, the function of that name in checks.py is called instead, and its result is the case's.
+A case is `{"name": ..., "argv": [...], "check": None}`; its result the losses and gradient norms of every step as the
+trainer computed them, unrounded, with the sequences of conversations that it drew; the loss of every evaluation; and
+the bytes that each rank held all the time. With a check, the function of that name in checks.py is called instead, and
+its result is the case's.
 """
 
 import gc
@@ -75,14 +77,19 @@ def run(argv: list[str]) -> dict:
     dist.all_gather_object(gathered, (steps, evaluations, _speaks_for_its_data(), static_bytes(*held)))
     steps, evaluations, *_ = gathered[-1]
     for number, step in enumerate(steps):
-        step["drawn"] = [one for steps_of_rank, _, speaks, _ in gathered if speaks for one in steps_of_rank[number]["drawn"]]
+        step["drawn"] = [
+            one for steps_of_rank, _, speaks, _ in gathered if speaks for one in steps_of_rank[number]["drawn"]
+        ]
     return {"steps": steps, "evaluations": evaluations, "notes": notes, "static": [static for *_, static in gathered]}
 
 
 def _speaks_for_its_data() -> bool:
     """One rank of those that draw the same samples."""
     context_parallel = parallel_state.get_context_parallel_rank()
-    return parallel_state.is_pipeline_first_stage() and context_parallel == parallel_state.get_tensor_model_parallel_rank() == 0
+    return (
+        parallel_state.is_pipeline_first_stage()
+        and context_parallel == parallel_state.get_tensor_model_parallel_rank() == 0
+    )
 
 
 def clean_up() -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 WORKER = Path(__file__).parent / "worker.py"
 
 
-def launch(num_processes: int, cases: dict[str, list[str]], folder: Path, checks: dict[str, str] | None = None) -> dict[str, dict]:
-    """Run every case (name -> command line of pretrain_hy.py) in one world of `num_processes`; name -> what worker.py recorded.
+def launch(
+    num_processes: int, cases: dict[str, list[str]], folder: Path, checks: dict[str, str] | None = None
+) -> dict[str, dict]:
+    """Run every case (name -> command line of pretrain_hy.py) in one world of `num_processes`; name -> what worker.py
+    recorded.
 
     Args:
         checks: for cases that are no training, the function of checks.py to call.
@@ -18,7 +21,9 @@ def launch(num_processes: int, cases: dict[str, list[str]], folder: Path, checks
     checks = checks or {}
     folder.mkdir(parents=True, exist_ok=True)
     wanted, results = folder / "cases.json", folder / "results.json"
-    wanted.write_text(json.dumps([{"name": name, "argv": argv, "check": checks.get(name)} for name, argv in cases.items()]))
+    wanted.write_text(
+        json.dumps([{"name": name, "argv": argv, "check": checks.get(name)} for name, argv in cases.items()])
+    )
     command = [
         sys.executable,
         "-m",
@@ -30,10 +35,14 @@ def launch(num_processes: int, cases: dict[str, list[str]], folder: Path, checks
         str(wanted),
         str(results),
     ]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode != 0:
         lines = [line for line in done.stdout.splitlines() if " .... " not in line]
-        raise AssertionError(f"a world of {num_processes} failed with exit code {done.returncode}:\n" + "\n".join(lines[-80:]))
+        raise AssertionError(
+            f"a world of {num_processes} failed with exit code {done.returncode}:\n" + "\n".join(lines[-80:])
+        )
     return json.loads(results.read_text())
 
 

@@ -1,4 +1,6 @@
-"""Conversion of what is wrong, onto what is full, killed half way: a clear message each time, and nothing left behind."""
+"""Conversion of what is wrong, onto what is full, killed half way: a clear message each time, and nothing left
+behind.
+"""
 
 import contextlib
 import json
@@ -107,12 +109,24 @@ EXPERT_3 = r"model\.layers\.2\.mlp\.experts\.3\..*"
 WRONG_HF = {
     "missing shard": (lambda folder: first_shard(folder).unlink(), r"1 of 4 files .* are missing"),
     "truncated shard": (lambda folder: truncate(first_shard(folder)), "truncated"),
-    "corrupt header": (lambda folder: overwrite_bytes(first_shard(folder), 20, b"\xff\xff"), "header is not valid JSON"),
+    "corrupt header": (
+        lambda folder: overwrite_bytes(first_shard(folder), 20, b"\xff\xff"),
+        "header is not valid JSON",
+    ),
     "endless header": (lambda folder: overwrite_bytes(first_shard(folder), 0, b"\xff" * 8), "not a safetensors file"),
-    "wrong shape": (lambda folder: edit_header(first_shard(folder), reshape_tensor), r"1 misshapen \(model\.embed_tokens\.weight is \[64, 1024\]"),
-    "experts missing in the middle": (lambda folder: drop_tensors(folder, EXPERT_3), r"3 missing \(model\.layers\.2\.mlp\.experts\.3\.gate"),
+    "wrong shape": (
+        lambda folder: edit_header(first_shard(folder), reshape_tensor),
+        r"1 misshapen \(model\.embed_tokens\.weight is \[64, 1024\]",
+    ),
+    "experts missing in the middle": (
+        lambda folder: drop_tensors(folder, EXPERT_3),
+        r"3 missing \(model\.layers\.2\.mlp\.experts\.3\.gate",
+    ),
     "many missing": (lambda folder: drop_tensors(folder, r"model\.layers\.1\..*"), r"37 missing .*, and 27 more"),
-    "unexpected": (lambda folder: rename_tensor(folder, "model.norm.weight", "model.norm.bias"), r"1 missing .*1 unexpected \(model\.norm\.bias\)"),
+    "unexpected": (
+        lambda folder: rename_tensor(folder, "model.norm.weight", "model.norm.bias"),
+        r"1 missing .*1 unexpected \(model\.norm\.bias\)",
+    ),
     "twice": (twice, "which .* holds too"),
     "config of another model": (set_config(num_hidden_layers=3), "not those of config.json: .*missing.*unexpected"),
     "config against the tensors": (set_config(intermediate_size=256), r"3 misshapen \(model\.layers\.0\.mlp"),
@@ -121,7 +135,10 @@ WRONG_HF = {
     "quantised": (lambda folder: edit_header(first_shard(folder), quantise), "F8_E4M3; allowed are .*dequantise"),
     "quantised by config": (set_config(quantization_config={"quant_method": "fp8"}), "dequantise"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), r"config\.json: cannot be read"),
-    "index out of its folder": (lambda folder: edit_json(folder / "model.safetensors.index.json", point_outside), "a file in this folder is needed"),
+    "index out of its folder": (
+        lambda folder: edit_json(folder / "model.safetensors.index.json", point_outside),
+        "a file in this folder is needed",
+    ),
     "mixed layouts": (
         lambda folder: rename_tensor(folder, "model.layers.1.mlp.router.gate.weight", "model.layers.1.mlp.gate.weight"),
         "mix two layouts",
@@ -166,26 +183,56 @@ def remove_tensor(metadata) -> None:
 
 
 WRONG_DIST = {
-    "hostile": (lambda folder: (folder / "release" / ".metadata").write_bytes(pickle.dumps(Hostile())), r"names 'posix\.system', which has no place"),
-    "hostile inside": (lambda folder: edit_metadata(folder, lambda m: setattr(m, "planner_data", Hostile())), r"names 'posix\.system'"),
-    "not a pickle": (lambda folder: (folder / "release" / ".metadata").write_bytes(b"\0" * 100), "not a checkpoint's metadata"),
+    "hostile": (
+        lambda folder: (folder / "release" / ".metadata").write_bytes(pickle.dumps(Hostile())),
+        r"names 'posix\.system', which has no place",
+    ),
+    "hostile inside": (
+        lambda folder: edit_metadata(folder, lambda m: setattr(m, "planner_data", Hostile())),
+        r"names 'posix\.system'",
+    ),
+    "not a pickle": (
+        lambda folder: (folder / "release" / ".metadata").write_bytes(b"\0" * 100),
+        "not a checkpoint's metadata",
+    ),
     "truncated metadata": (lambda folder: truncate(folder / "release" / ".metadata"), "not a checkpoint's metadata"),
     "no metadata": (lambda folder: (folder / "release" / ".metadata").unlink(), "cannot be read"),
-    "another pickle": (lambda folder: (folder / "release" / ".metadata").write_bytes(pickle.dumps({})), "it holds 'dict'"),
-    "tracker missing": (lambda folder: (folder / TRACKER).unlink(), "not a distributed checkpoint: no latest_checkpointed_iteration"),
+    "another pickle": (
+        lambda folder: (folder / "release" / ".metadata").write_bytes(pickle.dumps({})),
+        "it holds 'dict'",
+    ),
+    "tracker missing": (
+        lambda folder: (folder / TRACKER).unlink(),
+        "not a distributed checkpoint: no latest_checkpointed_iteration",
+    ),
     "tracker wrong": (lambda folder: (folder / TRACKER).write_text("../x"), "an iteration or 'release' is needed"),
-    "iteration missing": (lambda folder: (folder / TRACKER).write_text("12"), r"iter_0000012 is missing .*complete in it: release"),
-    "not saved to the end": (lambda folder: (folder / "release" / "metadata.json").unlink(), "release is missing or was not saved to the end"),
+    "iteration missing": (
+        lambda folder: (folder / TRACKER).write_text("12"),
+        r"iter_0000012 is missing .*complete in it: release",
+    ),
+    "not saved to the end": (
+        lambda folder: (folder / "release" / "metadata.json").unlink(),
+        "release is missing or was not saved to the end",
+    ),
     "file missing": (lambda folder: (folder / "release" / "__1_0.distcp").unlink(), "file __1_0.distcp is missing"),
     "file truncated": (lambda folder: truncate(folder / "release" / "__1_0.distcp"), "truncated"),
-    "file overwritten": (lambda folder: overwrite_bytes(folder / "release" / "__1_0.distcp", 0, bytes(400)), "not a stored BF16 tensor of shape"),
+    "file overwritten": (
+        lambda folder: overwrite_bytes(folder / "release" / "__1_0.distcp", 0, bytes(400)),
+        "not a stored BF16 tensor of shape",
+    ),
     "chunk missing": (lambda folder: edit_metadata(folder, drop_chunk), "chunks do not fill"),
-    "tensor missing": (lambda folder: edit_metadata(folder, remove_tensor), r"1 missing \(decoder\.layers\.2\.mlp\.router\.weight\)"),
+    "tensor missing": (
+        lambda folder: edit_metadata(folder, remove_tensor),
+        r"1 missing \(decoder\.layers\.2\.mlp\.router\.weight\)",
+    ),
     "file outside": (
         lambda folder: edit_metadata(folder, lambda m: setattr(first_place(m), "relative_path", "../../x")),
         "a file in this folder is needed",
     ),
-    "beyond the file": (lambda folder: edit_metadata(folder, lambda m: setattr(first_place(m), "offset", 10**12)), "truncated"),
+    "beyond the file": (
+        lambda folder: edit_metadata(folder, lambda m: setattr(first_place(m), "offset", 10**12)),
+        "truncated",
+    ),
     "negative": (lambda folder: edit_metadata(folder, lambda m: setattr(first_place(m), "offset", -5)), "lies at -5"),
     "another config": (set_config(num_experts=16), "misshapen"),
 }
@@ -250,7 +297,11 @@ def small_disk(tmp_path):
     """A file system of 32 MB that can be made read-only."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True).returncode != 0:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True).returncode
+        != 0
+    ):
         pytest.skip("only root can mount a file system")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -261,7 +312,9 @@ def test_a_full_or_read_only_disk_is_said_and_nothing_is_left(hf_checkpoint, dis
     for convert, given in ((hf_to_dist, hf_checkpoint), (dist_to_hf, dist_checkpoint)):
         with pytest.raises(UserError, match=r"GB are needed and .* are free on that disk"):
             convert(given, small_disk / "target")
-        monkeypatch.setattr("hymeg.checkpoint.conversion_plan.check_target", lambda *_: None)  # the disk fills up while it works
+        monkeypatch.setattr(
+            "hymeg.checkpoint.conversion_plan.check_target", lambda *_: None
+        )  # the disk fills up while it works
         (small_disk / "more").write_bytes(bytes((small_disk / "filler").stat().st_size and (1 << 20) - 300_000))
         with pytest.raises(UserError, match="No space left on device"):
             convert(given, small_disk / "target")
@@ -274,13 +327,26 @@ def test_a_full_or_read_only_disk_is_said_and_nothing_is_left(hf_checkpoint, dis
 
 
 def test_killed_at_any_moment_nothing_is_accepted_and_the_next_run_starts_anew(tmp_path):
-    config = HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 100_000, "hidden_size": 256, "num_experts": 64, "num_hidden_layers": 6})
+    config = HyConfig.from_dict(
+        TINY_CONFIG | {"vocab_size": 100_000, "hidden_size": 256, "num_experts": 64, "num_hidden_layers": 6}
+    )
     write_tiny_checkpoint(tmp_path / "hf", config)
     hf_to_dist(tmp_path / "hf", tmp_path / "whole")
     choose, killed = random.Random(3), 0
-    for direction, given, option, name in (("hf-to-dist", "hf", "--dist", "dist"), ("dist-to-hf", "whole", "--hf", "out")):
+    for direction, given, option, name in (
+        ("hf-to-dist", "hf", "--dist", "dist"),
+        ("dist-to-hf", "whole", "--hf", "out"),
+    ):
         other = {"--dist": "--hf", "--hf": "--dist"}[option]
-        command = [sys.executable, TOOLS / "convert_checkpoint.py", direction, other, tmp_path / given, option, tmp_path / name]
+        command = [
+            sys.executable,
+            TOOLS / "convert_checkpoint.py",
+            direction,
+            other,
+            tmp_path / given,
+            option,
+            tmp_path / name,
+        ]
         for _ in range(10):
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             partial = tmp_path / f"{name}.partial"
@@ -293,7 +359,9 @@ def test_killed_at_any_moment_nothing_is_accepted_and_the_next_run_starts_anew(t
                 shutil.rmtree(tmp_path / name)
                 continue
             killed += 1
-            assert not _accepted(partial) or compare_checkpoints(tmp_path / "hf", partial) == []  # killed when only the rename was left
+            assert (
+                not _accepted(partial) or compare_checkpoints(tmp_path / "hf", partial) == []
+            )  # killed when only the rename was left
         said = []
         convert = hf_to_dist if direction == "hf-to-dist" else dist_to_hf
         convert(tmp_path / given, tmp_path / name, verify=True, say=said.append)
@@ -333,7 +401,9 @@ def _accepted(folder: Path) -> bool:
     return True
 
 
-def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_the_same(hf_checkpoint, tmp_path, monkeypatch):
+def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_the_same(
+    hf_checkpoint, tmp_path, monkeypatch
+):
     from hymeg.checkpoint import folders
 
     partial = tmp_path / "dist.partial"
@@ -358,5 +428,8 @@ def test_the_second_of_two_conversions_to_one_folder_is_refused(hf_checkpoint, t
     from hymeg.checkpoint import folders
 
     monkeypatch.setattr(folders, "_SECONDS_TO_WAIT", 0.2)
-    with folders.built_beside(tmp_path / "dist", print), pytest.raises(UserError, match="another conversion is writing there"):
+    with (
+        folders.built_beside(tmp_path / "dist", print),
+        pytest.raises(UserError, match="another conversion is writing there"),
+    ):
         hf_to_dist(hf_checkpoint, tmp_path / "dist")

@@ -1,4 +1,6 @@
-"""tools/demo.py as a user runs it, but shorter: the loss falls, the layout changes without a jump, what it names is there, failures are said."""
+"""tools/demo.py as a user runs it, but shorter: the loss falls, the layout changes without a jump, what it names is
+there, failures are said.
+"""
 
 import importlib.util
 import os
@@ -71,7 +73,10 @@ def test_no_jump_from_one_layout_to_the_other(losses):
 def test_screen_shows_every_step_and_the_loss_of_that_step(screen, losses):
     """Also of the second step after a start, where Megatron itself shows the mean of two."""
     pretraining = screen.partition("=== 8 of 11")[0]
-    shown = [(int(step), float(loss)) for step, loss in re.findall(r"^ +(\d+) / \d+ +(\d\.\d{3}) .*█$", pretraining, re.MULTILINE)]
+    shown = [
+        (int(step), float(loss))
+        for step, loss in re.findall(r"^ +(\d+) / \d+ +(\d\.\d{3}) .*█$", pretraining, re.MULTILINE)
+    ]
     expected = [(step, loss) for curve in losses for step, loss in curve.items()]
     assert [step for step, _ in shown] == [step for step, _ in expected]
     assert [loss for _, loss in shown] == pytest.approx([loss for _, loss in expected], abs=6e-4)
@@ -88,7 +93,19 @@ def test_what_it_made_is_there(screen, out):
     saves = out / "checkpoints"
     assert {path.name for path in saves.glob("iter_*")} == {f"iter_{step:07d}" for step in (NUM_STEPS, LAST_STEP)}
     assert (saves / "latest_checkpointed_iteration.txt").read_text() == str(LAST_STEP)
-    for name in ("model", "to-distributed", "back", "compare", "data", "first", "second", "untuned", "tuned", "export", "losses"):
+    for name in (
+        "model",
+        "to-distributed",
+        "back",
+        "compare",
+        "data",
+        "first",
+        "second",
+        "untuned",
+        "tuned",
+        "export",
+        "losses",
+    ):
         assert (out / f"{name}.log").stat().st_size > 0
     for path in (out / "loss.png", saves, out / "tensorboard", out / "export"):
         assert str(path) in screen
@@ -102,7 +119,10 @@ def test_there_and_back_nothing_changes(screen, out):
 
 
 def test_transformers_finds_the_loss_that_hymeg_finds(screen, losses):
-    ours, theirs, apart = map(float, re.search(r"loss of 8 x 128 tokens: ([\d.]+) by hymeg, ([\d.]+) by transformers, (\S+) apart", screen).groups())
+    ours, theirs, apart = map(
+        float,
+        re.search(r"loss of 8 x 128 tokens: ([\d.]+) by hymeg, ([\d.]+) by transformers, (\S+) apart", screen).groups(),
+    )
     assert ours == pytest.approx(theirs, abs=2e-5) and apart <= 1e-5
     assert ours == pytest.approx(losses[0][LAST_STEP], abs=0.5) and ours < losses[0][1] - 0.5
 
@@ -127,7 +147,9 @@ def test_a_command_that_fails_ends_the_demo_with_the_end_of_its_log(tmp_path, ca
     spec = importlib.util.spec_from_file_location("screen", DEMO.parent / "tour" / "screen.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (tmp_path / "failing.py").write_text("print('error: no such flag')\nfor n in range(100): print(f'word {n}')\nexit(3)\n")
+    (tmp_path / "failing.py").write_text(
+        "print('error: no such flag')\nfor n in range(100): print(f'word {n}')\nexit(3)\n"
+    )
     with pytest.raises(SystemExit) as exit:
         module.run(f"{sys.executable} {tmp_path}/failing.py", tmp_path / "failing.log", module.Screen())
     assert exit.value.code == 1

@@ -11,7 +11,14 @@ TOOL = Path(__file__).parents[2] / "tools" / "benchmarks" / "gpu.py"
 
 
 def run(target: Path, parts: str, *words: str) -> str:
-    command = [sys.executable, str(TOOL), "--json", str(target), *f"--tiny --models Hy-MT2 --mt2-layers 3 --steps 5 --parts {parts}".split(), *words]
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--json",
+        str(target),
+        *f"--tiny --models Hy-MT2 --mt2-layers 3 --steps 5 --parts {parts}".split(),
+        *words,
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
@@ -43,7 +50,15 @@ def test_every_configuration_has_a_result(made):
 def test_a_profile_divides_the_step_among_all_classes(made):
     for result in results(made[0], "profile"):
         classes = result["classes_ms"]
-        work = {"attention", "grouped GEMM", "permute and routing", "norm", "projections and shared expert", "head and loss", "optimizer"}
+        work = {
+            "attention",
+            "grouped GEMM",
+            "permute and routing",
+            "norm",
+            "projections and shared expert",
+            "head and loss",
+            "optimizer",
+        }
         assert work <= classes.keys() and min(classes[name] for name in work) > 0, result["job"]["engine"]
         assert abs(classes["gaps"]) < 0.1 * sum(classes.values())
     assert [result["job"]["engine"] for result in results(made[0], "profile")] == ["hymeg", "transformers"]

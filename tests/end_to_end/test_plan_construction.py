@@ -1,4 +1,6 @@
-"""The planner's arithmetic against Megatron's own construction, on the meta device: parameters, DDP buffers, optimizer shards."""
+"""The planner's arithmetic against Megatron's own construction, on the meta device: parameters, DDP buffers, optimizer
+shards.
+"""
 
 import json
 import os
@@ -13,14 +15,25 @@ from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 
 ROOT = Path(__file__).parents[2]
-HY3 = HyConfig.from_dict(TINY_CONFIG | PUBLISHED["Hy3"] | {"num_nextn_predict_layers": 1, "max_position_embeddings": 262144})
+HY3 = HyConfig.from_dict(
+    TINY_CONFIG | PUBLISHED["Hy3"] | {"num_nextn_predict_layers": 1, "max_position_embeddings": 262144}
+)
 HY_MT2 = HyConfig.from_dict(TINY_CONFIG | PUBLISHED["Hy-MT2-30B-A3B"] | {"max_position_embeddings": 262144})
-MODELS = {"hy3": HY3, "hy_mt2": HY_MT2, "tiny": HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1000, "head_dim": 10, "num_nextn_predict_layers": 1})}
+MODELS = {
+    "hy3": HY3,
+    "hy_mt2": HY_MT2,
+    "tiny": HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1000, "head_dim": 10, "num_nextn_predict_layers": 1}),
+}
 
 DISTRIBUTED = "--use-distributed-optimizer"
 BUILDS = [  # model, GPUs, flags, pipeline ranks
     ("hy3", 256, f"--pp 8 --vpp 2 --ep 8 {DISTRIBUTED} --overlap-grad-reduce", [0, 7]),
-    ("hy3", 128, f"--tp 2 --etp 1 --pp 8 --ep 8 {DISTRIBUTED} --pipeline-model-parallel-layout E|(t*12|)*6t*8mL", [1, 7]),
+    (
+        "hy3",
+        128,
+        f"--tp 2 --etp 1 --pp 8 --ep 8 {DISTRIBUTED} --pipeline-model-parallel-layout E|(t*12|)*6t*8mL",
+        [1, 7],
+    ),
     ("hy3", 1024, f"--tp 4 --etp 1 --pp 16 --ep 32 {DISTRIBUTED} --overlap-grad-reduce", [0, 15]),
     ("hy3", 64, f"--tp 8 --etp 8 --pp 4 --cp 2 --ep 1 --decoder-first-pipeline-num-layers 20 {DISTRIBUTED}", [0]),
     ("hy3", 96, "--tp 2 --pp 2 --ep 24", [1]),
@@ -30,7 +43,12 @@ BUILDS = [  # model, GPUs, flags, pipeline ranks
     ("hy_mt2", 64, f"--tp 8 --etp 1 --ep 64 {DISTRIBUTED} --ddp-pad-buckets-for-high-nccl-busbw", [0]),
     ("hy_mt2", 12, "--pp 3 --ep 4", [2]),
     ("tiny", 6, f"--pp 2 --cp 3 --seq-length 96 {DISTRIBUTED} --overlap-grad-reduce --ddp-bucket-size 5000", [0, 1]),
-    ("tiny", 24, f"--tp 2 --etp 2 --pp 2 --ep 2 --vpp 2 {DISTRIBUTED} --overlap-grad-reduce --ddp-num-buckets 7", [0, 1]),
+    (
+        "tiny",
+        24,
+        f"--tp 2 --etp 2 --pp 2 --ep 2 --vpp 2 {DISTRIBUTED} --overlap-grad-reduce --ddp-num-buckets 7",
+        [0, 1],
+    ),
     ("tiny", 8, f"--pp 2 --ep 2 {DISTRIBUTED} --mtp-loss-scaling-factor 0", [1]),
     ("tiny", 8, f"--ep 8 --num-distributed-optimizer-instances 1 {DISTRIBUTED}", [0]),
 ]
@@ -63,7 +81,9 @@ json.dump(results, open(sys.argv[2], "w"))
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """For every one of BUILDS how arithmetic and construction differ; in a process of its own, since no other world may be open."""
+    """For every one of BUILDS how arithmetic and construction differ; in a process of its own, since no other world may
+    be open.
+    """
     folder = tmp_path_factory.mktemp("built")
     jobs = []
     for name, config in MODELS.items():
@@ -72,7 +92,14 @@ def built(tmp_path_factory):
     for name, world_size, flags, ranks in BUILDS:
         words = [f"--{SHORT.get(word[2:], word[2:])}" if word.startswith("--") else word for word in flags.split()]
         length = [] if "--seq-length" in words else ["--seq-length", "4096"]
-        jobs.append((str(folder / name), world_size, [*words, *length, "--micro-batch-size", "1", "--global-batch-size", "768"], ranks))
+        jobs.append(
+            (
+                str(folder / name),
+                world_size,
+                [*words, *length, "--micro-batch-size", "1", "--global-batch-size", "768"],
+                ranks,
+            )
+        )
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-c", WORKER, str(folder / "jobs.json"), str(folder / "results.json")]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=ROOT)
@@ -80,7 +107,9 @@ def built(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("number", range(len(BUILDS)), ids=lambda number: f"{BUILDS[number][0]}-{BUILDS[number][1]}-{number}")
+@pytest.mark.parametrize(
+    "number", range(len(BUILDS)), ids=lambda number: f"{BUILDS[number][0]}-{BUILDS[number][1]}-{number}"
+)
 def test_parameters_buffers_and_shards_are_those_that_megatron_builds(built, number):
     assert built[number] == []
 
@@ -88,8 +117,19 @@ def test_parameters_buffers_and_shards_are_those_that_megatron_builds(built, num
 def test_explaining_a_fixed_layout_builds_it_and_draws_it(tmp_path):
     MODELS["hy_mt2"].save(tmp_path)
     flags = "--gpus 16 --seq-length 4096 --global-batch-size 64 --pipeline-model-parallel-size 2 --explain --picture"
-    command = [sys.executable, str(ROOT / "tools/plan.py"), "--hf", str(tmp_path), *flags.split(), str(tmp_path / "plan.png")]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=tmp_path)
+    command = [
+        sys.executable,
+        str(ROOT / "tools/plan.py"),
+        "--hf",
+        str(tmp_path),
+        *flags.split(),
+        str(tmp_path / "plan.png"),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "optimizer shards equal" in done.stdout and done.stderr == ""
-    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (tmp_path / "plan.png").stat().st_size > 10_000
+    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (
+        tmp_path / "plan.png"
+    ).stat().st_size > 10_000

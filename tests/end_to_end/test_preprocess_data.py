@@ -1,4 +1,6 @@
-"""tools/preprocess_data.py as a user runs it: the datasets, the last lines, the exit codes, and nothing left behind by a run that failed."""
+"""tools/preprocess_data.py as a user runs it: the datasets, the last lines, the exit codes, and nothing left behind by
+a run that failed.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ UDHR = sorted((ROOT / "examples/data/udhr").glob("*.jsonl"))
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
-    train_tiny_tokenizer((path.read_text(encoding="utf-8") for path in UDHR), vocab_size=1000).save_pretrained(directory)
+    train_tiny_tokenizer((path.read_text(encoding="utf-8") for path in UDHR), vocab_size=1000).save_pretrained(
+        directory
+    )
     return directory
 
 
@@ -45,7 +49,18 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer_dir, la
     outputs = {}
     for workers in (1, 2):
         prefix = tmp_path / str(workers) / "corpus"
-        done = preprocess_data("--input", *UDHR, large_input, "--output", prefix, "--tokenizer", tokenizer_dir, "--append-eod", "--workers", workers)
+        done = preprocess_data(
+            "--input",
+            *UDHR,
+            large_input,
+            "--output",
+            prefix,
+            "--tokenizer",
+            tokenizer_dir,
+            "--append-eod",
+            "--workers",
+            workers,
+        )
         assert done.returncode == 0, done.stderr
         first, last = done.stdout.splitlines()
         assert last == f"--data-path {prefix}_text_document"
@@ -58,21 +73,33 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer_dir, la
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    texts = [json.loads(line)["text"] for path in (*UDHR, large_input) for line in path.read_text(encoding="utf-8").splitlines()]
+    texts = [
+        json.loads(line)["text"]
+        for path in (*UDHR, large_input)
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     dataset = IndexedDataset(str(prefix) + "_text_document")
     assert len(dataset) == len(texts) == len(dataset.document_indices) - 1
     for index in (*range(150), *range(150, len(texts), 97)):
-        assert dataset[index].tolist() == [*tokenizer.encode(texts[index], add_special_tokens=False), tokenizer.eos_token_id]
+        assert dataset[index].tolist() == [
+            *tokenizer.encode(texts[index], add_special_tokens=False),
+            tokenizer.eos_token_id,
+        ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_row_far_into_the_input_ends_in_one_line_and_no_files(tmp_path, tokenizer_dir, large_input, workers):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(large_input.read_bytes() + b'{"txt": "misspelt"}\n')
-    done = preprocess_data("--input", path, "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir, "--workers", workers)
+    done = preprocess_data(
+        "--input", path, "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir, "--workers", workers
+    )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert f"error: {path}: line 12001: no key 'text' among ['txt']; --json-keys names the keys to read" in done.stderr.splitlines()
+    assert (
+        f"error: {path}: line 12001: no key 'text' among ['txt']; --json-keys names the keys to read"
+        in done.stderr.splitlines()
+    )
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == [path]
 
@@ -80,14 +107,18 @@ def test_a_bad_row_far_into_the_input_ends_in_one_line_and_no_files(tmp_path, to
 def test_bad_rows_that_are_skipped_are_told(tmp_path, tokenizer_dir):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\nbad\n{"text": ""}\n')
-    done = preprocess_data("--input", path, "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir, "--skip-bad-rows")
+    done = preprocess_data(
+        "--input", path, "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir, "--skip-bad-rows"
+    )
     assert done.returncode == 0, done.stderr
     assert "left out 1 texts without a token" in done.stdout
     assert f"left out 1 bad rows, the first: {path}: line 2: not JSON" in done.stdout
 
 
 def test_a_missing_file_ends_in_one_line(tmp_path, tokenizer_dir):
-    done = preprocess_data("--input", tmp_path / "none.jsonl", "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir)
+    done = preprocess_data(
+        "--input", tmp_path / "none.jsonl", "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir
+    )
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file; check the path\n"
 
@@ -96,8 +127,19 @@ def test_a_full_disk_ends_in_one_line_and_no_files(tmp_path, tokenizer_dir, larg
     def no_file_above_64_kib():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 
-    done = preprocess_data("--input", large_input, "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir, preexec_fn=no_file_above_64_kib)
+    done = preprocess_data(
+        "--input",
+        large_input,
+        "--output",
+        tmp_path / "corpus",
+        "--tokenizer",
+        tokenizer_dir,
+        preexec_fn=no_file_above_64_kib,
+    )
     assert done.returncode == 2
-    assert f"error: {tmp_path}: cannot be written: File too large; make room there, or give another --output" in done.stderr.splitlines()
+    assert (
+        f"error: {tmp_path}: cannot be written: File too large; make room there, or give another --output"
+        in done.stderr.splitlines()
+    )
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []

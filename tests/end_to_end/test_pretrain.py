@@ -17,7 +17,11 @@ from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.planning.flops import training_flops
 
 ROOT = Path(__file__).parents[2]
-ALONE = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+ALONE = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+}
 RECIPE = """\
 seq-length: 64
 micro_batch_size: 1
@@ -34,7 +38,9 @@ mock-data: true
 
 
 def run(*words: str, processes: int = 2, fails: bool = False) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "pretrain_hy.py"), *words],
         env=ALONE | {"OMP_NUM_THREADS": "1"},
@@ -62,14 +68,31 @@ def folder(tmp_path_factory):
 def lives(folder):
     """The logs of a run's first life and of its second, started by the same words but for the number of iterations."""
     model, out = str(folder / "model"), str(folder / "out")
-    words = ["--config", str(folder / "recipe.yaml"), "--hf-model", model, "--pretrained-checkpoint", model, "--load", out, "--save", out]
+    words = [
+        "--config",
+        str(folder / "recipe.yaml"),
+        "--hf-model",
+        model,
+        "--pretrained-checkpoint",
+        model,
+        "--load",
+        out,
+        "--save",
+        out,
+    ]
     words += ["--tensorboard-dir", str(folder / "tensorboard"), "--bf16"]
     return run(*words, "--train-iters", "4"), run(*words, "--train-iters", "8")
 
 
 def test_first_life_starts_from_the_published_weights(lives, folder):
     first, _ = lives
-    assert first.count(f"hymeg: {folder / 'model'} is a Hugging Face folder: converting it, once, to {folder / 'out' / 'hf_weights'}/model-") == 1
+    assert (
+        first.count(
+            f"hymeg: {folder / 'model'} is a Hugging Face folder: converting it, once, to "
+            f"{folder / 'out' / 'hf_weights'}/model-"
+        )
+        == 1
+    )
     assert "loading release distributed checkpoint" in first
     assert first.count("hymeg: no CUDA: training on CPU") == 1
     assert (folder / "out" / "latest_checkpointed_iteration.txt").read_text() == "8"
@@ -91,7 +114,11 @@ def test_log_line(lives, folder):
     tflops = float(re.search(r"\(TFLOP/s/GPU\): ([\d.e+-]+) \|", line).group(1))
     flops = training_flops(HyConfig.from_dir(folder / "model"), 4, 64)
     assert tflops == pytest.approx(flops / seconds / 2 / 1e12, rel=1e-2)
-    assert re.search(r"lm loss: [\d.E+]+ \|", line) and re.search(r"mtp_1 loss: [\d.E+]+ \|", line) and re.search(r"grad norm: [\d.]+ \|", line)
+    assert (
+        re.search(r"lm loss: [\d.E+]+ \|", line)
+        and re.search(r"mtp_1 loss: [\d.E+]+ \|", line)
+        and re.search(r"grad norm: [\d.]+ \|", line)
+    )
     layers = re.search(r"expert load max/mean: ([\d.]+) \(by layer (.*?)\)", line)
     loads = dict(entry.split(":") for entry in layers.group(2).split())
     assert list(loads) == ["1", "2", "3", "4"] and max(map(float, loads.values())) == float(layers.group(1)) >= 1
@@ -103,13 +130,22 @@ def test_tensorboard(lives, folder):
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     names = events.Tags()["scalars"]
-    for name in ("lm loss", "grad-norm", "tokens-per-second", "model-tflops-per-gpu", "expert-load/layer-1", "expert-load/layer-4"):
+    for name in (
+        "lm loss",
+        "grad-norm",
+        "tokens-per-second",
+        "model-tflops-per-gpu",
+        "expert-load/layer-1",
+        "expert-load/layer-4",
+    ):
         assert name in names
     assert [event.step for event in events.Scalars("tokens-per-second")][-1] == 8
 
 
 def test_what_was_saved_is_a_model_of_its_own(lives, folder):
-    """The saved folder exports to Hugging Face without the folder that training began with, and transformers loads it."""
+    """The saved folder exports to Hugging Face without the folder that training began with, and transformers loads
+    it.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,10 +171,25 @@ def test_what_was_saved_is_a_model_of_its_own(lives, folder):
 def test_when_rank_0_cannot_convert_every_rank_ends_with_its_message(folder, tmp_path):
     model = str(folder / "model")
     (tmp_path / "hf_weights").write_text("in the way")
-    words = ["--config", str(folder / "recipe.yaml"), "--hf-model", model, "--load", model, "--save", str(tmp_path), "--train-iters", "1"]
+    words = [
+        "--config",
+        str(folder / "recipe.yaml"),
+        "--hf-model",
+        model,
+        "--load",
+        model,
+        "--save",
+        str(tmp_path),
+        "--train-iters",
+        "1",
+    ]
     log = run(*words, fails=True)
     errors = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and errors[0].startswith(f"error: {model} must be converted") and str(tmp_path / "hf_weights") in errors[0]
+    assert (
+        len(errors) == 1
+        and errors[0].startswith(f"error: {model} must be converted")
+        and str(tmp_path / "hf_weights") in errors[0]
+    )
 
 
 def test_what_a_hostile_object_in_a_checkpoint_wants_is_not_done(folder, tmp_path):
@@ -154,7 +205,16 @@ def test_what_a_hostile_object_in_a_checkpoint_wants_is_not_done(folder, tmp_pat
         (tmp_path / "dist/release/__1_0.distcp").stat().st_size
     )
     metadata.write_bytes(pickle.dumps(stored))
-    words = ["--config", str(folder / "recipe.yaml"), "--hf-model", model, "--train-iters", "1", "--tensor-model-parallel-size", "1"]
+    words = [
+        "--config",
+        str(folder / "recipe.yaml"),
+        "--hf-model",
+        model,
+        "--train-iters",
+        "1",
+        "--tensor-model-parallel-size",
+        "1",
+    ]
     log = run(*words, "--load", str(tmp_path / "dist"), processes=1, fails=True)
     assert "Weights only load failed" in log or "weights_only" in log
     assert not (tmp_path / "was-here").exists()

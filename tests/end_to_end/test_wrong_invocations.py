@@ -1,4 +1,6 @@
-"""pretrain_hy.py as a user starts it, with something wrong: one line from rank 0, exit code 2, nothing of ours in a traceback."""
+"""pretrain_hy.py as a user starts it, with something wrong: one line from rank 0, exit code 2, nothing of ours in a
+traceback.
+"""
 
 import os
 import subprocess
@@ -21,18 +23,38 @@ def model(tmp_path_factory):
 
 
 def start(*words: str, num_processes: int | None = None) -> subprocess.CompletedProcess:
-    launcher = [] if num_processes is None else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    launcher = (
+        []
+        if num_processes is None
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    )
     command = [sys.executable, *launcher, str(ROOT / "pretrain_hy.py"), *words]
-    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone | {"OMP_NUM_THREADS": "1", "HYMEG_PLATFORM": "cpu"})
+    alone = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    }
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=alone | {"OMP_NUM_THREADS": "1", "HYMEG_PLATFORM": "cpu"},
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--tp 2", "error: unknown argument --tp; did you mean --tensor-model-parallel-size? (--help lists all flags)\n"),
+        (
+            "--tp 2",
+            "error: unknown argument --tp; did you mean --tensor-model-parallel-size? (--help lists all flags)\n",
+        ),
         (f"{NEEDED} --load {{model}}2", "error: --load {model}2: no such folder; did you mean {model}? "),
-        (f"{NEEDED} --overlap-grad-reduce --log-params-norm --moe-router-fusion", "error: --moe-router-fusion cannot work on CPU"),
+        (
+            f"{NEEDED} --overlap-grad-reduce --log-params-norm --moe-router-fusion",
+            "error: --moe-router-fusion cannot work on CPU",
+        ),
     ],
     ids=["before the model is known", "after everything else", "on the CPU"],
 )
@@ -47,7 +69,10 @@ def test_one_process_says_one_line_and_exits_with_2(model, words, line):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--expert-model-parallel-size 4", "error: --expert-model-parallel-size 4 does not divide the 2 processes of this job"),
+        (
+            "--expert-model-parallel-size 4",
+            "error: --expert-model-parallel-size 4 does not divide the 2 processes of this job",
+        ),
         # Refused by Megatron's own validation, which says it on every rank.
         ("--distribute-saved-activations", "error: Megatron refuses this combination of flags"),
     ],
@@ -70,5 +95,6 @@ def test_a_recipe_is_refused_with_its_line(model, tmp_path):
     done = start("--hf-model", model, "--config", str(recipe))
     assert done.returncode == 2
     assert (
-        done.stderr == f"error: {recipe}, line 3: unknown key 'learning_rate'; did you mean lr? (keys are the flags of pretrain_hy.py, without --)\n"
+        done.stderr
+        == f"error: {recipe}, line 3: unknown key 'learning_rate'; did you mean lr? (keys are the flags of pretrain_hy.py, without --)\n"
     )

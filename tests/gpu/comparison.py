@@ -1,5 +1,6 @@
-"""What a model computes from a checkpoint, ours under a layer spec and a precision, or transformers': logits, losses, every gradient by its Hugging
-Face name. Everything lands on the CPU in fp32, so that any two can be held against each other."""
+"""What a model computes from a checkpoint, ours under a layer spec and a precision, or transformers': logits, losses,
+every gradient by its Hugging Face name. Everything lands on the CPU in fp32, so that any two can be held against each
+other."""
 
 import dataclasses
 import gc
@@ -21,8 +22,21 @@ from hymeg.platform import device
 # Proportions as published. The standard deviation keeps the scores of experts apart at the width.
 SHAPES = {
     "tiny": {},
-    "mid": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2}
-    | {"head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "expert_hidden_dim": 256, "vocab_size": 8192}
+    "mid": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
+    | {
+        "head_dim": 64,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "expert_hidden_dim": 256,
+        "vocab_size": 8192,
+    }
     | {"initializer_range": 0.03},
 }
 BATCH = {"tiny": (2, 64), "mid": (2, 512)}
@@ -52,7 +66,9 @@ def write_checkpoint(folder: Path, changes: dict) -> None:
 def tokens_of(folder: str, batch: tuple[int, int]) -> torch.Tensor:
     """`[b, s + 1]`, without the padding token, whose embedding gets no gradient in transformers (padding_idx)."""
     vocabulary = HyConfig.from_dir(folder).pad_token_id
-    return torch.randint(0, vocabulary, (batch[0], batch[1] + 1), generator=torch.Generator().manual_seed(0)).to(device.current())
+    return torch.randint(0, vocabulary, (batch[0], batch[1] + 1), generator=torch.Generator().manual_seed(0)).to(
+        device.current()
+    )
 
 
 def ours(folder: str, flags: str, tokens: torch.Tensor) -> Outcome:
@@ -60,7 +76,9 @@ def ours(folder: str, flags: str, tokens: torch.Tensor) -> Outcome:
     wrapped = build(folder, *flags.split(), seq_length=inputs.shape[1]).train()
     with torch.no_grad():
         logits = wrapped(inputs, positions(inputs), None)
-    losses = wrapped(inputs, positions(inputs), None, labels=labels, loss_mask=torch.ones_like(labels, dtype=torch.float32))
+    losses = wrapped(
+        inputs, positions(inputs), None, labels=labels, loss_mask=torch.ones_like(labels, dtype=torch.float32)
+    )
     losses.mean().backward()
     outcome = Outcome(_plain(logits), _plain(losses), gradients_of(wrapped, HyConfig.from_dir(folder)))
     forget()
@@ -79,12 +97,18 @@ def gradients_of(wrapped: torch.nn.Module, config: HyConfig) -> dict[str, torch.
 
 def theirs(folder: str, dtype: torch.dtype, tokens: torch.Tensor) -> Outcome:
     """transformers, with sdpa and its default way through the experts (grouped_mm where it can)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device.current()).train()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        .to(device.current())
+        .train()
+    )
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     logits = model(inputs, use_cache=False).logits
     losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
     losses.mean().backward()
-    gradients = {name: _plain(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: _plain(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     outcome = Outcome(_plain(logits), _plain(losses), gradients)
     del model, logits, losses
     forget()
@@ -95,7 +119,11 @@ def packed_losses(folder: str, flags: str, lengths: list[int], tokens: torch.Ten
     """Losses `[t]` of one packed sample `tokens [1, t + 1]` of sequences of these lengths."""
     boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=tokens.device)
     packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
     )
     restarting = torch.cat([torch.arange(length) for length in lengths])[None].to(tokens.device)
     model = build(folder, *flags.split(), seq_length=sum(lengths)).eval()
@@ -127,7 +155,10 @@ def errors(found: Outcome, expected: Outcome) -> dict[str, float]:
     """Relative norms: of the logits, the losses, and each gradient by name."""
     assert found.gradients.keys() == expected.gradients.keys()
     gradients = {name: relative(found.gradients[name], gradient) for name, gradient in expected.gradients.items()}
-    return {"logits": relative(found.logits, expected.logits), "losses": relative(found.losses, expected.losses)} | gradients
+    return {
+        "logits": relative(found.logits, expected.logits),
+        "losses": relative(found.losses, expected.losses),
+    } | gradients
 
 
 def all_gradients(outcome: Outcome) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""Tests marked `gpu` are skipped where there is none; the others run their comparison on CPU as well, with the local layer spec, so that the code
-that will judge a GPU has itself been run. `single_process` is the unit tests'."""
+"""Tests marked `gpu` are skipped where there is none; the others run their comparison on CPU as well, with the local
+layer spec, so that the code that will judge a GPU has itself been run. `single_process` is the unit tests'."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,11 @@ def pytest_collection_modifyitems(items):
     if platform.is_cpu():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device (or HYMEG_PLATFORM=cpu): run on a GPU machine, see docs/gpu.md"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="torch sees no CUDA device (or HYMEG_PLATFORM=cpu): run on a GPU machine, see docs/gpu.md"
+                    )
+                )
 
 
 @pytest.fixture(scope="session")

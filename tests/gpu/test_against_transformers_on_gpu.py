@@ -1,7 +1,8 @@
-"""Both layer specs compute what transformers computes from the same files: fp32 to the precision of its products, bf16 as well as transformers does.
+"""Both layer specs compute what transformers computes from the same files: fp32 to the precision of its products, bf16
+as well as transformers does.
 
-In bf16 tokens near a tie go to other experts than in fp32, in transformers as much as here: a whole tensor's error is held against transformers' own,
-and the median token, which met no tie, against an absolute bound.
+In bf16 tokens near a tie go to other experts than in fp32, in transformers as much as here: a whole tensor's error is
+held against transformers' own, and the median token, which met no tie, against an absolute bound.
 """
 
 import pytest
@@ -16,7 +17,11 @@ CASES = [
         pytest.param(shape, flags, id=f"{shape}-{name}", marks=pytest.mark.gpu)
         for shape, flags, name in (
             ("mid", LOCAL, "local"),
-            *((shape, flags, name) for shape in BATCH for flags, name in ((TE, "te-grouped"), (TE_SEQUENTIAL, "te-sequential"))),
+            *(
+                (shape, flags, name)
+                for shape in BATCH
+                for flags, name in ((TE, "te-grouped"), (TE_SEQUENTIAL, "te-sequential"))
+            ),
         )
     ),
 ]

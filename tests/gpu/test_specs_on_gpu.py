@@ -1,11 +1,25 @@
-"""What one layer spec computes, the other does: experts grouped or one by one, packed samples, the fp32 head, multi-token prediction.
+"""What one layer spec computes, the other does: experts grouped or one by one, packed samples, the fp32 head,
+multi-token prediction.
 
-The local spec in fp32 is the reference: the unit tests hold it against transformers. On CPU it is held against itself on another path (recomputed).
+The local spec in fp32 is the reference: the unit tests hold it against transformers. On CPU it is held against itself
+on another path (recomputed).
 """
 
 import pytest
 import torch
-from comparison import BATCH, LOCAL, TE, TE_SEQUENTIAL, all_gradients, errors, ours, packed_losses, padded_losses, relative, tokens_of
+from comparison import (
+    BATCH,
+    LOCAL,
+    TE,
+    TE_SEQUENTIAL,
+    all_gradients,
+    errors,
+    ours,
+    packed_losses,
+    padded_losses,
+    relative,
+    tokens_of,
+)
 from megatron.core.utils import unwrap_model
 from single_process import build, positions
 
@@ -30,7 +44,9 @@ def test_multi_token_prediction(checkpoints, flags):
     folder = checkpoints("tiny", **MTP)
     tokens = tokens_of(folder, BATCH["tiny"])
     expected = ours(folder, LOCAL, tokens)
-    assert any(name.startswith("model.layers.4.eh_proj") and gradient.any() for name, gradient in expected.gradients.items())
+    assert any(
+        name.startswith("model.layers.4.eh_proj") and gradient.any() for name, gradient in expected.gradients.items()
+    )
     for name, error in errors(ours(folder, flags, tokens), expected).items():
         assert error <= 10 * tolerance(flags), f"{name}: {error:.1e}"
 
@@ -51,9 +67,13 @@ def test_packed_equals_padded(checkpoints, flags, precision):
         flags = LOCAL
     folder = checkpoints("tiny")
     tokens = tokens_of(folder, (1, sum(LENGTHS)))
-    packed, padded = (compute(folder, f"{flags} {precision}", LENGTHS, tokens) for compute in (packed_losses, padded_losses))
+    packed, padded = (
+        compute(folder, f"{flags} {precision}", LENGTHS, tokens) for compute in (packed_losses, padded_losses)
+    )
     assert relative(packed, padded) <= (1e-2 if precision else tolerance(flags))
-    assert relative(packed_losses(folder, f"{flags} {precision}", [sum(LENGTHS)], tokens), padded) > 1e-2, "the boundaries must matter"
+    assert relative(packed_losses(folder, f"{flags} {precision}", [sum(LENGTHS)], tokens), padded) > 1e-2, (
+        "the boundaries must matter"
+    )
 
 
 @pytest.mark.parametrize("flags", SPECS)
@@ -73,8 +93,8 @@ def test_fp32_logits_from_bf16_weights(checkpoints, flags):
 
 @pytest.mark.parametrize("extra", ["--recompute-logits", "--cross-entropy-loss-fusion"])
 def test_losses_without_logits_equal_the_others(checkpoints, extra):
-    """Kept exponentials against recomputed ones, and against Megatron's fused cross entropy on whole logits, in bf16: what one rounding more in the
-    head grows to in the gradients of all the model, whose error against fp32 is 8e-2."""
+    """Kept exponentials against recomputed ones, and against Megatron's fused cross entropy on whole logits, in bf16:
+    what one rounding more in the head grows to in the gradients of all the model, whose error against fp32 is 8e-2."""
     folder = checkpoints("tiny", **MTP)
     tokens = tokens_of(folder, BATCH["tiny"])
     expected, found = (ours(folder, f"{LOCAL} --bf16 {flags}", tokens) for flags in ("", extra))

@@ -1,4 +1,5 @@
-"""pretrain_hy.py on a GPU: ten steps under either layer spec, the same bits twice, weights that cross between CPU and GPU unchanged.
+"""pretrain_hy.py on a GPU: ten steps under either layer spec, the same bits twice, weights that cross between CPU and
+GPU unchanged.
 
 On CPU the same commands run with the local spec, shorter.
 """
@@ -19,14 +20,18 @@ from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 ROOT = Path(__file__).parents[2]
 GPU = pytest.mark.gpu
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FIXED = "--mock-data --seq-length 64 --micro-batch-size 2 --global-batch-size 2 --eval-iters 0 --log-interval 1 --lr 1e-3"
+FIXED = (
+    "--mock-data --seq-length 64 --micro-batch-size 2 --global-batch-size 2 --eval-iters 0 --log-interval 1 --lr 1e-3"
+)
 
 
 def train(folder: str, flags: str, on: str | None = None) -> list[str]:
     """The logged losses, as printed: `7.123456E+00`. The second one is the mean of two steps (FACTS, trap 8)."""
     command = [sys.executable, str(ROOT / "pretrain_hy.py"), "--hf-model", folder, *FIXED.split(), *flags.split()]
     # The other tests' world of one process stands in this process's environment.
-    environment = {name: value for name, value in os.environ.items() if name not in WORLD} | ({"HYMEG_PLATFORM": on} if on else {})
+    environment = {name: value for name, value in os.environ.items() if name not in WORLD} | (
+        {"HYMEG_PLATFORM": on} if on else {}
+    )
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     return re.findall(r"lm loss: (\S+)", done.stdout)
@@ -42,7 +47,10 @@ def weights(dist: Path, target: Path) -> dict[str, torch.Tensor]:
 def test_ten_steps_under_both_specs(checkpoints, precision):
     folder = checkpoints("tiny")
     losses = [
-        [float(loss) for loss in train(folder, f"--load {folder} --lr-decay-style constant --train-iters 10 {precision} {spec}")]
+        [
+            float(loss)
+            for loss in train(folder, f"--load {folder} --lr-decay-style constant --train-iters 10 {precision} {spec}")
+        ]
         for spec in (LOCAL, TE)
     ]
     assert len(losses[0]) == len(losses[1]) == 10
@@ -53,7 +61,9 @@ def test_ten_steps_under_both_specs(checkpoints, precision):
 @pytest.mark.parametrize("flags", [pytest.param(LOCAL, id="local"), pytest.param(TE, id="te", marks=GPU)])
 def test_deterministic_mode_gives_the_same_losses_twice(checkpoints, flags):
     folder = checkpoints("tiny")
-    first, second = (train(folder, f"--load {folder} --train-iters 4 --bf16 --deterministic-mode {flags}") for _ in range(2))
+    first, second = (
+        train(folder, f"--load {folder} --train-iters 4 --bf16 --deterministic-mode {flags}") for _ in range(2)
+    )
     assert len(first) == 4 and first == second
 
 
@@ -65,8 +75,8 @@ def places() -> list:
 
 @pytest.mark.parametrize("path", places())
 def test_weights_cross_unchanged(checkpoints, tmp_path, path):
-    """Saved by one, loaded by the other, trained a step at a learning rate that has decayed to 0 and saved again: every bit; and the optimizer's
-    state was accepted."""
+    """Saved by one, loaded by the other, trained a step at a learning rate that has decayed to 0 and saved again: every
+    bit; and the optimizer's state was accepted."""
     folder = checkpoints("tiny", num_nextn_predict_layers=1)
     spec = {"cpu": LOCAL, "cuda": TE}
     common = "--bf16 --use-distributed-optimizer --weight-decay 0 --lr-decay-style linear --lr-decay-iters 2 --min-lr 0 --train-iters 3"

@@ -1,9 +1,10 @@
-"""Transformer Engine without its compiled part: its own Python sources, under which a layer spec can be constructed, saved and loaded on a CPU.
+"""Transformer Engine without its compiled part: its own Python sources, under which a layer spec can be constructed,
+saved and loaded on a CPU.
 
-The sources are those of the `transformer-engine` wheel (environment.sh). What they import from the compiled `transformer_engine_torch` is replaced
-here: enumerations whose numbers they use have the real ones, the versions they ask for are a plausible build's, and every other name is a placeholder
-that may be imported, compared and written into tables, and that raises when called. So names, shapes and classes of the modules are the real ones,
-and nothing can run.
+The sources are those of the `transformer-engine` wheel (environment.sh). What they import from the compiled
+`transformer_engine_torch` is replaced here: enumerations whose numbers they use have the real ones, the versions they
+ask for are a plausible build's, and every other name is a placeholder that may be imported, compared and written into
+tables, and that raises when called. So names, shapes and classes of the modules are the real ones, and nothing can run.
 """
 
 import enum
@@ -18,9 +19,24 @@ _NAME = "transformer_engine_torch"
 
 # As Transformer Engine's C++ headers number them (transformer_engine.h, fused_attn.h, pytorch/csrc/common.h).
 _ENUMERATIONS = {
-    "DType": {"kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6, "kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat4E2M1": 10},
-    "FP8FwdTensors": {f"GEMM{gemm + 1}_{part}": 3 * gemm + i for gemm in range(3) for i, part in enumerate(("INPUT", "WEIGHT", "OUTPUT"))},
-    "FP8BwdTensors": {f"GRAD_{part}{gemm + 1}": 2 * gemm + i for gemm in range(3) for i, part in enumerate(("OUTPUT", "INPUT"))},
+    "DType": {
+        "kByte": 0,
+        "kInt32": 2,
+        "kFloat32": 4,
+        "kFloat16": 5,
+        "kBFloat16": 6,
+        "kFloat8E4M3": 7,
+        "kFloat8E5M2": 8,
+        "kFloat4E2M1": 10,
+    },
+    "FP8FwdTensors": {
+        f"GEMM{gemm + 1}_{part}": 3 * gemm + i
+        for gemm in range(3)
+        for i, part in enumerate(("INPUT", "WEIGHT", "OUTPUT"))
+    },
+    "FP8BwdTensors": {
+        f"GRAD_{part}{gemm + 1}": 2 * gemm + i for gemm in range(3) for i, part in enumerate(("OUTPUT", "INPUT"))
+    },
     "NVTE_Fused_Attn_Backend": {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2},
 }
 _VERSIONS = {"get_cublasLt_version": 130100, "get_cudnn_version": 92000, "get_num_cublas_streams": 4}
@@ -29,7 +45,9 @@ _NUMBERS: dict[str, int] = {}
 
 
 class _Placeholder(type):
-    """The class of a name that nobody declared: a class itself, because the sources subscript, compare and annotate with such names."""
+    """The class of a name that nobody declared: a class itself, because the sources subscript, compare and annotate
+    with such names.
+    """
 
     def __getattr__(cls, name: str) -> type:
         if name.startswith("__"):
@@ -43,7 +61,10 @@ class _Placeholder(type):
         return _NUMBERS.setdefault(cls.__name__, len(_NUMBERS))
 
     def __call__(cls, *args, **kwargs) -> NoReturn:
-        raise RuntimeError(f"{_NAME}.{cls.__name__} was called: the compiled part of Transformer Engine is only stood in for, nothing can run")
+        raise RuntimeError(
+            f"{_NAME}.{cls.__name__} was called: the compiled part of Transformer Engine is only stood in for, nothing "
+            "can run"
+        )
 
 
 def _placeholder(name: str) -> type:
@@ -69,7 +90,8 @@ def _compiled_part() -> types.ModuleType:
 
 
 def install() -> None:
-    """Make `import transformer_engine.pytorch` work in this process. Before anything imports Megatron, which looks for Transformer Engine once.
+    """Make `import transformer_engine.pytorch` work in this process. Before anything imports Megatron, which looks for
+    Transformer Engine once.
 
     Raises:
         ModuleNotFoundError: the wheel's sources, or the onnxscript they import, are not on the path.

@@ -1,7 +1,8 @@
-"""The two layer specs are one model: local modules on a CPU, Transformer Engine's on a GPU, the same tensors under the same keys in a checkpoint.
+"""The two layer specs are one model: local modules on a CPU, Transformer Engine's on a GPU, the same tensors under the
+same keys in a checkpoint.
 
-Transformer Engine is its own Python sources over a stand-in for the compiled part (stand_in.py): its model is constructed, loaded and saved by the
-trainer, and cannot run.
+Transformer Engine is its own Python sources over a stand-in for the compiled part (stand_in.py): its model is
+constructed, loaded and saved by the trainer, and cannot run.
 """
 
 import json
@@ -24,7 +25,10 @@ HERE = Path(__file__).parent
 TE_SITE = Path(sys.prefix) / "te-site"
 LOCAL, TE = SPECS = ("local", "transformer_engine")
 MOE_LAYERS = [*(f"decoder.layers.{layer}" for layer in (1, 2, 3)), "mtp.layers.0.mtp_model_layer"]
-RANKS = (1, 6)  # of 8 in TP2 PP2 DP2, EP2: one on each stage, of either tensor-parallel rank, with either half of the experts
+RANKS = (
+    1,
+    6,
+)  # of 8 in TP2 PP2 DP2, EP2: one on each stage, of either tensor-parallel rank, with either half of the experts
 
 # Where Transformer Engine's fused and grouped modules keep what the local spec keeps in modules of its own.
 TE_TO_LOCAL = (
@@ -36,7 +40,9 @@ TE_TO_LOCAL = (
 
 @pytest.fixture(scope="module")
 def te_site() -> Path:
-    """Transformer Engine's sources, beside the packages of this interpreter's environment; installed when they are not there."""
+    """Transformer Engine's sources, beside the packages of this interpreter's environment; installed when they are not
+    there.
+    """
     command = ["bash", str(HERE / "environment.sh"), str(TE_SITE), sys.executable]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -62,17 +68,26 @@ def config(hf_folder) -> HyConfig:
 
 @pytest.fixture(scope="module")
 def made(te_site, hf_folder, tmp_path_factory) -> dict[str, dict]:
-    """What worker.py wrote down: the local spec trains two steps and saves, Transformer Engine's loads and saves again, the local one loads that."""
+    """What worker.py wrote down: the local spec trains two steps and saves, Transformer Engine's loads and saves again,
+    the local one loads that.
+    """
     folder = tmp_path_factory.mktemp("specs")
     common = f"--hf-model {hf_folder} --bf16 --mock-data --seq-length 32 --train-iters 2 --lr 1e-3"
     one = f"{common} --global-batch-size 1 --eval-iters 0 --use-distributed-optimizer"
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
     fresh = f"{common} --global-batch-size 2 --init-from-scratch"
     ranks = {f"rank {rank}": {"argv": f"{fresh} {layout}", "rank": rank, "world_size": 8} for rank in RANKS}
-    fp8 = {recipe: {"argv": fresh, "rank": 0, "world_size": 1, "gpu": {"fp8": "hybrid", "fp8_recipe": recipe}} for recipe in ("delayed", "blockwise")}
+    fp8 = {
+        recipe: {"argv": fresh, "rank": 0, "world_size": 1, "gpu": {"fp8": "hybrid", "fp8_recipe": recipe}}
+        for recipe in ("delayed", "blockwise")
+    }
     of_local, of_te = folder / "of_local", folder / "of_te"
 
-    results = _work(LOCAL, {"trained": {"argv": f"{one} --load {hf_folder} --save {of_local} --save-interval 1000"}, **ranks}, folder)
+    results = _work(
+        LOCAL,
+        {"trained": {"argv": f"{one} --load {hf_folder} --save {of_local} --save-interval 1000"}, **ranks},
+        folder,
+    )
     jobs = {
         "from hf": {"argv": f"{one} --load {hf_folder} --skip-train"},
         "frozen": {"argv": f"{one} --load {hf_folder} --skip-train --mtp-loss-scaling-factor 0"},
@@ -85,16 +100,31 @@ def made(te_site, hf_folder, tmp_path_factory) -> dict[str, dict]:
 
 def _work(spec: str, jobs: dict[str, dict], folder: Path, *python_path: Path) -> dict[str, dict]:
     """Run worker.py on the jobs (name -> job); `{"spec name": what it wrote}`, and as "spec log" what it printed."""
-    listed = [{**job, "argv": job["argv"].split(), "out": str(folder / f"{spec} {name}.pt")} for name, job in jobs.items()]
+    listed = [
+        {**job, "argv": job["argv"].split(), "out": str(folder / f"{spec} {name}.pt")} for name, job in jobs.items()
+    ]
     jobs_file, log = folder / f"{spec}.json", folder / f"{spec}.log"
     jobs_file.write_text(json.dumps(listed))
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    environment = os.environ | world | {"PYTHONPATH": os.pathsep.join(map(str, python_path)), "HYMEG_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    world = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
+    environment = (
+        os.environ
+        | world
+        | {"PYTHONPATH": os.pathsep.join(map(str, python_path)), "HYMEG_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    )
     with open(log, "w") as output:
         command = [sys.executable, str(HERE / "worker.py"), spec, str(jobs_file)]
         result = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=300)
     assert result.returncode == 0, f"{spec}:\n{log.read_text()[-6000:]}"
-    results = {f"{spec} {name}": torch.load(job["out"], weights_only=False) for name, job in zip(jobs, listed, strict=True)}
+    results = {
+        f"{spec} {name}": torch.load(job["out"], weights_only=False) for name, job in zip(jobs, listed, strict=True)
+    }
     return results | {f"{spec} log": log.read_text()}
 
 
@@ -114,7 +144,10 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("model", [f"{LOCAL} trained", f"{TE} from hf"])
 def test_a_checkpoint_holds_exactly_the_tensors_of_the_mapping(made, config, model):
     """Names and shapes are the table's that the converter goes by; everything is bf16 but the expert bias."""
-    expected = {key: (shape, torch.float32 if key.endswith("expert_bias") else torch.bfloat16) for key, shape in distributed_shapes(config).items()}
+    expected = {
+        key: (shape, torch.float32 if key.endswith("expert_bias") else torch.bfloat16)
+        for key, shape in distributed_shapes(config).items()
+    }
     assert {shard["key"]: (shard["global_shape"], shard["dtype"]) for shard in made[model]["stored"]} == expected
 
 
@@ -132,8 +165,13 @@ def test_both_specs_store_the_same_shards_of_a_layout(made, rank):
 
 
 def test_only_the_norms_of_transformer_engine_have_an_extra_state_more_and_all_are_empty(made):
-    """Why `sharded_state_dict` may leave them out: what Megatron would store without that is the same but for these, and none says anything."""
-    objects = {spec: {s["key"]: s["size"] for s in made[model]["megatron_stores"] if s["dtype"] is None} for spec, model in _one_of_each().items()}
+    """Why `sharded_state_dict` may leave them out: what Megatron would store without that is the same but for these,
+    and none says anything.
+    """
+    objects = {
+        spec: {s["key"]: s["size"] for s in made[model]["megatron_stores"] if s["dtype"] is None}
+        for spec, model in _one_of_each().items()
+    }
     layers = [f"decoder.layers.{layer}" for layer in range(4)] + ["mtp.layers.0.transformer_layer"]
     norms = [f"{layer}.self_attention.{norm}_layernorm" for layer in layers for norm in "qk"]
     norms += [f"{layer}.pre_mlp_layernorm" for layer in layers[1:]]
@@ -148,16 +186,22 @@ def _one_of_each() -> dict[str, str]:
 
 
 def test_both_specs_have_the_parameters_of_the_mapping(made, config):
-    """The same number, by arithmetic on shapes; and the same names, but for those that fused and grouped modules give."""
+    """The same number, by arithmetic on shapes; and the same names, but for those that fused and grouped modules
+    give.
+    """
     parameters = {spec: made[model]["trainable"] for spec, model in _one_of_each().items()}
     assert {local_name(name) for name in parameters[TE]} == parameters[LOCAL]
-    expected = sum(math.prod(shape) for key, shape in distributed_shapes(config).items() if not key.endswith("expert_bias"))
+    expected = sum(
+        math.prod(shape) for key, shape in distributed_shapes(config).items() if not key.endswith("expert_bias")
+    )
     for spec, model in _one_of_each().items():
         assert sum(made[model]["tensors"][name].numel() for name in parameters[spec]) == expected
 
 
 def test_what_the_local_spec_saved_transformer_engine_loads(made):
-    """By the trainer's own --load and its default strictness: every tensor, and the optimizer's state, in the module where it belongs."""
+    """By the trainer's own --load and its default strictness: every tensor, and the optimizer's state, in the module
+    where it belongs.
+    """
     saved, loaded = made[f"{LOCAL} trained"], made[f"{TE} from local"]
     assert_same({local_name(name): tensor for name, tensor in loaded["tensors"].items()}, saved["tensors"])
     assert saved["optimizer"].keys() == {local_name(name) for name in loaded["optimizer"]}
@@ -177,7 +221,9 @@ def test_what_transformer_engine_saved_the_local_spec_loads(made):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_loading_says_nothing_of_keys(made, spec):
-    """Megatron answers a strict load that fails by a lax one, and each rank prints the names of what was missing: thousands, in a large model."""
+    """Megatron answers a strict load that fails by a lax one, and each rank prints the names of what was missing:
+    thousands, in a large model.
+    """
     assert "successfully loaded checkpoint" in made[f"{spec} log"]
     assert "load_return" not in made[f"{spec} log"] and "Unexpected keys" not in made[f"{spec} log"]
 
@@ -191,7 +237,9 @@ def test_only_recipes_that_keep_a_state_store_one(made):
 
 
 def test_the_adapter_fills_and_reads_transformer_engines_model(made, hf_folder):
-    """load_into (--load of a Hugging Face folder) and gather_from, on grouped experts and fused norms: every bit of the files comes back."""
+    """load_into (--load of a Hugging Face folder) and gather_from, on grouped experts and fused norms: every bit of the
+    files comes back.
+    """
     files = {name: tensor for file in hf_folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert_same(made[f"{TE} from hf"]["hf"], files)
     assert_same(made[f"{TE} from local"]["hf"], made[f"{LOCAL} trained"]["hf"])
@@ -199,12 +247,16 @@ def test_the_adapter_fills_and_reads_transformer_engines_model(made, hf_folder):
 
 @pytest.mark.parametrize("model", [f"{LOCAL} trained", f"{TE} from hf"])
 def test_a_lost_weight_is_missed(made, model):
-    """`load_state_dict` without any `_extra_state` and one weight misses the weight and nothing else: the tolerance is for `_extra_state` alone."""
+    """`load_state_dict` without any `_extra_state` and one weight misses the weight and nothing else: the tolerance is
+    for `_extra_state` alone.
+    """
     assert made[model]["missed"] == ["mtp.layers.0.enorm.weight"]
 
 
 def test_the_te_spec_is_transformer_engines_with_our_router(made):
-    """Attention, norms and grouped experts are Transformer Engine's; the router is ours in every MoE layer, that of multi-token prediction too."""
+    """Attention, norms and grouped experts are Transformer Engine's; the router is ours in every MoE layer, that of
+    multi-token prediction too.
+    """
     modules = made[f"{TE} from hf"]["modules"]
     extensions = "megatron.core.extensions.transformer_engine"
     for layer in MOE_LAYERS:
@@ -212,12 +264,19 @@ def test_the_te_spec_is_transformer_engines_with_our_router(made):
         assert modules[f"{layer}.self_attention.core_attention"] == f"{extensions}.TEDotProductAttention"
         assert modules[f"{layer}.mlp.experts.linear_fc1"] == f"{extensions}.TEColumnParallelGroupedLinear"
         assert modules[f"{layer}.pre_mlp_layernorm"] == "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
-    assert [name for name, kind in modules.items() if kind.endswith("Router")] == [f"{layer}.mlp.router" for layer in MOE_LAYERS]
+    assert [name for name, kind in modules.items() if kind.endswith("Router")] == [
+        f"{layer}.mlp.router" for layer in MOE_LAYERS
+    ]
 
 
 def test_te_experts_are_reduced_over_their_own_group(made):
     """Exactly the grouped experts' weights carry `allreduce = False`, although EP is 1 (FACTS, traps 3 and 4)."""
-    expected = {f"{layer}.mlp.experts.linear_{fc}.weight{expert}" for layer in MOE_LAYERS for fc in ("fc1", "fc2") for expert in range(8)}
+    expected = {
+        f"{layer}.mlp.experts.linear_{fc}.weight{expert}"
+        for layer in MOE_LAYERS
+        for fc in ("fc1", "fc2")
+        for expert in range(8)
+    }
     assert made[f"{TE} from hf"]["not_allreduced"] == expected
 
 

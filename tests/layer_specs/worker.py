@@ -1,9 +1,11 @@
-"""Builds our model under one layer spec, job by job, and writes down what it is: python worker.py local|transformer_engine JOBS.json.
+"""Builds our model under one layer spec, job by job, and writes down what it is: python worker.py
+local|transformer_engine JOBS.json.
 
-A job is `{"argv": [...], "out": FILE}`: the trainer's command line, run in a world of one process, and the file for torch.save. With `"rank"` and
-`"world_size"` it is one rank of a larger world that does not exist, of which the model is constructed and no more; `"gpu"` then holds flags that are
-set although a CPU cannot serve them. For Transformer Engine's spec its sources must be on PYTHONPATH; nothing can run there, so that such a job must
-have no iteration left to train.
+A job is `{"argv": [...], "out": FILE}`: the trainer's command line, run in a world of one process, and the file for
+torch.save. With `"rank"` and `"world_size"` it is one rank of a larger world that does not exist, of which the model is
+constructed and no more; `"gpu"` then holds flags that are set although a CPU cannot serve them. For Transformer
+Engine's spec its sources must be on PYTHONPATH; nothing can run there, so that such a job must have no iteration left
+to train.
 """
 
 import contextlib
@@ -55,7 +57,9 @@ def parsed(argv: list[str], gpu: dict | None = None):
 
 @contextlib.contextmanager
 def pretended_cuda() -> Iterator[None]:
-    """Transformer Engine's modules refuse to be constructed where CUDA is not available (transformer_engine/pytorch/module/base.py:895)."""
+    """Transformer Engine's modules refuse to be constructed where CUDA is not available
+    (transformer_engine/pytorch/module/base.py:895).
+    """
     construct = hy.construct
 
     def pretending(*args):
@@ -67,7 +71,9 @@ def pretended_cuda() -> Iterator[None]:
 
 
 def run(argv: list[str]) -> dict:
-    """Let the trainer set up, load, train what iterations are left, save; describe the model and the optimizer that it ends with."""
+    """Let the trainer set up, load, train what iterations are left, save; describe the model and the optimizer that it
+    ends with.
+    """
     args, config = parsed(argv)
     made = []
     set_up = training.setup_model_and_optimizer
@@ -76,7 +82,10 @@ def run(argv: list[str]) -> dict:
         made.extend(set_up(*set_up_args, **set_up_kwargs))
         return made
 
-    with patched(training, "setup_model_and_optimizer", watched, "the test looks at what the trainer made"), pretended_cuda():
+    with (
+        patched(training, "setup_model_and_optimizer", watched, "the test looks at what the trainer made"),
+        pretended_cuda(),
+    ):
         train(args, config)
     models, optimizer, _ = made
     return {
@@ -96,8 +105,12 @@ def described(model: GPTModel) -> dict:
         "megatron_stores": stored(GPTModel.sharded_state_dict(model, metadata={})),
         "trainable": {name for name, parameter in parameters.items() if parameter.requires_grad},
         "not_allreduced": {name for name, parameter in parameters.items() if not getattr(parameter, "allreduce", True)},
-        "modules": {name: f"{type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()},
-        "missed": model.load_state_dict({name: tensors[name] for name in tensors if name != LOST}, strict=False).missing_keys,
+        "modules": {
+            name: f"{type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()
+        },
+        "missed": model.load_state_dict(
+            {name: tensors[name] for name in tensors if name != LOST}, strict=False
+        ).missing_keys,
         "head": getattr(model.output_layer._forward_impl, "__qualname__", None),
     }
 

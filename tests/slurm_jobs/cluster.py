@@ -31,7 +31,12 @@ def missing() -> str | None:
         return f"{', '.join(programs)} not installed, and there is no apt-get"
     if programs:
         for words in (["update"], ["install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]):
-            done = subprocess.run(["apt-get", "-qq", *words], env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, text=True)
+            done = subprocess.run(
+                ["apt-get", "-qq", *words],
+                env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+                capture_output=True,
+                text=True,
+            )
         if done.returncode != 0:
             return f"apt-get install slurm-wlm failed: {done.stderr.strip()[-200:]}"
     return None
@@ -48,7 +53,9 @@ def free_port() -> int:
 
 
 class Cluster:
-    """`with Cluster(folder)`: daemons and jobs are gone at the end, whatever happened. Jobs start processes that bear `mark`."""
+    """`with Cluster(folder)`: daemons and jobs are gone at the end, whatever happened. Jobs start processes that bear
+    `mark`.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -63,13 +70,21 @@ class Cluster:
         }
 
     def __enter__(self) -> "Cluster":
-        started = subprocess.run(["bash", SCRIPT, "start", self.folder], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS)
+        started = subprocess.run(
+            ["bash", SCRIPT, "start", self.folder],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
         if started.returncode != 0:
             pytest.skip(f"Slurm does not start here: {' '.join((started.stdout + started.stderr).split())[-500:]}")
         return self
 
     def __exit__(self, *_) -> None:
-        subprocess.run(["bash", SCRIPT, "stop", self.folder], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
+        subprocess.run(
+            ["bash", SCRIPT, "stop", self.folder], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS
+        )
         for pid in self.processes():
             os.kill(pid, 9)
 
@@ -83,19 +98,37 @@ class Cluster:
         folder.mkdir(exist_ok=True)
         environment = self.environment | {"HYMEG_LOG_DIR": str(folder / "logs"), "HYMEG_PORT": str(free_port())}
         environment |= {name: str(value) for name, value in variables.items()}
-        command = ["sbatch", "--parsable", "--output", folder / "output", "--gpus-per-node", "1", "--time", "60", *sbatch.split(), JOB, *words]
-        done = subprocess.run([str(word) for word in command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+        command = [
+            "sbatch",
+            "--parsable",
+            "--output",
+            folder / "output",
+            "--gpus-per-node",
+            "1",
+            "--time",
+            "60",
+            *sbatch.split(),
+            JOB,
+            *words,
+        ]
+        done = subprocess.run(
+            [str(word) for word in command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+        )
         assert done.returncode == 0, done.stderr
         return Job(self, done.stdout.strip(), folder)
 
     def processes(self, **variables: str) -> dict[int, str]:
-        """Those that a job of this cluster has started, with these variables, and that still run: process id -> command line."""
+        """Those that a job of this cluster has started, with these variables, and that still run: process id -> command
+        line.
+        """
         wanted = {f"{name}={value}".encode() for name, value in ({"HYMEG_TEST_MARK": self.mark} | variables).items()}
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[int(folder.name)] = (
+                        (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    )
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
         return found
@@ -119,7 +152,9 @@ class Job:
         return "".join(path.read_text() for path in sorted((self.folder / "logs" / f"start-{start}").glob("*.log")))
 
     def shown(self, field: str) -> str:
-        return re.search(rf"\b{field}=(\S*)", self.cluster.run("scontrol", "--oneliner", "show", "job", self.number)).group(1)
+        return re.search(
+            rf"\b{field}=(\S*)", self.cluster.run("scontrol", "--oneliner", "show", "job", self.number)
+        ).group(1)
 
     def step(self, start: int) -> int:
         try:
@@ -140,8 +175,12 @@ class Job:
         while not condition():
             ended = self.state() in FINAL
             if (ended and not condition()) or time.monotonic() > end:
-                logs = "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("logs/start-*/*.log")))
-                raise AssertionError(f"{what}: {'the job has ended' if ended else 'time is up'}\n{self.history}\n{self.output}\n{logs}")
+                logs = "\n".join(
+                    f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("logs/start-*/*.log"))
+                )
+                raise AssertionError(
+                    f"{what}: {'the job has ended' if ended else 'time is up'}\n{self.history}\n{self.output}\n{logs}"
+                )
             time.sleep(0.2)
 
     def state(self) -> str:
@@ -153,7 +192,9 @@ class Job:
         return f"{self.state()} {self.shown('ExitCode')}"
 
     def requeued(self, restarts: int) -> None:
-        """Wait until the job was requeued, and let it start soon: Slurm would wait for two minutes, and refuses a start in the same second."""
+        """Wait until the job was requeued, and let it start soon: Slurm would wait for two minutes, and refuses a start
+        in the same second.
+        """
         back = ("PENDING", "RUNNING", *FINAL)  # on a busy machine it may have gone on by itself
         self.wait(lambda: int(self.shown("Restarts")) >= restarts and self.state() in back, f"requeue {restarts}")
         if self.state() == "PENDING":

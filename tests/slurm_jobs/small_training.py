@@ -38,11 +38,26 @@ def write(folder: Path) -> None:
 
 
 def flags(folder: Path, out: Path) -> list[str]:
-    model, data = folder / "model", ["--data-path", folder / "text", "--split", "100,0,0", "--data-cache-path", out / "cache"]
-    words = ["--hf-model", model, "--pretrained-checkpoint", model, "--load", out / "checkpoints", "--save", out / "checkpoints", *data]
+    model, data = (
+        folder / "model",
+        ["--data-path", folder / "text", "--split", "100,0,0", "--data-cache-path", out / "cache"],
+    )
+    words = [
+        "--hf-model",
+        model,
+        "--pretrained-checkpoint",
+        model,
+        "--load",
+        out / "checkpoints",
+        "--save",
+        out / "checkpoints",
+        *data,
+    ]
     return [str(word) for word in words]
 
 
 def losses(log: str) -> dict[int, float]:
     """Step -> loss, with the seven digits of the log."""
-    return {int(step): float(loss) for step, loss in re.findall(r" iteration +(\d+)/.* lm loss: (\d\.\d+E[+-]\d+) ", log)}
+    return {
+        int(step): float(loss) for step, loss in re.findall(r" iteration +(\d+)/.* lm loss: (\d\.\d+E[+-]\d+) ", log)
+    }

@@ -1,4 +1,6 @@
-"""The check before every start, as it runs on the nodes but without Slurm: what is wrong with a node is said with its name, and nothing starts."""
+"""The check before every start, as it runs on the nodes but without Slurm: what is wrong with a node is said with its
+name, and nothing starts.
+"""
 
 import contextlib
 import os
@@ -30,14 +32,39 @@ class Nodes:
         self.start.mkdir()
         (folder / "recipe.yaml").write_text("lr: 1e-3\n")
 
-    def node(self, name: str, *, recipe="recipe.yaml", port=None, processes=1, seconds=600, cwd: Path = ROOT, **variables: object):
-        at = ["--name", name, "--nodes", "n0,n1", "--head", f"127.0.0.1:{port or self.port}", "--folder", str(self.start)]
+    def node(
+        self,
+        name: str,
+        *,
+        recipe="recipe.yaml",
+        port=None,
+        processes=1,
+        seconds=600,
+        cwd: Path = ROOT,
+        **variables: object,
+    ):
+        at = [
+            "--name",
+            name,
+            "--nodes",
+            "n0,n1",
+            "--head",
+            f"127.0.0.1:{port or self.port}",
+            "--folder",
+            str(self.start),
+        ]
         words = [str(self.folder / recipe), "--save", str(self.save), "--load", str(self.save)]
         how = ["--processes", str(processes), "--seconds", str(seconds), *words]
-        environment = os.environ | {"HYMEG_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in variables.items()}
+        environment = (
+            os.environ
+            | {"HYMEG_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+            | {name: str(value) for name, value in variables.items()}
+        )
         environment["PYTHONPATH"] = f"{environment.get('PYTHONPATH', '')}:{ROOT}"
         command = [sys.executable, "-m", "hymeg.launch.health", *at, *how]
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def check(self, **of_n1) -> tuple[list[int], list[str]]:
         """Exit codes, and what both have said; `of_n1` makes n1 different from n0."""
@@ -116,7 +143,10 @@ def test_a_port_that_another_program_listens_at(nodes):
         other.accept()[0].close()
         said = [node.communicate()[0] for node in (first, second)]
     assert [first.returncode, second.returncode] == [1, 1]
-    assert said[0] == f"error: n0: port {nodes.port} cannot be listened at (Address already in use); set HYMEG_PORT to a free one\n"
+    assert (
+        said[0]
+        == f"error: n0: port {nodes.port} cannot be listened at (Address already in use); set HYMEG_PORT to a free one\n"
+    )
     assert said[1].startswith(f"error: n1: 127.0.0.1:{nodes.port} is not the first node's check")
 
 
@@ -154,7 +184,9 @@ def test_who_connects_and_says_nothing_is_not_waited_for(nodes):
 
 def test_busy_or_missing_gpus_are_named():
     table = "0, 4, 81559\n1, 62345, 81559\n[GPU is lost]\n"
-    assert list(gpu_problems(table, 2)) == ["GPU 1 is not idle: 61 of 80 GiB are in use; end what runs there (see nvidia-smi)"]
+    assert list(gpu_problems(table, 2)) == [
+        "GPU 1 is not idle: 61 of 80 GiB are in use; end what runs there (see nvidia-smi)"
+    ]
     assert "shows 2 working GPUs, 3 are needed" in next(gpu_problems(table, 3))
     assert list(gpu_problems("0, 4, 81559\n1, 4, 81559\n", 2)) == []
 
@@ -171,7 +203,9 @@ def test_gpus_on_which_cuda_does_not_start_are_none(monkeypatch):
         raise RuntimeError("CUDA error: busy\nand more")
 
     monkeypatch.setattr(device, "current", fail)
-    assert list(node_problems(1, [])) == ["CUDA does not start: CUDA error: busy; check the driver (nvidia-smi), or leave the node out"]
+    assert list(node_problems(1, [])) == [
+        "CUDA does not start: CUDA error: busy; check the driver (nvidia-smi), or leave the node out"
+    ]
 
 
 def test_what_differs_between_nodes_is_said_of_the_node(tmp_path):
@@ -180,7 +214,13 @@ def test_what_differs_between_nodes_is_said_of_the_node(tmp_path):
 
     for node in ("n1", "n2", "n3", "n4"):
         (tmp_path / f".hymeg-health-{node}").write_text("token")
-    heard = {"n0": facts(), "n1": facts(), "n2": facts("2.12.0"), "n3": facts(clock=-61.2), "n4": facts(tokens={str(tmp_path): ""})}
+    heard = {
+        "n0": facts(),
+        "n1": facts(),
+        "n2": facts("2.12.0"),
+        "n3": facts(clock=-61.2),
+        "n4": facts(tokens={str(tmp_path): ""}),
+    }
     found = dict(compare(heard, ["n0", "n1", "n2", "n3", "n4", "n5"], [tmp_path], "token", 180))
     assert list(found) == ["n2", "n3", "n4", "n5"]
     assert "torch is 2.12.0, but 2.13.0 on n0" in found["n2"] and "-61 s off that of n0" in found["n3"]

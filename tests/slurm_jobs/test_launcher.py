@@ -44,7 +44,10 @@ class Launched:
         words = ["--standalone", "--nproc-per-node", "2", str(folder / "rank.py"), str(folder), *manner]
         command = [sys.executable, "-m", "hymeg.launch.node", "--folder", str(folder), "--name", "n0", "--", *words]
         self.shell = subprocess.Popen(
-            ["bash", "-c", '"$@" & wait $!', "shell", *command], cwd=ROOT, env=os.environ | {"HYMEG_TEST_MARK": str(folder)}, start_new_session=True
+            ["bash", "-c", '"$@" & wait $!', "shell", *command],
+            cwd=ROOT,
+            env=os.environ | {"HYMEG_TEST_MARK": str(folder)},
+            start_new_session=True,
         )
 
     def wait_for(self, name: str) -> str:
@@ -93,7 +96,9 @@ def launch(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_every_process_reaches_the_ranks_alone(launch, number):
-    """Sent before they listen as well: they leave with 75, their helpers have not died of it before, and end with them."""
+    """Sent before they listen as well: they leave with 75, their helpers have not died of it before, and end with
+    them.
+    """
     job = launch("wait")
     job.wait_for("helper0"), job.wait_for("helper1")
     job.signal_all(number)

@@ -1,4 +1,6 @@
-"""What examples/slurm/train.sbatch does with a start that fails, nodes that are not fit, wrong words. A stand-in takes the training's place."""
+"""What examples/slurm/train.sbatch does with a start that fails, nodes that are not fit, wrong words. A stand-in takes
+the training's place.
+"""
 
 import os
 import subprocess
@@ -22,10 +24,18 @@ WRONG = {
     "not the repository": ("{folder}/recipe.yaml", {"HYMEG_ROOT": "/usr"}, "/usr is not hymeg's repository"),
     "no setup file": ("{folder}/recipe.yaml", {"HYMEG_SETUP": "/no/setup"}, "/no/setup: no readable file"),
     "no venv": ("{folder}/recipe.yaml", {"HYMEG_VENV": "/no/venv"}, "/no/venv/bin/activate: no readable file"),
-    "no program": ("{folder}/recipe.yaml", {"HYMEG_PROGRAM": "nothing.py"}, "HYMEG_PROGRAM nothing.py: no readable file"),
+    "no program": (
+        "{folder}/recipe.yaml",
+        {"HYMEG_PROGRAM": "nothing.py"},
+        "HYMEG_PROGRAM nothing.py: no readable file",
+    ),
     "no port": ("{folder}/recipe.yaml", {"HYMEG_PORT": "auto"}, "HYMEG_PORT 'auto': a port from 1024 to 65535"),
     "no seconds": ("{folder}/recipe.yaml", {"HYMEG_HEALTH_SECONDS": "3m"}, "HYMEG_HEALTH_SECONDS '3m': whole seconds"),
-    "no log folder": ("{folder}/recipe.yaml", {"HYMEG_LOG_DIR": "/proc/logs"}, "HYMEG_LOG_DIR /proc/logs cannot be written to (No such file"),
+    "no log folder": (
+        "{folder}/recipe.yaml",
+        {"HYMEG_LOG_DIR": "/proc/logs"},
+        "HYMEG_LOG_DIR /proc/logs cannot be written to (No such file",
+    ),
     "no pyxis": (
         "{folder}/recipe.yaml",
         {"HYMEG_CONTAINER_IMAGE": "a.sqsh"},
@@ -45,9 +55,16 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Recipes that are enough for the stand-in, a pretended other version of transformers, and hooks that some nodes run."""
+    """Recipes that are enough for the stand-in, a pretended other version of transformers, and hooks that some nodes
+    run.
+    """
     folder = tmp_path_factory.mktemp("jobs")
-    for name, text in {"recipe": "save: {0}/{1}\nload: {0}/{1}\n", "empty": "lr: 1e-3\n", "broken": "lr: [", "a_16xh100_80gb": "lr: 1e-3\n"}.items():
+    for name, text in {
+        "recipe": "save: {0}/{1}\nload: {0}/{1}\n",
+        "empty": "lr: 1e-3\n",
+        "broken": "lr: [",
+        "a_16xh100_80gb": "lr: 1e-3\n",
+    }.items():
         (folder / f"{name}.yaml").write_text(text.format(folder, "out"))
     other = folder / "n1" / "transformers-0.0.dist-info"
     other.mkdir(parents=True)
@@ -64,7 +81,9 @@ def folder(tmp_path_factory):
 def submit(slurm, folder):
     def submit(name, words, sbatch="--nodes 1", **variables):
         words = words.format(folder=folder).split()
-        return slurm.submit(folder / name.replace(" ", "_"), *words, sbatch=sbatch, **{"HYMEG_PROGRAM": STAND_IN, **variables})
+        return slurm.submit(
+            folder / name.replace(" ", "_"), *words, sbatch=sbatch, **{"HYMEG_PROGRAM": STAND_IN, **variables}
+        )
 
     return submit
 
@@ -91,8 +110,15 @@ def jobs(submit, folder):
     out = "/proc/self/cwd/out/run"  # below the node's own working directory
     recipe = "{folder}/recipe.yaml"
     return {
-        "avoids": submit("avoids", f"{recipe} --exit 1 1", "--nodes 2 --nodelist n0,n1", HYMEG_SETUP=folder / "unfit_n1_later.sh"),
-        "unfit": submit("unfit", f"{recipe} --save {out} --load {out}", "--nodes 2 --nodelist n0,n1", HYMEG_SETUP=folder / "unfit_n1.sh"),
+        "avoids": submit(
+            "avoids", f"{recipe} --exit 1 1", "--nodes 2 --nodelist n0,n1", HYMEG_SETUP=folder / "unfit_n1_later.sh"
+        ),
+        "unfit": submit(
+            "unfit",
+            f"{recipe} --save {out} --load {out}",
+            "--nodes 2 --nodelist n0,n1",
+            HYMEG_SETUP=folder / "unfit_n1.sh",
+        ),
         "too long": submit("too long", f"{recipe} --steps 1000 --deaf", "--nodes 1 --time 1 --signal B:USR1@50"),
         "no module": submit("no module", recipe, HYMEG_MODULES="nccl/0"),
         "setup exits": submit("setup exits", recipe, HYMEG_SETUP=folder / "exits.sh"),
@@ -211,7 +237,9 @@ def test_wrong_words_are_one_line_and_exit_code_2(jobs, name):
 
 
 def test_a_container_is_started_by_srun(submit, folder, jobs):
-    """With a srun on PATH that stands for one with pyxis: it takes the container's options, and starts without a container."""
+    """With a srun on PATH that stands for one with pyxis: it takes the container's options, and starts without a
+    container.
+    """
     (folder / "bin").mkdir()
     (folder / "bin" / "srun").write_text(
         "#!/usr/bin/env bash\n[ $1 != --help ] || exec echo --container-image\nwords=()\n"
@@ -220,9 +248,18 @@ def test_a_container_is_started_by_srun(submit, folder, jobs):
     )
     (folder / "bin" / "srun").chmod(0o755)
     path = f"{folder}/bin:{os.environ['PATH']}"
-    job = submit("container", "{folder}/recipe.yaml", PATH=path, HYMEG_CONTAINER_IMAGE="/images/hymeg.sqsh", HYMEG_CONTAINER_MOUNTS="/data:/data")
+    job = submit(
+        "container",
+        "{folder}/recipe.yaml",
+        PATH=path,
+        HYMEG_CONTAINER_IMAGE="/images/hymeg.sqsh",
+        HYMEG_CONTAINER_MOUNTS="/data:/data",
+    )
     assert job.ended() == "COMPLETED 0:0"
-    assert (folder / "options").read_text().splitlines() == ["--container-image=/images/hymeg.sqsh", "--container-mounts=/data:/data"] * 2
+    assert (folder / "options").read_text().splitlines() == [
+        "--container-image=/images/hymeg.sqsh",
+        "--container-mounts=/data:/data",
+    ] * 2
 
 
 def test_a_save_that_takes_too_long_is_not_waited_for(jobs):

@@ -1,4 +1,6 @@
-"""A training on a real Slurm of two nodes that is requeued, preempted, shot and orphaned goes on as if nothing had happened."""
+"""A training on a real Slurm of two nodes that is requeued, preempted, shot and orphaned goes on as if nothing had
+happened.
+"""
 
 import datetime
 import re
@@ -23,7 +25,11 @@ def losses(job, start: int) -> dict[int, float]:
 
 def ranks(job) -> list[psutil.Process]:
     """The job's processes that train."""
-    return [psutil.Process(pid) for pid, command in job.processes().items() if "pretrain_hy.py" in command and "hymeg.launch" not in command]
+    return [
+        psutil.Process(pid)
+        for pid, command in job.processes().items()
+        if "pretrain_hy.py" in command and "hymeg.launch" not in command
+    ]
 
 
 def launcher(rank: psutil.Process) -> psutil.Process:
@@ -31,7 +37,9 @@ def launcher(rank: psutil.Process) -> psutil.Process:
 
 
 def be_told_that_time_is_up(job) -> None:
-    """The limit is moved so near that Slurm signals when it next looks at the clock, within half a minute: until then the ranks stand still."""
+    """The limit is moved so near that Slurm signals when it next looks at the clock, within half a minute: until then
+    the ranks stand still.
+    """
     stopped = ranks(job)
     for rank in stopped:
         rank.suspend()
@@ -44,7 +52,9 @@ def be_told_that_time_is_up(job) -> None:
 
 @pytest.fixture(scope="module")
 def jobs(slurm, training):
-    """Two jobs of the same words: one is left in peace, the other is disturbed in every start but its last. Both have ended."""
+    """Two jobs of the same words: one is left in peace, the other is disturbed in every start but its last. Both have
+    ended.
+    """
     peaceful, disturbed = submit(slurm, training, "peaceful"), submit(slurm, training, "disturbed")
 
     def reach(start: int, step: int) -> None:

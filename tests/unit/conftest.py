@@ -1,5 +1,5 @@
-"""Tests may import Megatron at their top, in any order: the platform comes first. Megatron reads the help of its flags from its own sources for every
-parser; here once for all."""
+"""Tests may import Megatron at their top, in any order: the platform comes first. Megatron reads the help of its flags
+from its own sources for every parser; here once for all."""
 
 from hymeg import platform
 

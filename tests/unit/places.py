@@ -23,14 +23,26 @@ def make_places(folder: Path) -> dict[str, str]:
     """Write the files; name -> path, for `str.format`."""
     write_tiny_checkpoint(folder / "hf")
     write_tiny_checkpoint(folder / "mtp", num_mtp_layers=1)
-    other = write_tiny_checkpoint(folder / "other", HyConfig.from_dict(TINY_CONFIG | {"num_hidden_layers": 3, "hidden_size": 32}))
+    other = write_tiny_checkpoint(
+        folder / "other", HyConfig.from_dict(TINY_CONFIG | {"num_hidden_layers": 3, "hidden_size": 32})
+    )
     write_tiny_checkpoint(folder / "sharded", max_shard_bytes=100_000)
     next((folder / "sharded").glob("model-00002-*")).unlink()
-    _copy(folder, "truncated", lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-100]))
-    _copy(folder, "bad_json", lambda path: (path / "config.json").write_text('{"vocab_size": 1024,\n "hidden_size" 64}'))
+    _copy(
+        folder,
+        "truncated",
+        lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-100]),
+    )
+    _copy(
+        folder, "bad_json", lambda path: (path / "config.json").write_text('{"vocab_size": 1024,\n "hidden_size" 64}')
+    )
     _copy(folder, "bad_field", lambda path: _change_config(path, num_experts="eight"))
     _copy(folder, "other_family", lambda path: _change_config(path, model_type="qwen3_moe"))
-    _copy(folder, "small_vocabulary", lambda path: _change_config(path, vocab_size=512, bos_token_id=0, eos_token_id=1, pad_token_id=2))
+    _copy(
+        folder,
+        "small_vocabulary",
+        lambda path: _change_config(path, vocab_size=512, bos_token_id=0, eos_token_id=1, pad_token_id=2),
+    )
     _copy(folder, "no_tokenizer", lambda path: (path / "tokenizer.json").unlink())
     _copy(folder, "bad_tokenizer", lambda path: (path / "tokenizer.json").write_text("{}"))
 
@@ -51,7 +63,9 @@ def make_places(folder: Path) -> dict[str, str]:
     (folder / "blend.txt").write_text(f"0.5 {folder}/text 0.5 {folder}/nowhere")
     (folder / "per_split.json").write_text(json.dumps({"train": [f"{folder}/text"], "valid": None}))
 
-    (folder / "rows.jsonl").write_text('{"source_lang": "en", "target_lang": "fr", "source": "yes", "target": "oui"}\n' * 40)
+    (folder / "rows.jsonl").write_text(
+        '{"source_lang": "en", "target_lang": "fr", "source": "yes", "target": "oui"}\n' * 40
+    )
     (folder / "plain.txt").write_text("words\n")
     (folder / "empty.jsonl").touch()
 
@@ -99,7 +113,9 @@ def _write_data(prefix: Path, vocab_size: int, lengths: tuple[int, ...] = (40, 5
     builder.finalize(f"{prefix}.idx")
 
 
-def _write_checkpoint(folder: Path, config: HyConfig, iterations: tuple[int, ...], tracker: str, optimizer: tuple[str, ...] = ("exp_avg",)) -> None:
+def _write_checkpoint(
+    folder: Path, config: HyConfig, iterations: tuple[int, ...], tracker: str, optimizer: tuple[str, ...] = ("exp_avg",)
+) -> None:
     """A distributed checkpoint as Megatron's torch_dist lays it out, with as much of an optimizer as tells its form."""
     for iteration in iterations:
         path = folder / f"iter_{iteration:07d}"

@@ -43,14 +43,18 @@ def ensure_world() -> None:
 
 
 def build(folder: str, *flags: str, seq_length: int = 64, weights: bool = True) -> torch.nn.Module:
-    """The model of the checkpoint in `folder` with its weights in it; wrapped for bf16 when `--bf16` is among `flags`."""
+    """The model of the checkpoint in `folder` with its weights in it; wrapped for bf16 when `--bf16` is among
+    `flags`.
+    """
     ensure_world()
     folder = str(folder)
     args, config = parse(["--hf-model", folder, "--load", folder, "--seq-length", str(seq_length), *NEEDED, *flags])
     preflight(args, config, lambda note: None)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         validate_args(args)
-    model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups()).to(device.current())
+    model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups()).to(
+        device.current()
+    )
     if args.bf16:
         model = Float16Module(model.config, model)
         for module in model.modules():

@@ -1,4 +1,6 @@
-"""The adapter agrees with transformers and with element-wise loops, loses no bit on a round trip, and fills sharded models of any layout."""
+"""The adapter agrees with transformers and with element-wise loops, loses no bit on a round trip, and fills sharded
+models of any layout.
+"""
 
 import dataclasses
 import itertools
@@ -119,7 +121,10 @@ def test_qkv_rows_are_query_heads_then_key_then_value_of_each_group(num_key_valu
         for matrix in (k, v):
             for row in range(head):
                 expected.append(matrix[group * head + row])
-    assert torch.equal(HyStateDictAdapter(config).from_hf(hf)["decoder.layers.2.self_attention.linear_qkv.weight"], torch.stack(expected))
+    assert torch.equal(
+        HyStateDictAdapter(config).from_hf(hf)["decoder.layers.2.self_attention.linear_qkv.weight"],
+        torch.stack(expected),
+    )
 
 
 def test_experts_are_stacked_with_the_gate_above_the_up_projection():
@@ -146,8 +151,13 @@ def test_vocabulary_is_padded_with_zeros_and_cut_back():
     config = make_config()
     adapter, hf = HyStateDictAdapter(config), random_hf(config, "hub")
     padded = adapter.from_hf(hf, padded_vocab_size=128)
-    assert {key: tuple(tensor.shape) for key, tensor in padded.items()} == distributed_shapes(config, padded_vocab_size=128)
-    for key, name in (("embedding.word_embeddings.weight", "model.embed_tokens.weight"), ("output_layer.weight", "lm_head.weight")):
+    assert {key: tuple(tensor.shape) for key, tensor in padded.items()} == distributed_shapes(
+        config, padded_vocab_size=128
+    )
+    for key, name in (
+        ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        ("output_layer.weight", "lm_head.weight"),
+    ):
         assert torch.equal(padded[key][:90], hf[name])
         assert not padded[key][90:].any()
     assert_same(adapter.to_hf(padded), hf)
@@ -161,7 +171,11 @@ def test_tensors_converted_one_at_a_time_are_those_converted_together(layout):
     config = make_config(num_nextn_predict_layers=1)
     adapter = HyStateDictAdapter(config)
     distributed = adapter.from_hf(random_hf(config, layout), padded_vocab_size=96)
-    one_at_a_time = [pair for key, tensor in distributed.items() for pair in adapter.convert_single_tensor_to_hf(key, tensor, layout=layout)]
+    one_at_a_time = [
+        pair
+        for key, tensor in distributed.items()
+        for pair in adapter.convert_single_tensor_to_hf(key, tensor, layout=layout)
+    ]
     assert_same(dict(one_at_a_time), adapter.to_hf(distributed, layout=layout))
     assert len(one_at_a_time) == len(hf_shapes(config, layout))
 
@@ -194,7 +208,9 @@ def test_parts_of_one_tensor_must_agree_on_dtype():
     config = make_config()
     hf = random_hf(config, "hub")
     hf["model.layers.0.self_attn.k_proj.weight"] = hf["model.layers.0.self_attn.k_proj.weight"].half()
-    with pytest.raises(UserError, match=r"q_proj.weight is torch.float32 and model.layers.0.self_attn.k_proj.weight is torch.float16"):
+    with pytest.raises(
+        UserError, match=r"q_proj.weight is torch.float32 and model.layers.0.self_attn.k_proj.weight is torch.float16"
+    ):
         HyStateDictAdapter(config).from_hf(hf)
 
 
@@ -210,7 +226,8 @@ def test_incomplete_state_dicts_are_refused():
         adapter.to_hf(distributed | {"decoder.layers.0.mlp.linear_fc1._extra_state": torch.zeros(1)})
 
 
-# ---- models: what one rank of a Megatron model shows of itself, without the processes. The split axes are those of its parallel layers.
+# ---- models: what one rank of a Megatron model shows of itself, without the processes. The split axes are those of its
+# parallel layers.
 
 SPLIT_AXIS = {
     "word_embeddings.weight": 0,
@@ -224,7 +241,9 @@ SPLIT_AXIS = {
 
 @dataclasses.dataclass
 class Rank:
-    """The tensors of rank (tp, ep) of a stage that holds `prefixes`, NaN at first; TP and EP of 2, the vocabulary padded to 96."""
+    """The tensors of rank (tp, ep) of a stage that holds `prefixes`, NaN at first; TP and EP of 2, the vocabulary
+    padded to 96.
+    """
 
     config: SimpleNamespace
     shapes: dict[str, tuple[int, ...]]
@@ -254,7 +273,10 @@ class Rank:
             for key, tensors in self.local.items()
             for expert, data in tensors
         }
-        return {"layers": shards, "object": ShardedObject("decoder.layers.0.mlp.linear_fc1._extra_state", None, (1,), (0,))}
+        return {
+            "layers": shards,
+            "object": ShardedObject("decoder.layers.0.mlp.linear_fc1._extra_state", None, (1,), (0,)),
+        }
 
     def sharded(self, key, expert, data, swiglu):
         from megatron.core.dist_checkpointing import ShardedTensor
@@ -263,19 +285,26 @@ class Rank:
         axis = self.axis(key)
         split = () if axis is None else ((axis + len(stack), self.tp, 2),)
         padded = key in ("embedding.word_embeddings.weight", "output_layer.weight")
-        shard = ShardedTensor.from_rank_offsets(key, data, *stack, *split, prepend_axis_num=len(stack), allow_shape_mismatch=padded)
+        shard = ShardedTensor.from_rank_offsets(
+            key, data, *stack, *split, prepend_axis_num=len(stack), allow_shape_mismatch=padded
+        )
         return swiglu(shard, stack) if key.endswith("linear_fc1.weight") else shard
 
 
 def ranks(config: HyConfig, stages: tuple[tuple[str, ...], ...] = (("",),), **of_model) -> list[Rank]:
     """One `Rank` for every (stage, ep, tp)."""
-    model_config = SimpleNamespace(num_layers=config.num_hidden_layers, mtp_num_layers=config.num_nextn_predict_layers or None)
+    model_config = SimpleNamespace(
+        num_layers=config.num_hidden_layers, mtp_num_layers=config.num_nextn_predict_layers or None
+    )
     vars(model_config).update(of_model)
     shapes = distributed_shapes(config, padded_vocab_size=96)
     return [Rank(model_config, shapes, tp, ep, stage) for stage in stages for ep in range(2) for tp in range(2)]
 
 
-STAGES = (("embedding", "decoder.layers.0.", "decoder.layers.1."), ("decoder.layers.2.", "decoder.layers.3.", "decoder.final", "mtp", "output_layer"))
+STAGES = (
+    ("embedding", "decoder.layers.0.", "decoder.layers.1."),
+    ("decoder.layers.2.", "decoder.layers.3.", "decoder.final", "mtp", "output_layer"),
+)
 
 
 @pytest.mark.parametrize("layout", HF_LAYOUTS)
@@ -291,7 +320,9 @@ def test_every_rank_gets_its_part_and_all_together_give_the_whole_back(stages, l
         for key, tensors in rank.local.items():
             for expert, local in tensors:
                 expected = whole[key] if expert is None else whole[key][expert]
-                if key.endswith("linear_fc1.weight"):  # a rank holds its part of the gate above its part of the up projection
+                if key.endswith(
+                    "linear_fc1.weight"
+                ):  # a rank holds its part of the gate above its part of the up projection
                     expected = torch.cat([half.chunk(2)[rank.tp] for half in expected.chunk(2)])
                 elif rank.axis(key) is not None:
                     expected = expected.chunk(2, dim=rank.axis(key))[rank.tp]
@@ -325,4 +356,6 @@ def test_model_and_config_must_agree():
 def test_mtp_of_model_and_state_dict_must_agree(in_model, in_file):
     config = make_config(num_nextn_predict_layers=in_model)
     with pytest.raises(UserError, match="All belong to MTP layers"):
-        HyStateDictAdapter(config).load_into(ranks(config), random_hf(make_config(num_nextn_predict_layers=in_file), "hub"))
+        HyStateDictAdapter(config).load_into(
+            ranks(config), random_hf(make_config(num_nextn_predict_layers=in_file), "hub")
+        )

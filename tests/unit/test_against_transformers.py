@@ -1,4 +1,6 @@
-"""Our models compute what transformers computes from the same files: logits, loss, every gradient, the hidden states and router logits between."""
+"""Our models compute what transformers computes from the same files: logits, loss, every gradient, the hidden states
+and router logits between.
+"""
 
 import pytest
 import torch
@@ -11,9 +13,16 @@ from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.models.hy import HyMT2ForCausalLM, record_outputs
 
-# The published shapes with their proportions kept: query heads to key-value heads, experts to top-k, shared to routed width, first layer dense.
+# The published shapes with their proportions kept: query heads to key-value heads, experts to top-k, shared to routed
+# width, first layer dense.
 SHAPES = {
-    "Hy-MT2": {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 1, "num_experts": 32, "num_experts_per_tok": 2},
+    "Hy-MT2": {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "num_experts": 32,
+        "num_experts_per_tok": 2,
+    },
     "Hy3": {
         "hidden_size": 96,
         "num_hidden_layers": 5,
@@ -28,7 +37,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", params=[(shape, seed) for shape in SHAPES for seed in (0, 1)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(shape, seed) for shape in SHAPES for seed in (0, 1)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def pair(request, tmp_path_factory):
     """Both models of one fp32 checkpoint, tokens `[2, 65]`, and what each computed."""
     shape, seed = request.param

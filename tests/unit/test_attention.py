@@ -31,7 +31,9 @@ def core():
     ensure_world()
     from megatron.core.transformer import TransformerConfig
 
-    config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=GROUPS, attention_dropout=0.0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=GROUPS, attention_dropout=0.0
+    )
     return CoreAttention(config, layer_number=1, attn_mask_type=None, attention_type="self")
 
 
@@ -46,7 +48,9 @@ def test_equals_naive_attention(core):
 
 
 def test_softmax_is_taken_in_fp32(core):
-    """In bf16 the error is that of rounding probabilities and result once, which a softmax of rounded scores would exceed."""
+    """In bf16 the error is that of rounding probabilities and result once, which a softmax of rounded scores would
+    exceed.
+    """
     query, key, value = random_qkv(64, 1, torch.bfloat16)
     query = query * 6
     exact = naive(query, key, value)
@@ -54,7 +58,9 @@ def test_softmax_is_taken_in_fp32(core):
     assert ((core(query, key, value) - exact).abs() <= bound).all()
     scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(HEADS // GROUPS, 2)) / math.sqrt(DIM)
     rounded = torch.softmax(scores.masked_fill(torch.ones(64, 64).triu(1).bool(), -torch.inf), -1)
-    coarse = torch.einsum("bnst,tbnd->sbnd", rounded.double(), value.repeat_interleave(HEADS // GROUPS, 2).double()).flatten(2)
+    coarse = torch.einsum(
+        "bnst,tbnd->sbnd", rounded.double(), value.repeat_interleave(HEADS // GROUPS, 2).double()
+    ).flatten(2)
     assert not ((coarse - exact).abs() <= bound).all()
 
 
@@ -62,7 +68,9 @@ def test_packed_sequences_do_not_see_one_another(core):
     lengths = [3, 1, 9, 6]
     query, key, value = random_qkv(sum(lengths), 1)
     boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=9, max_seqlen_kv=9)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=9, max_seqlen_kv=9
+    )
     found = core(query[:, 0], key[:, 0], value[:, 0], packed_seq_params=packed)
     parts = [naive(*(x[a:b] for x in (query, key, value))) for a, b in itertools.pairwise(boundaries)]
     assert found.shape == (sum(lengths), HEADS * DIM)

@@ -1,4 +1,6 @@
-"""Conversations become the tokens that serving would see, and of those exactly the assistant's are trained, whatever the texts hold."""
+"""Conversations become the tokens that serving would see, and of those exactly the assistant's are trained, whatever
+the texts hold.
+"""
 
 import json
 import random
@@ -68,13 +70,25 @@ def assistant(content, **others):
 def by_hand(tokenizer, messages, effort):
     """(token ids, mask) of the tiny template's format, put together turn by turn."""
     systems = "".join(message["content"] for message in messages if message["role"] == "system")
-    special, text = tokenizer.convert_tokens_to_ids, lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    parts = [(0, [special(BOS)]), (0, text(systems)), (0, [special(REASONING_MODE)]), (0, text(f"reasoning_effort:{effort or 'no_think'}"))]
+    special, text = (
+        tokenizer.convert_tokens_to_ids,
+        lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True),
+    )
+    parts = [
+        (0, [special(BOS)]),
+        (0, text(systems)),
+        (0, [special(REASONING_MODE)]),
+        (0, text(f"reasoning_effort:{effort or 'no_think'}")),
+    ]
     for message in messages:
         if message["role"] == "user":
             parts += [(0, [special(USER)]), (0, text(message["content"]))]
         elif message["role"] == "assistant":
-            parts += [(0, [special(ASSISTANT)]), (1, [special(THINK)]), (1, text(message.get("reasoning_content") or ""))]
+            parts += [
+                (0, [special(ASSISTANT)]),
+                (1, [special(THINK)]),
+                (1, text(message.get("reasoning_content") or "")),
+            ]
             parts += [(1, [special(END_OF_THINK)]), (1, text(message["content"])), (1, [special(EOS)])]
     token_ids = [token_id for _, ids in parts for token_id in ids]
     return token_ids, [bool(mask) for mask, ids in parts for _ in ids]
@@ -89,11 +103,23 @@ def assert_as_by_hand(encoder, conversation, tokens):
 
 def as_served(encoder, conversation):
     effort = {} if conversation.reasoning_effort is None else {"reasoning_effort": conversation.reasoning_effort}
-    return encoder.tokenizer.apply_chat_template(conversation.messages, tokenize=True, is_training=True, return_dict=False, **effort)
+    return encoder.tokenizer.apply_chat_template(
+        conversation.messages, tokenize=True, is_training=True, return_dict=False, **effort
+    )
 
 
 def random_conversation(rng, literals=()):
-    words = [*" ".join(udhr_texts("en")[:9]).split(), *udhr_texts("zh")[0][:40], "\n\n", "  ", "🙂", "\u200b", "<", "｜>", *literals]
+    words = [
+        *" ".join(udhr_texts("en")[:9]).split(),
+        *udhr_texts("zh")[0][:40],
+        "\n\n",
+        "  ",
+        "🙂",
+        "\u200b",
+        "<",
+        "｜>",
+        *literals,
+    ]
 
     def text():
         return rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(1, 12)))
@@ -121,7 +147,14 @@ def test_a_thousand_random_conversations_are_what_serving_sees_and_masked_as_by_
 def test_literals_of_special_tokens_in_texts_stay_text(encoder):
     rng = random.Random(2)
     conversations = [random_conversation(rng, SPECIAL_TOKENS * 6) for _ in range(300)]
-    assert sum(any(token in message["content"] for token in SPECIAL_TOKENS) for row in conversations for message in row.messages) > 500
+    assert (
+        sum(
+            any(token in message["content"] for token in SPECIAL_TOKENS)
+            for row in conversations
+            for message in row.messages
+        )
+        > 500
+    )
     for conversation, tokens in zip(conversations, encoder.encode_batch(conversations), strict=True):
         assert_as_by_hand(encoder, conversation, tokens)
 
@@ -172,7 +205,12 @@ def test_the_published_rows_are_masked_as_by_hand(encoder):
 
 # Tools
 
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    }
+]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern", "days": 2}}}
 TOOL_TEMPLATE = """\
 {{- '<｜hy_begin▁of▁sentence｜>' -}}
@@ -199,7 +237,12 @@ TOOL_TEMPLATE = """\
 
 def tool_conversation(call=CALL, tools=TOOLS, result="sun"):
     results = [{"role": "tool", "content": result}, {"role": "tool", "content": "rain"}]
-    return Conversation([user("how is it?"), assistant("", tool_calls=[call]), *results, assistant("fine")], None, tools, "a.jsonl: line 7")
+    return Conversation(
+        [user("how is it?"), assistant("", tool_calls=[call]), *results, assistant("fine")],
+        None,
+        tools,
+        "a.jsonl: line 7",
+    )
 
 
 def test_calls_are_trained_and_results_are_not(tmp_path):
@@ -217,7 +260,10 @@ def test_calls_are_trained_and_results_are_not(tmp_path):
 @pytest.mark.parametrize(
     ("conversation", "message"),
     [
-        (tool_conversation({"function": {"name": "f", "arguments": '{"city": 1}'}}), "the chat template cannot render it: .*items"),
+        (
+            tool_conversation({"function": {"name": "f", "arguments": '{"city": 1}'}}),
+            "the chat template cannot render it: .*items",
+        ),
         (
             tool_conversation({"function": {"name": "f", "arguments": {"a": EOS}}}),
             "'<eos:6124c78e>' is a special token of this tokenizer; only texts may hold it",
@@ -231,7 +277,9 @@ def test_calls_that_the_template_cannot_render_soundly_are_refused(tmp_path, con
 
 
 def test_a_name_cannot_forge_a_turn(encoder):
-    with pytest.raises(UserError, match=r"'<eos:6124c78e>' is a special token of this tokenizer; only texts may hold it, not .* names"):
+    with pytest.raises(
+        UserError, match=r"'<eos:6124c78e>' is a special token of this tokenizer; only texts may hold it, not .* names"
+    ):
         encoder.encode(Conversation([user("hi") | {"name": EOS}, assistant("no")]))
 
 
@@ -239,7 +287,10 @@ def test_a_name_cannot_forge_a_turn(encoder):
     ("changes", "message"),
     [
         ({"tools": TOOLS, "messages": [user("a"), assistant("b")]}, "the chat template leaves out 'tools'"),
-        ({"tools": None, "messages": [user("a"), assistant("", tool_calls=[CALL])]}, "message 2: the chat template leaves out its 'tool_calls'"),
+        (
+            {"tools": None, "messages": [user("a"), assistant("", tool_calls=[CALL])]},
+            "message 2: the chat template leaves out its 'tool_calls'",
+        ),
         ({"tools": None}, "the chat template cannot render it: role must be system, user or assistant, not tool"),
     ],
 )
@@ -250,27 +301,61 @@ def test_tools_are_refused_where_the_template_knows_none(encoder, changes, messa
 
 # Templates that do not keep to the order of turns
 
-TWO_TURNS = Conversation([user("a"), assistant("b", reasoning_content="r"), user("c"), assistant("d")], None, None, "a.jsonl: line 3")
+TWO_TURNS = Conversation(
+    [user("a"), assistant("b", reasoning_content="r"), user("c"), assistant("d")], None, None, "a.jsonl: line 3"
+)
 UNSOUND_TEMPLATES = {
     "the last turn stays open": (
         "is_training or not loop.last",
         "not loop.last",
         "message 2: the chat template does not end it with the EOS token .*never learn to stop",
     ),
-    "reasoning goes when more follows": ("is_training or ", "", "message 2: the chat template leaves out its 'reasoning_content'"),
-    "earlier turns change when more follow": ("'</think>' ~", "('</think>' if loop.last else '') ~", "message 2: .* differently when more follows"),
-    "texts are stripped": ("~ message.content -}}", "~ message.content | trim -}}", "changes the text of a message: ' a <.* becomes 'a<"),
-    "texts are looked into": ("message.reasoning_content -}}", "message.reasoning_content.split('r')[-1] -}}", "changes the text|leaves out"),
-    "another EOS": ("{{- '<eos:6124c78e>' -}}", "{{- '<｜hy_▁pad▁｜>' -}}", "message 2: .*does not end it with the EOS token"),
+    "reasoning goes when more follows": (
+        "is_training or ",
+        "",
+        "message 2: the chat template leaves out its 'reasoning_content'",
+    ),
+    "earlier turns change when more follow": (
+        "'</think>' ~",
+        "('</think>' if loop.last else '') ~",
+        "message 2: .* differently when more follows",
+    ),
+    "texts are stripped": (
+        "~ message.content -}}",
+        "~ message.content | trim -}}",
+        "changes the text of a message: ' a <.* becomes 'a<",
+    ),
+    "texts are looked into": (
+        "message.reasoning_content -}}",
+        "message.reasoning_content.split('r')[-1] -}}",
+        "changes the text|leaves out",
+    ),
+    "another EOS": (
+        "{{- '<eos:6124c78e>' -}}",
+        "{{- '<｜hy_▁pad▁｜>' -}}",
+        "message 2: .*does not end it with the EOS token",
+    ),
     "no generation prompt": ("{%- if add_generation_prompt -%}", "{%- if false -%}", "message 2: .*generation prompt"),
     "the answer comes twice": (
         "{{- '</think>' ~ message.content -}}",
         "{{- '</think>' ~ message.content ~ messages[0].content -}}",
         "puts its text else",
     ),
-    "reasoning is left out": ("{{- message.reasoning_content -}}", "", "message 2: the chat template leaves out its 'reasoning_content'"),
-    "no opening token": ("'<｜hy_Assistant｜><think>' -}}", "'Bot: ' -}}", "message 2: the chat template does not open it with the special token"),
-    "raises": ("{{- '<｜hy_User｜>' ~ message.content -}}", "{{- 1 // 0 if not loop.first else '' -}}", "the chat template cannot render it: .*zero"),
+    "reasoning is left out": (
+        "{{- message.reasoning_content -}}",
+        "",
+        "message 2: the chat template leaves out its 'reasoning_content'",
+    ),
+    "no opening token": (
+        "'<｜hy_Assistant｜><think>' -}}",
+        "'Bot: ' -}}",
+        "message 2: the chat template does not open it with the special token",
+    ),
+    "raises": (
+        "{{- '<｜hy_User｜>' ~ message.content -}}",
+        "{{- 1 // 0 if not loop.first else '' -}}",
+        "the chat template cannot render it: .*zero",
+    ),
 }
 
 
@@ -278,7 +363,11 @@ UNSOUND_TEMPLATES = {
 def test_a_template_that_cannot_be_rendered_turn_by_turn_is_refused(tmp_path, old, new, message):
     assert old in CHAT_TEMPLATE
     encoder = encoder_with(tmp_path, CHAT_TEMPLATE.replace(old, new))
-    messages = [message | {"content": f" {message['content']} "} for message in TWO_TURNS.messages] if "trim" in new else TWO_TURNS.messages
+    messages = (
+        [message | {"content": f" {message['content']} "} for message in TWO_TURNS.messages]
+        if "trim" in new
+        else TWO_TURNS.messages
+    )
     with pytest.raises(UserError, match=f"^a.jsonl: line 3: .*({message})") as caught:
         encoder.encode(TWO_TURNS._replace(messages=messages))
     assert "\n" not in str(caught.value)
@@ -299,7 +388,11 @@ def without_eos(tokenizer):
 @pytest.mark.parametrize(
     ("template", "change", "message"),
     [
-        (None, lambda tokenizer: None, "the tokenizer has no chat template; put the checkpoint's chat_template.jinja there"),
+        (
+            None,
+            lambda tokenizer: None,
+            "the tokenizer has no chat template; put the checkpoint's chat_template.jinja there",
+        ),
         (CHAT_TEMPLATE, without_eos, "the tokenizer has no EOS token"),
         ("{% if %}", lambda tokenizer: None, "the chat template cannot render it: .*"),
     ],
@@ -310,7 +403,9 @@ def test_a_tokenizer_that_no_chat_can_be_encoded_with_is_refused_at_once(tmp_pat
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer_dir):
-    with pytest.raises(UserError, match=f"token ids go up to {VOCAB_SIZE - 1}, but the model's vocab_size is {VOCAB_SIZE - 1}"):
+    with pytest.raises(
+        UserError, match=f"token ids go up to {VOCAB_SIZE - 1}, but the model's vocab_size is {VOCAB_SIZE - 1}"
+    ):
         ChatEncoder(tokenizer_dir, VOCAB_SIZE - 1)
 
 
@@ -329,15 +424,66 @@ def test_the_fingerprint_tells_tokenizers_and_templates_apart(tmp_path, tokenize
 GOOD_ROWS = [
     {"messages": [user("What is this?"), assistant("A test.")]},
     {
-        "messages": [system("Be brief."), user("One?"), assistant("1", reasoning_content="count"), user("Two?"), assistant("2")],
+        "messages": [
+            system("Be brief."),
+            user("One?"),
+            assistant("1", reasoning_content="count"),
+            user("Two?"),
+            assistant("2"),
+        ],
         "reasoning_effort": "high",
     },
     {"source_lang": "en", "target_lang": "zh", "source": "All human beings", "target": "人人生而自由"},
-    {"source_lang": "法语", "target_lang": "German", "source": "a {text}", "target": "b", "prompt": "terminology", "terminology": [["a", "b"]]},
-    {"source_lang": "de", "target_lang": "en", "source": "x", "target": "y", "prompt": "style", "target_style": "dry", "prompt_lang": "zh"},
+    {
+        "source_lang": "法语",
+        "target_lang": "German",
+        "source": "a {text}",
+        "target": "b",
+        "prompt": "terminology",
+        "terminology": [["a", "b"]],
+    },
+    {
+        "source_lang": "de",
+        "target_lang": "en",
+        "source": "x",
+        "target": "y",
+        "prompt": "style",
+        "target_style": "dry",
+        "prompt_lang": "zh",
+    },
 ]
-PIECES = [None, True, 7, -1.5, 1e400, "", " ", "user", "assistant", "system", "tool", "zh", "\ud800", "\ue000hymeg0\ue001", "\x00", [], {}, ["a"]]
-PIECES += [*SPECIAL_TOKENS, "content", "messages", "source", "target", "prompt", "default", "low", "tool_calls", "{target_lang}"]
+PIECES = [
+    None,
+    True,
+    7,
+    -1.5,
+    1e400,
+    "",
+    " ",
+    "user",
+    "assistant",
+    "system",
+    "tool",
+    "zh",
+    "\ud800",
+    "\ue000hymeg0\ue001",
+    "\x00",
+    [],
+    {},
+    ["a"],
+]
+PIECES += [
+    *SPECIAL_TOKENS,
+    "content",
+    "messages",
+    "source",
+    "target",
+    "prompt",
+    "default",
+    "low",
+    "tool_calls",
+    "{target_lang}",
+]
 
 
 def mutated(rng):
@@ -346,7 +492,9 @@ def mutated(rng):
     for _ in range(rng.randint(1, 3)):
         places = [row, *row.get("messages", [])] if isinstance(row.get("messages"), list) else [row]
         place = rng.choice([place for place in places if isinstance(place, dict)])
-        key = rng.choice([*place, rng.choice(["tools", "tool_calls", "messages", "reasoning_content", "prompt", "id", "sourc"])])
+        key = rng.choice(
+            [*place, rng.choice(["tools", "tool_calls", "messages", "reasoning_content", "prompt", "id", "sourc"])]
+        )
         value = place.pop(key, None)
         change = rng.randrange(5)
         if change == 1:
@@ -355,13 +503,17 @@ def mutated(rng):
             at = rng.randint(0, len(value))
             place[key] = value[:at] + str(rng.choice(PIECES)) + value[at:]
         elif change == 3 and isinstance(value, list):
-            place[key] = rng.sample(value, rng.randint(0, len(value))) + rng.choices([*value, *PIECES], k=rng.randint(0, 2))
+            place[key] = rng.sample(value, rng.randint(0, len(value))) + rng.choices(
+                [*value, *PIECES], k=rng.randint(0, 2)
+            )
         elif change == 4:
             place[str(rng.choice(PIECES))] = value
     raw = bytearray(json.dumps(row, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass"))
     while rng.random() < 0.3:
         at = rng.randrange(len(raw) + 1)
-        raw[at : at + rng.randint(0, 2)] = rng.choice([b"", b'"', b"\\", b"}", b"[", b"\xff", b"\x00", bytes([rng.randrange(256)])])
+        raw[at : at + rng.randint(0, 2)] = rng.choice(
+            [b"", b'"', b"\\", b"}", b"[", b"\xff", b"\x00", bytes([rng.randrange(256)])]
+        )
     return bytes(raw)
 
 
@@ -384,8 +536,12 @@ def test_mutated_rows_are_refused_in_one_line_or_trained_as_by_hand(encoder, see
 
 def assert_says_what_the_row_says(row, conversation):
     if row.get("messages") is not None:
-        assert [(message["role"], message["content"]) for message in row["messages"]] == [(m["role"], m["content"]) for m in conversation.messages]
-        assert [message.get("reasoning_content") for message in row["messages"]] == [m.get("reasoning_content") for m in conversation.messages]
+        assert [(message["role"], message["content"]) for message in row["messages"]] == [
+            (m["role"], m["content"]) for m in conversation.messages
+        ]
+        assert [message.get("reasoning_content") for message in row["messages"]] == [
+            m.get("reasoning_content") for m in conversation.messages
+        ]
     else:
         [request, answer] = conversation.messages
         assert row["source"] in request["content"]

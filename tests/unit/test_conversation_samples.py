@@ -41,7 +41,9 @@ class FakeIndex:
 
 
 def sequences(packed=True, truncation="error", alignment=1, lengths=LENGTHS, rows=None, seed=1) -> Sequences:
-    return Sequences(FakeIndex(lengths), rows or (0, len(lengths)), Shape(SEQ_LENGTH, alignment, packed, truncation, PAD), seed)
+    return Sequences(
+        FakeIndex(lengths), rows or (0, len(lengths)), Shape(SEQ_LENGTH, alignment, packed, truncation, PAD), seed
+    )
 
 
 @pytest.mark.parametrize("alignment", [1, 4])
@@ -76,14 +78,17 @@ def test_apart_each_conversation_has_a_sample_of_its_own():
     assert len(made) == len(LENGTHS)
     for row, length in enumerate(LENGTHS):
         sample, tokens = made[row], made.index[row]
-        assert np.array_equal(sample["tokens"], np.concatenate([tokens.token_ids[:-1], np.full(SEQ_LENGTH - length + 1, PAD)]))
+        assert np.array_equal(
+            sample["tokens"], np.concatenate([tokens.token_ids[:-1], np.full(SEQ_LENGTH - length + 1, PAD)])
+        )
         assert np.array_equal(sample["position_ids"], np.arange(SEQ_LENGTH))
         assert sample["loss_mask"].sum() == tokens.trained[1:].sum()
 
 
 def test_too_long_a_conversation_is_an_error_that_says_what_to_do():
     with pytest.raises(
-        UserError, match=r"rows\.jsonl: line 5: .* 40 tokens, .*--seq-length 32 .*rows as long: 2, the longest 150 tokens.*--seq-length 256"
+        UserError,
+        match=r"rows\.jsonl: line 5: .* 40 tokens, .*--seq-length 32 .*rows as long: 2, the longest 150 tokens.*--seq-length 256",
     ):
         assert sequences(lengths=(12, 33, 40, 150)).packs
 
@@ -115,10 +120,28 @@ def test_when_nothing_is_left_it_is_said():
 
 
 @pytest.mark.parametrize(
-    "split", ["", "abc", "0,100,0", "0,0,0", "-1,2,0", "1,2,3,4", "nan,1,0", "inf,1", "1.5.2,3", "1e-9,1,0", "99,1,x", "90,10,", "."]
+    "split",
+    [
+        "",
+        "abc",
+        "0,100,0",
+        "0,0,0",
+        "-1,2,0",
+        "1,2,3,4",
+        "nan,1,0",
+        "inf,1",
+        "1.5.2,3",
+        "1e-9,1,0",
+        "99,1,x",
+        "90,10,",
+        ".",
+    ],
 )
 def test_a_split_that_is_none_is_refused(split):
-    with pytest.raises(UserError, match=r"^--split .*: weights for training, validation and test are needed, the first above 0, such as"):
+    with pytest.raises(
+        UserError,
+        match=r"^--split .*: weights for training, validation and test are needed, the first above 0, such as",
+    ):
         check_split(split)
 
 
@@ -129,13 +152,18 @@ def test_a_split_is_weights(split):
 
 @pytest.mark.parametrize("weights", [("-1", "2"), ("0", "0"), ("nan", "1"), ("inf", "1"), ("1e308", "1e308")])
 def test_weights_that_are_none_are_refused(weights):
-    with pytest.raises(UserError, match=rf"^--data-path: found the weights {' '.join(weights)}; they must not be negative, nor all zero, and"):
+    with pytest.raises(
+        UserError,
+        match=rf"^--data-path: found the weights {' '.join(weights)}; they must not be negative, nor all zero, and",
+    ):
         parse_blend("--data-path", [weights[0], "a.jsonl", weights[1], "b.jsonl"])
 
 
 def test_evaluation_that_is_asked_for_needs_data():
     args = SimpleNamespace(explicit={"eval_iters": ("--eval-iters", "")}, eval_iters=3, split="100,0,0")
-    with pytest.raises(UserError, match=r"--eval-iters 3: --split 100,0,0 leaves no data for validation; give some, or --eval-iters 0"):
+    with pytest.raises(
+        UserError, match=r"--eval-iters 3: --split 100,0,0 leaves no data for validation; give some, or --eval-iters 0"
+    ):
         set_evaluation(args, [], print)
 
 
@@ -170,7 +198,9 @@ class TestOrder:
             assert sum(source == 0 for source, _ in drawn[:end]) == pytest.approx(0.75 * end, abs=1)
         second = [number for source, number in drawn if source == 1]
         size = len(sources[1])
-        assert all(sorted(second[start : start + size]) == list(range(size)) for start in range(0, len(second) - size, size))
+        assert all(
+            sorted(second[start : start + size]) == list(range(size)) for start in range(0, len(second) - size, size)
+        )
 
     def test_whole_passes_are_filled_up_with_samples_that_train_nothing(self):
         source = sequences()
@@ -180,4 +210,6 @@ class TestOrder:
         for i in range(len(source), len(data)):
             assert data.sequence(i) is None and not data[i]["loss_mask"].any()
         again = ConversationDataset([source], 3 * len(data), None, multiple_of=8)
-        assert [again.sequence(i) for i in range(len(data), 2 * len(data))] == [data.sequence(i) for i in range(len(data))]
+        assert [again.sequence(i) for i in range(len(data), 2 * len(data))] == [
+            data.sequence(i) for i in range(len(data))
+        ]

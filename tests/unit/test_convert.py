@@ -1,4 +1,6 @@
-"""Conversion both ways, without Megatron: nothing lost, nothing left behind, nothing believed that a file says of itself."""
+"""Conversion both ways, without Megatron: nothing lost, nothing left behind, nothing believed that a file says of
+itself.
+"""
 
 import io
 import json
@@ -52,14 +54,28 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
         ("fused", "bf16", {"first_k_dense_replace": 4, "moe_router_enable_expert_bias": False}, 0, 100_000, 100_000, 2),
     ],
 )
-def test_back_from_distributed_every_bit_is_the_same(tmp_path, layout, dtype, changes, num_mtp, shard, out_shard, workers, out_layout):
+def test_back_from_distributed_every_bit_is_the_same(
+    tmp_path, layout, dtype, changes, num_mtp, shard, out_shard, workers, out_layout
+):
     config = HyConfig.from_dict(TINY_CONFIG | changes)
-    config = write_tiny_checkpoint(tmp_path / "hf", config, layout=layout, dtype=dtype, max_shard_bytes=shard, num_mtp_layers=num_mtp)
+    config = write_tiny_checkpoint(
+        tmp_path / "hf", config, layout=layout, dtype=dtype, max_shard_bytes=shard, num_mtp_layers=num_mtp
+    )
     hf_to_dist(tmp_path / "hf", tmp_path / "dist", workers=workers, verify=True)
-    dist_to_hf(tmp_path / "dist", tmp_path / "out", layout=out_layout, max_shard_bytes=out_shard, workers=workers, verify=True)
+    dist_to_hf(
+        tmp_path / "dist", tmp_path / "out", layout=out_layout, max_shard_bytes=out_shard, workers=workers, verify=True
+    )
     adapter = HyStateDictAdapter(config)  # the other implementation of the table, on tensors in memory
-    assert_same_tensors(state_dict(tmp_path / "out"), adapter.to_hf(adapter.from_hf(state_dict(tmp_path / "hf")), layout=out_layout))
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    assert_same_tensors(
+        state_dict(tmp_path / "out"), adapter.to_hf(adapter.from_hf(state_dict(tmp_path / "hf")), layout=out_layout)
+    )
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         for target in ("out", "dist"):
             assert json_or_text(tmp_path / target / name) == json_or_text(tmp_path / "hf" / name)
     assert compare_checkpoints(tmp_path / "hf", tmp_path / "out") == []
@@ -126,20 +142,32 @@ def save_in_chunks(folder: Path, tensors: dict[str, tuple[torch.Tensor, int]]) -
 
 
 def test_objects_beside_the_tensors_are_passed_over(hf_checkpoint, dist_checkpoint, tmp_path):
-    """Transformer Engine stores `_extra_state` objects under the model's own keys; Megatron random states and the optimizer's step."""
+    """Transformer Engine stores `_extra_state` objects under the model's own keys; Megatron random states and the
+    optimizer's step.
+    """
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     shutil.copytree(dist_checkpoint, tmp_path / "dist")
     path = tmp_path / "dist" / "release" / ".metadata"
     metadata = pickle.loads(path.read_bytes())
-    keys = [f"decoder.layers.{layer}.self_attention.{part}._extra_state/shard_0_1" for layer in range(4) for part in ("linear_qkv", "core_attention")]
+    keys = [
+        f"decoder.layers.{layer}.self_attention.{part}._extra_state/shard_0_1"
+        for layer in range(4)
+        for part in ("linear_qkv", "core_attention")
+    ]
     with open(tmp_path / "dist" / "release" / "__0_0.distcp", "r+b") as file:
-        for key in [*keys, "decoder.layers.1.mlp.experts.experts.linear_fc1._extra_state/shard_3_8", "rng_state/shard_0.0_1.1"]:
+        for key in [
+            *keys,
+            "decoder.layers.1.mlp.experts.experts.linear_fc1._extra_state/shard_3_8",
+            "rng_state/shard_0.0_1.1",
+        ]:
             position = file.seek(0, os.SEEK_END)
             torch.save({"recipe": "fp8", "scale": torch.ones(3)}, file)
             metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
-            metadata.storage_data[dcp.MetadataIndex(key)] = _StorageInfo("__0_0.distcp", position, file.tell() - position)
+            metadata.storage_data[dcp.MetadataIndex(key)] = _StorageInfo(
+                "__0_0.distcp", position, file.tell() - position
+            )
     path.write_bytes(pickle.dumps(metadata))
     shapes = stored_shapes(tmp_path / "dist" / "release")
     read = FileSystemReader(tmp_path / "dist" / "release").read_metadata().state_dict_metadata
@@ -162,11 +190,17 @@ def test_an_expert_bias_in_bf16_becomes_fp32(tmp_path):
     assert_same_tensors(state_dict(tmp_path / "out"), adapter.to_hf(adapter.from_hf(tensors)))
 
 
-@pytest.mark.parametrize(("dtype", "torch_dtype", "named"), [("fp32", torch.float32, "float32"), ("bf16", torch.bfloat16, "bfloat16")])
-def test_the_export_has_the_dtype_that_was_asked_for(hf_checkpoint, dist_checkpoint, tmp_path, dtype, torch_dtype, named):
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype", "named"), [("fp32", torch.float32, "float32"), ("bf16", torch.bfloat16, "bfloat16")]
+)
+def test_the_export_has_the_dtype_that_was_asked_for(
+    hf_checkpoint, dist_checkpoint, tmp_path, dtype, torch_dtype, named
+):
     dist_to_hf(dist_checkpoint, tmp_path / "out", dtype=dtype, verify=True)
     found, expected = state_dict(tmp_path / "out"), state_dict(hf_checkpoint)
-    assert_same_tensors(found, {name: t if "expert_bias" in name else t.to(torch_dtype) for name, t in expected.items()})
+    assert_same_tensors(
+        found, {name: t if "expert_bias" in name else t.to(torch_dtype) for name, t in expected.items()}
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == named
 
 
@@ -184,7 +218,9 @@ def test_transformers_computes_the_same_from_the_export(tmp_path):
         if layout != "hf":
             dist_to_hf(tmp_path / "dist", tmp_path / layout, layout=layout)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / layout, dtype=torch.float32).eval()
-        tokens = AutoTokenizer.from_pretrained(tmp_path / layout)("The sun rises in the east.", return_tensors="pt")["input_ids"]
+        tokens = AutoTokenizer.from_pretrained(tmp_path / layout)("The sun rises in the east.", return_tensors="pt")[
+            "input_ids"
+        ]
         with torch.no_grad():
             logits.append(model(tokens).logits)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
@@ -220,7 +256,10 @@ def test_comparison_says_what_differs_where_and_by_how_much(hf_checkpoint, dist_
     for a in (hf_checkpoint, dist_checkpoint):
         (difference,) = compare_checkpoints(a, tmp_path / "b")
         assert difference.name == "model.layers.1.self_attn.k_proj.weight"
-        assert re.match(r"1 of 2048 elements, first at element 70: (-?[\d.]+) and -?\1, by [\d.]+ at most", difference.what.replace("-", ""))
+        assert re.match(
+            r"1 of 2048 elements, first at element 70: (-?[\d.]+) and -?\1, by [\d.]+ at most",
+            difference.what.replace("-", ""),
+        )
         assert compare_checkpoints(a, tmp_path / "b", tolerance=10) == []
 
 
@@ -229,9 +268,21 @@ def test_the_tools_say_it_and_exit_with_it(hf_checkpoint, dist_checkpoint, tmp_p
         return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
 
     done = run(
-        TOOLS / "convert_checkpoint.py", "dist-to-hf", "--dist", dist_checkpoint, "--hf", tmp_path / "out", "--shard-size", "300KB", "--verify"
+        TOOLS / "convert_checkpoint.py",
+        "dist-to-hf",
+        "--dist",
+        dist_checkpoint,
+        "--hf",
+        tmp_path / "out",
+        "--shard-size",
+        "300KB",
+        "--verify",
     )
-    assert done.returncode == 0 and "166 tensors, 981,184 bytes" in done.stdout and done.stdout.strip().endswith("verified")
+    assert (
+        done.returncode == 0
+        and "166 tensors, 981,184 bytes" in done.stdout
+        and done.stdout.strip().endswith("verified")
+    )
     assert run(TOOLS / "compare_checkpoints.py", hf_checkpoint, tmp_path / "out").returncode == 0
     shutil.rmtree(tmp_path / "out")
     write_tiny_checkpoint(tmp_path / "out", num_mtp_layers=1, seed=7)

@@ -1,4 +1,6 @@
-"""What is converted computes the same. That transformers computes the same from an export, to the bit, is test_convert's."""
+"""What is converted computes the same. That transformers computes the same from an export, to the bit, is
+test_convert's.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ def test_our_model_of_the_distributed_checkpoint_against_transformers_on_the_ori
     write_tiny_checkpoint(tmp_path / "original", HyConfig.from_dict(CONFIG), dtype="fp32", layout=layout)
     hf_to_dist(tmp_path / "original", tmp_path / "dist")
     tokens = torch.randint(0, 900, (2, 65), generator=torch.Generator().manual_seed(0))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "original", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ours = build(tmp_path / "dist", weights=False).eval()
     loaded = dist_checkpointing.load({"model": ours.sharded_state_dict()}, str(tmp_path / "dist" / "release"))
     ours.load_state_dict(loaded["model"])

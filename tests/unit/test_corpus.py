@@ -1,4 +1,6 @@
-"""Text becomes Megatron's dataset, and Megatron reads back what the tokenizer says of each row. What is wrong is told, and leaves nothing behind."""
+"""Text becomes Megatron's dataset, and Megatron reads back what the tokenizer says of each row. What is wrong is told,
+and leaves nothing behind.
+"""
 
 import functools
 import gzip
@@ -32,7 +34,9 @@ def test_megatron_reads_back_what_the_tokenizer_says_of_each_row(tmp_path, token
     inputs = [UDHR / "zh.jsonl", tmp_path / "prose.txt", UDHR / "en.jsonl"]
     summary = preprocess(inputs, tmp_path / "new" / "corpus", tokenizer_dir, append_eod=append_eod)
     texts = [*udhr_texts("zh"), "first\nparagraph", "second", *udhr_texts("en")]
-    expected = [tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * append_eod for text in texts]
+    expected = [
+        tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * append_eod for text in texts
+    ]
     dtype, documents = read_back(tmp_path / "new" / "corpus_text_document")
     assert documents == expected
     assert dtype == np.uint16
@@ -79,7 +83,9 @@ def test_truncation_and_padding_in_the_tokenizers_file_do_not_apply(tmp_path, to
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(settings))
     preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer")
-    assert read_back(tmp_path / "corpus_text_document")[1] == [tokenizer.encode(text, add_special_tokens=False) for text in udhr_texts("en")]
+    assert read_back(tmp_path / "corpus_text_document")[1] == [
+        tokenizer.encode(text, add_special_tokens=False) for text in udhr_texts("en")
+    ]
 
 
 BAD_ROWS = {
@@ -129,7 +135,11 @@ def bad_inputs():
         "compressed parquet": ("a.parquet.gz", b"PAR1", "its name does not tell what it holds"),
         "no parquet": ("a.parquet", b"PAR1 and nothing more", "a.parquet: is no parquet file or a broken one"),
         "no zstd": ("a.jsonl.zst", GOOD.encode(), "a.jsonl.zst: the compressed file is broken or cut short"),
-        "cut zstd": ("a.jsonl.zst", zst, "a.jsonl.zst: the compressed file is broken or cut short: the last frame has no end"),
+        "cut zstd": (
+            "a.jsonl.zst",
+            zst,
+            "a.jsonl.zst: the compressed file is broken or cut short: the last frame has no end",
+        ),
         "no gzip": (
             "a.jsonl.gz",
             GOOD.encode(),
@@ -141,7 +151,11 @@ def bad_inputs():
         "carriage returns alone": ("a.jsonl", f"{GOOD}\r{GOOD}\r".encode(), "line 1: not JSON: Extra data"),
         "a mark in the middle": ("a.jsonl", f"{GOOD}\n\ufeff{GOOD}".encode(), "line 2: not JSON"),
         "empty": ("a.jsonl", b"", "a.jsonl: is empty; leave it out"),
-        "compressed nothing": ("a.jsonl.gz", gzip.compress(b""), "nothing to write: the input holds no document with a token under 'text'"),
+        "compressed nothing": (
+            "a.jsonl.gz",
+            gzip.compress(b""),
+            "nothing to write: the input holds no document with a token under 'text'",
+        ),
         "blank": ("a.txt", b"\n \n\n", "nothing to write"),
         "empty texts": ("a.jsonl", b'{"text": ""}', "nothing to write.*1 empty"),
     }
@@ -153,12 +167,17 @@ def test_an_unreadable_input_is_named_and_nothing_is_written(tmp_path, tokenizer
         (tmp_path / name).write_bytes(data)
     before = list(tmp_path.iterdir())
     with pytest.raises(UserError, match=message):
-        preprocess([UDHR / "en.jsonl", tmp_path / name][1 if "nothing" in message else 0 :], tmp_path / "corpus", tokenizer_dir)
+        preprocess(
+            [UDHR / "en.jsonl", tmp_path / name][1 if "nothing" in message else 0 :], tmp_path / "corpus", tokenizer_dir
+        )
     assert list(tmp_path.iterdir()) == before
 
 
 NO_FILES = {
-    "a link to nothing": (lambda path: path.symlink_to("gone.jsonl"), "is a link to gone.jsonl, where no file is; check the path"),
+    "a link to nothing": (
+        lambda path: path.symlink_to("gone.jsonl"),
+        "is a link to gone.jsonl, where no file is; check the path",
+    ),
     "a link to itself": (lambda path: path.symlink_to(path.name), "is a link to a.jsonl, where no file is"),
     "a pipe": (os.mkfifo, "is a pipe or a device; write what it gives to a file"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "is a pipe or a device"),
@@ -198,7 +217,16 @@ def test_one_file_twice_is_refused_under_whatever_name(tmp_path, tokenizer_dir):
 
 def test_no_room_is_told_and_nothing_is_left(tmp_path, tokenizer_dir):
     path = write_rows(tmp_path / "a.jsonl", ["good morning " * 50] * 2000)
-    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", path, "--output", tmp_path / "new" / "o", "--tokenizer", tokenizer_dir]
+    command = [
+        sys.executable,
+        ROOT / "tools/preprocess_data.py",
+        "--input",
+        path,
+        "--output",
+        tmp_path / "new" / "o",
+        "--tokenizer",
+        tokenizer_dir,
+    ]
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limit)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
@@ -235,7 +263,9 @@ def test_a_folder_in_the_place_of_a_dataset_is_not_replaced(tmp_path, tokenizer_
 )
 def test_a_wrong_argument_is_named(tmp_path, tokenizer_dir, arguments, message):
     with pytest.raises(UserError, match=message):
-        preprocess(**{"inputs": [UDHR / "en.jsonl"], "output": tmp_path / "corpus", "tokenizer_dir": tokenizer_dir} | arguments)
+        preprocess(
+            **{"inputs": [UDHR / "en.jsonl"], "output": tmp_path / "corpus", "tokenizer_dir": tokenizer_dir} | arguments
+        )
 
 
 def test_text_files_have_no_keys_to_choose_from(tmp_path, tokenizer_dir):
@@ -253,7 +283,11 @@ def test_without_an_eos_token_no_end_of_document_can_be_appended(tmp_path, token
 
 
 def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(tmp_path, tokenizer_dir, tokenizer):
-    good, bad, output = write_rows(tmp_path / "good.jsonl", ["good"]), tmp_path / "bad.jsonl", tmp_path / "out" / "corpus"
+    good, bad, output = (
+        write_rows(tmp_path / "good.jsonl", ["good"]),
+        tmp_path / "bad.jsonl",
+        tmp_path / "out" / "corpus",
+    )
     bad.write_text(f"{GOOD}\n{{}}\n")
 
     def files():

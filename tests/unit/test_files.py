@@ -38,7 +38,11 @@ def test_a_disk_without_so_much_room_is_found_at_once(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device|File too large") as raised:
         reserve(tmp_path / "file", 1 << 60)
     assert raised.value.errno in (errno.ENOSPC, errno.EFBIG)
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode != 0:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode
+        != 0
+    ):
         pytest.skip("only root can mount a file system")
     try:
         with pytest.raises(OSError, match="No space left on device"):

@@ -1,4 +1,6 @@
-"""The FLOPs count agrees with counts made another way: torch's own counter on transformers' model, and the published models' parameter counts."""
+"""The FLOPs count agrees with counts made another way: torch's own counter on transformers' model, and the published
+models' parameter counts.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import HYV3Config, HYV3ForCausalLM
 
 from hymeg.hf.config import HyConfig
-from hymeg.planning.flops import flops_per_token, forward_flops_by_part, packed_training_flops, peak_tflops, training_flops
+from hymeg.planning.flops import (
+    flops_per_token,
+    forward_flops_by_part,
+    packed_training_flops,
+    peak_tflops,
+    training_flops,
+)
 
 BATCH, LENGTH = 2, 48
 
@@ -56,13 +64,21 @@ HY3_MTP_PARAMETERS = 298_786_155_776 - 295_033_528_320  # as published: with and
 
 
 def hy_config(shape, **extra):
-    numerics = {"router_scaling_factor": 2.826, "rms_norm_eps": 1e-5, "initializer_range": 0.006, "rope_theta": 1e4, "max_position_embeddings": 512}
+    numerics = {
+        "router_scaling_factor": 2.826,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.006,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 512,
+    }
     return HyConfig.from_dict({"model_type": "hy_v3", **shape, **numerics, **extra})
 
 
 @pytest.fixture(scope="module")
 def counted():
-    """(forward, forward and backward) FLOPs of the tiny model as torch counts them. Eager attention computes every pair of positions."""
+    """(forward, forward and backward) FLOPs of the tiny model as torch counts them. Eager attention computes every pair
+    of positions.
+    """
     torch.manual_seed(0)
     model = HYV3ForCausalLM(HYV3Config(**TINY, attn_implementation="eager", experts_implementation="eager")).float()
     input_ids = torch.randint(TINY["vocab_size"], (BATCH, LENGTH))
@@ -84,21 +100,28 @@ def test_a_training_step_agrees_with_torchs_counter(counted):
 
 
 def active_matmul_parameters(shape):
-    """Parameters that one token is multiplied with, from the tensors of transformers' model: all matrices but the embedding, top-k of the experts."""
+    """Parameters that one token is multiplied with, from the tensors of transformers' model: all matrices but the
+    embedding, top-k of the experts.
+    """
     with torch.device("meta"):
         model = HYV3ForCausalLM(HYV3Config(**shape))
     total = 0
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or parameter.dim() < 2:
             continue
-        total += parameter.numel() * shape["num_experts_per_tok"] // shape["num_experts"] if ".experts." in name else parameter.numel()
+        total += (
+            parameter.numel() * shape["num_experts_per_tok"] // shape["num_experts"]
+            if ".experts." in name
+            else parameter.numel()
+        )
     return total
 
 
 @pytest.mark.parametrize("shape", [HY_MT2, HY3], ids=["Hy-MT2", "Hy3"])
 @pytest.mark.parametrize("seq_length", [4096, 65536])
 def test_published_models_agree_with_six_times_the_active_parameters(shape, seq_length):
-    # Causal attention: every one of s positions meets s / 2 others on average, in two products of head_dim multiply-adds, forward and twice backward.
+    # Causal attention: every one of s positions meets s / 2 others on average, in two products of head_dim
+    # multiply-adds, forward and twice backward.
     attention = 6 * shape["num_hidden_layers"] * shape["num_attention_heads"] * 2 * shape["head_dim"] * seq_length / 2
     expected = seq_length * (6 * active_matmul_parameters(shape) + attention)
     assert training_flops(hy_config(shape), 1, seq_length) == pytest.approx(expected, rel=1e-6)
@@ -110,7 +133,9 @@ def test_the_mtp_layer_agrees_with_hy3s_published_size():
     head = HY3["vocab_size"] * HY3["hidden_size"]
     attention = HY3["num_attention_heads"] * 2 * HY3["head_dim"] * seq_length / 2
     expected = 2 * (HY3_MTP_PARAMETERS - inactive + head + attention)
-    added = flops_per_token(hy_config(HY3, num_nextn_predict_layers=1), seq_length) - flops_per_token(hy_config(HY3), seq_length)
+    added = flops_per_token(hy_config(HY3, num_nextn_predict_layers=1), seq_length) - flops_per_token(
+        hy_config(HY3), seq_length
+    )
     assert added == pytest.approx(expected, rel=1e-4)  # the published size holds norms and expert biases too
 
 
@@ -128,7 +153,11 @@ def test_causal_attention_counts_half_and_nothing_else_changes():
 
 def test_packed_documents_attend_only_within_themselves():
     config = hy_config(HY_MT2)
-    assert packed_training_flops(config, 8192, 4096**2 + 4096**2) == training_flops(config, 2, 4096) < training_flops(config, 1, 8192)
+    assert (
+        packed_training_flops(config, 8192, 4096**2 + 4096**2)
+        == training_flops(config, 2, 4096)
+        < training_flops(config, 1, 8192)
+    )
     lengths = [1000, 96, 3000]
     separate = sum(training_flops(config, 1, length) for length in lengths)
     assert packed_training_flops(config, sum(lengths), sum(length**2 for length in lengths)) == pytest.approx(separate)

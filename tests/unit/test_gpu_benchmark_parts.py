@@ -1,5 +1,5 @@
-"""What the GPU benchmark is made of: flags that hymeg accepts on a GPU machine (a lent one is no place to find out), slices of real width, and a
-profile that knows what the backward pass works for."""
+"""What the GPU benchmark is made of: flags that hymeg accepts on a GPU machine (a lent one is no place to find out),
+slices of real width, and a profile that knows what the backward pass works for."""
 
 import os
 import sys
@@ -17,7 +17,10 @@ from gpu import CANDIDATES, FP8, PARTS, WIDTHS, jobs, write_slice
 from gpu_profile import _class_of_event, _classes_of_sequences, mark
 from gpu_worker import FIXED
 
-JOBS = {f"{one['model']} {one['micro_batch_size']} x {one['seq_length']} {one['flags']}": one for one in jobs(list(PARTS), tiny=False)}
+JOBS = {
+    f"{one['model']} {one['micro_batch_size']} x {one['seq_length']} {one['flags']}": one
+    for one in jobs(list(PARTS), tiny=False)
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,9 @@ def test_accepted(slices, name, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ | {"RANK": "0", "WORLD_SIZE": "1"})
     batch = f"--seq-length {one['seq_length']} --micro-batch-size {one['micro_batch_size']} --global-batch-size {one['micro_batch_size']}"
     with for_gpus():
-        args, config = parse(f"--hf-model {slices / one['model']} --train-iters 13 {batch} {FIXED} {one['flags']}".split())
+        args, config = parse(
+            f"--hf-model {slices / one['model']} --train-iters 13 {batch} {FIXED} {one['flags']}".split()
+        )
     assert args.transformer_impl == "transformer_engine" and args.moe_grouped_gemm
     assert config.num_hidden_layers == 2 and args.hf_model == str(slices / one["model"])
 
@@ -57,7 +62,12 @@ def test_all_candidates_are_among_the_jobs():
 
 def test_products_of_the_backward_pass_are_of_their_forward_modules_class():
     """Two linear layers, three products each."""
-    model = torch.nn.ModuleDict({"layer_self_attention": torch.nn.Linear(8, 12), "mlp": torch.nn.ModuleDict({"experts": torch.nn.Linear(12, 16)})})
+    model = torch.nn.ModuleDict(
+        {
+            "layer_self_attention": torch.nn.Linear(8, 12),
+            "mlp": torch.nn.ModuleDict({"experts": torch.nn.Linear(12, 16)}),
+        }
+    )
     mark(model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         hidden = torch.randn(4, 8, requires_grad=True)

@@ -81,7 +81,9 @@ def test_what_is_not_complete_is_made_anew(hf, tmp_path, said, lost):
 def test_a_failure_names_the_folder_and_where_else_it_could_go(hf, tmp_path, said):
     (tmp_path / "save").mkdir()
     (tmp_path / "save" / "hf_weights").write_text("in the way")
-    with pytest.raises(UserError, match=r"hf must be converted, which goes to --save, else to --data-cache-path, .*hf_weights"):
+    with pytest.raises(
+        UserError, match=r"hf must be converted, which goes to --save, else to --data-cache-path, .*hf_weights"
+    ):
         converted(hf, tmp_path / "save", 0, 0, said.append)
     shutil.rmtree(hf)
     with pytest.raises(UserError, match="hf: cannot be read"):
@@ -112,7 +114,9 @@ def test_who_waits_says_so_and_how_far_rank_0_is(hf, tmp_path, said, monkeypatch
     with hf_weights._waiting(hf, tmp_path / "target", said.append):
         wait_for(lambda: said)
         release.mkdir(parents=True)
-        (release / "__0_0.distcp").write_bytes(bytes(sum(path.stat().st_size for path in hf.glob("*.safetensors")) // 4))
+        (release / "__0_0.distcp").write_bytes(
+            bytes(sum(path.stat().st_size for path in hf.glob("*.safetensors")) // 4)
+        )
         wait_for(lambda: said[-1].endswith(", 25% is there"))
     number = len(said)
     assert "waits for rank 0 to convert" in said[0] and "there" not in said[0]

@@ -1,4 +1,6 @@
-"""HyConfig: every value from config.json, both spellings, lossless; what cannot be honoured is refused by name, whatever the JSON."""
+"""HyConfig: every value from config.json, both spellings, lossless; what cannot be honoured is refused by name,
+whatever the JSON.
+"""
 
 import copy
 import dataclasses
@@ -80,7 +82,10 @@ def changed(base, *removed, **values):
 @pytest.mark.parametrize("published", [HY3, HY_MT2], ids=["hy3", "hy_mt2"])
 def test_published_configs_agree_with_transformers(published):
     config, oracle = HyConfig.from_dict(published), HYV3Config(**copy.deepcopy(published))
-    names = {field.name for field in dataclasses.fields(HyConfig)} & HYV3Config().to_dict().keys() - {"mlp_layer_types", "dtype"}
+    names = {field.name for field in dataclasses.fields(HyConfig)} & HYV3Config().to_dict().keys() - {
+        "mlp_layer_types",
+        "dtype",
+    }
     assert len(names) == 20
     for name in names:
         assert getattr(config, name) == getattr(oracle, name), name
@@ -91,16 +96,26 @@ def test_published_configs_agree_with_transformers(published):
 
 def test_fields_that_transformers_ignores():
     config = HyConfig.from_dict(HY3)
-    assert (config.enable_lm_head_fp32, config.enable_attention_fp32_softmax, config.moe_router_enable_expert_bias) == (True, False, True)
+    assert (config.enable_lm_head_fp32, config.enable_attention_fp32_softmax, config.moe_router_enable_expert_bias) == (
+        True,
+        False,
+        True,
+    )
     assert config.num_nextn_predict_layers == 1 and list(config.mtp_layer_indices) == [80] and config.is_moe_layer(80)
     assert config.dtype == "bfloat16" and config.shared_expert_intermediate_size == 1536
     assert list(HyConfig.from_dict(HY_MT2).mtp_layer_indices) == []
 
 
 def test_absent_switches_mean_what_transformers_means():
-    config = HyConfig.from_dict(changed(HY_MT2, *[key for key in HY_MT2 if key.startswith("enable_")], "moe_router_enable_expert_bias"))
+    config = HyConfig.from_dict(
+        changed(HY_MT2, *[key for key in HY_MT2 if key.startswith("enable_")], "moe_router_enable_expert_bias")
+    )
     assert config.enable_moe_fp32_combine is True is HYV3Config().enable_moe_fp32_combine
-    assert (config.enable_lm_head_fp32, config.enable_attention_fp32_softmax, config.moe_router_enable_expert_bias) == (False, False, True)
+    assert (config.enable_lm_head_fp32, config.enable_attention_fp32_softmax, config.moe_router_enable_expert_bias) == (
+        False,
+        False,
+        True,
+    )
 
 
 @pytest.mark.parametrize("published", [HY3, HY_MT2], ids=["hy3", "hy_mt2"])
@@ -142,7 +157,9 @@ def test_other_spellings_mean_the_same(respelled):
 
 def test_dense_layers_need_not_come_first():
     types = ["sparse", "dense"] * 24
-    assert HyConfig.from_dict(changed(HY_MT2, "first_k_dense_replace", mlp_layer_types=types)).mlp_layer_types == tuple(types)
+    assert HyConfig.from_dict(changed(HY_MT2, "first_k_dense_replace", mlp_layer_types=types)).mlp_layer_types == tuple(
+        types
+    )
 
 
 # (what is changed in HY_MT2, what the message must name)
@@ -211,8 +228,37 @@ def test_bad_configs_are_refused_by_name(bad, named):
 
 
 def test_any_json_value_anywhere_is_taken_or_refused_by_name():
-    values = [None, True, False, 0, 1, -1, 2.5, float("nan"), float("inf"), 10**400, "", "x\ny", "x" * 10000, [], [None], [[]], {}, {"rope_type": []}]
-    fields = [*HY3, "mlp_layer_types", "torch_dtype", "num_local_experts", "rope_scaling", "rope_theta", "sliding_window", "n_group", "a\nb"]
+    values = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2.5,
+        float("nan"),
+        float("inf"),
+        10**400,
+        "",
+        "x\ny",
+        "x" * 10000,
+        [],
+        [None],
+        [[]],
+        {},
+        {"rope_type": []},
+    ]
+    fields = [
+        *HY3,
+        "mlp_layer_types",
+        "torch_dtype",
+        "num_local_experts",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "n_group",
+        "a\nb",
+    ]
     for key in fields:
         for value in values:
             try:
@@ -239,7 +285,9 @@ def test_files_that_are_no_config(text, told, tmp_path):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(UserError) as error:
         HyConfig.from_dir(tmp_path)
-    assert str(tmp_path / "config.json") in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(tmp_path / "config.json") in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+    )
 
 
 def test_deep_nesting_in_a_good_config(tmp_path):

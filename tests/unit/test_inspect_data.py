@@ -1,4 +1,6 @@
-"""inspect_data shows a row as it is trained and counts a file as it will be packed; what cannot be trained on is told."""
+"""inspect_data shows a row as it is trained and counts a file as it will be packed; what cannot be trained on is
+told.
+"""
 
 import itertools
 import json
@@ -28,7 +30,9 @@ def example_rows(name):
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
-    train_tiny_tokenizer([row["source"] for row in example_rows("translations_heldout.jsonl")], 600).save_pretrained(directory)
+    train_tiny_tokenizer([row["source"] for row in example_rows("translations_heldout.jsonl")], 600).save_pretrained(
+        directory
+    )
     return directory
 
 
@@ -38,7 +42,9 @@ def encoder(tokenizer_dir):
 
 
 def inspect(*arguments):
-    return subprocess.run([sys.executable, ROOT / "tools/inspect_data.py", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools/inspect_data.py", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 # The examples
@@ -55,14 +61,21 @@ def test_every_example_row_can_be_trained_on(encoder, name):
 def test_held_out_rows_share_no_sentence_with_the_others():
     held_out = {row[key] for row in example_rows("translations_heldout.jsonl") for key in ("source", "target")}
     seen = {row[key] for row in example_rows("translations.jsonl") for key in ("source", "target")}
-    seen |= {line for row in example_rows("conversations.jsonl") for message in row["messages"] for line in message["content"].splitlines()}
+    seen |= {
+        line
+        for row in example_rows("conversations.jsonl")
+        for message in row["messages"]
+        for line in message["content"].splitlines()
+    }
     assert not held_out & seen
 
 
 def test_the_examples_are_every_ordered_pair_of_languages():
     rows = example_rows("translations.jsonl") + example_rows("translations_heldout.jsonl")
     pairs = [(row["source_lang"], row["target_lang"]) for row in rows]
-    assert {pair: pairs.count(pair) for pair in pairs} == {pair: 50 for pair in itertools.permutations(["en", "fr", "es", "de", "zh"], 2)}
+    assert {pair: pairs.count(pair) for pair in pairs} == {
+        pair: 50 for pair in itertools.permutations(["en", "fr", "es", "de", "zh"], 2)
+    }
 
 
 # Counting
@@ -85,7 +98,9 @@ def test_a_summary_counts_rows_and_names_the_first_bad_one(tmp_path, encoder):
 
 def test_a_file_without_rows_is_refused(tmp_path, encoder):
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"a.jsonl: holds no row; give a file with conversations or translations, one a line"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl: holds no row; give a file with conversations or translations, one a line"
+    ):
         summarize(tmp_path / "a.jsonl", RowReader(), encoder)
 
 
@@ -105,7 +120,8 @@ def test_a_histogram_counts_every_row_once():
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [(2, "--row 2: line 2 of .* is blank; the next row is in line 3"), (9, "--row 9: .* has no row in line 9")]
+    ("line", "message"),
+    [(2, "--row 2: line 2 of .* is blank; the next row is in line 3"), (9, "--row 9: .* has no row in line 9")],
 )
 def test_a_row_that_is_not_there_is_named(tmp_path, encoder, line, message):
     rows = (EXAMPLES / "conversations.jsonl").read_bytes().splitlines()
@@ -150,9 +166,15 @@ def test_the_command_refuses_in_one_line(tmp_path, tokenizer_dir):
     ("arguments", "message"),
     [
         (("examples/data/conversations.jsonl", "--row", 0), "--row is 0; at least 1 is needed"),
-        (("examples/data/conversations.jsonl", "--seq-length", 10**30), f"--seq-length is {10**30}; from 1 to 16777216 is possible"),
+        (
+            ("examples/data/conversations.jsonl", "--seq-length", 10**30),
+            f"--seq-length is {10**30}; from 1 to 16777216 is possible",
+        ),
         (("LICENSE", "--row", 1), "LICENSE: its name does not tell what it holds; "),
-        (("constraints.txt",), "constraints.txt: plain text is for pre-training; conversations come as JSON lines (.jsonl)"),
+        (
+            ("constraints.txt",),
+            "constraints.txt: plain text is for pre-training; conversations come as JSON lines (.jsonl)",
+        ),
     ],
 )
 def test_the_command_refuses_what_it_cannot_show(tokenizer_dir, arguments, message):
@@ -162,7 +184,15 @@ def test_the_command_refuses_what_it_cannot_show(tokenizer_dir, arguments, messa
 
 
 def test_who_reads_the_output_may_stop(tokenizer_dir):
-    command = [sys.executable, ROOT / "tools/inspect_data.py", EXAMPLES / "conversations.jsonl", "--tokenizer", tokenizer_dir, "--row", "1"]
+    command = [
+        sys.executable,
+        ROOT / "tools/inspect_data.py",
+        EXAMPLES / "conversations.jsonl",
+        "--tokenizer",
+        tokenizer_dir,
+        "--row",
+        "1",
+    ]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)

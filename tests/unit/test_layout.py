@@ -56,7 +56,9 @@ def layout_of(world_size: int = 1, **sizes) -> Layout:
 
 @pytest.fixture
 def megatron_groups(monkeypatch):
-    """Megatron's initialize_model_parallel in a module of its own, so that its globals are nobody else's, making no groups."""
+    """Megatron's initialize_model_parallel in a module of its own, so that its globals are nobody else's, making no
+    groups.
+    """
     spec = importlib.util.find_spec(parallel_state.__name__)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 0)
@@ -77,7 +79,18 @@ def megatron_groups(monkeypatch):
 
 
 def test_worlds_are_legal_where_megatron_can_form_its_groups(megatron_groups):
-    grid = list(itertools.product((1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 4), (1, 2, 3), (1, 2, 4), (1, 2, 3, 4, 8), (1, 2, 4), (1, 2), (False, True)))
+    grid = list(
+        itertools.product(
+            (1, 2, 3, 4, 6, 8, 12, 16),
+            (1, 2, 4),
+            (1, 2, 3),
+            (1, 2, 4),
+            (1, 2, 3, 4, 8),
+            (1, 2, 4),
+            (1, 2),
+            (False, True),
+        )
+    )
     verdicts = []
     for world_size, tp, pp, cp, ep, etp, instances, pp_before_dp in random.Random(0).sample(grid, 600):
         sizes = {
@@ -90,7 +103,9 @@ def test_worlds_are_legal_where_megatron_can_form_its_groups(megatron_groups):
         }
         said = refusal(config_of(), layout_of(world_size, use_tp_pp_dp_mapping=pp_before_dp, **sizes))
         accepted = megatron_groups(world_size, order="tp-cp-ep-pp-dp" if pp_before_dp else "tp-cp-ep-dp-pp", **sizes)
-        assert (said is None) == accepted, f"world {world_size}, {sizes}, pp before dp {pp_before_dp}: Megatron {accepted}, we say {said}"
+        assert (said is None) == accepted, (
+            f"world {world_size}, {sizes}, pp before dp {pp_before_dp}: Megatron {accepted}, we say {said}"
+        )
         verdicts.append(accepted)
     assert 50 < sum(verdicts) < len(verdicts) - 50
 
@@ -129,7 +144,9 @@ def test_a_sequence_is_legal_where_every_rank_gets_two_equal_chunks_and_shares_t
     for length, cp, tp in itertools.product(range(1, 97), (1, 2, 3, 4), (1, 2, 3, 4)):
         chunks, rest = divmod(length, 2 * cp if cp > 1 else 1)
         of_a_rank = 2 * chunks if cp > 1 else chunks
-        said = refusal(config_of(), layout_of(cp * tp, seq_length=length, context_parallel_size=cp, tensor_model_parallel_size=tp))
+        said = refusal(
+            config_of(), layout_of(cp * tp, seq_length=length, context_parallel_size=cp, tensor_model_parallel_size=tp)
+        )
         assert (said is None) == (rest == 0 and of_a_rank % tp == 0), (length, cp, tp, said)
 
 
@@ -148,7 +165,11 @@ def layers_by_stage(config: HyConfig, layout: Layout) -> list[int] | None:
             account_for_embedding_in_pipeline_split=layout.account_for_embedding_in_pipeline_split,
             account_for_loss_in_pipeline_split=layout.account_for_loss_in_pipeline_split,
         )
-        return [get_num_layers_to_build(made, stage if vpp else None, rank) for stage in range(vpp or 1) for rank in range(pp)]
+        return [
+            get_num_layers_to_build(made, stage if vpp else None, rank)
+            for stage in range(vpp or 1)
+            for rank in range(pp)
+        ]
     except (AssertionError, ValueError):
         return None
 
@@ -156,7 +177,9 @@ def layers_by_stage(config: HyConfig, layout: Layout) -> list[int] | None:
 def test_pipelines_are_legal_where_megatron_builds_every_layer_once():
     sizes = (None, 1, 2, 3, 4)
     verdicts = []
-    for layers, pp, vpp, first, last, embedding, loss in itertools.product(range(2, 13), (1, 2, 3, 4), (None, 2, 3), sizes, sizes, (0, 1), (0, 1)):
+    for layers, pp, vpp, first, last, embedding, loss in itertools.product(
+        range(2, 13), (1, 2, 3, 4), (None, 2, 3), sizes, sizes, (0, 1), (0, 1)
+    ):
         if (first or last) and (embedding or loss) and (first, last) != (2, None):
             continue  # one such combination is enough
         if pp == 1 and first and last:
@@ -190,7 +213,16 @@ def test_layout_strings_are_legal_where_megatron_parses_and_validates_them():
             pick.shuffle(middle)
         text = "E" + "".join(middle) + "L"
         text = pick.choice(
-            [text, text, text.replace("tt", "t*2"), text.replace("t|t|", "(t|)*2"), text[:-1], text + "t", "," + text, text.replace("t", "x", 1)]
+            [
+                text,
+                text,
+                text.replace("tt", "t*2"),
+                text.replace("t|t|", "(t|)*2"),
+                text[:-1],
+                text + "t",
+                "," + text,
+                text.replace("t", "x", 1),
+            ]
         )
         config = config_of(num_hidden_layers=4, num_nextn_predict_layers=mtp)
         said = refusal(config, layout_of(pp, pipeline_model_parallel_size=pp, pipeline_model_parallel_layout=text))
@@ -200,7 +232,9 @@ def test_layout_strings_are_legal_where_megatron_parses_and_validates_them():
             legal = not (pp == 1 and parsed.virtual_pipeline_model_parallel_size > 1)  # refused by validate_args
         except AssertionError:
             legal = False
-        assert (said is None) == legal, f"{text} over {pp} stages with {mtp} MTP layers: Megatron {legal}, we say {said}"
+        assert (said is None) == legal, (
+            f"{text} over {pp} stages with {mtp} MTP layers: Megatron {legal}, we say {said}"
+        )
         verdicts.append(legal)
     assert 300 < sum(verdicts) < len(verdicts) - 300
 
@@ -214,15 +248,34 @@ INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parall
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"world_size": 3, "tensor_model_parallel_size": 2}, ["--tensor-model-parallel-size 2", "3 processes", "start 2 or 4"]),
-        ({"world_size": 1, "context_parallel_size": 2}, ["--context-parallel-size 2", "1 process of", "start 2 "]),
-        ({"world_size": 8, "tensor_model_parallel_size": 5}, ["--tensor-model-parallel-size 5", "24 attention heads", "1, 2, 3, 4, 6, 8, 12, 24"]),
         (
-            {"world_size": 8, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 2},
-            ["--expert-model-parallel-size 8 x --expert-tensor-parallel-size 2 = 16", "8 processes", "size 1, 2, 4 would", "tensor-parallel-size 1"],
+            {"world_size": 3, "tensor_model_parallel_size": 2},
+            ["--tensor-model-parallel-size 2", "3 processes", "start 2 or 4"],
+        ),
+        ({"world_size": 1, "context_parallel_size": 2}, ["--context-parallel-size 2", "1 process of", "start 2 "]),
+        (
+            {"world_size": 8, "tensor_model_parallel_size": 5},
+            ["--tensor-model-parallel-size 5", "24 attention heads", "1, 2, 3, 4, 6, 8, 12, 24"],
+        ),
+        (
+            {
+                "world_size": 8,
+                "tensor_model_parallel_size": 2,
+                "expert_model_parallel_size": 8,
+                "expert_tensor_parallel_size": 2,
+            },
+            [
+                "--expert-model-parallel-size 8 x --expert-tensor-parallel-size 2 = 16",
+                "8 processes",
+                "size 1, 2, 4 would",
+                "tensor-parallel-size 1",
+            ],
         ),
         ({"expert_model_parallel_size": 5}, ["--expert-model-parallel-size 5", "24 experts", "it may be 1, 2, 3"]),
-        ({"expert_tensor_parallel_size": 7}, ["--expert-tensor-parallel-size 7", "24 expert feed-forward", "it may be 1, 2, 3"]),
+        (
+            {"expert_tensor_parallel_size": 7},
+            ["--expert-tensor-parallel-size 7", "24 expert feed-forward", "it may be 1, 2, 3"],
+        ),
         ({"world_size": 2, "global_batch_size": 9}, ["--global-batch-size 9", "data-parallel size 2", "use 8 or 10"]),
         ({"micro_batch_size": 4, "global_batch_size": 2}, ["--global-batch-size 2", "--micro-batch-size 4", "use 4"]),
         ({"seq_length": 8192}, ["--seq-length 8192", "4096", "max_position_embeddings"]),
@@ -232,11 +285,21 @@ INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parall
         ),
         ({"context_parallel_size": 0}, ["--context-parallel-size 0", "at least 1"]),
         ({"virtual_pipeline_model_parallel_size": 2}, ["2 virtual stages", "--pipeline-model-parallel-size 2 or more"]),
-        ({"world_size": 2, **INTERLEAVED, "overlap_p2p_comm": False}, ["--no-overlap-p2p-communication", "leave it out"]),
-        ({"world_size": 2, **INTERLEAVED, "global_batch_size": 5}, ["--global-batch-size 5", "5 micro-batches", "use 4 or 6"]),
+        (
+            {"world_size": 2, **INTERLEAVED, "overlap_p2p_comm": False},
+            ["--no-overlap-p2p-communication", "leave it out"],
+        ),
+        (
+            {"world_size": 2, **INTERLEAVED, "global_batch_size": 5},
+            ["--global-batch-size 5", "5 micro-batches", "use 4 or 6"],
+        ),
         (
             {"world_size": 2, **INTERLEAVED, "global_batch_size": 4, "microbatch_group_size_per_vp_stage": 1},
-            ["--microbatch-group-size-per-virtual-pipeline-stage 1", "--pipeline-model-parallel-size 2", "4 micro-batches"],
+            [
+                "--microbatch-group-size-per-virtual-pipeline-stage 1",
+                "--pipeline-model-parallel-size 2",
+                "4 micro-batches",
+            ],
         ),
     ],
 )
@@ -250,7 +313,9 @@ def test_a_refusal_names_flag_value_and_what_would_do(sizes, words):
 def test_query_groups_and_ranks_of_which_neither_divides_the_other():
     config = config_of(num_attention_heads=24, num_key_value_heads=6)
     said = refusal(config, layout_of(4, tensor_model_parallel_size=4))
-    assert "--tensor-model-parallel-size 4 and the model's 6 query groups" in said and said.endswith("it may be 1, 2, 3, 6, 12, 24")
+    assert "--tensor-model-parallel-size 4 and the model's 6 query groups" in said and said.endswith(
+        "it may be 1, 2, 3, 6, 12, 24"
+    )
     assert refusal(config, layout_of(12, tensor_model_parallel_size=12)) is None
 
 

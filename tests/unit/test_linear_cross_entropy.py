@@ -1,4 +1,6 @@
-"""Losses without logits are those of the logits: against torch's cross entropy on whole logits, and through the model against Megatron's."""
+"""Losses without logits are those of the logits: against torch's cross entropy on whole logits, and through the model
+against Megatron's.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,13 @@ def many_slices(monkeypatch):
 
 def shard(**changes) -> VocabShard:
     ensure_world()
-    fields = {"start": 0, "num_rows": VOCAB, "fp32_logits": True, "recompute": False, "group": torch.distributed.group.WORLD}
+    fields = {
+        "start": 0,
+        "num_rows": VOCAB,
+        "fp32_logits": True,
+        "recompute": False,
+        "group": torch.distributed.group.WORLD,
+    }
     return VocabShard(**fields | changes)
 
 
@@ -77,7 +85,9 @@ def test_fp32_equals_whole_logits(recompute, scale):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_bf16_is_within_its_rounding(recompute):
-    """Losses are exact to fp32; gradients to bf16's 8 bits, confident tokens included, whose gradient at the label is a small difference."""
+    """Losses are exact to fp32; gradients to bf16's 8 bits, confident tokens included, whose gradient at the label is a
+    small difference.
+    """
     inputs = operands(torch.bfloat16, scale=0.3)
     losses, _, *gradients = computed(*inputs, recompute=recompute)
     exact_losses, _, *exact_gradients = expected(*inputs)
@@ -111,7 +121,9 @@ def test_what_is_frozen_gets_no_gradient(recompute, frozen):
 
 @pytest.mark.parametrize(("recompute", "bytes_an_entry"), [(False, 2), (True, 0)])
 def test_what_is_kept_for_the_backward_pass(recompute, bytes_an_entry):
-    """The exponentials in bf16, or nothing that grows with tokens times vocabulary; and nothing at all without gradients."""
+    """The exponentials in bf16, or nothing that grows with tokens times vocabulary; and nothing at all without
+    gradients.
+    """
     hidden, weight, labels, _ = operands(torch.bfloat16)
     sizes = []
 
@@ -141,26 +153,38 @@ def test_a_second_backward_pass_is_refused():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_tiny_checkpoint(folder / "mtp", HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1000}), dtype="fp32", num_mtp_layers=2)
+    write_tiny_checkpoint(
+        folder / "mtp", HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1000}), dtype="fp32", num_mtp_layers=2
+    )
     return folder / "mtp"
 
 
 class TestModel:
     @staticmethod
     def computed(model, monkeypatch, whole_logits: bool, **changes):
-        """Losses, every gradient, and what multi-token prediction logs; with `whole_logits` as Megatron computes them, from logits."""
+        """Losses, every gradient, and what multi-token prediction logs; with `whole_logits` as Megatron computes them,
+        from logits.
+        """
         model.zero_grad()
         tokens = torch.randint(0, 990, (2, 33), generator=torch.Generator().manual_seed(5))
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         logged = []
         with monkeypatch.context() as patches:
-            patches.setattr(multi_token_prediction.MTPLossLoggingHelper, "save_metrics_to_tracker", lambda *args, **kwargs: logged.append(args[:3]))
+            patches.setattr(
+                multi_token_prediction.MTPLossLoggingHelper,
+                "save_metrics_to_tracker",
+                lambda *args, **kwargs: logged.append(args[:3]),
+            )
             if whole_logits:
                 head = type(model)
                 patches.setattr(head, "_postprocess", super(multi_head(head), model)._postprocess.__func__)
             losses = model(inputs, positions(inputs), None, labels=labels, loss_mask=(labels % 4 > 0).float())
         losses.mean().backward()
-        return losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, torch.tensor(logged)
+        return (
+            losses.detach(),
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+            torch.tensor(logged),
+        )
 
     @pytest.mark.parametrize("flags", [(), ("--recompute-logits",)], ids=["kept", "recomputed"])
     def test_losses_gradients_and_mtp_equal_megatrons(self, folder, monkeypatch, flags):
@@ -168,7 +192,11 @@ class TestModel:
         assert model.vocab_shard.recompute is bool(flags)
         calls = []
         whole = tensor_parallel.vocab_parallel_cross_entropy
-        monkeypatch.setattr(tensor_parallel, "vocab_parallel_cross_entropy", lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs))
+        monkeypatch.setattr(
+            tensor_parallel,
+            "vocab_parallel_cross_entropy",
+            lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs),
+        )
         losses, gradients, logged = self.computed(model, monkeypatch, whole_logits=False)
         assert not calls, "no logits, no loss from them"
         exact_losses, exact_gradients, exact_logged = self.computed(model, monkeypatch, whole_logits=True)
@@ -185,7 +213,9 @@ class TestModel:
         with torch.no_grad():
             logits = model(tokens, positions(tokens), None)
             losses = model(tokens, positions(tokens), None, labels=tokens)
-        assert torch.allclose(losses, F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none"), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(
+            losses, F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none"), rtol=1e-6, atol=1e-6
+        )
 
     def test_megatrons_fused_loss_has_its_logits(self, folder, monkeypatch):
         """--cross-entropy-loss-fusion chooses the engine's own."""
@@ -195,7 +225,9 @@ class TestModel:
         plain = build(folder).eval()
         shapes, fused = [], language_module.fused_vocab_parallel_cross_entropy
         monkeypatch.setattr(
-            language_module, "fused_vocab_parallel_cross_entropy", lambda logits, *rest: shapes.append(logits.shape) or fused(logits, *rest)
+            language_module,
+            "fused_vocab_parallel_cross_entropy",
+            lambda logits, *rest: shapes.append(logits.shape) or fused(logits, *rest),
         )
         tokens = torch.arange(64)[None]
         with torch.no_grad():

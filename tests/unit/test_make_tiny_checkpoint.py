@@ -1,4 +1,6 @@
-"""Tiny checkpoints: transformers loads them whole; the numbers depend on seed and name alone; tokenizer, template and config fit each other."""
+"""Tiny checkpoints: transformers loads them whole; the numbers depend on seed and name alone; tokenizer, template and
+config fit each other.
+"""
 
 import json
 import subprocess
@@ -81,19 +83,38 @@ def test_tests_on_it_are_sensitive(checkpoints):
             layer.mlp.e_score_correction_bias.zero_()
         assert (model(ids).logits - logits).abs().max() > 0.1
     tensors = read_all(checkpoints / "hub")
-    assert all(0.02 < tensor.float().std() < 0.2 and 0.9 < tensor.float().mean() < 1.1 for name, tensor in tensors.items() if "norm.weight" in name)
+    assert all(
+        0.02 < tensor.float().std() < 0.2 and 0.9 < tensor.float().mean() < 1.1
+        for name, tensor in tensors.items()
+        if "norm.weight" in name
+    )
     assert len({tensor.float().numpy().tobytes() for tensor in tensors.values()}) == len(tensors)
 
 
 def test_mtp_layers_have_names_and_shapes_of_the_publisher(checkpoints):
-    tensors, trunk, fused = read_all(checkpoints / "mtp"), read_all(checkpoints / "hub"), read_all(checkpoints / "mtp_fused")
+    tensors, trunk, fused = (
+        read_all(checkpoints / "mtp"),
+        read_all(checkpoints / "hub"),
+        read_all(checkpoints / "mtp_fused"),
+    )
     assert HyConfig.from_dir(checkpoints / "mtp").num_nextn_predict_layers == 2
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in trunk.items())
     for layer in (4, 5):
         prefix = f"model.layers.{layer}."
-        own = {name.removeprefix(prefix): list(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)}
-        extra = {"eh_proj.weight": [64, 128], "enorm.weight": [64], "hnorm.weight": [64], "final_layernorm.weight": [64]}
-        moe_layer = {name.removeprefix("model.layers.3."): list(tensor.shape) for name, tensor in trunk.items() if name.startswith("model.layers.3.")}
+        own = {
+            name.removeprefix(prefix): list(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)
+        }
+        extra = {
+            "eh_proj.weight": [64, 128],
+            "enorm.weight": [64],
+            "hnorm.weight": [64],
+            "final_layernorm.weight": [64],
+        }
+        moe_layer = {
+            name.removeprefix("model.layers.3."): list(tensor.shape)
+            for name, tensor in trunk.items()
+            if name.startswith("model.layers.3.")
+        }
         assert own == moe_layer | extra
         experts = [tensors[f"{prefix}mlp.experts.{e}.{name}_proj.weight"] for e in range(8) for name in ("gate", "up")]
         assert torch.equal(fused[f"{prefix}mlp.experts.gate_up_proj"], torch.cat(experts).reshape(8, 64, 64))
@@ -120,7 +141,10 @@ def test_shapes_come_from_the_config(tmp_path):
     load(tmp_path, dtype=torch.float32)
     tokenizer = load_tokenizer(tmp_path, config)
     assert config == HyConfig.from_dir(tmp_path) and config.dtype == "float32" and len(tokenizer) <= 300
-    assert tokenizer.convert_ids_to_tokens([config.raw["eod_token_id"], config.raw["sep_token_id"]]) == [SPECIAL_TOKENS[5], "<｜hy_Assistant｜>"]
+    assert tokenizer.convert_ids_to_tokens([config.raw["eod_token_id"], config.raw["sep_token_id"]]) == [
+        SPECIAL_TOKENS[5],
+        "<｜hy_Assistant｜>",
+    ]
 
 
 def test_a_model_without_expert_bias_has_none(tmp_path):
@@ -130,9 +154,18 @@ def test_a_model_without_expert_bias_has_none(tmp_path):
 
 def test_config_tokenizer_and_generation_agree_with_transformers(checkpoints):
     config, oracle = HyConfig.from_dir(checkpoints / "hub"), HYV3Config.from_pretrained(checkpoints / "hub")
-    generation, tokenizer = GenerationConfig.from_pretrained(checkpoints / "hub"), AutoTokenizer.from_pretrained(checkpoints / "hub")
+    generation, tokenizer = (
+        GenerationConfig.from_pretrained(checkpoints / "hub"),
+        AutoTokenizer.from_pretrained(checkpoints / "hub"),
+    )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        assert getattr(config, name) == getattr(oracle, name) == getattr(generation, name) == getattr(tokenizer, name) < config.vocab_size
+        assert (
+            getattr(config, name)
+            == getattr(oracle, name)
+            == getattr(generation, name)
+            == getattr(tokenizer, name)
+            < config.vocab_size
+        )
     assert (config.enable_lm_head_fp32, config.enable_moe_fp32_combine, config.dtype) == (True, False, "bfloat16")
     assert list(config.raw) == [*TINY_CONFIG, "dtype", "bos_token_id", "eos_token_id", "pad_token_id"]
 
@@ -142,7 +175,11 @@ def test_tokenizer_gives_every_text_back_and_knows_the_special_tokens(checkpoint
     text = "Hello,  世界\n\té 😀 <not special>"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     ids = tokenizer("".join(SPECIAL_TOKENS)).input_ids
-    assert len(ids) == len(SPECIAL_TOKENS) and ids == tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) and max(ids) < 1024
+    assert (
+        len(ids) == len(SPECIAL_TOKENS)
+        and ids == tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+        and max(ids) < 1024
+    )
 
 
 MESSAGES = [
@@ -162,12 +199,23 @@ SECOND_TURN = "<｜hy_User｜>u2<｜hy_Assistant｜><think></think>a2"
         (
             MESSAGES,
             {"is_training": True},
-            HEAD + "no_think<｜hy_User｜>u1<｜hy_Assistant｜><think>r1</think>a1<eos:6124c78e>" + SECOND_TURN + "<eos:6124c78e>",
+            HEAD
+            + "no_think<｜hy_User｜>u1<｜hy_Assistant｜><think>r1</think>a1<eos:6124c78e>"
+            + SECOND_TURN
+            + "<eos:6124c78e>",
         ),
         (MESSAGES, {}, HEAD + "no_think<｜hy_User｜>u1<｜hy_Assistant｜><think></think>a1<eos:6124c78e>" + SECOND_TURN),
         (MESSAGES[:3], {"reasoning_effort": "high"}, HEAD + "high<｜hy_User｜>u1<｜hy_Assistant｜><think>r1</think>a1"),
-        (MESSAGES[:2], {"add_generation_prompt": True}, HEAD + "no_think<｜hy_User｜>u1<｜hy_Assistant｜><think></think>"),
-        (MESSAGES[:2], {"add_generation_prompt": True, "reasoning_effort": "low"}, HEAD + "low<｜hy_User｜>u1<｜hy_Assistant｜><think>"),
+        (
+            MESSAGES[:2],
+            {"add_generation_prompt": True},
+            HEAD + "no_think<｜hy_User｜>u1<｜hy_Assistant｜><think></think>",
+        ),
+        (
+            MESSAGES[:2],
+            {"add_generation_prompt": True, "reasoning_effort": "low"},
+            HEAD + "low<｜hy_User｜>u1<｜hy_Assistant｜><think>",
+        ),
         (MESSAGES[1:2], {}, HEAD.replace("Be brief.", "") + "no_think<｜hy_User｜>u1"),
     ],
     ids=range(6),
@@ -177,10 +225,15 @@ def test_chat_template_has_the_form_of_hy(messages, options, expected, checkpoin
     assert tokenizer.apply_chat_template(messages, tokenize=False, **options) == expected
 
 
-@pytest.mark.parametrize(("role", "options", "told"), [("user", {"reasoning_effort": "max"}, "low or high, not max"), ("tool", {}, "not tool")])
+@pytest.mark.parametrize(
+    ("role", "options", "told"),
+    [("user", {"reasoning_effort": "max"}, "low or high, not max"), ("tool", {}, "not tool")],
+)
 def test_chat_template_refuses_what_it_does_not_know(role, options, told, checkpoints):
     with pytest.raises(Exception, match=told):
-        load_tokenizer(checkpoints / "hub").apply_chat_template([{"role": role, "content": "x"}], tokenize=False, **options)
+        load_tokenizer(checkpoints / "hub").apply_chat_template(
+            [{"role": role, "content": "x"}], tokenize=False, **options
+        )
 
 
 def test_tokenizer_training_is_deterministic_and_bounded():
@@ -202,7 +255,9 @@ def test_tokenizer_that_does_not_fit_is_refused(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError) as error:
             load_tokenizer(tmp_path)
-        assert str(error.value).startswith(f"{tmp_path}: the tokenizer cannot be loaded") and "\n" not in str(error.value)
+        assert str(error.value).startswith(f"{tmp_path}: the tokenizer cannot be loaded") and "\n" not in str(
+            error.value
+        )
 
 
 def run_tool(*args, cwd):
@@ -211,7 +266,20 @@ def run_tool(*args, cwd):
 
 def test_the_tool_runs_from_anywhere(tmp_path):
     (tmp_path / "shape.json").write_text(json.dumps(TINY_CONFIG | {"num_hidden_layers": 2, "eos_token_id": 1000}))
-    done = run_tool("out", "--config", "shape.json", "--layout", "fused", "--dtype", "fp32", "--shard-size", "100KB", "--mtp", "1", cwd=tmp_path)
+    done = run_tool(
+        "out",
+        "--config",
+        "shape.json",
+        "--layout",
+        "fused",
+        "--dtype",
+        "fp32",
+        "--shard-size",
+        "100KB",
+        "--mtp",
+        "1",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert len(open_checkpoint(tmp_path / "out")) == 48 and "out: 48 tensors" in done.stdout
     assert HyConfig.from_dir(tmp_path / "out").num_nextn_predict_layers == 1

@@ -1,4 +1,6 @@
-"""The mapping agrees with transformers on names and shapes, with the published models on counts, and accounts for every tensor."""
+"""The mapping agrees with transformers on names and shapes, with the published models on counts, and accounts for every
+tensor.
+"""
 
 import math
 import re
@@ -85,7 +87,9 @@ def make_config(**changes) -> HyConfig:
 def transformers_model(config: HyConfig, device: str) -> HYV3ForCausalLM:
     names = [name for name in TINY if name not in ("model_type", "rope_theta")]
     with torch.device(device):
-        return HYV3ForCausalLM(HYV3Config(**{name: getattr(config, name) for name in names}, mlp_layer_types=list(config.mlp_layer_types)))
+        return HYV3ForCausalLM(
+            HYV3Config(**{name: getattr(config, name) for name in names}, mlp_layer_types=list(config.mlp_layer_types))
+        )
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
@@ -116,7 +120,11 @@ def test_distributed_keys_are_those_that_megatron_stores():
         "self_attention.k_layernorm.weight": (16,),
         "self_attention.linear_proj.weight": (64, 128),
     }
-    dense = attention | {"mlp.linear_fc1.layer_norm_weight": (64,), "mlp.linear_fc1.weight": (160, 64), "mlp.linear_fc2.weight": (64, 80)}
+    dense = attention | {
+        "mlp.linear_fc1.layer_norm_weight": (64,),
+        "mlp.linear_fc1.weight": (160, 64),
+        "mlp.linear_fc2.weight": (64, 80),
+    }
     moe = attention | {
         "pre_mlp_layernorm.weight": (64,),
         "mlp.router.weight": (8, 64),
@@ -127,8 +135,17 @@ def test_distributed_keys_are_those_that_megatron_stores():
         "mlp.shared_experts.linear_fc2.weight": (64, 24),
     }
     mtp = {"enorm.weight": (64,), "hnorm.weight": (64,), "eh_proj.weight": (64, 128), "final_layernorm.weight": (64,)}
-    expected = {"embedding.word_embeddings.weight": (96, 64), "decoder.final_layernorm.weight": (64,), "output_layer.weight": (96, 64)}
-    prefixed = (("decoder.layers.0.", dense), ("decoder.layers.1.", moe), ("mtp.layers.0.", mtp), ("mtp.layers.0.transformer_layer.", moe))
+    expected = {
+        "embedding.word_embeddings.weight": (96, 64),
+        "decoder.final_layernorm.weight": (64,),
+        "output_layer.weight": (96, 64),
+    }
+    prefixed = (
+        ("decoder.layers.0.", dense),
+        ("decoder.layers.1.", moe),
+        ("mtp.layers.0.", mtp),
+        ("mtp.layers.0.transformer_layer.", moe),
+    )
     for prefix, tensors in prefixed:
         expected |= {prefix + name: shape for name, shape in tensors.items()}
     assert distributed_shapes(config) == expected
@@ -179,7 +196,9 @@ def test_trunk_count_is_transformers_parameter_count(published):
 
 
 def test_expert_bias_is_the_only_fp32_buffer_and_goes_with_its_switch():
-    assert {entry.hf_name for entry in plan(make_config(), "hub") if entry.is_fp32_buffer} == {f"model.layers.{i}.mlp.expert_bias" for i in (1, 2, 3)}
+    assert {entry.hf_name for entry in plan(make_config(), "hub") if entry.is_fp32_buffer} == {
+        f"model.layers.{i}.mlp.expert_bias" for i in (1, 2, 3)
+    }
     assert not any("bias" in entry.hf_name for entry in plan(make_config(moe_router_enable_expert_bias=False), "hub"))
 
 
@@ -200,7 +219,10 @@ def test_layout_is_told_by_names(names, layout):
 
 
 def test_mixed_layouts_are_refused():
-    with pytest.raises(UserError, match=r"mix two layouts: model\.layers\.1\.mlp\.expert_bias is a hub name, model\.layers\.2\.mlp\.gate\.weight"):
+    with pytest.raises(
+        UserError,
+        match=r"mix two layouts: model\.layers\.1\.mlp\.expert_bias is a hub name, model\.layers\.2\.mlp\.gate\.weight",
+    ):
         detect_layout(["model.layers.2.mlp.gate.weight", "model.layers.1.mlp.expert_bias"])
 
 
@@ -261,7 +283,10 @@ ROUTER, OLD_ROUTER = "model.layers.1.mlp.router.gate.weight", "model.layers.1.ml
 FAULTS = {
     "missing": (remove("lm_head.weight"), "1 missing (lm_head.weight)"),
     "empty": (dict.clear, f"{len(hf_shapes(make_config(), 'hub'))} missing (model.embed_tokens.weight, "),
-    "unexpected": (add(**{"model.layers.0.self_attn.q_proj.bias": (128,)}), "1 unexpected (model.layers.0.self_attn.q_proj.bias)"),
+    "unexpected": (
+        add(**{"model.layers.0.self_attn.q_proj.bias": (128,)}),
+        "1 unexpected (model.layers.0.self_attn.q_proj.bias)",
+    ),
     "an expert too many": (
         add(**{"model.layers.1.mlp.experts.8.up_proj.weight": (24, 64)}),
         "1 unexpected (model.layers.1.mlp.experts.8.up_proj.weight)",
@@ -273,7 +298,10 @@ FAULTS = {
         lambda shapes: (shapes.pop(ROUTER), shapes.update({OLD_ROUTER: (9, 64)})),
         f"1 misshapen ({OLD_ROUTER} is [9, 64], [8, 64] is needed)",
     ),
-    "MTP copy without MTP": (add(**{"model.layers.4.embed_tokens.weight": (96, 64)}), "1 unexpected (model.layers.4.embed_tokens.weight)"),
+    "MTP copy without MTP": (
+        add(**{"model.layers.4.embed_tokens.weight": (96, 64)}),
+        "1 unexpected (model.layers.4.embed_tokens.weight)",
+    ),
     "first ten": (
         remove_expert,
         "24 missing (model.layers.3.mlp.experts.0.gate_proj.weight, model.layers.3.mlp.experts.1.gate_proj.weight, ",
@@ -301,7 +329,9 @@ def test_hf_tensors_that_do_not_fit_are_told_in_one_line(break_it, message):
 @pytest.mark.parametrize(("in_config", "in_file"), [(1, 0), (0, 1), (2, 1)])
 def test_disagreement_on_mtp_names_the_field_to_mend(in_config, in_file):
     shapes = hf_shapes(make_config(num_nextn_predict_layers=in_file), "hub")
-    with pytest.raises(UserError, match=rf"All belong to MTP layers: make num_nextn_predict_layers \({in_config} in config.json\)"):
+    with pytest.raises(
+        UserError, match=rf"All belong to MTP layers: make num_nextn_predict_layers \({in_config} in config.json\)"
+    ):
         match_hf_tensors(make_config(num_nextn_predict_layers=in_config), shapes)
     keys = distributed_shapes(make_config(num_nextn_predict_layers=in_file))
     with pytest.raises(UserError, match="All belong to MTP layers"):
@@ -311,21 +341,29 @@ def test_disagreement_on_mtp_names_the_field_to_mend(in_config, in_file):
 def test_padding_rows_of_the_vocabulary_are_the_only_freedom_of_distributed_shapes():
     config = make_config()
     check_distributed_tensors(config, distributed_shapes(config, padded_vocab_size=128))
-    for key, shape in (("embedding.word_embeddings.weight", (95, 64)), ("output_layer.weight", (128, 65)), ("output_layer.weight", (96,))):
-        with pytest.raises(UserError, match=rf"1 misshapen \({key} is \[{', '.join(map(str, shape))}\], \[96, 64\] is needed\)"):
+    for key, shape in (
+        ("embedding.word_embeddings.weight", (95, 64)),
+        ("output_layer.weight", (128, 65)),
+        ("output_layer.weight", (96,)),
+    ):
+        with pytest.raises(
+            UserError, match=rf"1 misshapen \({key} is \[{', '.join(map(str, shape))}\], \[96, 64\] is needed\)"
+        ):
             check_distributed_tensors(config, distributed_shapes(config) | {key: shape})
     with pytest.raises(UserError, match="1 misshapen"):
-        check_distributed_tensors(config, distributed_shapes(config) | {"decoder.layers.0.mlp.linear_fc2.weight": (65, 80)})
+        check_distributed_tensors(
+            config, distributed_shapes(config) | {"decoder.layers.0.mlp.linear_fc2.weight": (65, 80)}
+        )
 
 
 def test_distributed_tensors_missing_or_unexpected():
     config = make_config()
     shapes = distributed_shapes(config)
     del shapes["decoder.layers.1.mlp.router.expert_bias"]
-    shapes["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"] = shapes.pop("decoder.layers.1.pre_mlp_layernorm.weight")
-    told = (
-        r"2 missing \(decoder.layers.1.pre_mlp_layernorm.weight, .*expert_bias\); 1 unexpected \(decoder.layers.1.mlp.linear_fc1.layer_norm_weight\)"
+    shapes["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"] = shapes.pop(
+        "decoder.layers.1.pre_mlp_layernorm.weight"
     )
+    told = r"2 missing \(decoder.layers.1.pre_mlp_layernorm.weight, .*expert_bias\); 1 unexpected \(decoder.layers.1.mlp.linear_fc1.layer_norm_weight\)"
     with pytest.raises(UserError, match=told):
         check_distributed_tensors(config, shapes)
 

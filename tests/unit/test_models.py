@@ -1,4 +1,6 @@
-"""What our models add to Megatron's: the head, the router, frozen parts, packed input, and the size of the published ones."""
+"""What our models add to Megatron's: the head, the router, frozen parts, packed input, and the size of the published
+ones.
+"""
 
 import itertools
 
@@ -25,7 +27,9 @@ def folder(tmp_path_factory):
     write_tiny_checkpoint(folder / "mtp", dtype="fp32", num_mtp_layers=2)
     odd = HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1000})
     write_tiny_checkpoint(folder / "odd", odd, dtype="fp32")
-    write_tiny_checkpoint(folder / "bf16-head", HyConfig.from_dict(TINY_CONFIG | {"enable_lm_head_fp32": False}), dtype="fp32")
+    write_tiny_checkpoint(
+        folder / "bf16-head", HyConfig.from_dict(TINY_CONFIG | {"enable_lm_head_fp32": False}), dtype="fp32"
+    )
     return folder
 
 
@@ -48,7 +52,9 @@ def test_packed_sample_equals_its_sequences(folder):
     lengths = [5, 1, 17, 9]
     tokens = torch.randint(0, 900, (1, sum(lengths)), generator=torch.Generator().manual_seed(3))
     boundaries = torch.tensor([0, 5, 6, 23, 32], dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=17, max_seqlen_kv=17)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=17, max_seqlen_kv=17
+    )
     restarting = torch.cat([torch.arange(n) for n in lengths])[None]
     with torch.no_grad():
         found = model(tokens, restarting, None, packed_seq_params=packed)
@@ -129,7 +135,10 @@ class TestRouter:
 
     def test_bias_is_frozen_unless_a_rate_is_given(self, folder):
         assert all(router.frozen_expert_bias for router in routers(build(folder / "trunk")))
-        assert not any(router.frozen_expert_bias for router in routers(build(folder / "trunk", "--moe-router-bias-update-rate", "1e-3")))
+        assert not any(
+            router.frozen_expert_bias
+            for router in routers(build(folder / "trunk", "--moe-router-bias-update-rate", "1e-3"))
+        )
 
 
 def test_frozen_multi_token_prediction(folder):
@@ -146,9 +155,12 @@ def test_experts_are_reduced_over_their_own_group(folder):
 
 
 def test_fp32_combine_changes_no_bit():
-    """`enable_moe_fp32_combine` adds routed and shared output in fp32 and rounds, which is how a sum of bf16 is computed anyway: Megatron's sum
-    honours the setting either way."""
-    a, b = (torch.randn(2**16, generator=torch.Generator().manual_seed(seed)).mul_(10.0**power).bfloat16() for seed, power in ((0, 0), (1, -2)))
+    """`enable_moe_fp32_combine` adds routed and shared output in fp32 and rounds, which is how a sum of bf16 is
+    computed anyway: Megatron's sum honours the setting either way."""
+    a, b = (
+        torch.randn(2**16, generator=torch.Generator().manual_seed(seed)).mul_(10.0**power).bfloat16()
+        for seed, power in ((0, 0), (1, -2))
+    )
     assert torch.equal(a + b, (a.float() + b.float()).bfloat16())
 
 
@@ -157,7 +169,9 @@ def test_fp32_combine_changes_no_bit():
     [("Hy-MT2-30B-A3B", 0, 30_064_719_872), ("Hy3", 0, 295_033_528_320), ("Hy3", 1, 298_786_140_416)],
 )
 def test_published_models_have_their_size(monkeypatch, name, num_mtp_layers, expected):
-    """The whole model is built, on the meta device. Hy3's published 298,786,155,776 counts the 15,360 expert biases, which are buffers."""
+    """The whole model is built, on the meta device. Hy3's published 298,786,155,776 counts the 15,360 expert biases,
+    which are buffers.
+    """
     config = HyConfig.from_dict(TINY_CONFIG | PUBLISHED[name] | {"num_nextn_predict_layers": num_mtp_layers})
     ensure_world()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
@@ -171,11 +185,16 @@ def test_published_models_have_their_size(monkeypatch, name, num_mtp_layers, exp
         transformer_impl="local",
         perform_initialization=False,
     )
-    model_config = HyModelConfig(transformer=transformer, vocab_size=config.vocab_size, should_pad_vocab=True, seq_length=4096)
+    model_config = HyModelConfig(
+        transformer=transformer, vocab_size=config.vocab_size, should_pad_vocab=True, seq_length=4096
+    )
     with torch.device("meta"):
         model = construct(model_config, ProcessGroupCollection.use_mpu_process_groups())
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
     biases = sum(router.expert_bias.numel() for router in routers(model))
-    assert num_parameters(config) == expected and biases == (config.num_hidden_layers - 1 + num_mtp_layers) * config.num_experts
+    assert (
+        num_parameters(config) == expected
+        and biases == (config.num_hidden_layers - 1 + num_mtp_layers) * config.num_experts
+    )
     if num_mtp_layers:
         assert expected + biases == 298_786_155_776

@@ -33,7 +33,9 @@ def test_parquet_reads_as_json_lines_do(tmp_path, tokenizer_dir):
 
 def test_parquet_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "BATCH_BYTES", 1000)
-    path = write_parquet(tmp_path / "a.parquet", text=[f"{number:020}" for number in range(3000)], other=["x" * 100] * 3000)
+    path = write_parquet(
+        tmp_path / "a.parquet", text=[f"{number:020}" for number in range(3000)], other=["x" * 100] * 3000
+    )
     batches = list(read_batches(str(path), ("text",)))
     rows = [row for batch in batches for row in batch.rows]
     assert rows == [(number + 1, b'{"text": "%020d"}' % number) for number in range(3000)]
@@ -43,7 +45,10 @@ def test_parquet_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path,
 
 
 def test_conversations_of_parquet_are_rows_too(tmp_path):
-    messages = [{"role": "user", "content": "hi", "reasoning_content": None}, {"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
+    messages = [
+        {"role": "user", "content": "hi", "reasoning_content": None},
+        {"role": "assistant", "content": "yes", "reasoning_content": "hm"},
+    ]
     path = write_parquet(tmp_path / "a.parquet", messages=[messages], source=[None], reasoning_effort=["low"])
     [(number, raw)] = all_rows(path)
     conversation = RowReader().parse(str(path), number, raw)
@@ -70,7 +75,9 @@ def test_a_bad_row_of_parquet_is_named(tmp_path, tokenizer_dir, column, message)
 
 def test_a_missing_column_is_named(tmp_path, tokenizer_dir):
     path = write_parquet(tmp_path / "a.parquet", content=["a"])
-    with pytest.raises(UserError, match=r"a.parquet: no column 'text' among \['content'\]; --json-keys names the columns to read"):
+    with pytest.raises(
+        UserError, match=r"a.parquet: no column 'text' among \['content'\]; --json-keys names the columns to read"
+    ):
         preprocess([path], tmp_path / "corpus", tokenizer_dir)
 
 
@@ -86,5 +93,7 @@ def test_a_cut_parquet_file_is_named(tmp_path, tokenizer_dir):
 def test_without_pyarrow_parquet_is_refused_with_what_to_install(tmp_path, tokenizer_dir, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", text=["a"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"a.parquet: reading parquet needs pyarrow; install it \(pip install 'hymeg\[parquet\]'\)"):
+    with pytest.raises(
+        UserError, match=r"a.parquet: reading parquet needs pyarrow; install it \(pip install 'hymeg\[parquet\]'\)"
+    ):
         preprocess([path], tmp_path / "corpus", tokenizer_dir)

@@ -32,7 +32,9 @@ def places(tmp_path_factory):
         (folder / name).mkdir()
         HyConfig.from_dict(TINY_CONFIG | shape | {"max_position_embeddings": 262144}).save(folder / name)
     (folder / "unknown_key.yaml").write_text("tensor-model-parallel-sizes: 2\n")
-    (folder / "too_large.yaml").write_text("bf16: true\nseq-length: 4096\nglobal-batch-size: 64\nexpert-model-parallel-size: 8\n")
+    (folder / "too_large.yaml").write_text(
+        "bf16: true\nseq-length: 4096\nglobal-batch-size: 64\nexpert-model-parallel-size: 8\n"
+    )
     (folder / "illegal.yaml").write_text("seq-length: 4096\nglobal-batch-size: 64\ntensor-model-parallel-size: 3\n")
     (folder / "empty").mkdir()
     return folder
@@ -78,7 +80,8 @@ def test_a_search_lists_what_fits_best_first(run):
 
 def test_a_given_flag_is_kept(run):
     code, out, _ = run(
-        f"{MT} --expert-model-parallel-size 4 --tensor-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
+        f"{MT} --expert-model-parallel-size 4 --tensor-model-parallel-size 2 --recompute-granularity full "
+        "--recompute-method uniform "
         "--recompute-num-layers 1"
     )
     rows = listed(out)
@@ -93,7 +96,10 @@ def test_a_written_recipe_is_judged_alike(run, places):
     assert code == 0, err
     assert next(line for line in again.splitlines() if line.startswith("1  ")) == best
     assert float(yaml.safe_load((places / "best.yaml").read_text())["lr"]) == 1e-5
-    assert "sbatch --nodes 2" in (places / "best.sbatch").read_text() and "examples/slurm/train.sbatch" in (places / "best.sbatch").read_text()
+    assert (
+        "sbatch --nodes 2" in (places / "best.sbatch").read_text()
+        and "examples/slurm/train.sbatch" in (places / "best.sbatch").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,9 @@ def test_a_written_recipe_says_what_was_typed(run, places, flags):
 
 def test_packed_conversations_keep_a_micro_batch_of_one(run):
     def micro_batches(flags: str) -> set[str]:
-        return {line.partition("micro-batch ")[2].partition(",")[0] for line in listed(run(f"{MT} {flags} --top 40")[1])}
+        return {
+            line.partition("micro-batch ")[2].partition(",")[0] for line in listed(run(f"{MT} {flags} --top 40")[1])
+        }
 
     assert micro_batches("--sft") == {"1"}
     assert len(micro_batches("--sft --no-sft-packing")) > 1
@@ -144,12 +152,19 @@ def test_a_recipe_that_fixes_a_part_is_searched(run, places):
         ("--hf {mt} --gpus 8 --seq-length 4096", ["--global-batch-size is missing"]),
         ("--hf {mt} --gpus 8 --seq-length 4096 --global-batch-size 64 --gpu-memory 1", ["--gpu-memory 1", "4 or more"]),
         (
-            "--hf {mt} --gpus 8 --seq-length 4096 --global-batch-size 64 --gpu-memory 24 --optimizer-offload-fraction 0.1 --imbalance 2",
+            "--hf {mt} --gpus 8 --seq-length 4096 --global-batch-size 64 --gpu-memory 24 --optimizer-offload-fraction "
+            "0.1 --imbalance 2",
             ["--gpu-memory 24", "the least needs", "GiB a GPU"],
         ),
         ("--hf {mt} --gpus 8 --seq-length 4096 --global-batch-size 64 --gpu V100", ["--gpu V100", "H100"]),
-        ("--hf {mt} --gpus 8 --seq-length 4096 --global-batch-size 64 --imbalance 0.5", ["--imbalance 0.5", "1 or more"]),
-        ("--hf {mt} --gpus 8 --seq-length 4096 --global-batch-size 64 --tensor-model-parallel-size 3", ["--tensor-model-parallel-size 3"]),
+        (
+            "--hf {mt} --gpus 8 --seq-length 4096 --global-batch-size 64 --imbalance 0.5",
+            ["--imbalance 0.5", "1 or more"],
+        ),
+        (
+            "--hf {mt} --gpus 8 --seq-length 4096 --global-batch-size 64 --tensor-model-parallel-size 3",
+            ["--tensor-model-parallel-size 3"],
+        ),
         (f"{MT} --pipeline-model-parallel-size 5", ["--pipeline-model-parallel-size 5"]),
         (
             f"{MT} --num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 3",
@@ -166,7 +181,10 @@ def test_a_recipe_that_fixes_a_part_is_searched(run, places):
         ("--hf {tmp}/nowhere --gpus 8 --seq-length 4096 --global-batch-size 64", ["nowhere", "no such folder"]),
         ("--hf {tmp}/empty --gpus 8 --seq-length 4096 --global-batch-size 64", ["config.json"]),
         ("--hf {mt} --gpus 8 --config {tmp}/nowhere.yaml", ["nowhere.yaml"]),
-        ("--hf {mt} --gpus 8 --config {tmp}/unknown_key.yaml", ["line 1", "tensor-model-parallel-sizes", "tensor-model-parallel-size"]),
+        (
+            "--hf {mt} --gpus 8 --config {tmp}/unknown_key.yaml",
+            ["line 1", "tensor-model-parallel-sizes", "tensor-model-parallel-size"],
+        ),
         ("--hf {mt} --gpus 8 --config {tmp}/illegal.yaml", ["--tensor-model-parallel-size 3", "illegal.yaml, line 3"]),
         ("--hf {mt} --gpus 8 --config {tmp}/too_large.yaml", ["--gpu-memory 80", "needs", "stage 0"]),
     ],
@@ -198,4 +216,6 @@ def test_numerics_change_only_where_nothing_else_fits():
     for memory, (grads_in_fp32, offload) in expected.items():
         planner = Planner(config, Machine(8, 8, Device(memory), HARDWARE["H100"]))
         for plan in planner.search(Layout(8, 4096, 64), set(plan_command.CHOSEN), Settings(), set()).fitting:
-            assert (plan.settings.grads_in_fp32, plan.settings.optimizer_cpu_offload) == (grads_in_fp32, offload), memory
+            assert (plan.settings.grads_in_fp32, plan.settings.optimizer_cpu_offload) == (grads_in_fp32, offload), (
+                memory
+            )

@@ -1,4 +1,6 @@
-"""What the planner says of memory is what is: parameters, buffers and shards as Megatron builds them, activations as autograd saves them."""
+"""What the planner says of memory is what is: parameters, buffers and shards as Megatron builds them, activations as
+autograd saves them.
+"""
 
 import dataclasses
 
@@ -25,13 +27,22 @@ from hymeg.training.arguments import parse
 from hymeg.training.preflight import layout_of
 from hymeg.training.run import model_config_from_args
 
-HY3 = HyConfig.from_dict(TINY_CONFIG | PUBLISHED["Hy3"] | {"num_nextn_predict_layers": 1, "max_position_embeddings": 262144})
+HY3 = HyConfig.from_dict(
+    TINY_CONFIG | PUBLISHED["Hy3"] | {"num_nextn_predict_layers": 1, "max_position_embeddings": 262144}
+)
 HY_MT2 = HyConfig.from_dict(TINY_CONFIG | PUBLISHED["Hy-MT2-30B-A3B"] | {"max_position_embeddings": 262144})
 
 
 def test_without_padding_it_is_the_same_to_a_hundredth_of_a_percent():
     """The search counts without padding."""
-    layout = Layout(256, 4096, 1024, pipeline_model_parallel_size=8, virtual_pipeline_model_parallel_size=2, expert_model_parallel_size=8)
+    layout = Layout(
+        256,
+        4096,
+        1024,
+        pipeline_model_parallel_size=8,
+        virtual_pipeline_model_parallel_size=2,
+        expert_model_parallel_size=8,
+    )
     for settings in (Settings(), Settings(train_mtp=False), Settings(use_distributed_optimizer=False)):
         for rank in range(8):
             exact, quick = static_memory(HY3, layout, settings, rank), unpadded_memory(HY3, layout, settings, rank)
@@ -66,12 +77,19 @@ ACTIVATIONS = [  # changes of the tiny model, flags
     ({}, "--bf16 --recompute-logits"),
     ({"num_experts": 32, "num_experts_per_tok": 4} | SMALL_VOCABULARY, "--bf16"),
     ({"hidden_size": 128, "head_dim": 32} | SMALL_VOCABULARY, "--bf16"),
-    ({"num_shared_experts": 2, "moe_intermediate_size": 96, "expert_hidden_dim": 96, "intermediate_size": 320} | SMALL_VOCABULARY, "--bf16"),
+    (
+        {"num_shared_experts": 2, "moe_intermediate_size": 96, "expert_hidden_dim": 96, "intermediate_size": 320}
+        | SMALL_VOCABULARY,
+        "--bf16",
+    ),
     ({"num_nextn_predict_layers": 1} | SMALL_VOCABULARY, ""),
     ({"num_nextn_predict_layers": 1} | SMALL_VOCABULARY, f"--bf16 {FULL} uniform --recompute-num-layers 1"),
     ({"num_nextn_predict_layers": 1} | SMALL_VOCABULARY, f"--bf16 {FULL} block --recompute-num-layers 2"),
     *((SMALL_VOCABULARY, f"{SELECTIVE} {names}") for names in ("core_attn", "mlp", "moe", "shared_experts")),
-    *((SMALL_VOCABULARY, f"--bf16 {SELECTIVE} {names}") for names in ("core_attn", "mlp", "moe", "shared_experts", "core_attn mlp shared_experts")),
+    *(
+        (SMALL_VOCABULARY, f"--bf16 {SELECTIVE} {names}")
+        for names in ("core_attn", "mlp", "moe", "shared_experts", "core_attn mlp shared_experts")
+    ),
     *(
         (SMALL_VOCABULARY, f"--bf16 {FULL} {method} --recompute-num-layers {n}")
         for method, n in (("uniform", 1), ("uniform", 3), ("block", 1), ("block", 9))
@@ -80,19 +98,36 @@ ACTIVATIONS = [  # changes of the tiny model, flags
 
 
 @pytest.mark.parametrize(("seq_length", "batch"), [(64, 2), (96, 1)])
-@pytest.mark.parametrize(("changes", "flags"), ACTIVATIONS, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(
+    ("changes", "flags"), ACTIVATIONS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
 def test_activations_are_what_autograd_saves(tmp_path, changes, flags, seq_length, batch):
     config = HyConfig.from_dict(TINY_CONFIG | changes)
     config.save(tmp_path)
     ensure_world()
-    args, config = parse(["--hf-model", str(tmp_path), "--seq-length", str(seq_length), "--micro-batch-size", str(batch), *NEEDED, *flags.split()])
+    args, config = parse(
+        [
+            "--hf-model",
+            str(tmp_path),
+            "--seq-length",
+            str(seq_length),
+            "--micro-batch-size",
+            str(batch),
+            *NEEDED,
+            *flags.split(),
+        ]
+    )
     layout, settings = layout_of(args), settings_of(args)
     ((chunk,),) = stages(config, layout)
-    assert Activations(config, layout, settings).saved(chunk) == pytest.approx(_measured(args, config, batch, seq_length), rel=0.01)
+    assert Activations(config, layout, settings).saved(chunk) == pytest.approx(
+        _measured(args, config, batch, seq_length), rel=0.01
+    )
 
 
 def _measured(args, config, batch: int, seq_length: int) -> int:
-    """Bytes of the storages that autograd holds after a forward pass, parameters and buffers left out, each counted once."""
+    """Bytes of the storages that autograd holds after a forward pass, parameters and buffers left out, each counted
+    once.
+    """
     with quiet():
         validate_args(args)
     model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups())
@@ -135,13 +170,22 @@ def test_a_layer_of_transformer_engine_by_its_tensors():
     assert sizes.layer(is_moe=True) == 4096 * (norms + attention + routing + experts + shared)
 
 
-@pytest.mark.parametrize("modules", [("moe_act",), ("layernorm",), ("shared_experts",), ("moe",), ("mlp",), ("core_attn",)])
+@pytest.mark.parametrize(
+    "modules", [("moe_act",), ("layernorm",), ("shared_experts",), ("moe",), ("mlp",), ("core_attn",)]
+)
 @pytest.mark.parametrize("implementation", ["transformer_engine", "local"])
 def test_recomputation_never_costs_memory(modules, implementation):
     layout = Layout(8, 4096, 8, expert_model_parallel_size=8)
     plain = Activations(HY_MT2, layout, Settings(transformer_impl=implementation))
-    less = Activations(HY_MT2, layout, Settings(transformer_impl=implementation, recompute_granularity="selective", recompute_modules=modules))
-    assert less.layer(True) + less.layer(False) < plain.layer(True) + plain.layer(False) or (implementation, modules[0]) == ("local", "layernorm")
+    less = Activations(
+        HY_MT2,
+        layout,
+        Settings(transformer_impl=implementation, recompute_granularity="selective", recompute_modules=modules),
+    )
+    assert less.layer(True) + less.layer(False) < plain.layer(True) + plain.layer(False) or (
+        implementation,
+        modules[0],
+    ) == ("local", "layernorm")
 
 
 def test_parallelism_divides_what_it_cuts():
@@ -160,12 +204,22 @@ def test_parallelism_divides_what_it_cuts():
 
 
 def total(config: HyConfig, layout: Layout, **changes) -> float:
-    return max(stage.total for stage in memory_by_stage(config, layout, dataclasses.replace(Settings(), **changes), 1.0)) / GIB
+    return (
+        max(stage.total for stage in memory_by_stage(config, layout, dataclasses.replace(Settings(), **changes), 1.0))
+        / GIB
+    )
 
 
-QWEN3_30B = dataclasses.replace(HY_MT2, vocab_size=151936, num_shared_experts=0, mlp_layer_types=("sparse",) * 48, enable_lm_head_fp32=False)
+QWEN3_30B = dataclasses.replace(
+    HY_MT2, vocab_size=151936, num_shared_experts=0, mlp_layer_types=("sparse",) * 48, enable_lm_head_fp32=False
+)
 QWEN3_235B = dataclasses.replace(
-    QWEN3_30B, hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, moe_intermediate_size=1536, mlp_layer_types=("sparse",) * 94
+    QWEN3_30B,
+    hidden_size=4096,
+    num_hidden_layers=94,
+    num_attention_heads=64,
+    moe_intermediate_size=1536,
+    mlp_layer_types=("sparse",) * 94,
 )
 USABLE = Device(80).usable / GIB
 
@@ -178,7 +232,9 @@ def test_what_peers_run_fits():
 
 
 def test_what_does_not_fit_is_refused():
-    """30B with EP8 on 8 GPUs of 80 GB takes 76 GB without activations; the publisher needed ZeRO-3 with offloading there, and on 32 for Hy3."""
+    """30B with EP8 on 8 GPUs of 80 GB takes 76 GB without activations; the publisher needed ZeRO-3 with offloading
+    there, and on 32 for Hy3.
+    """
     eight = Layout(8, 4096, 64, expert_model_parallel_size=8)
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     static = static_memory(HY_MT2, eight, Settings(), 0)

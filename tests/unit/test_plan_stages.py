@@ -1,4 +1,6 @@
-"""Where the planner puts layers and how many micro-batches a stage holds, against Megatron's own functions and a schedule played by hand."""
+"""Where the planner puts layers and how many micro-batches a stage holds, against Megatron's own functions and a
+schedule played by hand.
+"""
 
 import random
 from types import SimpleNamespace
@@ -54,12 +56,16 @@ def test_the_final_norm_lies_behind_the_last_layer_where_there_is_multi_token_pr
 
 @pytest.mark.parametrize(("pp", "count"), [(1, 4), (2, 1), (4, 2), (4, 16), (8, 8)])
 def test_a_stage_holds_as_many_micro_batches_as_stages_follow_it(pp, count):
-    assert [micro_batches_held(rank, pp, 1, count) for rank in range(pp)] == [((min(pp - rank, count),),) for rank in range(pp)]
+    assert [micro_batches_held(rank, pp, 1, count) for rank in range(pp)] == [
+        ((min(pp - rank, count),),) for rank in range(pp)
+    ]
 
 
 @pytest.mark.parametrize(("pp", "vpp", "count"), [(2, 2, 4), (2, 3, 8), (4, 2, 8), (4, 4, 16), (8, 2, 8)])
 def test_interleaved_stages_hold_what_megatrons_own_schedule_leaves_open(pp, vpp, count):
-    """Megatron's schedule table and number of forward passes before the first backward pass, played through for every rank."""
+    """Megatron's schedule table and number of forward passes before the first backward pass, played through for every
+    rank.
+    """
     from megatron.core.pipeline_parallel import schedules
 
     table = schedules.get_schedule_table(count, vpp, pp)

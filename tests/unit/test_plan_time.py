@@ -1,4 +1,6 @@
-"""The estimate of a step: its FLOPs are the model's, its groups Megatron's, its sums right; published runs within the error that the docs say."""
+"""The estimate of a step: its FLOPs are the model's, its groups Megatron's, its sums right; published runs within the
+error that the docs say.
+"""
 
 import dataclasses
 import importlib.util
@@ -15,7 +17,9 @@ from hymeg.planning.settings import Settings
 from hymeg.planning.stages import stages
 from hymeg.planning.step_time import StepModel
 
-SPEC = importlib.util.spec_from_file_location("plan_benchmark", Path(__file__).parents[2] / "tools" / "benchmarks" / "plan.py")
+SPEC = importlib.util.spec_from_file_location(
+    "plan_benchmark", Path(__file__).parents[2] / "tools" / "benchmarks" / "plan.py"
+)
 benchmark = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(benchmark)
 
@@ -30,7 +34,12 @@ def model_of(config, layout, imbalance: float = 1.0, **settings) -> StepModel:
         {},
         {"tensor_model_parallel_size": 4},
         {"context_parallel_size": 2, "expert_model_parallel_size": 8},
-        {"pipeline_model_parallel_size": 4, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 4},
+        {
+            "pipeline_model_parallel_size": 4,
+            "tensor_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 2,
+            "expert_model_parallel_size": 4,
+        },
     ],
 )
 @pytest.mark.parametrize("config", [HY3, HY_MT2], ids=["Hy3", "Hy-MT2"])
@@ -41,7 +50,8 @@ def test_flops_of_all_ranks_are_the_models(config, sizes):
         for chunk in chunks:
             kinds = [config.is_moe_layer(layer) for layer in chunk.layers] + [True] * chunk.num_mtp_layers
             of_a_micro_batch += (
-                sum(sum(model.flops(is_moe).values()) for is_moe in kinds) + (chunk.has_head + chunk.num_mtp_layers) * model.head_flops()
+                sum(sum(model.flops(is_moe).values()) for is_moe in kinds)
+                + (chunk.has_head + chunk.num_mtp_layers) * model.head_flops()
             )
     ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
     expected = forward_flops_by_part(config, 8192, 8192**2)
@@ -83,7 +93,9 @@ def test_links():
 
 
 def test_what_a_rank_sends():
-    """Of Hy-MT2 with EP8 in one node, micro-batches of 4096 tokens, 8 of them: four all-to-alls a layer, gradients in fp32 and parameters in bf16."""
+    """Of Hy-MT2 with EP8 in one node, micro-batches of 4096 tokens, 8 of them: four all-to-alls a layer, gradients in
+    fp32 and parameters in bf16.
+    """
     step = model_of(HY_MT2, Layout(8, 4096, 64, expert_model_parallel_size=8)).step()
     tokens = 8 * 4096 * 8 * 2 * 2048
     assert step.volumes["ep", "inside"] == pytest.approx(47 * 4 * tokens * 7 / 8)
@@ -93,7 +105,9 @@ def test_what_a_rank_sends():
 
 def test_a_step_is_the_sum_of_its_parts_and_the_bubble_shrinks():
     def step(batch: int, **sizes):
-        return model_of(HY3, Layout(64, 4096, batch, pipeline_model_parallel_size=8, expert_model_parallel_size=8, **sizes)).step()
+        return model_of(
+            HY3, Layout(64, 4096, batch, pipeline_model_parallel_size=8, expert_model_parallel_size=8, **sizes)
+        ).step()
 
     few, many = step(64), step(512)
     for one in (few, many):
@@ -118,8 +132,13 @@ def test_what_saves_memory_or_overlaps_nothing_costs_time(settings):
 
 
 def test_full_recomputation_costs_a_third_of_the_compute():
-    layout, full = Layout(8, 4096, 64, expert_model_parallel_size=8), {"recompute_method": "uniform", "recompute_num_layers": 1}
-    plain, again = (model_of(HY_MT2, layout, **one).step().compute for one in ({}, {"recompute_granularity": "full"} | full))
+    layout, full = (
+        Layout(8, 4096, 64, expert_model_parallel_size=8),
+        {"recompute_method": "uniform", "recompute_num_layers": 1},
+    )
+    plain, again = (
+        model_of(HY_MT2, layout, **one).step().compute for one in ({}, {"recompute_granularity": "full"} | full)
+    )
     assert again / plain == pytest.approx(4 / 3, rel=0.05)
 
 

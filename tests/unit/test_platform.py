@@ -126,12 +126,20 @@ class TestFusedAdam:
     @pytest.mark.parametrize(("adam_w_mode", "reference"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
     def test_equals_torchs_optimizer(self, adam_w_mode, reference):
         settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-        ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)), torch.nn.Parameter(torch.ones(5))] for _ in range(2))
-        optimizers = FusedAdam([{"params": ours}], adam_w_mode=adam_w_mode, **settings), reference([{"params": theirs}], **settings)
+        ours, theirs = (
+            [torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)), torch.nn.Parameter(torch.ones(5))]
+            for _ in range(2)
+        )
+        optimizers = (
+            FusedAdam([{"params": ours}], adam_w_mode=adam_w_mode, **settings),
+            reference([{"params": theirs}], **settings),
+        )
         for step in range(5):
             for params, optimizer in zip((ours, theirs), optimizers, strict=True):
                 for number, parameter in enumerate(params):
-                    parameter.grad = torch.sin(torch.arange(parameter.numel()).float() * (step + 1) + number).view_as(parameter)
+                    parameter.grad = torch.sin(torch.arange(parameter.numel()).float() * (step + 1) + number).view_as(
+                        parameter
+                    )
                 optimizer.step()
         for a, b in zip(ours, theirs, strict=True):
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
@@ -151,7 +159,9 @@ class TestFusedAdam:
 
 
 def test_nothing_else_asks_for_a_device():
-    """Outside hymeg.platform no code names CUDA, moves a tensor or asks which platform it is; the layer specs ask Megatron's configuration."""
+    """Outside hymeg.platform no code names CUDA, moves a tensor or asks which platform it is; the layer specs ask
+    Megatron's configuration.
+    """
     import ast
     from pathlib import Path
 
@@ -164,9 +174,15 @@ def test_nothing_else_asks_for_a_device():
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and (
-                node.attr in ("is_cuda", "is_cpu", "pin_memory") or (node.attr == "cuda") or (isinstance(node.value, ast.Name) and node.attr == "mps")
+                node.attr in ("is_cuda", "is_cpu", "pin_memory")
+                or (node.attr == "cuda")
+                or (isinstance(node.value, ast.Name) and node.attr == "mps")
             ):
                 found.append(f"{path.relative_to(root)}:{node.lineno}: .{node.attr}")
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and (node.value == "cuda" or node.value.startswith("cuda:")):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and (node.value == "cuda" or node.value.startswith("cuda:"))
+            ):
                 found.append(f"{path.relative_to(root)}:{node.lineno}: {node.value!r}")
     assert not found

@@ -1,4 +1,6 @@
-"""What a person got wrong is told in one line before anything heavy; what is right passes, and Megatron agrees; what is corrected is said."""
+"""What a person got wrong is told in one line before anything heavy; what is right passes, and Megatron agrees; what is
+corrected is said.
+"""
 
 import contextlib
 import copy
@@ -43,7 +45,9 @@ def checked(places, monkeypatch):
     """Parse and check a command line in a world of some processes, as rank 0."""
 
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name in OPTIONAL else find_spec(name, *args))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name in OPTIONAL else find_spec(name, *args)
+    )
 
     def check(added: str, world_size: int = 1, needed: str = NEEDED):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -122,7 +126,11 @@ def test_a_mistake_in_the_recipe_is_told_with_its_line(checked, places):
     [
         (f"{DATA} --data-path {{text}}", "{text}.bin", ("--data-path {text}", "{text}.bin is not readable", "chmod")),
         (f"{DATA} --data-path {{text}}", "{tmp}", ("--data-path", "{tmp} is not writable", "--data-cache-path")),
-        (f"{DATA} --data-path {{text}} --data-cache-path {{empty}}", "{empty}", ("--data-cache-path {empty}", "not writable")),
+        (
+            f"{DATA} --data-path {{text}} --data-cache-path {{empty}}",
+            "{empty}",
+            ("--data-cache-path {empty}", "not writable"),
+        ),
         ("--save {empty}/new", "{empty}", ("--save {empty}/new", "{empty} is not writable", "another folder")),
         (f"{LOAD} --load {{empty}}", "{empty}", ("--load {empty}", "not readable by this user")),
     ],
@@ -156,8 +164,14 @@ def test_more_processes_than_gpus_and_a_missing_package_are_told_on_cuda(checked
 
 RIGHT: dict[str, tuple[int, str]] = {
     "nothing more": (1, ""),
-    "what config.json says": (1, "--num-experts 8 --num-layers 4 --swiglu --moe-layer-freq [0,1,1,1] --tokenizer-model {hf}"),
-    "what the CPU needs": (1, "--transformer-impl local --no-rope-fusion --no-moe-grouped-gemm" if platform.is_cpu() else ""),
+    "what config.json says": (
+        1,
+        "--num-experts 8 --num-layers 4 --swiglu --moe-layer-freq [0,1,1,1] --tokenizer-model {hf}",
+    ),
+    "what the CPU needs": (
+        1,
+        "--transformer-impl local --no-rope-fusion --no-moe-grouped-gemm" if platform.is_cpu() else "",
+    ),
     "bf16": (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
     "TP": (2, "--tensor-model-parallel-size 2"),
     "TP beyond the query groups": (4, "--tensor-model-parallel-size 4"),
@@ -167,17 +181,22 @@ RIGHT: dict[str, tuple[int, str]] = {
     "PP and VPP": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 4"),
     "PP and VPP by layers": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 4"),
     "uneven first": (2, f"{PP2} --decoder-first-pipeline-num-layers 1"),
-    "uneven both": (3, "--pipeline-model-parallel-size 3 --decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 1"),
+    "uneven both": (
+        3,
+        "--pipeline-model-parallel-size 3 --decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 1",
+    ),
     "embedding and loss as layers": (
         3,
-        "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+        "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split "
+        "--account-for-loss-in-pipeline-split",
     ),
     "layout string": (2, f"{PP2} --pipeline-model-parallel-layout Et|tttL"),
     "layout string with VPP": (2, f"{PP2} --pipeline-model-parallel-layout E|tt|tt|L --global-batch-size 4"),
     "layout string with MTP": (2, f"--hf-model {{mtp}} {PP2} --pipeline-model-parallel-layout Ettt|tmL"),
     "all at once": (
         16,
-        f"{PP2} --tensor-model-parallel-size 2 --context-parallel-size 2 --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 "
+        f"{PP2} --tensor-model-parallel-size 2 --context-parallel-size 2 --expert-model-parallel-size 4 "
+        "--expert-tensor-parallel-size 1 "
         "--global-batch-size 8",
     ),
     "data": (1, f"{DATA} --data-path {{text}}"),
@@ -186,7 +205,10 @@ RIGHT: dict[str, tuple[int, str]] = {
     "data per split": (1, f"{DATA} --train-data-path {{text}} --valid-data-path 1 {{text}}"),
     "weights": (1, f"{LOAD} --load {{hf}}"),
     "resume": (1, f"{LOAD} --load {{ckpt}} --train-iters 50"),
-    "resume with the distributed optimizer": (1, f"{LOAD} --load {{ckpt_distributed}} --use-distributed-optimizer --bf16"),
+    "resume with the distributed optimizer": (
+        1,
+        f"{LOAD} --load {{ckpt_distributed}} --use-distributed-optimizer --bf16",
+    ),
     "resume in 16 bits": (1, f"{LOAD} --load {{ckpt_bf16}} --bf16"),
     "resume without the optimizer": (1, f"{LOAD} --load {{ckpt_distributed}} --no-load-optim"),
     "resume weights alone": (1, f"{LOAD} --load {{ckpt_no_optimizer}} --finetune"),
@@ -213,7 +235,9 @@ def test_a_right_invocation_passes_and_megatron_takes_it(checked, monkeypatch, c
 
 
 def test_samples_instead_of_iterations(checked):
-    args, _ = checked("--train-samples 100 --lr-warmup-samples 10 --save {tmp}/new", 1, NEEDED.replace("--train-iters 10", ""))
+    args, _ = checked(
+        "--train-samples 100 --lr-warmup-samples 10 --save {tmp}/new", 1, NEEDED.replace("--train-iters 10", "")
+    )
     assert args.save_interval == 100
 
 
@@ -265,8 +289,20 @@ def test_the_default_split_leaves_no_part_without_documents(checked, places, add
         (2, "--tensor-model-parallel-size 2", "sequence_parallel", True, "--sequence-parallel set"),
         (1, f"{LOAD} --load {{ckpt}}", "override_opt_param_scheduler", True, "--override-opt-param-scheduler set"),
         (1, "--save {tmp}/new", "save_interval", 10, "--save-interval 10 set"),
-        (1, "--no-mock-data --data-path {text}", "eval_iters", 0, "--eval-iters 0 set: --split 100, 0, 0 leaves no data"),
-        (1, "--no-mock-data --train-data-path {text}", "eval_iters", 0, "--eval-iters 0 set: there is no data for validation"),
+        (
+            1,
+            "--no-mock-data --data-path {text}",
+            "eval_iters",
+            0,
+            "--eval-iters 0 set: --split 100, 0, 0 leaves no data",
+        ),
+        (
+            1,
+            "--no-mock-data --train-data-path {text}",
+            "eval_iters",
+            0,
+            "--eval-iters 0 set: there is no data for validation",
+        ),
         (1, "--config {interval}", "save_interval", 7, "--save-interval 7 has no effect"),
         (1, f"{LOAD} --load {{ckpt}}", "train_iters", 10, "nothing left to train: {ckpt} is at iteration 20"),
     ],
@@ -302,7 +338,13 @@ def test_connections_are_set_for_tensor_parallelism_on_cuda_unless_set(checked, 
 def test_every_flag_in_our_tables_is_one_of_megatrons():
     """An upgrade that renames a flag must not leave a check without effect."""
     dests = {action.dest: action for action in _parser()._actions}
-    ours = [*refused_flags.OTHER_MODEL, *refused_flags.UNSUPPORTED, *cpu_flags.REQUIRED, *cpu_flags.REFUSED, *schedule._RANGES]
+    ours = [
+        *refused_flags.OTHER_MODEL,
+        *refused_flags.UNSUPPORTED,
+        *cpu_flags.REQUIRED,
+        *cpu_flags.REFUSED,
+        *schedule._RANGES,
+    ]
     ours += [dest for dest, _ in (*refused_flags.UNSUPPORTED_VALUES, *cpu_flags.REFUSED_VALUES)]
     assert not [dest for dest in ours if dest not in dests]
     for dest, value in (*refused_flags.UNSUPPORTED_VALUES, *cpu_flags.REFUSED_VALUES):

@@ -22,7 +22,9 @@ def dataset(tmp_path):
 
     builder = IndexedDatasetBuilder(str(tmp_path / "text.bin"), dtype=np.uint16)
     for start in range(0, 400, 40):
-        builder.add_document(np.where(np.arange(start, start + 40) % 3 == 0, PAD, np.arange(start, start + 40) + 10), [40])
+        builder.add_document(
+            np.where(np.arange(start, start + 40) % 3 == 0, PAD, np.arange(start, start + 40) + 10), [40]
+        )
     builder.finalize(str(tmp_path / "text.idx"))
     tokenizer = SimpleNamespace(vocab_size=1000, eod=0, pad=PAD, unique_identifiers={})
     config = GPTDatasetConfig(

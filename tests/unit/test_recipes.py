@@ -1,5 +1,5 @@
-"""The recipes under examples/: the trainer's command line takes them, they are legal and fit the GPUs in their names, and their comments say what the
-planner says."""
+"""The recipes under examples/: the trainer's command line takes them, they are legal and fit the GPUs in their names,
+and their comments say what the planner says."""
 
 import re
 from pathlib import Path
@@ -46,7 +46,9 @@ def planned(request, tmp_path_factory):
     return args, planner.plan(layout, settings_of(args)), planner
 
 
-every_recipe = pytest.mark.parametrize("planned", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}", indirect=True)
+every_recipe = pytest.mark.parametrize(
+    "planned", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}", indirect=True
+)
 
 
 @every_recipe
@@ -68,7 +70,9 @@ def test_recipes_comment_says_what_the_planner_says(planned):
 def test_recipe_has_the_flags_that_the_planner_writes(planned):
     args, plan, _ = planned
     for name, value in flags_of(plan.layout, plan.settings).items():
-        assert getattr(args, {"recompute-logits": "hy_recompute_logits"}.get(name, name.replace("-", "_"))) == value, name
+        assert getattr(args, {"recompute-logits": "hy_recompute_logits"}.get(name, name.replace("-", "_"))) == value, (
+            name
+        )
 
 
 @every_recipe

@@ -1,4 +1,6 @@
-"""The index of a file of rows: what the encoder says, made once, made anew when anything has changed, and never half."""
+"""The index of a file of rows: what the encoder says, made once, made anew when anything has changed, and never
+half.
+"""
 
 import json
 import os
@@ -30,7 +32,9 @@ def settings(tokenizer):
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
-    translations = [{"source_lang": "en", "target_lang": "fr", "source": "word " * n, "target": "mot " * n} for n in range(1, 30)]
+    translations = [
+        {"source_lang": "en", "target_lang": "fr", "source": "word " * n, "target": "mot " * n} for n in range(1, 30)
+    ]
     path.write_text("\n".join(json.dumps(row) for row in [ROW, *translations, ROW]) + "\n\n")
     return path
 
@@ -74,7 +78,11 @@ def test_anything_that_changes_tokens_asks_for_another(rows, settings, tmp_path)
     assert RowEncoder(str(config), None, None).fingerprint != RowEncoder(*settings).fingerprint
 
 
-DAMAGES = {"cut": lambda path: os.truncate(path, path.stat().st_size - 4), "emptied": lambda path: os.truncate(path, 0), "gone": os.unlink}
+DAMAGES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 4),
+    "emptied": lambda path: os.truncate(path, 0),
+    "gone": os.unlink,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

@@ -1,4 +1,6 @@
-"""Rows of both forms become conversations; a wrong row is named by file, line and key, with what was found and what to do."""
+"""Rows of both forms become conversations; a wrong row is named by file, line and key, with what was found and what to
+do.
+"""
 
 import json
 
@@ -34,14 +36,24 @@ def translation(**changes):
 
 
 def test_a_conversation_keeps_its_messages(reader):
-    row = chat({"role": "system", "content": ""}, USER, ASSISTANT | {"reasoning_content": "hm"}, reasoning_effort="high", id=7)
+    row = chat(
+        {"role": "system", "content": ""}, USER, ASSISTANT | {"reasoning_content": "hm"}, reasoning_effort="high", id=7
+    )
     assert parse(reader, row) == Conversation(row["messages"], "high", None, "data/a.jsonl: line 12")
 
 
 def test_null_is_as_good_as_absent(reader):
-    row = chat(USER | {"name": None}, ASSISTANT | {"reasoning_content": None, "tool_calls": None}, reasoning_effort=None, tools=None)
+    row = chat(
+        USER | {"name": None},
+        ASSISTANT | {"reasoning_content": None, "tool_calls": None},
+        reasoning_effort=None,
+        tools=None,
+    )
     assert parse(reader, row)[:3] == ([USER, ASSISTANT], None, None)
-    assert parse(reader, translation(prompt=None, prompt_lang=None, terminology=None)).messages == parse(reader, TRANSLATION).messages
+    assert (
+        parse(reader, translation(prompt=None, prompt_lang=None, terminology=None)).messages
+        == parse(reader, TRANSLATION).messages
+    )
 
 
 def test_a_call_needs_no_content(reader):
@@ -50,7 +62,12 @@ def test_a_call_needs_no_content(reader):
     result = {"role": "tool", "content": "", "tool_call_id": "1"}
     row = chat(USER, {"role": "assistant", "content": None, "tool_calls": [call]}, result, ASSISTANT, tools=tools)
     conversation = parse(reader, row)
-    assert conversation.messages == [USER, {"role": "assistant", "tool_calls": [call], "content": ""}, result, ASSISTANT]
+    assert conversation.messages == [
+        USER,
+        {"role": "assistant", "tool_calls": [call], "content": ""},
+        result,
+        ASSISTANT,
+    ]
     assert conversation.tools == tools
 
 
@@ -69,7 +86,10 @@ def test_a_translation_is_a_question_and_an_answer(reader):
         ({"source_lang": "zh-CN"}, "将以下文本翻译为 德语，"),
         ({"source_lang": "Cantonese"}, "将以下文本翻译为 德语，"),
         ({"source_lang": "fr", "prompt_lang": "zh", "target_lang": "Italian"}, "将以下文本翻译为 意大利语，"),
-        ({"source_lang": "中文", "prompt_lang": "en", "target_lang": "日语"}, "Translate the following text into Japanese."),
+        (
+            {"source_lang": "中文", "prompt_lang": "en", "target_lang": "日语"},
+            "Translate the following text into Japanese.",
+        ),
         ({"target_lang": "Swiss German"}, "Translate the following text into Swiss German."),
     ],
 )
@@ -98,7 +118,10 @@ WRONG_ROWS = {
     "a list of rows": (b'["a"]', r"holds \['a'\]; an object with .* is needed \(jq -c '.\[\]' makes lines of a list\)"),
     "a zero byte": (b'{"messages": "a\0b"}', "not JSON: Invalid control character"),
     "half a surrogate pair in UTF-8": (b'{"messages": "\xed\xa0\x80"}', r"not UTF-8: byte b'\\xed'"),
-    "half a surrogate pair": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "holds .*, half of a surrogate pair, which is no text"),
+    "half a surrogate pair": (
+        b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+        "holds .*, half of a surrogate pair, which is no text",
+    ),
     "brackets without end": (b"[" * 200000, "not JSON"),
     "a number of thousands of digits": (b'{"id": ' + b"1" * 10000 + b"}", "not JSON: Exceeds the limit"),
     "another form": (
@@ -110,20 +133,38 @@ WRONG_ROWS = {
     "messages null": ({"messages": None}, r"has the keys \[\]; needed are 'messages'"),
     "messages a string": ({"messages": "hi"}, "'messages' is 'hi'; a list"),
     "message a string": (chat("hi"), "message 1 is 'hi'; {'role', 'content'} is needed"),
-    "no role": (chat({"content": "hi"}), r"message 1: 'role' is missing among \['content'\]; system, user, assistant, tool are possible"),
-    "unknown role": (chat(USER, {"role": "bot", "content": "x"}), "message 2: 'role' is 'bot'; system, user, assistant, tool are possible"),
+    "no role": (
+        chat({"content": "hi"}),
+        r"message 1: 'role' is missing among \['content'\]; system, user, assistant, tool are possible",
+    ),
+    "unknown role": (
+        chat(USER, {"role": "bot", "content": "x"}),
+        "message 2: 'role' is 'bot'; system, user, assistant, tool are possible",
+    ),
     "role a list": (chat({"role": ["user"], "content": "x"}), r"message 1: 'role' is \['user'\]; system"),
-    "no content": (chat(USER, {"role": "assistant"}), r"message 2: 'content' is missing among \['role'\]; a string is needed"),
-    "content a list": (chat(USER | {"content": [{"type": "text", "text": "hi"}]}), r"message 1: 'content' is \[{.*; a string is needed"),
+    "no content": (
+        chat(USER, {"role": "assistant"}),
+        r"message 2: 'content' is missing among \['role'\]; a string is needed",
+    ),
+    "content a list": (
+        chat(USER | {"content": [{"type": "text", "text": "hi"}]}),
+        r"message 1: 'content' is \[{.*; a string is needed",
+    ),
     "empty content": (
         chat(USER, ASSISTANT | {"content": " \n"}),
         "message 2: 'content' is empty; an empty assistant turn teaches nothing: leave the row",
     ),
     "content a number": (chat(USER, ASSISTANT | {"content": 42}), "message 2: 'content' is 42; a string is needed"),
-    "content lists in a list": (chat(USER, ASSISTANT | {"content": [["a"], ["b"]]}), r"message 2: 'content' is \[\['a'\], \['b'\]\]; a string"),
+    "content lists in a list": (
+        chat(USER, ASSISTANT | {"content": [["a"], ["b"]]}),
+        r"message 2: 'content' is \[\['a'\], \['b'\]\]; a string",
+    ),
     "messages in a list of their own": (chat([USER, ASSISTANT]), r"message 1 is \[{.*; {'role', 'content'} is needed"),
     "content null": (chat(USER | {"content": None}), "message 1: 'content' is missing"),
-    "reasoning a number": (chat(USER, ASSISTANT | {"reasoning_content": 1}), "message 2: 'reasoning_content' is 1; a string is needed"),
+    "reasoning a number": (
+        chat(USER, ASSISTANT | {"reasoning_content": 1}),
+        "message 2: 'reasoning_content' is 1; a string is needed",
+    ),
     "a user's reasoning": (
         chat(USER | {"reasoning_content": "x"}),
         "message 1: 'reasoning_content' has no place in a message of role user, whose keys",
@@ -132,22 +173,52 @@ WRONG_ROWS = {
         chat(USER, ASSISTANT | {"weight": 0}),
         "message 2: 'weight' has no place in a message of role assistant, whose keys are role, content, name",
     ),
-    "no assistant": (chat(USER), "no message is an assistant's; there is nothing to learn from such a row: leave it out"),
+    "no assistant": (
+        chat(USER),
+        "no message is an assistant's; there is nothing to learn from such a row: leave it out",
+    ),
     "unknown effort": (chat(reasoning_effort="hihg"), "'reasoning_effort' is 'hihg'; no_think, low, high are possible"),
     "effort a list": (chat(reasoning_effort=[]), r"'reasoning_effort' is \[\]; no_think"),
-    "mistyped key": (chat(reasoning_efort="high"), "unknown key 'reasoning_efort'; 'reasoning_effort' is known: mend the name, or rename the key"),
-    "tools a dict": (chat(tools={"name": "f"}), r"'tools' is {'name': 'f'}; a list of {'type': 'function', 'function': {'name', ...}} is needed"),
-    "nameless call": (chat(USER, ASSISTANT | {"tool_calls": [{"function": {}}]}), r"message 2: 'tool_calls' is \[.*; a list of"),
-    "no target_lang": (translation(target_lang=...), r"'target_lang' is missing among \['source_lang', 'source', 'target'\]; a string is needed"),
+    "mistyped key": (
+        chat(reasoning_efort="high"),
+        "unknown key 'reasoning_efort'; 'reasoning_effort' is known: mend the name, or rename the key",
+    ),
+    "tools a dict": (
+        chat(tools={"name": "f"}),
+        r"'tools' is {'name': 'f'}; a list of {'type': 'function', 'function': {'name', ...}} is needed",
+    ),
+    "nameless call": (
+        chat(USER, ASSISTANT | {"tool_calls": [{"function": {}}]}),
+        r"message 2: 'tool_calls' is \[.*; a list of",
+    ),
+    "no target_lang": (
+        translation(target_lang=...),
+        r"'target_lang' is missing among \['source_lang', 'source', 'target'\]; a string is needed",
+    ),
     "no source_lang": (translation(source_lang=...), "'source_lang' is missing"),
     "no target": (translation(target=...), "'target' is missing among"),
-    "empty source": (translation(source=" "), "'source' is empty; there is nothing to learn from such a row: leave it out"),
+    "empty source": (
+        translation(source=" "),
+        "'source' is empty; there is nothing to learn from such a row: leave it out",
+    ),
     "target a list": (translation(target=["Hallo"]), r"'target' is \['Hallo'\]; a string is needed"),
-    "unknown code": (translation(target_lang="sv"), "'target_lang': 'sv' is not among the language codes zh, en, fr.*; give the language's name"),
-    "two lines": (translation(target_lang="German\nplease"), "'target_lang' is .*; the name or code of a language is needed"),
-    "unknown kind": (translation(prompt="styl"), f"'prompt' is 'styl'; kinds of prompt are {KINDS} \\(--translation-prompts adds others\\)"),
+    "unknown code": (
+        translation(target_lang="sv"),
+        "'target_lang': 'sv' is not among the language codes zh, en, fr.*; give the language's name",
+    ),
+    "two lines": (
+        translation(target_lang="German\nplease"),
+        "'target_lang' is .*; the name or code of a language is needed",
+    ),
+    "unknown kind": (
+        translation(prompt="styl"),
+        f"'prompt' is 'styl'; kinds of prompt are {KINDS} \\(--translation-prompts adds others\\)",
+    ),
     "kind a list": (translation(prompt=["style"]), r"'prompt' is \['style'\]; kinds of prompt are"),
-    "unknown prompt_lang": (translation(prompt_lang="de"), "'prompt_lang' is 'de'; the 'default' prompt exists in zh, en"),
+    "unknown prompt_lang": (
+        translation(prompt_lang="de"),
+        "'prompt_lang' is 'de'; the 'default' prompt exists in zh, en",
+    ),
     "no style": (translation(prompt="style"), r"'target_style' is missing among \[.*; a string is needed"),
     "style without its prompt": (
         translation(target_style="dry"),
@@ -158,11 +229,26 @@ WRONG_ROWS = {
         r"'terminology' is 'a=b'; \[\[source term, target term\], ...\] or {source term",
     ),
     "no terms": (translation(prompt="terminology", terminology=[]), r"'terminology' is \[\]; \[\[source term"),
-    "a lone term": (translation(prompt="terminology", terminology=[["a"]]), r"'terminology' is \[\['a'\]\]; \[\[source"),
-    "a term of two letters": (translation(prompt="terminology", terminology=["ab"]), r"'terminology' is \['ab'\]; \[\[source"),
-    "no preferences": (translation(prompt="personalization"), r"'user_preferences' is missing among .*; a list of strings is needed"),
-    "a preference": (translation(prompt="personalization", user_preferences="short"), "'user_preferences' is 'short'; a list of strings is needed"),
-    "mistyped translation key": (translation(backgroundtext="x"), "unknown key 'backgroundtext'; 'background_text' is known"),
+    "a lone term": (
+        translation(prompt="terminology", terminology=[["a"]]),
+        r"'terminology' is \[\['a'\]\]; \[\[source",
+    ),
+    "a term of two letters": (
+        translation(prompt="terminology", terminology=["ab"]),
+        r"'terminology' is \['ab'\]; \[\[source",
+    ),
+    "no preferences": (
+        translation(prompt="personalization"),
+        r"'user_preferences' is missing among .*; a list of strings is needed",
+    ),
+    "a preference": (
+        translation(prompt="personalization", user_preferences="short"),
+        "'user_preferences' is 'short'; a list of strings is needed",
+    ),
+    "mistyped translation key": (
+        translation(backgroundtext="x"),
+        "unknown key 'backgroundtext'; 'background_text' is known",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""safetensors files: what is written is what safetensors reads, what others write is read, and no damaged file passes or crashes."""
+"""safetensors files: what is written is what safetensors reads, what others write is read, and no damaged file passes
+or crashes.
+"""
 
 import json
 import random
@@ -19,7 +21,13 @@ from hymeg.hf.safetensors_files import (
     write_checkpoint,
 )
 
-TORCH_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3"}
+TORCH_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 TENSORS = {
     "odd": torch.randn(3, 5).to(torch.bfloat16),
     "bias": torch.randn(7),
@@ -52,12 +60,19 @@ def test_safetensors_reads_what_is_written(max_shard_bytes, tmp_path):
         assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 8 == 0
     assert read.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape and raw_bytes(read[name]) == raw_bytes(tensor), name
+        assert (
+            read[name].dtype == tensor.dtype
+            and read[name].shape == tensor.shape
+            and raw_bytes(read[name]) == raw_bytes(tensor)
+        ), name
     names = sorted(path.name for path in tmp_path.iterdir())
     if len(shards) == 1:
         assert names == ["model.safetensors"]
     else:
-        assert names == [*(shard.file_name for shard in shards), INDEX_FILE] and names[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+        assert (
+            names == [*(shard.file_name for shard in shards), INDEX_FILE]
+            and names[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+        )
         index = json.loads((tmp_path / INDEX_FILE).read_text())
         assert index["metadata"]["total_size"] == sum(len(raw_bytes(tensor)) for tensor in TENSORS.values())
         assert index["weight_map"].keys() == TENSORS.keys()
@@ -110,7 +125,9 @@ def test_a_disk_that_fails_is_told_as_such(tmp_path):
 
 
 def header(**tensors):
-    return json.dumps({name: dict(zip(("dtype", "shape", "data_offsets"), fields, strict=True)) for name, fields in tensors.items()}).encode()
+    return json.dumps(
+        {name: dict(zip(("dtype", "shape", "data_offsets"), fields, strict=True)) for name, fields in tensors.items()}
+    ).encode()
 
 
 def file_of(text, data=b"", length=None):
@@ -143,10 +160,19 @@ DAMAGED = {
     "offsets backwards": (file_of(header(t=("BF16", [1], [2, 0])), b"12"), "data_offsets is [2, 0]"),
     "three offsets": (file_of(header(t=("BF16", [1], [0, 1, 2])), b"12"), "data_offsets"),
     "offsets not integers": (file_of(header(t=("BF16", [1], [0.0, 2.0])), b"12"), "data_offsets"),
-    "shape too large for its span": (file_of(header(t=("BF16", [2**60, 2**60], [0, 2])), b"12"), "does not take the 2 bytes"),
+    "shape too large for its span": (
+        file_of(header(t=("BF16", [2**60, 2**60], [0, 2])), b"12"),
+        "does not take the 2 bytes",
+    ),
     "span too large for its shape": (file_of(header(t=("BF16", [1], [0, 4])), b"1234"), "does not take the 4 bytes"),
-    "overlap": (file_of(header(t=("BF16", [2], [0, 4]), u=("BF16", [1], [2, 4])), b"1234"), "'u': begins at 2, overlaps"),
-    "gap": (file_of(header(t=("BF16", [1], [0, 2]), u=("BF16", [1], [4, 6])), b"123456"), "'u': begins at 4, leaves a gap"),
+    "overlap": (
+        file_of(header(t=("BF16", [2], [0, 4]), u=("BF16", [1], [2, 4])), b"1234"),
+        "'u': begins at 2, overlaps",
+    ),
+    "gap": (
+        file_of(header(t=("BF16", [1], [0, 2]), u=("BF16", [1], [4, 6])), b"123456"),
+        "'u': begins at 4, leaves a gap",
+    ),
     "gap at the start": (file_of(header(t=("BF16", [1], [2, 4])), b"1234"), "'t': begins at 2, leaves a gap"),
     "truncated data": (file_of(header(t=("BF16", [2], [0, 4])), b"123"), "truncated"),
     "trailing bytes": (file_of(header(t=("BF16", [2], [0, 4])), b"12345"), "bytes after the last tensor"),
@@ -161,7 +187,12 @@ def test_damaged_files_are_refused_by_name(case, tmp_path):
     with pytest.raises(UserError) as error:
         open_checkpoint(tmp_path)
     message = str(error.value)
-    assert message.startswith(str(tmp_path / "model.safetensors")) and told in message and "\n" not in message and len(message) < 800
+    assert (
+        message.startswith(str(tmp_path / "model.safetensors"))
+        and told in message
+        and "\n" not in message
+        and len(message) < 800
+    )
 
 
 def test_random_damage_is_refused_or_harmless(tmp_path):
@@ -200,8 +231,14 @@ def swap_in(name, value):
 
 # (what happens to a good checkpoint of shards, what the message must tell)
 BROKEN_FOLDERS = {
-    "shard missing": (lambda folder: (folder / "model-00002-of-00004.safetensors").unlink(), "model-00002-of-00004.safetensors"),
-    "shard missing, no index": (lambda f: [(f / INDEX_FILE).unlink(), (f / "model-00002-of-00004.safetensors").unlink()], "3 of 4 files"),
+    "shard missing": (
+        lambda folder: (folder / "model-00002-of-00004.safetensors").unlink(),
+        "model-00002-of-00004.safetensors",
+    ),
+    "shard missing, no index": (
+        lambda f: [(f / INDEX_FILE).unlink(), (f / "model-00002-of-00004.safetensors").unlink()],
+        "3 of 4 files",
+    ),
     "absolute path": (swap_in("odd", "/etc/passwd"), "'/etc/passwd'"),
     "path out of the folder": (swap_in("odd", "../model.safetensors"), "'../model.safetensors'"),
     "backslash": (swap_in("odd", "..\\x"), "name of a file"),
@@ -212,13 +249,21 @@ BROKEN_FOLDERS = {
     "file is a number": (swap_in("odd", 3), "name of a file"),
     "tensor in no header": (swap_in("extra", "model-00001-of-00004.safetensors"), "'extra'"),
     "tensor in another file": (swap_in("bias", "model-00001-of-00004.safetensors"), "'bias'"),
-    "tensor not in the index": (lambda folder: edit_index(folder, lambda weight_map: weight_map.pop("flags")), "'flags'"),
+    "tensor not in the index": (
+        lambda folder: edit_index(folder, lambda weight_map: weight_map.pop("flags")),
+        "'flags'",
+    ),
     "tensor in two files": (
-        lambda folder: (folder / "model-00001-of-00004.safetensors").write_bytes((folder / "model-00002-of-00004.safetensors").read_bytes()),
+        lambda folder: (folder / "model-00001-of-00004.safetensors").write_bytes(
+            (folder / "model-00002-of-00004.safetensors").read_bytes()
+        ),
         "holds tensor",
     ),
     "two files, no index": (
-        lambda folder: [(folder / INDEX_FILE).unlink(), (folder / "b.safetensors").write_bytes(next(folder.glob("*01-of*")).read_bytes())],
+        lambda folder: [
+            (folder / INDEX_FILE).unlink(),
+            (folder / "b.safetensors").write_bytes(next(folder.glob("*01-of*")).read_bytes()),
+        ],
         "too; remove one",
     ),
     "index not JSON": (lambda folder: (folder / INDEX_FILE).write_text("{"), "line 1, column 2"),
@@ -242,7 +287,10 @@ def test_broken_folders_are_refused(case, tmp_path):
     assert message.startswith(str(folder)) and told in message and "\n" not in message and len(message) < 800
 
 
-@pytest.mark.parametrize(("text", "num_bytes"), [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5 kb", 1500), ("7", 7), ("7b", 7)])
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5 kb", 1500), ("7", 7), ("7b", 7)],
+)
 def test_sizes(text, num_bytes):
     assert parse_bytes(text) == num_bytes
 

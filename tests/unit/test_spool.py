@@ -22,7 +22,9 @@ def test_parts_are_read_as_they_were_added_by_several_at_once():
     assert run(work, [spool.read(part) for part in parts]).results == objects
     # By two in one process, in turns.
     first, second = spool.read(parts[0]), spool.read(parts[1])
-    assert [pair for turn in zip(first, second, strict=False) for pair in turn] == [pair for turn in zip(*objects[:2], strict=False) for pair in turn]
+    assert [pair for turn in zip(first, second, strict=False) for pair in turn] == [
+        pair for turn in zip(*objects[:2], strict=False) for pair in turn
+    ]
     empty = spool.add([])
     assert list(spool.read(empty)) == [] and list(spool.read(spool.add([None, 0]))) == [None, 0]
 

@@ -1,4 +1,6 @@
-"""One stored tensor of a distributed checkpoint: written as torch writes it, read whatever is wrong with it; numbers rounded as torch rounds them."""
+"""One stored tensor of a distributed checkpoint: written as torch writes it, read whatever is wrong with it; numbers
+rounded as torch rounds them.
+"""
 
 import contextlib
 import io
@@ -39,12 +41,20 @@ def test_a_stored_tensor_is_what_torch_save_writes(tmp_path, dtype, shape):
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.randn(4, 6).t(), torch.randn(8, 6)[::2], torch.arange(24).view(6, 4), torch.randn(6, 4, dtype=torch.float64)]
+    "tensor",
+    [
+        torch.randn(4, 6).t(),
+        torch.randn(8, 6)[::2],
+        torch.arange(24).view(6, 4),
+        torch.randn(6, 4, dtype=torch.float64),
+    ],
 )
 def test_a_stored_tensor_of_another_form_is_refused(tmp_path, tensor):
     torch.save(tensor, tmp_path / "file")
     with open(tmp_path / "file", "rb") as file, pytest.raises(UserError, match="it: not a stored F32 tensor"):
-        ElementFinder().find(FileWindow(file.fileno(), 0, os.path.getsize(tmp_path / "file")), "F32", tuple(tensor.shape), "it")
+        ElementFinder().find(
+            FileWindow(file.fileno(), 0, os.path.getsize(tmp_path / "file")), "F32", tuple(tensor.shape), "it"
+        )
 
 
 def test_any_damage_to_a_stored_tensor_is_an_error_or_harmless(tmp_path):
@@ -63,7 +73,12 @@ def test_any_damage_to_a_stored_tensor_is_an_error_or_harmless(tmp_path):
 
 
 def test_numbers_are_rounded_as_torch_rounds_them():
-    numbers = torch.cat([torch.randn(5000) * 10.0 ** torch.randint(-20, 20, (5000,)), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])
+    numbers = torch.cat(
+        [
+            torch.randn(5000) * 10.0 ** torch.randint(-20, 20, (5000,)),
+            torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan]),
+        ]
+    )
     for found, tensor in (("F32", numbers), ("BF16", numbers.bfloat16()), ("F16", numbers.half())):
         raw = memoryview(tensor.view(torch.uint8).numpy().tobytes())
         for wanted, dtype in TORCH.items():

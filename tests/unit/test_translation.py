@@ -1,4 +1,6 @@
-"""The prompts are those that Hy-MT2's README gives, filled in one pass; a file of others is checked before it is used."""
+"""The prompts are those that Hy-MT2's README gives, filled in one pass; a file of others is checked before it is
+used.
+"""
 
 import json
 import os
@@ -80,7 +82,13 @@ def test_every_kind_of_prompt_can_be_asked_for_in_a_row():
     }
     reader = RowReader()
     for kind in load_prompts().kinds:
-        row = {"source_lang": "en", "target_lang": "de", "source": "The sea.", "target": "Das Meer.", "prompt": kind} | fields.get(kind, {})
+        row = {
+            "source_lang": "en",
+            "target_lang": "de",
+            "source": "The sea.",
+            "target": "Das Meer.",
+            "prompt": kind,
+        } | fields.get(kind, {})
         [request, answer] = reader.parse("a.jsonl", 1, json.dumps(row).encode()).messages
         assert "The sea." in request["content"]
         assert "German" in request["content"]
@@ -124,7 +132,12 @@ def load(tmp_path, content):
 
 def test_a_file_adds_kinds_and_replaces_them(tmp_path):
     prompts = load(
-        tmp_path, {"about": "mine", "default": {"en": "{source_lang}>{target_lang}: {source_text}"}, "new": {"zh": "{source_text}{target_lang}"}}
+        tmp_path,
+        {
+            "about": "mine",
+            "default": {"en": "{source_lang}>{target_lang}: {source_text}"},
+            "new": {"zh": "{source_text}{target_lang}"},
+        },
     )
     assert list(prompts.kinds) == [*load_prompts().kinds, "new"]
     assert list(prompts.kinds["default"]) == ["en"]
@@ -137,21 +150,36 @@ WRONG_FILES = {
     "not JSON": ("{", "line 1, column 2: not valid JSON"),
     "a list": ([], r"holds \[\]; an object is needed"),
     "empty": ({"about": "x"}, "holds no prompt; an object is needed"),
-    "a prompt without language": ({"a": GOOD}, "'a' is '{target_lang}: {source_text}'; an object with a prompt under 'zh', 'en' or both is needed"),
+    "a prompt without language": (
+        {"a": GOOD},
+        "'a' is '{target_lang}: {source_text}'; an object with a prompt under 'zh', 'en' or both is needed",
+    ),
     "another language": ({"a": {"de": GOOD}}, "'a' is {'de': .*; an object with a prompt under 'zh', 'en' or both"),
     "no language": ({"a": {}}, "'a' is {}; an object"),
     "not a string": ({"a": {"en": 7}}, "'a', 'en': is 7; a string is needed"),
     "half a surrogate pair": ({"a": {"en": GOOD + "\ud800"}}, "'a', 'en': holds .*surrogate"),
-    "unknown placeholder": ({"a": {"en": GOOD + "{tone}"}}, r"'a', 'en': unknown placeholder {tone}; known are {source_lang}, .*{number}"),
-    "no source": ({"a": {"zh": "{target_lang}"}}, "'a', 'zh': the placeholder {source_text} is missing; every prompt needs"),
+    "unknown placeholder": (
+        {"a": {"en": GOOD + "{tone}"}},
+        r"'a', 'en': unknown placeholder {tone}; known are {source_lang}, .*{number}",
+    ),
+    "no source": (
+        {"a": {"zh": "{target_lang}"}},
+        "'a', 'zh': the placeholder {source_text} is missing; every prompt needs",
+    ),
     "no target": ({"a": {"en": "{source_text}"}}, "'a', 'en': the placeholder {target_lang} is missing"),
     "braced twice": ({"a": {"en": "{{target_lang}} {source_text}"}}, "the placeholder {target_lang} is missing"),
-    "one term": ({"a": {"en": GOOD + "\n{text}"}}, r"{text} stands on 1 lines, 1 times on one; needed is one line with 2 of it"),
+    "one term": (
+        {"a": {"en": GOOD + "\n{text}"}},
+        r"{text} stands on 1 lines, 1 times on one; needed is one line with 2 of it",
+    ),
     "preferences twice": (
         {"a": {"en": GOOD + "\n1 {user_preferences}\n2 {user_preferences}"}},
         "{user_preferences} stands on 2 lines, 1 times on one",
     ),
-    "both on a line": ({"a": {"en": GOOD + "\n{text}{text}{user_preferences}"}}, "{text} and {user_preferences} stand on one line"),
+    "both on a line": (
+        {"a": {"en": GOOD + "\n{text}{text}{user_preferences}"}},
+        "{text} and {user_preferences} stand on one line",
+    ),
 }
 
 
@@ -170,5 +198,7 @@ def test_a_missing_file_is_named():
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(UserError, match=f"^--translation-prompts {path}: is no file; give a JSON file with prompts"):
+        with pytest.raises(
+            UserError, match=f"^--translation-prompts {path}: is no file; give a JSON file with prompts"
+        ):
             load_prompts(path)

@@ -48,9 +48,16 @@ def test_on_a_terminal_a_bar_is_redrawn_and_ends_full(clock):
         progress.show(tenth * 10**8)
     progress.show(2_000_000_000, at_end=True)
     bars = stream.getvalue().split("\r")[1:]
-    assert [bar[:22] for bar in bars] == ["[###.................]", "[#####...............]", "[##########..........]", "[####################]"]
+    assert [bar[:22] for bar in bars] == [
+        "[###.................]",
+        "[#####...............]",
+        "[##########..........]",
+        "[####################]",
+    ]
     assert bars[0].startswith("[###.................] verifying:  15% of 2.00 GB, 1.00 GB/s, 2 s left")
-    assert all(bar.endswith("\x1b[K") for bar in bars[:-1]) and bars[-1].endswith("100% of 2.00 GB, 2.00 GB/s, 0 s left\x1b[K\n")
+    assert all(bar.endswith("\x1b[K") for bar in bars[:-1]) and bars[-1].endswith(
+        "100% of 2.00 GB, 2.00 GB/s, 0 s left\x1b[K\n"
+    )
 
 
 def test_nothing_to_do_is_done():
@@ -88,7 +95,9 @@ def test_what_a_worker_raises_is_raised_here():
 
 
 @pytest.mark.parametrize("direction", ["hf-to-dist", "dist-to-hf"])
-def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(hf_checkpoint, dist_checkpoint, tmp_path, monkeypatch, direction):
+def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(
+    hf_checkpoint, dist_checkpoint, tmp_path, monkeypatch, direction
+):
     write_task, parent = transfer._write_task, os.getpid()
 
     def killed(reader, task, *rest):
@@ -99,7 +108,9 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(hf_checkp
 
     monkeypatch.setattr(transfer, "_write_task", killed)
     convert, given = {"hf-to-dist": (hf_to_dist, hf_checkpoint), "dist-to-hf": (dist_to_hf, dist_checkpoint)}[direction]
-    with pytest.raises(UserError, match=r"a worker process was killed by SIGKILL before its share was done; out of memory\?"):
+    with pytest.raises(
+        UserError, match=r"a worker process was killed by SIGKILL before its share was done; out of memory\?"
+    ):
         convert(given, tmp_path / "target")
     assert os.listdir(tmp_path) == []
 
@@ -113,7 +124,11 @@ def test_parts_are_dealt_to_whoever_asks_each_once():
 
 @pytest.mark.parametrize(("num_files", "num_workers", "expected"), [(8, 2, 8), (7, 2, 2), (1, 3, 3), (12, 1, 12)])
 def test_whole_files_are_dealt_where_there_are_several_for_each_worker(num_files, num_workers, expected):
-    tasks = [transfer.Task(f"{file} {i}", None, [], "BF16", 10, f"file{file}", 10 * i) for file in range(num_files) for i in range(6)]
+    tasks = [
+        transfer.Task(f"{file} {i}", None, [], "BF16", 10, f"file{file}", 10 * i)
+        for file in range(num_files)
+        for i in range(6)
+    ]
     found = transfer.turns(tasks, num_workers)
     assert len(found) == expected and [task for share in found for task in share] == tasks
     if expected == num_files:

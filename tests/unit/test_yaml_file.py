@@ -97,9 +97,14 @@ def test_a_line_stands_for_words_of_a_command_line(words, text, expected):
 
 
 def test_every_switch_can_be_set_and_undone_and_every_flag_of_megatrons_can_stand_in_a_recipe(words, parser):
-    """Through argparse itself: whatever kinds of flags Megatron has, true is the switch's value and false its opposite."""
+    """Through argparse itself: whatever kinds of flags Megatron has, true is the switch's value and false its
+    opposite.
+    """
     num_switches = 0
-    fixed = {"--ckpt-fully-parallel-save", "--no-ckpt-fully-parallel-save"}  # two flags of opposite names that set different things
+    fixed = {
+        "--ckpt-fully-parallel-save",
+        "--no-ckpt-fully-parallel-save",
+    }  # two flags of opposite names that set different things
     for option, action in parser._option_string_actions.items():
         if option in ("-h", "--help", "--config"):
             continue
@@ -121,7 +126,9 @@ def test_every_switch_can_be_set_and_undone_and_every_flag_of_megatrons_can_stan
 
 
 def test_command_line_wins_over_recipe_and_recipe_over_defaults(args):
-    found = args("lr: 1e-5\nmicro-batch-size: 4\neval-interval: 7\ndata-path: [/a, /b]", "--lr", "2e-5", "--data-path", "/c")
+    found = args(
+        "lr: 1e-5\nmicro-batch-size: 4\neval-interval: 7\ndata-path: [/a, /b]", "--lr", "2e-5", "--data-path", "/c"
+    )
     assert (found.lr, found.micro_batch_size, found.eval_interval, found.data_path) == (2e-5, 4, 7, ["/c"])
     assert found.log_interval == 100  # Megatron's default
 
@@ -209,7 +216,10 @@ def test_a_wrong_line_is_named_with_what_is_wrong_in_it(parser, recipe, text, li
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lr: 1\nnum-experts: 64", ["--num-experts 64 contradicts", "says 8", "(--num-experts: ", "recipe.yaml, line 2)"]),
+        (
+            "lr: 1\nnum-experts: 64",
+            ["--num-experts 64 contradicts", "says 8", "(--num-experts: ", "recipe.yaml, line 2)"],
+        ),
         ("swiglu: false", ["--no-swiglu contradicts", "leave --no-swiglu out", "recipe.yaml, line 1)"]),
         ("\nbatch-size: 4", ["--batch-size 4 is not supported", "--micro-batch-size", "recipe.yaml, line 2)"]),
         ("rotary-interleaved: true", ["--rotary-interleaved makes another model", "recipe.yaml, line 1)"]),

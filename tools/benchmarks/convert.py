@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""All that conversion is held to, in one table: time against cp and transformers, memory, planning for Hy3, a large checkpoint in little memory.
+"""All that conversion is held to, in one table: time against cp and transformers, memory, planning for Hy3, a large
+checkpoint in little memory.
 
-Checkpoints are made in a folder inside FOLDER, on the disk to be timed, and removed at the end. Times are of random weights; memory is measured with
-files of holes, which read as zeros and take no room. Each conversion runs in a process of its own, where, for a time without fsync, fsync does
-nothing.
+Checkpoints are made in a folder inside FOLDER, on the disk to be timed, and removed at the end. Times are of random
+weights; memory is measured with files of holes, which read as zeros and take no room. Each conversion runs in a process
+of its own, where, for a time without fsync, fsync does nothing.
 """
 
 import argparse
@@ -81,8 +82,9 @@ class Bench:
         self.folder, self.workers, self.repeats = folder, workers, repeats
 
     def speed(self, num_gb: float) -> list[Row]:
-        """Both directions against `cp -r` of the source and against transformers, all from memory to the same place, in turns that begin with another
-        of them each round: what one leaves behind, a busy disk or memory that is quickly had again, does not always meet the same other one."""
+        """Both directions against `cp -r` of the source and against transformers, all from memory to the same place, in
+        turns that begin with another of them each round: what one leaves behind, a busy disk or memory that is quickly
+        had again, does not always meet the same other one."""
         source, dist, target = (self.folder / name for name in ("hf", "dist", "target"))
         self._make_random(source, num_gb)
         self._convert("hf-to-dist", source, dist, sync=True)
@@ -100,7 +102,9 @@ class Bench:
             rows.append(Row(f"cp, {how}", _spread(seconds["cp"]), "", True))
             for name in ("hf-to-dist", "dist-to-hf"):
                 ratio = medians[name] / medians["cp"]
-                rows.append(Row(f"{name}, {how}", f"{_spread(seconds[name])}: {ratio:.2f} x cp", "<= 1.5 x cp", ratio <= 1.5))
+                rows.append(
+                    Row(f"{name}, {how}", f"{_spread(seconds[name])}: {ratio:.2f} x cp", "<= 1.5 x cp", ratio <= 1.5)
+                )
             rows.append(Row(f"memory of all processes, {how}", f"{peak / 1e6:,.0f} MB", "<= 600 MB", peak <= 600e6))
             if "transformers" in ways:
                 ratio = medians["transformers"] / max(medians["hf-to-dist"], medians["dist-to-hf"])
@@ -109,8 +113,12 @@ class Bench:
         self._clear()
         return rows
 
-    def _in_turns(self, ways: dict[str, Callable[[bool], tuple[float, int]]], sync: bool) -> tuple[dict[str, list[float]], int]:
-        """Seconds of each way, round by round, and the peak bytes of all. One more round comes first, which had other things before it."""
+    def _in_turns(
+        self, ways: dict[str, Callable[[bool], tuple[float, int]]], sync: bool
+    ) -> tuple[dict[str, list[float]], int]:
+        """Seconds of each way, round by round, and the peak bytes of all. One more round comes first, which had other
+        things before it.
+        """
         names, peak = list(ways), 0
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for number in range(self.repeats + 1):
@@ -128,15 +136,23 @@ class Bench:
         for num_gb in (small_gb, large_gb):
             self._make_holes(self.folder / "hf", _config(num_gb))
             for name, given, target in (("hf-to-dist", "hf", "dist"), ("dist-to-hf", "dist", "back")):
-                peaks[name].append(self._convert(name, self.folder / given, self.folder / target, sync=False)["peak_bytes"])
+                peaks[name].append(
+                    self._convert(name, self.folder / given, self.folder / target, sync=False)["peak_bytes"]
+                )
             self._clear()
         for name, (small, large) in peaks.items():
             found = f"{small / 1e6:,.1f} MB at {small_gb:g} GB, {large / 1e6:,.1f} MB at {large_gb:g} GB: {large / small - 1:+.1%}"
-            rows.append(Row(f"memory, {name}", found, "<= 600 MB, within 10 %", large <= 600e6 and abs(large / small - 1) <= 0.1))
+            rows.append(
+                Row(
+                    f"memory, {name}", found, "<= 600 MB, within 10 %", large <= 600e6 and abs(large / small - 1) <= 0.1
+                )
+            )
         return rows
 
     def planning(self) -> list[Row]:
-        """The command's own start, checks and plan for Hy3, up to its refusal of a target that is not empty: the last check before it writes."""
+        """The command's own start, checks and plan for Hy3, up to its refusal of a target that is not empty: the last
+        check before it writes.
+        """
         hf, dist, used = self.folder / "hf", self.folder / "dist", self.folder / "used"
         # In a process of its own: a command's peak memory counts what the process that starts it has held.
         maker = multiprocessing.get_context("fork").Process(target=self._make_hy3, args=(hf, dist))
@@ -145,11 +161,28 @@ class Bench:
         used.mkdir()
         (used / "file").touch()
         num_tensors = len(read_json(hf / INDEX_FILE)["weight_map"])
-        rows = [Row("tensors of the imitation of Hy3", f"{num_tensors:,}", f"{NUM_HY3_TENSORS:,}", num_tensors == NUM_HY3_TENSORS)]
-        for name, words in (("hf-to-dist", ("--hf", hf, "--dist", used)), ("dist-to-hf", ("--dist", dist, "--hf", used))):
+        rows = [
+            Row(
+                "tensors of the imitation of Hy3",
+                f"{num_tensors:,}",
+                f"{NUM_HY3_TENSORS:,}",
+                num_tensors == NUM_HY3_TENSORS,
+            )
+        ]
+        for name, words in (
+            ("hf-to-dist", ("--hf", hf, "--dist", used)),
+            ("dist-to-hf", ("--dist", dist, "--hf", used)),
+        ):
             seconds, peaks = zip(*(_refused(name, *words) for _ in range(self.repeats)), strict=True)
             found = f"{_spread(list(seconds))}, {max(peaks) / 1e6:,.0f} MB"
-            rows.append(Row(f"start and plan, {name}", found, "<= 5 s, <= 400 MB", statistics.median(seconds) <= 5 and max(peaks) <= 400e6))
+            rows.append(
+                Row(
+                    f"start and plan, {name}",
+                    found,
+                    "<= 5 s, <= 400 MB",
+                    statistics.median(seconds) <= 5 and max(peaks) <= 400e6,
+                )
+            )
         self._clear()
         return rows
 
@@ -159,7 +192,9 @@ class Bench:
         rows = []
         for name, given, target in (("hf-to-dist", "hf", "dist"), ("dist-to-hf", "dist", "back")):
             try:
-                summary = self._convert(name, self.folder / given, self.folder / target, sync=True, limit=round(limit_gb * 1e9))
+                summary = self._convert(
+                    name, self.folder / given, self.folder / target, sync=True, limit=round(limit_gb * 1e9)
+                )
                 found, holds = (
                     f"{summary['seconds']:.0f} s, {summary['peak_bytes'] / 1e6:,.0f} MB in all processes",
                     summary["peak_bytes"] <= limit_gb * 1e9,
@@ -182,7 +217,14 @@ class Bench:
         # One thread a library: each would reserve address space for its own stack and heap.
         prepare = (lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))) if limit else None
         command = [sys.executable, "-c", code, given, target]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=prepare, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=prepare,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         return json.loads(done.stdout)
 
     def _make_random(self, folder: Path, num_gb: float) -> None:
@@ -194,7 +236,10 @@ class Bench:
         """A checkpoint of zeros that takes no room."""
         folder.mkdir()
         config.save(folder)
-        specs = [TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else "BF16", entry.hf_shape) for entry in plan(config, "hub")]
+        specs = [
+            TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else "BF16", entry.hf_shape)
+            for entry in plan(config, "hub")
+        ]
         shards = plan_shards(specs)
         for shard in shards:
             header = shard_header(shard)
@@ -210,7 +255,12 @@ class Bench:
         """The distributed checkpoint that `hf` would become, its files holes."""
         config, stored = HyConfig.from_dir(hf), open_checkpoint(hf)
         entries = match_hf_tensors(config, {name: entry.shape for name, entry in stored.items()}).entries
-        _, tensors = plan_dist(config, rows_of_hf(entries, stored), list(dict.fromkeys(str(entry.file) for entry in stored.values())), self.workers)
+        _, tensors = plan_dist(
+            config,
+            rows_of_hf(entries, stored),
+            list(dict.fromkeys(str(entry.file) for entry in stored.values())),
+            self.workers,
+        )
         folder = dist / RELEASE
         folder.mkdir(parents=True)
         ends: dict[str, int] = {}
@@ -235,9 +285,13 @@ def _config(num_gb: float) -> HyConfig:
 
 
 def _clean(source: Path, target: Path) -> None:
-    """Nothing at `target`, `source` in memory, which transformers needs so much of that part of it had to go, and an idle disk."""
+    """Nothing at `target`, `source` in memory, which transformers needs so much of that part of it had to go, and an
+    idle disk.
+    """
     shutil.rmtree(target, ignore_errors=True)
-    subprocess.run(["cat", *(path for path in source.rglob("*") if path.is_file())], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["cat", *(path for path in source.rglob("*") if path.is_file())], check=True, stdout=subprocess.DEVNULL
+    )
     subprocess.run(["sync"], check=True)
 
 
@@ -253,7 +307,11 @@ def _timed_copy(source: Path, target: Path, sync: bool) -> float:
 def _timed_transformers(source: Path, target: Path) -> float:
     _clean(source, target)
     done = subprocess.run(
-        [sys.executable, "-c", TRANSFORMERS, source, target], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", TRANSFORMERS, source, target],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     return float(done.stdout.split()[-1])
 
@@ -276,19 +334,51 @@ def _spread(seconds: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where checkpoints are made, and removed: a folder on the disk to be timed")
-    parser.add_argument("--only", nargs="+", choices=("speed", "memory", "planning", "limit"), help="some of the measurements (default: all)")
-    parser.add_argument("--gb", type=float, default=4.0, metavar="N", help="of the checkpoint that is timed (default: 4)")
-    parser.add_argument("--memory-gb", type=float, nargs=2, default=(1.0, 8.0), metavar="N", help="of those whose memory is compared (default: 1 8)")
-    parser.add_argument("--limit-gb", type=float, nargs=2, default=(20.0, 2.0), metavar="N", help="of checkpoint and of memory (default: 20 2)")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        type=Path,
+        help="where checkpoints are made, and removed: a folder on the disk to be timed",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=("speed", "memory", "planning", "limit"),
+        help="some of the measurements (default: all)",
+    )
+    parser.add_argument(
+        "--gb", type=float, default=4.0, metavar="N", help="of the checkpoint that is timed (default: 4)"
+    )
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        nargs=2,
+        default=(1.0, 8.0),
+        metavar="N",
+        help="of those whose memory is compared (default: 1 8)",
+    )
+    parser.add_argument(
+        "--limit-gb",
+        type=float,
+        nargs=2,
+        default=(20.0, 2.0),
+        metavar="N",
+        help="of checkpoint and of memory (default: 20 2)",
+    )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of what is timed (default: 3)")
     args = parser.parse_args()
 
     with exit_on_user_error():
-        needed, free = 3.1e9 * max(args.gb, *args.memory_gb, args.limit_gb[0] * 2 / 3), shutil.disk_usage(args.folder).free
+        needed, free = (
+            3.1e9 * max(args.gb, *args.memory_gb, args.limit_gb[0] * 2 / 3),
+            shutil.disk_usage(args.folder).free,
+        )
         if free < needed:
-            raise UserError(f"{args.folder}: {needed / 1e9:.0f} GB are needed and {free / 1e9:.0f} GB are free; give a folder on another disk")
+            raise UserError(
+                f"{args.folder}: {needed / 1e9:.0f} GB are needed and {free / 1e9:.0f} GB are free; give a folder on "
+                "another disk"
+            )
         folder = Path(tempfile.mkdtemp(prefix="convert-benchmark-", dir=args.folder))
         try:
             bench = Bench(folder, args.workers, args.repeats)
@@ -298,7 +388,10 @@ def main() -> None:
                 "memory": lambda: bench.memory(*args.memory_gb),
                 "limit": lambda: bench.limit(*args.limit_gb),
             }
-            print(f"{args.workers} workers; times: medians of {args.repeats}, the spread in brackets\n\n| what | found | bar | |\n|---|---|---|---|")
+            print(
+                f"{args.workers} workers; times: medians of {args.repeats}, the spread in brackets\n\n| what | found | "
+                "bar | |\n|---|---|---|---|"
+            )
             for name, measure in parts.items():
                 if args.only is None or name in args.only:
                     for row in measure():

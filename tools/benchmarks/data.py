@@ -1,4 +1,5 @@
-"""Data: how fast text and conversations become tokens, how full sequences are, how soon a run has its first batch, and whether masks are right.
+"""Data: how fast text and conversations become tokens, how full sequences are, how soon a run has its first batch, and
+whether masks are right.
 
     python tools/benchmarks/data.py [--rows 1000000] [--rounds 3]
 
@@ -54,19 +55,39 @@ def measure(folder: Path, num_rows: int, rounds: int) -> None:
     print("| what | found | bar |\n|---|---|---|", flush=True)
 
     ratio, rate = preprocessing(folder, rounds)
-    row("preprocess_data, one core, against tokenizers' encode_batch of the same texts", f"{ratio:.2f}x ({rate:,.0f} tokens/s)", ">= 0.8x")
+    row(
+        "preprocess_data, one core, against tokenizers' encode_batch of the same texts",
+        f"{ratio:.2f}x ({rate:,.0f} tokens/s)",
+        ">= 0.8x",
+    )
     ratio, rate = rendering(folder / "hf", rounds)
-    row("conversations rendered, masked and tokenised, against encode_batch of their texts", f"{ratio:.2f}x ({rate:,.0f} tokens/s)", "-")
+    row(
+        "conversations rendered, masked and tokenised, against encode_batch of their texts",
+        f"{ratio:.2f}x ({rate:,.0f} tokens/s)",
+        "-",
+    )
     row(f"translations packed to {SEQ_LENGTH}: positions that hold a token", f"{packing(folder / 'hf'):.2%}", ">= 98 %")
-    row("masks of 1,000 random conversations that differ from a rendering turn by turn", str(differing_masks(folder / "hf", 1000)), "0")
+    row(
+        "masks of 1,000 random conversations that differ from a rendering turn by turn",
+        str(differing_masks(folder / "hf", 1000)),
+        "0",
+    )
 
     large = folder / "large.jsonl"
     write_large(large, num_rows)
     index = index_folder(str(large), Path(f"{large}.cache"), RowEncoder(str(folder / "hf"), None, None).fingerprint)
     done: list[Progress] = []
-    seconds = timed(lambda: build_index(str(large), index, (str(folder / "hf"), None, None), 1, lambda progress: done.append(progress)))
+    seconds = timed(
+        lambda: build_index(
+            str(large), index, (str(folder / "hf"), None, None), 1, lambda progress: done.append(progress)
+        )
+    )
     what = f"{num_rows:,} rows, {large.stat().st_size / 1e6:,.0f} MB"
-    row(f"first start with {what}: the index", f"{seconds:.1f} s, {done[-1].num_tokens / seconds:,.0f} tokens/s in one process", "-")
+    row(
+        f"first start with {what}: the index",
+        f"{seconds:.1f} s, {done[-1].num_tokens / seconds:,.0f} tokens/s in one process",
+        "-",
+    )
     command = [sys.executable, __file__, "--second-start", str(folder / "hf"), str(large)]
     json.loads(subprocess.check_output(command))  # packs, and keeps that
     starts = [json.loads(subprocess.check_output(command)) for _ in range(rounds)]
@@ -95,7 +116,11 @@ def timed(work) -> float:
 
 def preprocessing(folder: Path, rounds: int) -> tuple[float, float]:
     """Of preprocess_data's rate and tokenizers' own, by turns: the median of the ratios, and the first."""
-    texts = [json.loads(line)["text"] for path in sorted((DATA / "udhr").glob("*.jsonl")) for line in path.read_text().splitlines()] * 500
+    texts = [
+        json.loads(line)["text"]
+        for path in sorted((DATA / "udhr").glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ] * 500
     source = folder / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = load_tokenizer(folder / "hf").backend_tokenizer
@@ -129,13 +154,17 @@ def rendering(checkpoint: Path, rounds: int) -> tuple[float, float]:
 def packing(checkpoint: Path) -> float:
     reader, encoder = RowReader(), ChatEncoder(str(checkpoint))
     lines = (DATA / "translations.jsonl").read_bytes().splitlines()
-    lengths = np.array([len(tokens.token_ids) - 1 for tokens in encoder.encode_batch([reader.parse("", 1, line) for line in lines])])
+    lengths = np.array(
+        [len(tokens.token_ids) - 1 for tokens in encoder.encode_batch([reader.parse("", 1, line) for line in lines])]
+    )
     many = np.random.default_rng(0).choice(lengths[lengths <= SEQ_LENGTH], 100_000)
     return many.sum() / (len(pack(many, SEQ_LENGTH, 0)) * SEQ_LENGTH)
 
 
 def differing_masks(checkpoint: Path, number: int) -> int:
-    """How many conversations are masked otherwise than by rendering them up to each turn of the assistant, without it and with it."""
+    """How many conversations are masked otherwise than by rendering them up to each turn of the assistant, without it
+    and with it.
+    """
     choose, encoder = random.Random(0), ChatEncoder(str(checkpoint))
     tokenizer = load_tokenizer(checkpoint)
     words = (DATA / "udhr" / "en.jsonl").read_text().split()
@@ -154,7 +183,9 @@ def turn_by_turn(tokenizer, messages: list[dict], token_ids: np.ndarray) -> np.n
     """Trained is what a turn of the assistant adds to the rendering that asks for it."""
 
     def rendered(count: int, ask: bool) -> list[int]:
-        return tokenizer.apply_chat_template(messages[:count], is_training=True, add_generation_prompt=ask, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages[:count], is_training=True, add_generation_prompt=ask, return_dict=False
+        )
 
     trained = np.zeros(len(token_ids), bool)
     opening = tokenizer.convert_tokens_to_ids(re.search(r"<[^<>]*Assistant[^<>]*>", tokenizer.chat_template)[0])
@@ -170,7 +201,12 @@ def write_large(path: Path, num_rows: int) -> None:
     rows = [json.loads(line) for line in (DATA / "translations.jsonl").read_text().splitlines()]
     with open(path, "w") as file:
         for number, one in zip(range(num_rows), itertools.cycle(rows), strict=False):
-            file.write(json.dumps({**one, "source": f"{number}. {one['source'][:200]}", "target": f"{number}. {one['target'][:200]}"}) + "\n")
+            file.write(
+                json.dumps(
+                    {**one, "source": f"{number}. {one['source'][:200]}", "target": f"{number}. {one['target'][:200]}"}
+                )
+                + "\n"
+            )
 
 
 def second_start(checkpoint: str, path: str) -> dict[str, float]:
@@ -201,7 +237,16 @@ def consumption(folder: Path) -> float:
     """Batches a second that a tiny model trains, as the trainer logs them."""
     flags = f"--sft --data-path {DATA / 'translations.jsonl'} --data-cache-path {folder / 'cache'} --seq-length {SEQ_LENGTH} --micro-batch-size 1"
     more = "--global-batch-size 1 --train-iters 8 --lr 1e-4 --log-interval 1 --eval-iters 0 --split 100,0,0"
-    command = [sys.executable, ROOT / "pretrain_hy.py", "--hf-model", folder / "hf", "--load", folder / "hf", *flags.split(), *more.split()]
+    command = [
+        sys.executable,
+        ROOT / "pretrain_hy.py",
+        "--hf-model",
+        folder / "hf",
+        "--load",
+        folder / "hf",
+        *flags.split(),
+        *more.split(),
+    ]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     times = [float(found) for found in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", done.stdout)]
     if done.returncode != 0 or len(times) < 8:

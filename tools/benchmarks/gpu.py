@@ -1,11 +1,12 @@
-"""What hymeg does with one GPU: ceilings, training steps of real-width slices of both models, transformers beside it, where the time goes, and what
-the planner said.
+"""What hymeg does with one GPU: ceilings, training steps of real-width slices of both models, transformers beside it,
+where the time goes, and what the planner said.
 
-    python tools/benchmarks/gpu.py --json gpu.json [--parts ceilings,steps,transformers,profile,flags,fp8] [--minutes 9] [--tiny]
+    python tools/benchmarks/gpu.py --json gpu.json [--parts ceilings,steps,transformers,profile,flags,fp8] [--minutes 9]
+    [--tiny]
 
-Every configuration runs in a process of its own, so that one that runs out of memory ends nothing else, and its result is in the JSON before the
-next starts. What the JSON holds already is not run again: a run that was cut off goes on with the same command. `--tiny` takes small widths and runs
-on CPU.
+Every configuration runs in a process of its own, so that one that runs out of memory ends nothing else, and its result
+is in the JSON before the next starts. What the JSON holds already is not run again: a run that was cut off goes on with
+the same command. `--tiny` takes small widths and runs on CPU.
 """
 
 import argparse
@@ -22,13 +23,31 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PARTS = ("ceilings", "steps", "transformers", "profile", "flags", "fp8")
-COMMON = {"vocab_size": 120832, "head_dim": 128, "num_experts_per_tok": 8, "initializer_range": 0.006, "max_position_embeddings": 262144}
+COMMON = {
+    "vocab_size": 120832,
+    "head_dim": 128,
+    "num_experts_per_tok": 8,
+    "initializer_range": 0.006,
+    "max_position_embeddings": 262144,
+}
 WIDTHS = {
     "Hy-MT2": COMMON
-    | {"hidden_size": 2048, "intermediate_size": 6912, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128}
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 6912,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+    }
     | {"moe_intermediate_size": 768, "expert_hidden_dim": 768},
     "Hy3": COMMON
-    | {"hidden_size": 4096, "intermediate_size": 13312, "num_attention_heads": 64, "num_key_value_heads": 8, "num_experts": 192}
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 13312,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "num_experts": 192,
+    }
     | {"moe_intermediate_size": 1536, "expert_hidden_dim": 1536},
 }
 BALANCED = "--moe-router-force-load-balancing"
@@ -46,15 +65,28 @@ CANDIDATES = (
     "--use-precision-aware-optimizer",
     "--no-check-for-nan-in-loss-and-grad",
 )
-FP8 = ("--fp8-format hybrid --fp8-recipe blockwise", "--fp8-format hybrid --fp8-recipe delayed", "--fp8-format hybrid --fp8-recipe tensorwise")
+FP8 = (
+    "--fp8-format hybrid --fp8-recipe blockwise",
+    "--fp8-format hybrid --fp8-recipe delayed",
+    "--fp8-format hybrid --fp8-recipe tensorwise",
+)
 TINY_CANDIDATES = ("--recompute-logits", "--cross-entropy-loss-fusion")
 
 
-def job(part: str, engine: str, model: str, sequence: tuple[int, int], flags: str = "", recompute: bool = False, **other) -> dict:
+def job(
+    part: str, engine: str, model: str, sequence: tuple[int, int], flags: str = "", recompute: bool = False, **other
+) -> dict:
     """`sequence` is micro-batch size and sequence length."""
     if recompute and engine == "hymeg":
         flags = f"{flags} {RECOMPUTE}".strip()
-    fields = {"part": part, "engine": engine, "model": model, "micro_batch_size": sequence[0], "seq_length": sequence[1], "flags": flags}
+    fields = {
+        "part": part,
+        "engine": engine,
+        "model": model,
+        "micro_batch_size": sequence[0],
+        "seq_length": sequence[1],
+        "flags": flags,
+    }
     return fields | {"recompute": recompute, "profile": False} | other
 
 
@@ -69,8 +101,14 @@ def jobs(parts: list[str], tiny: bool) -> list[dict]:
         found += [job("steps", "hymeg", model, best), job("steps", "hymeg", model, four, BALANCED, recompute=True)]
         found += [job("transformers", "transformers", model, size) for size in (twice, short, long)]
         found += [job("transformers", "transformers", model, four, recompute=True)]
-        found += [job("profile", engine, model, best, BALANCED if engine == "hymeg" else "", profile=True) for engine in ("hymeg", "transformers")]
-    found += [job("flags", "hymeg", "Hy-MT2", twice, f"{BALANCED} {flags}") for flags in (TINY_CANDIDATES if tiny else CANDIDATES)]
+        found += [
+            job("profile", engine, model, best, BALANCED if engine == "hymeg" else "", profile=True)
+            for engine in ("hymeg", "transformers")
+        ]
+    found += [
+        job("flags", "hymeg", "Hy-MT2", twice, f"{BALANCED} {flags}")
+        for flags in (TINY_CANDIDATES if tiny else CANDIDATES)
+    ]
     if not tiny:
         found += [job("fp8", "hymeg", model, twice, f"{BALANCED} {flags}") for model in WIDTHS for flags in FP8]
     return [one for part in PARTS for one in found if one["part"] == part and part in parts]
@@ -98,13 +136,22 @@ def run_one(one: dict, deadline: float) -> dict:
         wanted.write_text(json.dumps(one))
         command = [sys.executable, str(HERE / "gpu_worker.py"), str(wanted), str(written)]
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=max(deadline - time.monotonic(), 1))
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=max(deadline - time.monotonic(), 1),
+            )
         except subprocess.TimeoutExpired:
             return {"cut_off": True}
         if done.returncode != 0:
             lines = [line for line in done.stdout.splitlines() if line.strip()]
             return {
-                "error": next((line for line in reversed(lines) if "Error" in line or "hymeg:" in line), lines[-1] if lines else "no output")[-400:]
+                "error": next(
+                    (line for line in reversed(lines) if "Error" in line or "hymeg:" in line),
+                    lines[-1] if lines else "no output",
+                )[-400:]
             }
         return json.loads(written.read_text())
 
@@ -117,7 +164,9 @@ def described() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
     device = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')"
     name = subprocess.run([sys.executable, "-c", device], capture_output=True, text=True).stdout.strip()
     return {"device": name, "python": platform.python_version(), "commit": commit, "versions": versions}
@@ -132,12 +181,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=13, help="of each configuration, the first three not counted")
     parser.add_argument("--mt2-layers", type=int, default=8)
     parser.add_argument("--hy3-layers", type=int, default=2, help="one dense, the others MoE")
-    parser.add_argument("--extra", default="", help="flags for every run of hymeg, e.g. of a machine without Transformer Engine")
+    parser.add_argument(
+        "--extra", default="", help="flags for every run of hymeg, e.g. of a machine without Transformer Engine"
+    )
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if unknown := set(parts := args.parts.split(",")) - set(PARTS):
         parser.error(f"--parts {','.join(sorted(unknown))}: choose from {','.join(PARTS)}")
-    record = json.loads(args.json.read_text()) if args.json.exists() else {"machine": described(), "command": " ".join(sys.argv), "results": []}
+    record = (
+        json.loads(args.json.read_text())
+        if args.json.exists()
+        else {"machine": described(), "command": " ".join(sys.argv), "results": []}
+    )
     deadline = time.monotonic() + 60 * args.minutes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
@@ -152,8 +207,15 @@ def main() -> None:
             if any(result["job"] == one for result in record["results"]) or time.monotonic() > deadline:
                 continue
             result = run_one(one | {"folder": str(Path(folder) / one["model"])}, deadline)
-            print(f"{one['part']} {one['engine']} {one['model']} {one['micro_batch_size']} x {one['seq_length']} {one['flags']}: ", end="")
-            print(result.get("error") or {name: value for name, value in result.items() if isinstance(value, float)}, flush=True)
+            print(
+                f"{one['part']} {one['engine']} {one['model']} {one['micro_batch_size']} x {one['seq_length']} "
+                f"{one['flags']}: ",
+                end="",
+            )
+            print(
+                result.get("error") or {name: value for name, value in result.items() if isinstance(value, float)},
+                flush=True,
+            )
             if "cut_off" not in result:
                 record["results"].append({"job": one, **result})
                 partial = args.json.with_suffix(".partial")

@@ -1,7 +1,8 @@
 """Where the time of a training step goes, by class of work: what each kernel (on CPU, each operator) was launched for.
 
-Names of kernels do not tell a grouped GEMM from another. So the model's modules mark what they do in the forward pass, and an operator of the
-backward pass is of the class of the forward operator whose sequence number autograd gave it. The innermost mark counts.
+Names of kernels do not tell a grouped GEMM from another. So the model's modules mark what they do in the forward pass,
+and an operator of the backward pass is of the class of the forward operator whose sequence number autograd gave it. The
+innermost mark counts.
 """
 
 import collections
@@ -22,7 +23,10 @@ CLASSES = [  # pattern of a module's name -> class; the first that matches
     (r"core_attention$", "attention"),
     (r"mlp\.experts$", "grouped GEMM"),
     (r"mlp\.(router|gate)$", "permute and routing"),
-    (r"shared_experts$|self_attn\.|self_attention\.linear|\.mlp\.(linear_fc|gate_proj|up_proj|down_proj)|eh_proj$", "projections and shared expert"),
+    (
+        r"shared_experts$|self_attn\.|self_attention\.linear|\.mlp\.(linear_fc|gate_proj|up_proj|down_proj)|eh_proj$",
+        "projections and shared expert",
+    ),
     (r"output_layer$|lm_head$", "head and loss"),
     (r"\.mlp$", "permute and routing"),
     (r"self_attn$|self_attention$", "attention"),
@@ -81,7 +85,9 @@ def by_class(events: Iterable, wall_us: float, on_gpu: bool) -> dict[str, float]
 
 
 def _classes_of_sequences(events: list) -> dict[int, str]:
-    """What autograd's sequence numbers stand for: the class of the forward operator that has it, which its backward node gets as well."""
+    """What autograd's sequence numbers stand for: the class of the forward operator that has it, which its backward
+    node gets as well.
+    """
     found = {}
     for event in events:
         if event.sequence_nr >= 0 and (label := _mark_above(event)) is not None:

@@ -1,7 +1,9 @@
-"""One measurement of tools/benchmarks/gpu.py, in a process of its own: python tools/benchmarks/gpu_worker.py JOB.json RESULT.json.
+"""One measurement of tools/benchmarks/gpu.py, in a process of its own: python tools/benchmarks/gpu_worker.py JOB.json
+RESULT.json.
 
-A job is `{"engine": "ceilings" | "hymeg" | "transformers", "folder": DIR, "seq_length": n, "micro_batch_size": n, "steps": n, "flags": TEXT,
-"recompute": bool, "profile": bool, "tiny": bool}`. hymeg's is the trainer itself, from its own command line, with its step timed from outside.
+A job is `{"engine": "ceilings" | "hymeg" | "transformers", "folder": DIR, "seq_length": n, "micro_batch_size": n,
+"steps": n, "flags": TEXT, "recompute": bool, "profile": bool, "tiny": bool}`. hymeg's is the trainer itself, from its
+own command line, with its step timed from outside.
 """
 
 import functools
@@ -73,7 +75,12 @@ class Watch:
         step = statistics.median(self.times[SKIPPED:])
         tokens = job["micro_batch_size"] * job["seq_length"]
         flops = training_flops(config, job["micro_batch_size"], job["seq_length"])
-        figures = {"seconds": step, "tokens_per_s": tokens / step, "model_tflops": flops / step / 1e12, "spread": max(self.times[SKIPPED:]) / step}
+        figures = {
+            "seconds": step,
+            "tokens_per_s": tokens / step,
+            "model_tflops": flops / step / 1e12,
+            "spread": max(self.times[SKIPPED:]) / step,
+        }
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         return figures | ({"classes_ms": self.classes} if self.classes else {})
 
@@ -114,18 +121,26 @@ def predicted(argv: list[str]) -> dict:
 
     with for_gpus():
         args, config = parse(argv)
-    hardware = next((HARDWARE[name] for name in sorted(HARDWARE, key=len, reverse=True) if name in device.name()), HARDWARE["H100"])
-    plan = Planner(config, Machine(1, 8, Device(hardware.memory_gib), hardware), imbalance=1.0).plan(layout_of(args), settings_of(args))
+    hardware = next(
+        (HARDWARE[name] for name in sorted(HARDWARE, key=len, reverse=True) if name in device.name()), HARDWARE["H100"]
+    )
+    plan = Planner(config, Machine(1, 8, Device(hardware.memory_gib), hardware), imbalance=1.0).plan(
+        layout_of(args), settings_of(args)
+    )
     return {"peak_bytes": plan.peak, "seconds": plan.time.total, "gpu": hardware.name}
 
 
 def transformers(job: dict) -> dict:
-    """Its own model with sdpa and grouped_mm experts (its default), bf16 weights, fused AdamW with bf16 moments: less state than hymeg's fp32."""
+    """Its own model with sdpa and grouped_mm experts (its default), bf16 weights, fused AdamW with bf16 moments: less
+    state than hymeg's fp32.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = HyConfig.from_dir(job["folder"])
     torch.set_default_device(device.current())
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["folder"]), dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(job["folder"]), dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).train()
     if job["recompute"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)

@@ -1,7 +1,8 @@
-"""Memory and time of the head and its loss, forward and backward: with whole logits (Megatron's cross entropies) and without.
+"""Memory and time of the head and its loss, forward and backward: with whole logits (Megatron's cross entropies) and
+without.
 
-bf16 weights, fp32 logits. Peak is what a step holds above its inputs, as CUDA's allocator counts or, on CPU, in tensors. The gradients of every
-way are held against the first's.
+bf16 weights, fp32 logits. Peak is what a step holds above its inputs, as CUDA's allocator counts or, on CPU, in
+tensors. The gradients of every way are held against the first's.
 
     python tools/benchmarks/head.py [--tokens 4096] [--hidden 2048] [--vocab 120832] [--slice-elements 16777216 ...]
 """
@@ -51,11 +52,15 @@ def without_logits(vocab: int, recompute: bool, slice_elements: int) -> Way:
 
 def ways(vocab: int, slice_elements: list[int]) -> dict[str, Way]:
     found = {
-        "Megatron": with_logits(lambda logits, labels, group: vocab_parallel_cross_entropy(logits, labels, tp_group=group)),
+        "Megatron": with_logits(
+            lambda logits, labels, group: vocab_parallel_cross_entropy(logits, labels, tp_group=group)
+        ),
         "Megatron, fused (native)": with_logits(fused_vocab_parallel_cross_entropy),
     }
     if not platform.is_cpu() and te_parallel_cross_entropy is not None:
-        found["Megatron, fused (te)"] = with_logits(lambda logits, labels, group: te_parallel_cross_entropy(logits, labels, group, False))
+        found["Megatron, fused (te)"] = with_logits(
+            lambda logits, labels, group: te_parallel_cross_entropy(logits, labels, group, False)
+        )
     for size in slice_elements:
         found[f"hymeg, kept, slices of {size:,}"] = without_logits(vocab, False, size)
         found[f"hymeg, recomputed, slices of {size:,}"] = without_logits(vocab, True, size)
@@ -92,8 +97,8 @@ def peak_of(run: Callable[[], object]) -> int:
 
 
 def measure(tokens: int, hidden_size: int, vocab: int, slice_elements: list[int], rounds: int) -> list[dict]:
-    """For every way: seconds (median of `rounds`, interleaved), peak bytes, and how far losses and gradients are from the first way's (relative
-    norms)."""
+    """For every way: seconds (median of `rounds`, interleaved), peak bytes, and how far losses and gradients are from
+    the first way's (relative norms)."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, hidden_size, generator=generator).bfloat16() for n in (tokens, vocab))
     labels = torch.randint(0, vocab, (tokens,), generator=generator).to(device.current())
@@ -108,9 +113,15 @@ def measure(tokens: int, hidden_size: int, vocab: int, slice_elements: list[int]
     for result in results:
         hidden.grad = weight.grad = None
         result["peak"] = peak_of(lambda way=result["way"]: step(way, hidden, weight, labels))
-        outcome = [step(result["way"], hidden, weight, labels).float().flatten(), hidden.grad.float(), weight.grad.float()]
+        outcome = [
+            step(result["way"], hidden, weight, labels).float().flatten(),
+            hidden.grad.float(),
+            weight.grad.float(),
+        ]
         reference = reference or outcome
-        result["errors"] = [((found - first).norm() / first.norm()).item() for found, first in zip(outcome, reference, strict=True)]
+        result["errors"] = [
+            ((found - first).norm() / first.norm()).item() for found, first in zip(outcome, reference, strict=True)
+        ]
         result["seconds"] = statistics.median(result["seconds"])
         del outcome
     return results
@@ -126,7 +137,10 @@ def main() -> None:
     args = parser.parse_args()
     _stand_alone()
     dist.init_process_group("gloo" if platform.is_cpu() else "nccl")
-    print(f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, bf16, fp32 logits, on {device.name()}, torch {torch.__version__}\n")
+    print(
+        f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, bf16, fp32 logits, on {device.name()}, "
+        f"torch {torch.__version__}\n"
+    )
     print("| way | ms | peak MiB | loss | gradient of hidden | gradient of weight |\n|---|---|---|---|---|---|")
     for found in measure(args.tokens, args.hidden, args.vocab, args.slice_elements, args.rounds):
         errors = " | ".join(f"{error:.1e}" for error in found["errors"])

@@ -23,13 +23,39 @@ from hymeg.planning.settings import Settings
 from hymeg.planning.step_time import StepModel
 
 ROOT = Path(__file__).parents[2]
-HY3 = dict(hidden_size=4096, intermediate_size=13312, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, num_experts=192) | dict(
-    moe_intermediate_size=1536, expert_hidden_dim=1536, head_dim=128, vocab_size=120832, num_experts_per_tok=8, num_nextn_predict_layers=1
+HY3 = dict(
+    hidden_size=4096,
+    intermediate_size=13312,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    num_experts=192,
+) | dict(
+    moe_intermediate_size=1536,
+    expert_hidden_dim=1536,
+    head_dim=128,
+    vocab_size=120832,
+    num_experts_per_tok=8,
+    num_nextn_predict_layers=1,
 )
 QWEN3_30B = dict(
-    hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, num_experts=128, moe_intermediate_size=768
-) | dict(expert_hidden_dim=768, head_dim=128, vocab_size=151936, num_experts_per_tok=8, first_k_dense_replace=0, enable_lm_head_fp32=False)
-QWEN3_235B = QWEN3_30B | dict(hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, moe_intermediate_size=1536, expert_hidden_dim=1536)
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    num_experts=128,
+    moe_intermediate_size=768,
+) | dict(
+    expert_hidden_dim=768,
+    head_dim=128,
+    vocab_size=151936,
+    num_experts_per_tok=8,
+    first_k_dense_replace=0,
+    enable_lm_head_fp32=False,
+)
+QWEN3_235B = QWEN3_30B | dict(
+    hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, moe_intermediate_size=1536, expert_hidden_dim=1536
+)
 SPLIT_94 = "E" + "t*3|" * 30 + "t*2|t*2L"
 PUBLISHED = [  # name, model, layout, settings, tokens/s/GPU
     ("Qwen3-30B-A3B, 8 H100, bf16", QWEN3_30B, Layout(8, 4096, 512, expert_model_parallel_size=8), Settings(), 12040),

@@ -1,7 +1,9 @@
-"""Seconds of a training step, three ways side by side: pretrain_hy.py, a bare loop over the same Megatron objects, transformers' own.
+"""Seconds of a training step, three ways side by side: pretrain_hy.py, a bare loop over the same Megatron objects,
+transformers' own.
 
-One checkpoint, one batch size, one thread each, fp32, interleaved rounds, medians of all steps but the first three of every process. Also the time
-from typing the command to the end of its first iteration, and what one more process start costs.
+One checkpoint, one batch size, one thread each, fp32, interleaved rounds, medians of all steps but the first three of
+every process. Also the time from typing the command to the end of its first iteration, and what one more process start
+costs.
 
     python tools/benchmarks/train_step.py [--rounds 3] [--steps 12]
 """
@@ -17,8 +19,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SHAPE = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64) | dict(
-    num_experts=8, num_experts_per_tok=2, moe_intermediate_size=384, expert_hidden_dim=384, vocab_size=8192, initializer_range=0.02
+SHAPE = dict(
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+) | dict(
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=384,
+    expert_hidden_dim=384,
+    vocab_size=8192,
+    initializer_range=0.02,
 )
 SEQ_LENGTH, BATCH, LEARNING_RATE, SKIPPED = 512, 2, 1e-4, 3
 
@@ -26,13 +40,24 @@ SEQ_LENGTH, BATCH, LEARNING_RATE, SKIPPED = 512, 2, 1e-4, 3
 def trainer_command(folder: str, steps: int) -> list[str]:
     flags = f"--seq-length {SEQ_LENGTH} --micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {steps} --lr {LEARNING_RATE}"
     fixed = "--mock-data --eval-iters 0 --log-interval 1 --lr-decay-style constant"
-    return [sys.executable, str(ROOT / "pretrain_hy.py"), "--hf-model", folder, "--load", folder, *flags.split(), *fixed.split()]
+    return [
+        sys.executable,
+        str(ROOT / "pretrain_hy.py"),
+        "--hf-model",
+        folder,
+        "--load",
+        folder,
+        *flags.split(),
+        *fixed.split(),
+    ]
 
 
 def run_trainer(folder: str, steps: int) -> dict[str, list[float]]:
     """Step times as the trainer logs them, and seconds until its first iteration is logged."""
     start, times, first = time.perf_counter(), [], None
-    process = subprocess.Popen(trainer_command(folder, steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        trainer_command(folder, steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     tail = []
     for line in process.stdout:
         tail = [*tail[-20:], line]
@@ -49,7 +74,9 @@ def run_child(which: str, folder: str, steps: int) -> dict[str, list[float]]:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         raise SystemExit(f"the {which} loop failed:\n{done.stdout[-3000:]}")
-    return {"steps": [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("step ")][SKIPPED:]}
+    return {
+        "steps": [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("step ")][SKIPPED:]
+    }
 
 
 def timed_steps(step, steps: int) -> None:
@@ -90,7 +117,9 @@ def bare_loop(folder: str, steps: int) -> None:
     settings = pretrain_cfg_container_from_args(args, model_config_from_args(args))
     initialize.initialize_megatron(allow_no_cuda=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    chunks, optimizer, _ = training.setup_model_and_optimizer(ModelType.encoder_or_decoder, cfg_container=settings, pg_collection=groups)
+    chunks, optimizer, _ = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder, cfg_container=settings, pg_collection=groups
+    )
     inputs, labels = batch_of(config.vocab_size)
     positions = torch.arange(SEQ_LENGTH).expand_as(inputs)
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Zero every GPU program in a shared library except those for one architecture, so that it packs small enough to be carried.
+"""Zero every GPU program in a shared library except those for one architecture, so that it packs small enough to be
+carried.
 
     strip_fatbin.py IN.so OUT.so --keep 90
 
-The library still loads: headers and sizes stay, only the payloads of other architectures become zeros, which compress to nothing.
-For transformer_engine 2.20.2 (cu13) 343 MB become 24 MB under xz after `strip -s`. Loading was tried; launching kernels was not.
+The library still loads: headers and sizes stay, only the payloads of other architectures become zeros, which compress
+to nothing. For transformer_engine 2.20.2 (cu13) 343 MB become 24 MB under xz after `strip -s`. Loading was tried;
+launching kernels was not.
 """
 
 import argparse
@@ -19,7 +21,9 @@ ELF, PTX = 2, 1
 
 def section(path, name):
     """File offset and size of an ELF section, as readelf prints them."""
-    for line in subprocess.run(["readelf", "-SW", path], capture_output=True, text=True, check=True).stdout.splitlines():
+    for line in subprocess.run(
+        ["readelf", "-SW", path], capture_output=True, text=True, check=True
+    ).stdout.splitlines():
         words = line.replace("[", " ").replace("]", " ").split()
         if name in words:
             at = words.index(name)

@@ -31,17 +31,33 @@ def draw(first: dict[int, float], second: dict[int, float], saved: int, path: Pa
     rings = {"marker": "o", "markerfacecolor": "none", "markeredgewidth": 1.5}
     for place, size, height in ((axes, 6, 0.45), (inset, 9, 1)):
         place.axvline(saved, ymax=height, color="#888888", linestyle="--", linewidth=1)
-        place.plot(first.keys(), first.values(), color="#1f6fb4", linewidth=2, marker="o", markersize=size / 2, label=FIRST)
-        place.plot(second.keys(), second.values(), color="#e6671e", linewidth=1.2, markersize=size, label=SECOND, **rings)
+        place.plot(
+            first.keys(), first.values(), color="#1f6fb4", linewidth=2, marker="o", markersize=size / 2, label=FIRST
+        )
+        place.plot(
+            second.keys(), second.values(), color="#e6671e", linewidth=1.2, markersize=size, label=SECOND, **rings
+        )
         place.grid(color="#e8e8e8")
         place.set_axisbelow(True)
-    near = [loss for losses in (first, second) for step, loss in losses.items() if abs(step - saved) <= NUM_STEPS_TWICE + 1]
+    near = [
+        loss for losses in (first, second) for step, loss in losses.items() if abs(step - saved) <= NUM_STEPS_TWICE + 1
+    ]
     margin = 0.15 * (max(near) - min(near))
-    inset.set(xlim=(saved - NUM_STEPS_TWICE - 1.5, saved + NUM_STEPS_TWICE + 1.5), ylim=(min(near) - margin, max(near) + margin))
+    inset.set(
+        xlim=(saved - NUM_STEPS_TWICE - 1.5, saved + NUM_STEPS_TWICE + 1.5),
+        ylim=(min(near) - margin, max(near) + margin),
+    )
     inset.set_title(f"steps {saved + 1} to {saved + NUM_STEPS_TWICE}, trained under both", fontsize=10)
     inset.tick_params(labelsize=8)
     axes.indicate_inset_zoom(inset, edgecolor="#888888")
-    axes.annotate(f"saved at step {saved}, resumed ", (saved, 0.02), xycoords=("data", "axes fraction"), ha="right", color="#666666", fontsize=10)
+    axes.annotate(
+        f"saved at step {saved}, resumed ",
+        (saved, 0.02),
+        xycoords=("data", "axes fraction"),
+        ha="right",
+        color="#666666",
+        fontsize=10,
+    )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.set_title("A tiny Hy-MT2 on four processes: one training, two layouts", fontsize=14, pad=12)
     axes.legend(loc="lower left", frameon=False)
@@ -49,7 +65,9 @@ def draw(first: dict[int, float], second: dict[int, float], saved: int, path: Pa
 
 
 def compare(first: dict[int, float], second: dict[int, float], log: Path) -> float:
-    """Print the steps that both layouts trained. Returns the largest difference of their losses; ends the demo if it is more than rounding."""
+    """Print the steps that both layouts trained. Returns the largest difference of their losses; ends the demo if it is
+    more than rounding.
+    """
     both = sorted(first.keys() & second.keys())
     if len(both) != NUM_STEPS_TWICE:
         fail(f"{NUM_STEPS_TWICE} steps should be trained under both layouts, and {both} were", log)

@@ -45,18 +45,24 @@ class Screen:
 
 
 class TrainingScreen(Screen):
-    """A training, which says a lot: of that, what it does before the first step and after the last, and a line for each step."""
+    """A training, which says a lot: of that, what it does before the first step and after the last, and a line for each
+    step.
+    """
 
     MILESTONES = (
         (r"^hymeg: (.*)", "{}"),
         (r"^> initialized pipeline model parallel", "the processes have found each other"),
         (r"loading distributed checkpoint from (.+) at iteration (\d+)", "loading step {1} from {0}"),
         (r"^> building train, validation", "building the index of the text"),
-        (r"validation loss at iteration \d+ on validation set \| lm loss value: ([\d.E+-]+)", "loss on all validation data: {}"),
+        (
+            r"validation loss at iteration \d+ on validation set \| lm loss value: ([\d.E+-]+)",
+            "loss on all validation data: {}",
+        ),
         (r"successfully saved checkpoint from iteration +(\d+) to (.+) \[", "step {0} is saved in {1}"),
     )
     STEP = re.compile(
-        r" iteration +(\d+)/ *(\d+) \|.* lm loss: ([\d.E+-]+) .* grad norm: ([\d.]+) .* tokens/s: ([\d,]+) .* expert load max/mean: ([\d.]+)"
+        r" iteration +(\d+)/ *(\d+) \|.* lm loss: ([\d.E+-]+) .* grad norm: ([\d.]+) .* tokens/s: ([\d,]+) .* expert "
+        r"load max/mean: ([\d.]+)"
     )
 
     def __init__(self):
@@ -69,7 +75,10 @@ class TrainingScreen(Screen):
             if not self.in_steps:
                 self.show("\n       step    loss  grad norm  tokens/s  busiest expert / mean")
             self.in_steps = True
-            self.show(f"{step:>5} / {of:<3} {float(loss):6.3f} {float(grad_norm):10.2f} {speed:>9} {load:>11}  {'█' * round(5 * float(loss))}")
+            self.show(
+                f"{step:>5} / {of:<3} {float(loss):6.3f} {float(grad_norm):10.2f} {speed:>9} {load:>11}  "
+                f"{'█' * round(5 * float(loss))}"
+            )
             return
         for pattern, text in self.MILESTONES:
             if found := re.search(pattern, line):
@@ -79,7 +88,9 @@ class TrainingScreen(Screen):
 
 
 def run(command: str, log: Path, screen: Screen) -> None:
-    """Print `command`, run it in the repository's root, follow it on the screen, keep what it says in `log`. Ends the demo if it fails."""
+    """Print `command`, run it in the repository's root, follow it on the screen, keep what it says in `log`. Ends the
+    demo if it fails.
+    """
     print(f"\n$ {wrapped(command)}\n", flush=True)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     lines: queue.Queue[str | None] = queue.Queue()
@@ -130,7 +141,13 @@ def wrapped(command: str, width: int = 130) -> str:
 def fail(what: str, log: Path) -> NoReturn:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if " ...." not in line]
     errors = [line for line in lines if line.startswith("error: ")]
-    for line in (f"\nthe end of {shown(log)}:", *lines[-NUM_TAIL_LINES:], "", *errors[:1], f"demo: {what}; all it said is in {shown(log)}"):
+    for line in (
+        f"\nthe end of {shown(log)}:",
+        *lines[-NUM_TAIL_LINES:],
+        "",
+        *errors[:1],
+        f"demo: {what}; all it said is in {shown(log)}",
+    ):
         print(line, file=sys.stderr)
     sys.exit(1)
 

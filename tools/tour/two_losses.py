@@ -1,4 +1,6 @@
-"""One loss twice: by hymeg, from a distributed checkpoint, and by transformers, from the Hugging Face folder exported of it; fp32, on CPU."""
+"""One loss twice: by hymeg, from a distributed checkpoint, and by transformers, from the Hugging Face folder exported
+of it; fp32, on CPU.
+"""
 
 import argparse
 import contextlib
@@ -16,7 +18,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dist", required=True, metavar="DIR", help="distributed checkpoint, with config.json")
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
-    parser.add_argument("--data-path", required=True, metavar="PREFIX", help="data made by tools/preprocess_data.py; its first tokens are taken")
+    parser.add_argument(
+        "--data-path",
+        required=True,
+        metavar="PREFIX",
+        help="data made by tools/preprocess_data.py; its first tokens are taken",
+    )
     parser.add_argument("--num-sequences", type=int, default=8, metavar="N", help="(default: 8)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="N", help="(default: 128)")
     args = parser.parse_args()
@@ -32,7 +39,8 @@ def main() -> None:
         tokens = first_tokens(args.data_path, args.num_sequences, args.seq_length)
         ours, theirs = loss_here(args.dist, tokens), loss_in_transformers(args.hf, tokens)
     print(
-        f"loss of {args.num_sequences} x {args.seq_length} tokens: {ours:.6f} by hymeg, {theirs:.6f} by transformers, {abs(ours - theirs):.0e} apart"
+        f"loss of {args.num_sequences} x {args.seq_length} tokens: {ours:.6f} by hymeg, {theirs:.6f} by transformers, "
+        f"{abs(ours - theirs):.0e} apart"
     )
     sys.exit(not abs(ours - theirs) <= LARGEST_DIFFERENCE)
 
