@@ -1,18 +1,17 @@
 """Conversations -> tokens, by the checkpoint's own chat template; and which of the tokens are trained: exactly the
 assistant's.
 
-The text of a message is never a special token. Where it holds the literal of one ("<｜hy_Assistant｜>", "</think>"), the
-row is cut at the special tokens that the template wrote (`hymeg.data.chat_template` knows which) and each stretch
-between them is tokenized as if the vocabulary had no such tokens. All other rows are tokenized in one piece, as serving
-does.
+The text of a message is never a special token, nor another token that the template's source names. Where it holds the
+literal of one ("<｜hy_Assistant｜>", "</think>"), the row is cut at the tokens that the template wrote itself
+(`hymeg.data.chat_template` knows which) and each stretch between them is tokenized as if the vocabulary had no such
+tokens. All other rows are tokenized in one piece, as serving does.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from hymeg.errors import UserError
 from hymeg.hf.files import shown
 from hymeg.hf.tokenizer import load_tokenizer
 
-_VERSION = 1  # of what this module makes of the same row, tokenizer and template
+_VERSION = 2  # of what this module makes of the same row, tokenizer and template
 
 
 class Tokens(NamedTuple):
@@ -59,34 +58,34 @@ class ChatEncoder:
         self._fast.no_padding()
         _check(tokenizer_dir, self.tokenizer, vocab_size)
         self._template = ChatTemplate(self.tokenizer, self._fast)
-        with _located(str(tokenizer_dir)):
+        try:
             self._template.render([{"role": "user", "content": "?"}])
+        except UserError as error:
+            raise UserError(f"{tokenizer_dir}: {error}") from error
         decisive = [_VERSION, self._fast.to_str(), self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
         self.fingerprint = hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:16]
         self._without_special = functools.lru_cache(16)(self._tokenizer_without_special)
 
     def encode(self, conversation: Conversation) -> Tokens:
-        """`encode_batch` for one conversation."""
-        return self.encode_batch([conversation])[0]
-
-    def encode_batch(self, conversations: list[Conversation]) -> list[Tokens]:
-        """The tokens of each conversation.
-
-        Raises:
-            UserError: the template refuses a conversation, leaves a text out or changes it, or cannot be rendered turn
-                by turn. The message begins with the conversation's `where`.
-        """
-        forms, rendered = [], []
-        for conversation in conversations:
-            with _located(conversation.where):
-                forms.append(self._template.form(conversation))
-                rendered.append(self._template.rendered(conversation, *forms[-1]))
-        encodings = self._fast.encode_batch_fast(rendered, add_special_tokens=False)
-        encoded = []
-        for conversation, form, encoding in zip(conversations, forms, encodings, strict=True):
-            with _located(conversation.where):
-                encoded.append(self._tokens(*form, np.array(encoding.ids, np.int32)))
+        """`encode_batch` for one conversation. Raises the UserError."""
+        [encoded] = self.encode_batch([conversation])
+        if isinstance(encoded, UserError):
+            raise encoded
         return encoded
+
+    def encode_batch(self, conversations: list[Conversation]) -> list[Tokens | UserError]:
+        """The tokens of each conversation. In the place of one that the template refuses, leaves a text out of or
+        changes, or that cannot be rendered turn by turn, stands the UserError, whose message begins with its `where`.
+        """
+        forms = [_tried(conversation, self._template.form, conversation) for conversation in conversations]
+        texts = [form[2] for form in forms if not isinstance(form, UserError)]
+        encodings = iter(self._fast.encode_batch_fast(texts, add_special_tokens=False))
+        return [
+            form
+            if isinstance(form, UserError)
+            else _tried(conversation, self._tokens, *form[:2], np.array(next(encodings).ids, np.int32))
+            for conversation, form in zip(conversations, forms, strict=True)
+        ]
 
     def _tokens(self, form: Form, texts: list[str], token_ids: np.ndarray) -> Tokens:
         """`token_ids` with their mask; encoded again where a text has become a special token."""
@@ -148,9 +147,9 @@ def _check(tokenizer_dir: str | os.PathLike, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-@contextlib.contextmanager
-def _located(where: str) -> Iterator[None]:
+def _tried[T](conversation: Conversation, work: Callable[..., T], *args: object) -> T | UserError:
+    """What `work` returns, or its UserError with the conversation's place."""
     try:
-        yield
+        return work(*args)
     except UserError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from error
+        return UserError(f"{conversation.where}: {error}" if conversation.where else str(error))

@@ -1,16 +1,21 @@
 """What a chat template makes of a conversation, and where in it the assistant's turns begin and end, found by
 rendering.
 
-The template sees the conversation once with a marker in place of each text, cut off before and after every turn, with
-and without the generation prompt: that gives the template's own text, the places of the messages' texts and the bounds
-of the turns. All this depends on the form of a conversation only, so that a form is analysed once. A template that does
-not keep to the order of turns is refused.
+The template sees the conversation once with a marker in place of each text, which gives the template's own text, the
+places of the messages' texts and the special tokens. Each turn of the assistant is then rendered at the end of a short
+history (what stands before the first turn, the turn before, what lies between), cut off before and behind it, with and
+without the generation prompt: the whole must be made of just these pieces. So a conversation of n turns costs n small
+renderings, and both they and the forms of conversations are analysed once. Where the short history tells something
+else than the whole one, the whole one counts. A template that does not keep to the order of turns is refused.
 """
 
+import contextlib
 import functools
 import json
 import re
 import secrets
+from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +27,13 @@ from hymeg.errors import UserError
 from hymeg.hf.files import shown
 
 _MARK = secrets.token_hex(8)  # that no row can hold
-_MARKER = re.compile(f"<{_MARK}-([0-9]+)>")
+_MARKER = re.compile(f"<{_MARK}-([0-9]{{6}})>")
 _TEXTS = ("content", "reasoning_content")
+
+
+def _marker(number: int) -> str:
+    """All are of one length, so that numbering them otherwise moves nothing."""
+    return f"<{_MARK}-{number:06d}>"
 
 
 class Control(NamedTuple):
@@ -60,31 +70,36 @@ class Form(NamedTuple):
         ]
 
 
+class _Turn(NamedTuple):
+    """The last turn of a history."""
+
+    lead: str  # what the template writes between the assistant's turn before, or the start, and this one
+    text: str
+    eos: int  # where in `text` its EOS token stands
+
+
 class ChatTemplate:
     """The chat template of `tokenizer`, whose EOS token must end the assistant's turns; `fast` is the tokenizer below
     it.
+
+    No text becomes a special token, nor an added token that the template's source names: those are the template's own
+    (the rule of transformers' `sanitize_control_tokens`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, fast: Tokenizer):
         self._tokenizer = tokenizer
-        self._fast = fast
         self._added = fast.get_added_tokens_decoder()
+        self._id_of = {token.content: token_id for token_id, token in self._added.items()}
+        self._literal = _pattern(self._added.values())
         self._num_ids = max(fast.get_vocab().values()) + 1
+        named = set(self._literal.findall(str(tokenizer.chat_template)))
         # Not the unknown token: it stands for a character that is not in the vocabulary.
-        self._special_ids = {token_id for token_id, token in self._added.items() if token.special} - {
-            tokenizer.unk_token_id
-        }
-        self._analysed = functools.lru_cache(1024)(self._analyse)
+        self._special_ids = {
+            token_id for token_id, token in self._added.items() if token.special or token.content in named
+        } - {tokenizer.unk_token_id}
+        self._analysed = functools.lru_cache(256)(self._analyse)
+        self._last_turn = functools.lru_cache(1024)(self._find_last_turn)
         self._is_special = functools.lru_cache(16)(self._lookup)
-
-    def form(self, conversation: Conversation) -> tuple[Form, list[str]]:
-        """The conversation's form, and the texts that make it the conversation (`Form.filled`).
-
-        Raises:
-            UserError: the template refuses the conversation, leaves a text out, or does not render it turn by turn.
-        """
-        structure, texts = _without_texts(conversation)
-        return self._analysed(structure), texts
 
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, effort: str | None = None, prompt: bool = False
@@ -101,12 +116,27 @@ class ChatTemplate:
             raise UserError(f"the chat template cannot render it: {reason or type(error).__name__}") from error
         return text
 
-    def rendered(self, conversation: Conversation, form: Form, texts: list[str]) -> str:
-        """What the template makes of the conversation. Raises UserError where that is not `form` filled with `texts`:
-        it may look into them.
+    def form(self, conversation: Conversation) -> tuple[Form, list[str], str]:
+        """The conversation's form, the texts that make it the conversation (`Form.filled`), and the conversation as the
+        template renders it.
+
+        Raises:
+            UserError: the template refuses the conversation, leaves a text out or changes it, or does not render it
+                turn by turn.
         """
-        expected = form.filled(texts)
         text = self.render(conversation.messages, conversation.tools, conversation.reasoning_effort)
+        if any("tool_calls" in message for message in conversation.messages):
+            # Arguments and ids differ from row to row: without them forms and turns are analysed once. A template that
+            # does more with them than to print strings needs them.
+            with contextlib.suppress(UserError):
+                return self._form(conversation, text, without_arguments=True)
+        return self._form(conversation, text, without_arguments=False)
+
+    def _form(self, conversation: Conversation, text: str, without_arguments: bool) -> tuple[Form, list[str], str]:
+        structure, texts, arguments = _without_texts(conversation, without_arguments)
+        form = self._analysed(structure)
+        self._check_no_special("\n".join(arguments), form.special_ids)
+        expected = form.filled(texts)
         if text != expected:
             at = next(
                 (index for index, (one, other) in enumerate(zip(text, expected, strict=False)) if one != other),
@@ -114,10 +144,9 @@ class ChatTemplate:
             )
             raise UserError(
                 f"the chat template changes the text of a message: {shown(expected[at : at + 40])} becomes "
-                f"{shown(text[at : at + 40])}; "
-                "give the text as the template leaves it (often: no space at its ends)"
+                f"{shown(text[at : at + 40])}; give the text as the template leaves it (often: no space at its ends)"
             )
-        return text
+        return form, texts, text
 
     def _analyse(self, structure: str) -> Form:
         """The form of conversations of one structure (`_without_texts`). Raises UserError where its turns have no sound
@@ -125,47 +154,23 @@ class ChatTemplate:
         """
         messages, tools, effort = json.loads(structure)
         text = self.render(messages, tools, effort)
+        _check_nothing_is_left_out(messages, tools, text)
         controls = self._controls(text)
-        unseen = set(_MARKER.findall(_plain_json([messages, tools]))) - set(_MARKER.findall(text))
-        for number, message in enumerate(messages, start=1):
-            for key, value in message.items():
-                if unseen.intersection(_MARKER.findall(_plain_json(value))):
-                    raise UserError(
-                        f"message {number}: the chat template leaves out its {key!r}; it cannot be trained with this "
-                        "tokenizer's template"
-                    )
-        if unseen:
-            raise UserError(
-                "the chat template leaves out 'tools'; they cannot be trained with this tokenizer's template"
-            )
         special_ids = frozenset(self._special_ids | {control.token_id for control in controls})
-        self._check_structure(messages, tools, special_ids)
-        turns = [
-            self._turn(messages, number, tools, effort, text, controls)
-            for number, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+        self._check_no_special(structure, special_ids)
+        turns = self._turns(messages, tools, effort, text, controls)
         control_ids = np.array([control.token_id for control in controls], np.int32)
         return Form(text, _MARKER.split(text), controls, control_ids, turns, special_ids, self._is_special(special_ids))
 
     def _controls(self, text: str) -> list[Control]:
-        """The added tokens in `text`, in their order."""
-        encoding = self._fast.encode(text, add_special_tokens=False)
-        found = [
-            Control(token_id, *offsets)
-            for token_id, offsets in zip(encoding.ids, encoding.offsets, strict=True)
-            if token_id in self._added
-        ]
-        # Not the unknown token in place of a character, nor an added token that is also a piece of plain text.
-        return [
-            control for control in found if text[control.start : control.end] == self._added[control.token_id].content
-        ]
+        """The added tokens in `text`, in their order: the leftmost, of those the longest, as tokenizers finds them."""
+        return [Control(self._id_of[match[0]], *match.span()) for match in self._literal.finditer(text)]
 
-    def _check_structure(self, messages: list[dict], tools: list[dict] | None, special_ids: frozenset[int]) -> None:
-        """Raises UserError where anything but the texts holds a special token's text: there it could not be told from
-        the template's own.
+    def _check_no_special(self, text: str, special_ids: frozenset[int]) -> None:
+        """Raises UserError where `text`, which is no text of a message, holds a special token's: there it could not be
+        told from the template's own.
         """
-        for control in self._controls(_plain_json([messages, tools])):
+        for control in self._controls(text):
             if control.token_id in special_ids:
                 token = self._added[control.token_id].content
                 raise UserError(
@@ -173,56 +178,78 @@ class ChatTemplate:
                     "'tool_calls' or names"
                 )
 
-    def _turn(
-        self,
-        messages: list[dict],
-        number: int,
-        tools: list[dict] | None,
-        effort: str | None,
-        text: str,
-        controls: list[Control],
-    ) -> tuple[int, int]:
-        """The numbers of the controls that open and end the turn `messages[number]` of the assistant in `text`, the
-        whole conversation.
+    def _turns(
+        self, messages: list[dict], tools: list[dict] | None, effort: str | None, text: str, controls: list[Control]
+    ) -> list[tuple[int, int]]:
+        """The numbers of the controls that open and end each of the assistant's turns in `text`, the whole
+        conversation.
         """
-        where = f"message {number + 1}"
-        before = self.render(messages[:number], tools, effort)
-        prompted = self.render(messages[:number], tools, effort, prompt=True)
-        after = self.render(messages[: number + 1], tools, effort)
-        if not (text.startswith(after) and after.startswith(before) and prompted.startswith(before)):
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        number_at = {control.start: number for number, control in enumerate(controls)}
+        occurrences = Counter(_MARKER.findall(text))
+        turns, end, previous = [], 0, 0
+        for number in numbers:
+            short, whole = messages[: numbers[0]] + messages[previous : number + 1], messages[: number + 1]
+            previous = max(number, numbers[0])
+            with _located(f"message {number + 1}"):
+                try:
+                    turn = self._next_turn(text, end, whole if number in numbers[:1] else short, tools, effort)
+                except UserError:
+                    turn = self._next_turn(text, end, whole, tools, effort)
+                inside = _MARKER.findall(turn.text)
+                if sum(occurrences[marker] for marker in set(inside)) != len(inside):
+                    raise UserError(_ELSEWHERE)
+            start = end + len(turn.lead)
+            turns.append((number_at[start], number_at[start + turn.eos]))
+            end = start + len(turn.text)
+        return turns
+
+    def _next_turn(
+        self, text: str, start: int, history: list[dict], tools: list[dict] | None, effort: str | None
+    ) -> _Turn:
+        """The turn that ends `history`, with the markers that it has there. Raises UserError unless `text` goes on with
+        it at `start`.
+        """
+        numbers = {_marker(number)[-7:-1]: number for number in range(len(tools or ()))}  # the tools keep theirs
+        renumbered = _MARKER.sub(
+            lambda match: _marker(numbers.setdefault(match[1], len(numbers))), _plain_json(history)
+        )
+        turn = self._last_turn(renumbered, _plain_json(tools), effort)
+        own = list(map(int, numbers))
+        lead, own_text = (_MARKER.sub(lambda match: _marker(own[int(match[1])]), part) for part in turn[:2])
+        if not (text.startswith(lead, start) and text.startswith(own_text, start + len(lead))):
+            raise UserError(_DIFFERENTLY)
+        return _Turn(lead, own_text, turn.eos)
+
+    def _find_last_turn(self, history: str, tools: str, effort: str | None) -> _Turn:
+        """The assistant's turn at the end of `history`; both are JSON. Raises UserError where it has no sound
+        bounds.
+        """
+        messages, tools = json.loads(history), json.loads(tools)
+        before, after = (self.render(messages[:end], tools, effort) for end in (-1, len(messages)))
+        prompted = self.render(messages[:-1], tools, effort, prompt=True)
+        previous = max((end for end in range(1, len(messages)) if messages[end - 1]["role"] == "assistant"), default=0)
+        earlier = self.render(messages[:previous], tools, effort) if previous else ""
+        if not (before.startswith(earlier) and after.startswith(before) and prompted.startswith(before)):
+            raise UserError(_DIFFERENTLY)
+        text, prompt = after[len(before) :], prompted[len(before) :]
+        controls, opening = self._controls(text), self._controls(prompt)[:1]
+        if not opening or opening[0].start != 0 or controls[:1] != opening:
             raise UserError(
-                f"{where}: the chat template renders what stands before it differently when more follows, so that the "
-                "assistant would not be trained "
-                "on what it sees in use; system messages belong at the start, and earlier reasoning must stay"
+                "the chat template does not open it with the special token of its generation prompt (perhaps because "
+                "the turn before is the assistant's too: make them one); such rows are refused"
             )
-        prompt = [control.token_id for control in self._controls(prompted) if control.start == len(before)]
-        inside = [
-            index
-            for index, control in enumerate(controls)
-            if len(before) <= control.start and control.end <= len(after)
-        ]
-        if not inside or controls[inside[0]].start != len(before) or [controls[inside[0]].token_id] != prompt:
+        if not text.startswith(prompt):
+            raise UserError(_not_behind_the_prompt(prompt, messages[-1], effort))
+        ends = [control for control in controls if control.token_id == self._tokenizer.eos_token_id]
+        if not ends or _MARKER.search(text, ends[-1].end):
             raise UserError(
-                f"{where}: the chat template does not open it with the special token of its generation prompt (perhaps "
-                "because the turn before is "
-                "the assistant's too: make them one); such rows are refused"
+                f"the chat template does not end it with the EOS token {shown(self._tokenizer.eos_token)}, and the "
+                "model would never learn to stop; the checkpoint's own template and eos_token are needed"
             )
-        ends = [index for index in inside if controls[index].token_id == self._tokenizer.eos_token_id]
-        trained = text[controls[inside[0]].end : controls[ends[-1]].start] if ends else ""
-        if not ends or _MARKER.findall(text[controls[ends[-1]].end : len(after)]):
-            raise UserError(
-                f"{where}: the chat template does not end it with the EOS token {shown(self._tokenizer.eos_token)}, "
-                "and the model would never learn "
-                "to stop; the checkpoint's own template and eos_token are needed"
-            )
-        own = set(_MARKER.findall(_plain_json(messages[number])))
-        if own != set(_MARKER.findall(trained)) or len(_MARKER.findall(trained)) != sum(
-            found in own for found in _MARKER.findall(text)
-        ):
-            raise UserError(
-                f"{where}: the chat template puts its text elsewhere, or other text into it; such templates are refused"
-            )
-        return inside[0], ends[-1]
+        if set(_MARKER.findall(text)) != set(_MARKER.findall(_plain_json(messages[-1]))):
+            raise UserError(_ELSEWHERE)
+        return _Turn(before[len(earlier) :], text, ends[-1].start)
 
     def _lookup(self, special_ids: frozenset[int]) -> np.ndarray:
         is_special = np.zeros(self._num_ids, bool)
@@ -230,29 +257,95 @@ class ChatTemplate:
         return is_special
 
 
-def _without_texts(conversation: Conversation) -> tuple[str, list[str]]:
-    """The conversation as JSON with a marker in place of each text of a message and each name of a function; and
-    those.
+_DIFFERENTLY = (
+    "the chat template renders what stands before it differently when more follows, so that the assistant would not be "
+    "trained on what it sees in use; system messages belong at the start, and earlier reasoning must stay"
+)
+_ELSEWHERE = "the chat template puts its text elsewhere, or other text into it; such templates are refused"
+
+
+def _not_behind_the_prompt(prompt: str, message: dict, effort: str | None) -> str:
+    if message.get("reasoning_content"):
+        return (
+            f"has reasoning, but under reasoning_effort {effort or 'no_think (when absent)'} the model in use goes on "
+            f"behind {shown(prompt)}; give reasoning_effort low or high, or leave the reasoning out"
+        )
+    return (
+        f"the chat template does not begin it with its generation prompt {shown(prompt)}, so that the assistant would "
+        "not be trained on what it sees in use; such rows are refused"
+    )
+
+
+def _pattern(added_tokens) -> re.Pattern:
+    """Finds the added tokens in a text."""
+    literals = [
+        rf"(?<!\w){re.escape(token.content)}(?!\w)" if token.single_word else re.escape(token.content)
+        for token in sorted(added_tokens, key=lambda token: -len(token.content))
+    ]
+    return re.compile("|".join(literals) or "(?!)")
+
+
+def _check_nothing_is_left_out(messages: list[dict], tools: list[dict] | None, text: str) -> None:
+    """Raises UserError where a marker in `messages` or `tools` is not in `text`."""
+    seen = set(_MARKER.findall(text))
+    for number, message in enumerate(messages, start=1):
+        for key, value in message.items():
+            if not seen.issuperset(_MARKER.findall(_plain_json(value))):
+                raise UserError(
+                    f"message {number}: the chat template leaves out its {key!r}; it cannot be trained with this "
+                    "tokenizer's template"
+                )
+    if not seen.issuperset(_MARKER.findall(_plain_json(tools))):
+        raise UserError("the chat template leaves out 'tools'; they cannot be trained with this tokenizer's template")
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _without_texts(conversation: Conversation, without_arguments: bool) -> tuple[str, list[str], list[str]]:
+    """The conversation as JSON with a marker in place of each text of a message and each name of a function, those of
+    `tools` first; these texts; and those of them that are arguments.
+
+    Args:
+        without_arguments: whether strings among the arguments of calls count as texts too, and ids of calls are left
+            out.
     """
-    texts = []
+    texts, arguments = [], []
 
     def marked(text: str) -> str:
         texts.append(text)
-        return f"<{_MARK}-{len(texts) - 1}>"
+        return _marker(len(texts) - 1)
+
+    def argument(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        arguments.append(value)
+        return marked(value)
 
     def nameless(item: dict) -> dict:
         function = item.get("function", item)
-        named = function | {"name": marked(function["name"])}
-        return item | {"function": named} if "function" in item else named
+        function = function | {"name": marked(function["name"])}
+        if without_arguments and isinstance(function.get("arguments"), dict):
+            function["arguments"] = {key: argument(value) for key, value in function["arguments"].items()}
+        return item | {"function": function} if "function" in item else function
 
+    tools = conversation.tools and [nameless(tool) for tool in conversation.tools]
     messages = []
     for message in conversation.messages:
         message = {key: marked(value) if key in _TEXTS and value else value for key, value in message.items()}
         if "tool_calls" in message:
             message["tool_calls"] = [nameless(call) for call in message["tool_calls"]]
+        if without_arguments:
+            message.pop("tool_call_id", None)
+            for call in message.get("tool_calls", ()):
+                call.pop("id", None)
         messages.append(message)
-    tools = conversation.tools and [nameless(tool) for tool in conversation.tools]
-    return json.dumps([messages, tools, conversation.reasoning_effort]), texts
+    return _plain_json([messages, tools, conversation.reasoning_effort]), texts, arguments
 
 
 def _plain_json(value: object) -> str:
