@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Show a fine-tuning file, or one row of it, as the model will see it.
+"""Show fine-tuning files, or one row, as the model will see them; and make their indices before a job needs them.
 
     tools/inspect_data.py rows.jsonl --tokenizer Hy-MT2-30B-A3B --seq-length 4096
     tools/inspect_data.py rows.jsonl --tokenizer Hy-MT2-30B-A3B --row 7
 
-The first counts rows, tokens, trained tokens and lengths, and says what --seq-length would cut and how full packed
-sequences are. The second prints the row in line 7 token by token ("|" between tokens): what is trained is green on a
-terminal, elsewhere between ⟦ and ⟧.
+The first counts rows, tokens, trained tokens and lengths, says what --seq-length would cut and how full packed
+sequences are. It tokenizes on all cores and keeps the index where training on the file looks for it. The second prints
+the row in line 7 token by token ("|" between tokens): what is trained is green on a terminal, elsewhere between ⟦ and
+⟧.
 """
 
 import argparse
@@ -17,8 +18,11 @@ import sys
 import numpy as np
 
 from hymeg.data.chat import ChatEncoder, Tokens
+from hymeg.data.index_building import RowEncoder, build_missing, told_bad_rows
 from hymeg.data.inspection import Fit, Summary, fit, histogram, read_row, summarize
+from hymeg.data.row_index import RowIndex, index_folder
 from hymeg.data.rows import RowReader
+from hymeg.data.text_files import check_given_once, check_row_file
 from hymeg.errors import UserError, exit_on_user_error
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -53,7 +57,7 @@ def print_row(encoder: ChatEncoder, tokens: Tokens, seq_length: int | None) -> N
     print("|".join(line))
 
 
-def print_summary(summary: Summary) -> None:
+def print_summary(summary: Summary, counts: dict[str, int]) -> None:
     lengths, num_rows, num_tokens = summary.lengths, len(summary.lengths), int(summary.lengths.sum())
     print(f"rows      {num_rows:,}")
     print(
@@ -61,6 +65,8 @@ def print_summary(summary: Summary) -> None:
         "middle"
     )
     print(f"trained   {summary.num_trained.sum():,} tokens, {summary.num_trained.sum() / num_tokens:.1%}")
+    turns = ", ".join(f"{count:,} {what.removeprefix('turns').strip()}" for what, count in sorted(counts.items()))
+    print(f"turns     {turns.replace(' ,', ',')}")
     classes = histogram(lengths)
     largest = max(count for _, _, count in classes)
     print("\n        tokens     rows")
@@ -89,17 +95,34 @@ def print_fit(fitted: Fit, num_rows: int, seq_length: int) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "file", metavar="FILE", help="conversations or translations, one a line (hymeg/data/rows.py describes them)"
+        "files", metavar="FILE", nargs="+", help="conversations or translations, one a line (docs/data.md)"
     )
     parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="the checkpoint's folder, or another with its tokenizer files"
+        "--tokenizer",
+        "--hf-model",
+        required=True,
+        metavar="DIR",
+        help="the checkpoint's folder, or another with its tokenizer files",
     )
     parser.add_argument("--row", type=int, metavar="N", help="show the row in line N")
     parser.add_argument("--seq-length", type=int, metavar="S", help="say what sequences of S tokens would hold")
     parser.add_argument(
         "--translation-prompts", metavar="FILE.json", help="further kinds of prompts for translation rows"
     )
+    parser.add_argument(
+        "--data-cache-path", metavar="DIR", help="where the indices are kept, as in training (else FILE.cache)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (all cores, where worth it)")
     return parser.parse_args()
+
+
+def indices(args: argparse.Namespace, paths: list[str]) -> list[RowIndex]:
+    """Of each file, made where there is none."""
+    settings = (args.tokenizer, None, args.translation_prompts, True)
+    fingerprint = RowEncoder(*settings).fingerprint
+    folders = {path: index_folder(path, args.data_cache_path, fingerprint) for path in paths}
+    build_missing(folders, settings, sys.stderr, args.workers)
+    return [RowIndex(folder, path) for path, folder in folders.items()]
 
 
 def main() -> None:
@@ -108,20 +131,26 @@ def main() -> None:
         raise UserError(f"--row is {args.row}; at least 1 is needed")
     if args.seq_length is not None and not 1 <= args.seq_length <= MAX_SEQ_LENGTH:
         raise UserError(f"--seq-length is {args.seq_length}; from 1 to {MAX_SEQ_LENGTH} is possible")
-    reader, encoder = RowReader(args.translation_prompts), ChatEncoder(args.tokenizer)
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers is {args.workers}; at least 1 is needed")
+    if args.row is not None and len(args.files) > 1:
+        raise UserError(f"--row {args.row}: needs one file, found {len(args.files)}")
+    paths = [check_row_file(path) for path in args.files]
+    check_given_once("FILE", paths)
     if args.row is not None:
-        print_row(encoder, read_row(args.file, args.row, reader, encoder), args.seq_length)
+        encoder = ChatEncoder(args.tokenizer)
+        print_row(encoder, read_row(paths[0], args.row, RowReader(args.translation_prompts), encoder), args.seq_length)
         return
-    summary = summarize(args.file, reader, encoder)
-    if len(summary.lengths):
-        print_summary(summary)
+    found = indices(args, paths)
+    for index in found:
+        print(f"{index.path}\nindex     {index.folder}")
+        summary = summarize(index)
+        print_summary(summary, index.counts)
         if args.seq_length is not None:
-            print_fit(fit(summary, args.seq_length), len(summary.lengths), args.seq_length)
-    if summary.bad_rows:
-        raise UserError(
-            f"rows that cannot be trained on: {summary.bad_rows:,}; training stops at the first: "
-            f"{summary.first_bad_row}"
-        )
+            print_fit(fit(summary, args.seq_length), len(index), args.seq_length)
+        print(*told_bad_rows(index.bad_rows, len(index)), sep="\n")
+    for first in (index.bad_rows[0].first for index in found if index.bad_rows):
+        raise UserError(f"{first} (training stops at it, unless with --sft-bad-rows skip)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """What a fine-tuning file holds, counted: rows, tokens, lengths, and what a sequence length would do to them."""
 
 import os
-from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +8,12 @@ import numpy as np
 
 from hymeg.data.chat import ChatEncoder, Tokens
 from hymeg.data.packing import pack
+from hymeg.data.row_index import RowIndex
 from hymeg.data.rows import RowReader
-from hymeg.data.text_files import Batch, check_row_file, read_batches
+from hymeg.data.text_files import check_row_file, read_batches
 from hymeg.errors import UserError
+
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass
@@ -22,8 +23,6 @@ class Summary:
     lengths: np.ndarray  # tokens, int64
     num_trained: np.ndarray  # tokens, int64
     first_trained: np.ndarray  # place of the first trained token, int64
-    bad_rows: int = 0
-    first_bad_row: str | None = None  # what is wrong with it
 
 
 class Fit(NamedTuple):
@@ -50,34 +49,17 @@ def read_row(path: str | os.PathLike, line: int, reader: RowReader, encoder: Cha
     raise UserError(f"--row {line}: {path} has no row in line {line}")
 
 
-def summarize(path: str | os.PathLike, reader: RowReader, encoder: ChatEncoder) -> Summary:
-    """Encode every row of the file. Rows that cannot be trained on are counted and left out; UserError is for a file
-    that cannot be read.
-    """
-    bad_rows, table = [], array("q")
-    for batch in read_batches(check_row_file(path)):
-        for tokens in _encoded(batch, reader, encoder, bad_rows):
-            table.extend((len(tokens.trained), np.count_nonzero(tokens.trained), int(np.argmax(tokens.trained))))
-    if not table and not bad_rows:
-        raise UserError(f"{path}: holds no row; give a file with conversations or translations, one a line")
-    return Summary(*np.array(table, np.int64).reshape(-1, 3).T, len(bad_rows), next(iter(bad_rows), None))
-
-
-def _encoded(batch: Batch, reader: RowReader, encoder: ChatEncoder, bad_rows: list[str]) -> Iterator[Tokens]:
-    conversations = []
-    for number, raw in batch.rows:
-        try:
-            conversations.append(reader.parse(batch.path, number, raw))
-        except UserError as error:
-            bad_rows.append(str(error))
-    try:
-        yield from encoder.encode_batch(conversations)
-    except UserError:  # one of them cannot be rendered: which?
-        for conversation in conversations:
-            try:
-                yield encoder.encode(conversation)
-            except UserError as error:
-                bad_rows.append(str(error))
+def summarize(index: RowIndex) -> Summary:
+    """What the rows of an index hold."""
+    num_trained, first_trained = np.zeros(len(index), np.int64), np.zeros(len(index), np.int64)
+    for first in range(0, len(index), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        starts = index.starts[first : first + _ROWS_AT_ONCE + 1]
+        places = np.flatnonzero(index.stored[starts[0] : starts[-1]] < 0) + starts[0]
+        found = np.searchsorted(places, starts)
+        num_trained[rows] = np.diff(found)
+        first_trained[rows] = places[found[:-1]] - starts[:-1]  # every row has an assistant's turn
+    return Summary(index.lengths(), num_trained, first_trained)
 
 
 def fit(summary: Summary, seq_length: int, seed: int = 0) -> Fit:

@@ -1,67 +1,63 @@
-"""Conversations and translations, tokenised once: an index beside the file, memory-mapped by every process.
+"""Conversations and translations, tokenized once: an index beside the file, memory-mapped by every process.
 
 FOLDER/NAME-FINGERPRINT/ holds `tokens.bin` (int32, row after row; a token that is trained is stored as its bitwise
-complement, a negative number), `starts.npy` (int64 `[rows + 1]`), `lines.npy` (int64 `[rows]`, from 1) and
-`index.json`, and in folders of their own what `cached` keeps. The fingerprint is taken over the file's size, time and
-ends, the tokenizer, the chat template and the prompts. A killed build leaves a hidden `.partial` folder, which nothing
-reads.
+complement, a negative number), `starts.npy` (int64 `[rows + 1]`), `lines.npy` (int64 `[rows]`, from 1), `index.json`
+(a digest of the file, rows that could not be trained on, counts), in `seen/` the times that files of that content were
+found with, and in folders of their own what `cached` keeps. The fingerprint is taken over the file's size and ends, the
+tokenizer, the chat template and the prompts. `hymeg.data.index_building` makes it. A killed build leaves a hidden
+`.partial` folder, which nothing reads.
 """
 
 import contextlib
+import fcntl
 import glob
 import hashlib
-import json
 import os
 import shutil
 import socket
-from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.data.chat import ChatEncoder, Tokens
-from hymeg.data.rows import RowReader
-from hymeg.data.text_files import Batch, read_batches
-from hymeg.data.workers import encode_all
+from hymeg.data.chat import Tokens
 from hymeg.errors import UserError
-from hymeg.hf.files import fsync_folder, read_json, written_whole
+from hymeg.hf.files import fsync_folder, read_json, write_whole
 
-_VERSION = 1
+SUMMARY = "index.json"
+_VERSION = 2
 _END_BYTES = 1 << 20  # at each end of the file
-_SUMMARY = "index.json"
 _NAME_LENGTH = 48  # characters of the file's name in the folder's
+_BROKEN = (UserError, OSError, EOFError, ValueError, LookupError, TypeError)  # what reading a damaged index raises
 
 
-class Progress(NamedTuple):
-    """How far the tokenising has come."""
+class BadRows(NamedTuple):
+    """Rows that cannot be trained on, for one reason."""
 
-    path: str
-    total_bytes: int  # of the file as it lies on disk
-    num_bytes: int
-    num_rows: int
-    num_tokens: int
+    reason: str
+    count: int
+    first: str  # the message about the first of them, which begins with its place
 
 
 class RowIndex:
-    """A built index, memory-mapped."""
+    """A built index of the file `path`, memory-mapped."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        summary = read_json(folder / _SUMMARY)
-        self.path: str = summary["path"]
-        self.num_trained: int = summary["num_trained"]
-        self.content: str = summary["content"]
+    def __init__(self, folder: Path, path: str):
+        self.folder, self.path = folder, path
+        summary = read_json(folder / SUMMARY)
+        self.digest: str = summary["digest"]
+        self.bad_rows = [BadRows(*entry) for entry in summary["bad_rows"]]
+        self.counts: dict[str, int] = summary["counts"]
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")
         self.lines = np.load(folder / "lines.npy", mmap_mode="r")
-        self._stored = np.memmap(folder / "tokens.bin", np.int32, mode="r")
+        self.stored = np.memmap(folder / "tokens.bin", np.int32, mode="r")
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, row: int) -> Tokens:
-        stored = self._stored[self.starts[row] : self.starts[row + 1]]
+        stored = self.stored[self.starts[row] : self.starts[row + 1]]
         trained = stored < 0
         return Tokens(np.where(trained, ~stored, stored), trained)
 
@@ -76,116 +72,72 @@ class RowIndex:
         """Arrays kept beside the index under `name`, made when they are not there."""
         folder = self.folder / name
         if not self.is_cached(name):
-            shutil.rmtree(folder, ignore_errors=True)
-            with _built_beside(folder) as partial:
+            with built_beside(folder, lambda: self.is_cached(name)) as partial:
                 for key, array in make().items():
                     np.save(partial / f"{key}.npy", array)
         return _arrays(folder)
 
 
-class RowEncoder:
-    """Rows of a batch -> `[n]` int32 as stored, the number of tokens of each row, the line of each row."""
-
-    def __init__(self, tokenizer_dir: str, vocab_size: int | None, prompts: str | None):
-        self._reader = RowReader(prompts)
-        self._encoder = ChatEncoder(tokenizer_dir, vocab_size)
-        self.fingerprint = f"{self._encoder.fingerprint} {self._reader.fingerprint}"
-
-    def __call__(self, batch: Batch) -> tuple[np.ndarray, list[int], list[int], int]:
-        lines = [number for number, _ in batch.rows]
-        conversations = [self._reader.parse(batch.path, number, row) for number, row in batch.rows]
-        encoded = self._encoder.encode_batch(conversations)
-        stored = [np.where(tokens.trained, ~tokens.token_ids, tokens.token_ids) for tokens in encoded]
-        return (
-            np.concatenate(stored) if stored else np.empty(0, np.int32),
-            [len(row) for row in stored],
-            lines,
-            batch.num_bytes_read,
-        )
-
-
-def index_folder(path: str, cache: Path, fingerprint: str) -> Path:
-    """Where the index of the file `path` belongs."""
-    name = hashlib.sha256(f"{_state(path)} {fingerprint}".encode()).hexdigest()[:16]
-    return cache / f"{Path(path).name[:_NAME_LENGTH]}-{name}"
-
-
-def _state(path: str) -> str:
-    return f"{_content(path)} {os.stat(path).st_mtime_ns}"
-
-
-def _content(path: str) -> str:
-    """Tells files apart without reading them whole."""
+def index_folder(path: str, cache: str | None, fingerprint: str) -> Path:
+    """Where the index of the file `path` belongs: in `cache`, or beside the file."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        digest = hashlib.sha256(f"{_VERSION} {size} ".encode() + file.read(_END_BYTES))
+        digest = hashlib.sha256(f"{_VERSION} {fingerprint} {size} ".encode() + file.read(_END_BYTES))
         file.seek(max(0, size - _END_BYTES))
         digest.update(file.read(_END_BYTES))
-    return digest.hexdigest()[:16]
+    return Path(cache or f"{path}.cache") / f"{Path(path).name[:_NAME_LENGTH]}-{digest.hexdigest()[:16]}"
 
 
-def is_built(folder: Path) -> bool:
-    """Whether there is an index, with all its tokens."""
-    if not (folder / _SUMMARY).is_file():
-        return False
-    try:
-        index = RowIndex(folder)
-    except (UserError, OSError, EOFError, ValueError, LookupError, TypeError):
-        return False
-    return len(index.starts) == len(index) + 1 and (folder / "tokens.bin").stat().st_size == index.starts[-1] * 4
-
-
-def build_index(
-    path: str,
-    folder: Path,
-    settings: tuple,
-    num_workers: int = 1,
-    report: Callable[[Progress], None] = lambda progress: None,
-) -> None:
-    """Tokenise the file `path` into `folder`, which appears whole or not at all.
-
-    Args:
-        settings: those of `RowEncoder`.
-        num_workers: processes that tokenise; 1: this one, with the tokenizer's own threads.
-        report: called after each batch of rows.
-
-    Raises:
-        UserError: the file cannot be read, changes while it is read, a row is wrong, no row is in it, the folder cannot
-            be written.
+def is_built(folder: Path, path: str) -> bool:
+    """Whether there is an index with all its tokens, and it is that of the file as it is now. A file with other times
+    than before is read and compared.
     """
-    state = _state(path)
-    total_bytes, num_bytes, num_tokens, num_trained = os.path.getsize(path), 0, 0, 0
-    lengths, lines = array("q"), array("q")
-    if not is_built(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    with _built_beside(folder) as partial, open(partial / "tokens.bin", "wb") as file:
-        for stored, row_lengths, row_lines, num_bytes_read in encode_all(
-            read_batches(path), RowEncoder, settings, num_workers
-        ):
-            file.write(stored.tobytes())
-            lengths.extend(row_lengths)
-            lines.extend(row_lines)
-            num_bytes += num_bytes_read
-            num_trained += int(np.count_nonzero(stored < 0))
-            num_tokens += len(stored)
-            report(Progress(path, total_bytes, num_bytes, len(lines), num_tokens))
-        if not lines:
-            raise UserError(f"{path}: holds no row; give a file with conversations or translations, one a line")
-        if _state(path) != state:
-            raise UserError(f"{path}: has changed while it was read; start again once it is complete")
-        np.save(partial / "starts.npy", np.cumsum([0, *lengths], dtype=np.int64))
-        np.save(partial / "lines.npy", np.array(lines, dtype=np.int64))
-        with written_whole(partial / _SUMMARY) as summary:
-            summary.write(
-                json.dumps(
-                    {
-                        "path": os.path.abspath(path),
-                        "num_tokens": num_tokens,
-                        "num_trained": num_trained,
-                        "content": _content(path),
-                    }
-                ).encode()
-            )
+    try:
+        index = RowIndex(folder, path)
+        if len(index.starts) != len(index) + 1 or (folder / "tokens.bin").stat().st_size != index.starts[-1] * 4:
+            return False
+        seen = _seen(folder, path)
+        if seen.is_file() and seen.read_text() == file_state(path):
+            return True
+        if index.digest != content_digest(path):
+            return False
+    except _BROKEN:
+        return False
+    with contextlib.suppress(UserError, OSError):  # where it cannot be kept the file is compared each time
+        note_seen(folder, path, file_state(path))
+    return True
+
+
+def file_state(path: str) -> str:
+    """Changes with every write to the file: the time of the last change of the inode cannot be set back."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def note_seen(folder: Path, path: str, state: str) -> None:
+    """Remember in the index in `folder` that the file `path`, in this state, has its content."""
+    seen = _seen(folder, path)
+    seen.parent.mkdir(exist_ok=True)
+    write_whole(seen, state.encode())
+
+
+def content_digest(path: str) -> str:
+    """Of the whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def older_indices(folder: Path, path: str) -> list[Path]:
+    """Indices of files of that name which the index in `folder` has taken the place of, or which are another run's."""
+    return sorted(
+        other
+        for other in folder.parent.glob(f"{glob.escape(Path(path).name[:_NAME_LENGTH])}-{'[0-9a-f]' * 16}")
+        if other != folder
+    )
+
+
+def _seen(folder: Path, path: str) -> Path:
+    return folder / "seen" / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -197,26 +149,26 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _built_beside(folder: Path) -> Iterator[Path]:
-    """A folder of its own to write to, which becomes `folder` on success. Who comes second finds the first one's, which
-    is the same.
+def built_beside(folder: Path, is_good: Callable[[], bool]) -> Iterator[Path]:
+    """A folder of its own to write to, which becomes `folder` on success, in place of one that is not good. Who comes
+    second keeps the first one's, which is the same.
     """
     mine = f".{folder.name}.{socket.gethostname()}."
     partial = folder.with_name(f"{mine}{os.getpid()}.partial")
     try:
         for leftover in folder.parent.glob(f"{glob.escape(mine)}*.partial"):
-            if not Path("/proc", leftover.suffixes[-2][1:]).exists():
+            if not _is_locked(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        with open(partial / "lock", "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield partial
+            for path in partial.rglob("*.*"):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            (partial / "lock").unlink()
+            _rename(partial, folder, is_good)
         fsync_folder(folder.parent)
     except OSError as error:
         raise UserError(
@@ -225,3 +177,27 @@ def _built_beside(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_locked(partial: Path) -> bool:
+    """Whether a process, in whatever container, still writes there; also where that cannot be told."""
+    try:
+        with open(partial / "lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def _rename(partial: Path, folder: Path, is_good: Callable[[], bool]) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        if is_good():
+            return
+        aside = partial.with_suffix(".old")
+        folder.rename(aside)
+        partial.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -80,6 +80,12 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="--sft: what to do with conversations longer than --seq-length: stop, cut their beginning or their end, leave them out",
     )
     group.add_argument(
+        "--sft-bad-rows",
+        choices=("stop", "skip"),
+        default="stop",
+        help="--sft: what to do with rows that cannot be trained on: stop at the first, or count them and leave them out",
+    )
+    group.add_argument(
         "--translation-prompts", metavar="FILE.json", help="--sft: further kinds of prompts for translation rows"
     )
     add_opposites(parser)

@@ -27,7 +27,7 @@ _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np
 _NUM_TOKENS_LOOKED_AT = 1 << 20
 
 
-def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
+def settle_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
     """Check the data of `args`, choose `--split` where it is not given, and turn evaluation off where there is nothing
     to evaluate on.
 
@@ -42,7 +42,7 @@ def check_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], 
         raise UserError(
             f"{flags[one]} fails in Megatron 0.19 without {flags[other]}; add that, or leave {flags[one]} out"
         )
-    for dest in ("sft_packing", "sft_truncation", "translation_prompts"):
+    for dest in ("sft_packing", "sft_truncation", "sft_bad_rows", "translation_prompts"):
         if dest in args.explicit:
             raise UserError(
                 f"{args.explicit[dest][0]} is about conversations and needs --sft; add that, or leave "

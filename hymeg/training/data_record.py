@@ -1,5 +1,8 @@
 """What data a run's checkpoints were trained on, kept beside them: a resume under other data, or in another order, says
 so.
+
+`data.json` is a list of {"after": the iteration that a run went on from, "data": its record}, in order. What a run that
+saved nothing left there is not what the checkpoint was trained on: an entry counts for later iterations only.
 """
 
 import argparse
@@ -9,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.errors import UserError
-from hymeg.hf.files import read_json, shown, written_whole
+from hymeg.hf.files import read_json, shown, write_whole
 from hymeg.training.weights import is_distributed_checkpoint
 
 RECORD = "data.json"
@@ -38,23 +42,34 @@ def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Call
     """Say where `record` differs from that of the checkpoint that training goes on from, and keep it in `--save`. For
     rank 0.
     """
+    iteration, kept = 0, []
     if args.load is not None and not args.finetune and is_distributed_checkpoint(args.load):
-        for key, was in _kept(args.load).items():
+        iteration = _iteration(args)
+        kept = [entry for entry in _kept(args.load) if entry["after"] < iteration]
+        for key, was in kept[-1]["data"].items() if kept else ():
             if key in record and record[key] != was:
                 say(
                     f"the data are not in the order that {args.load} was trained on: {key} was {shown(was)} and is "
-                    f"{shown(record[key])}; samples may "
-                    f"come twice or never"
+                    f"{shown(record[key])}; samples may come twice or never"
                 )
     if args.save is not None:
         os.makedirs(args.save, exist_ok=True)
-        with written_whole(Path(args.save, RECORD)) as file:
-            file.write(json.dumps(record, indent=1).encode())
+        write_whole(
+            Path(args.save, RECORD), json.dumps([*kept, {"after": iteration, "data": record}], indent=1).encode()
+        )
 
 
-def _kept(folder: str) -> dict[str, Any]:
+def _iteration(args: argparse.Namespace) -> int:
+    """That training goes on from."""
+    if args.ckpt_step is not None:
+        return args.ckpt_step
+    named = Path(args.load, TRACKER).read_text().strip()
+    return 0 if named == "release" else int(named)
+
+
+def _kept(folder: str) -> list[dict[str, Any]]:
     try:
         kept = read_json(Path(folder, RECORD))
     except UserError:
-        return {}  # of a release, or of another tool
-    return kept if isinstance(kept, dict) else {}
+        return []  # of a release, or of another tool
+    return kept if isinstance(kept, list) else []

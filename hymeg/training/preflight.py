@@ -16,9 +16,9 @@ from hymeg.hf.config import HyConfig
 from hymeg.planning import layout as layouts
 from hymeg.platform import device
 from hymeg.training.arguments import naming_lines
-from hymeg.training.data_paths import check_data, check_writable
+from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
-from hymeg.training.row_data import check_rows
+from hymeg.training.row_data import settle_rows
 from hymeg.training.schedule import check_schedule
 from hymeg.training.weights import check_weights, is_distributed_checkpoint
 
@@ -45,9 +45,9 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
         _check_overlap(args)
         _check_files(args)
         if args.sft_rows:
-            check_rows(args)
+            settle_rows(args)
         else:
-            check_data(args, config, say)
+            settle_data(args, config, say)
         _check_logs(args)
         _check_save(args)
         _correct(args, say)

@@ -3,13 +3,14 @@
 import argparse
 import functools
 import os
-import time
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from hymeg.data.conversations import ConversationDataset, Sequences, Shape
-from hymeg.data.row_index import Progress, RowEncoder, RowIndex, build_index, index_folder, is_built
+from hymeg.data.index_building import RowEncoder, build_missing, told_bad_rows
+from hymeg.data.row_index import RowIndex, index_folder, is_built
 from hymeg.data.text_files import check_given_once, check_row_file
 from hymeg.data.translation import load_prompts
 from hymeg.errors import UserError
@@ -19,9 +20,6 @@ from hymeg.training.data_paths import check_split, check_writable, choose_split,
 from hymeg.training.flag_names import flag
 from hymeg.training.once import once_per_node
 
-_SECONDS_BETWEEN_LINES = 10.0
-_BYTES_PER_WORKER = 50_000_000  # of a file: less is not worth a process
-_MAX_WORKERS = 16
 _SPLITS = ("training", "validation", "test")
 _IGNORED = {
     **dict.fromkeys(("mock_data", "data_args_path", "per_split_data_args_path"), "give the files with --data-path"),
@@ -42,8 +40,8 @@ class Blend(NamedTuple):
     weights: list[float] | None
 
 
-def check_rows(args: argparse.Namespace) -> None:
-    """Check the flags of `--sft` and that its files are there.
+def settle_rows(args: argparse.Namespace) -> None:
+    """Check the flags of `--sft` and that its files are there; put `--data-path` and `--split` in Megatron's terms.
 
     Raises:
         UserError: a flag that contradicts it or would be ignored, no data, a file that is missing, empty, unreadable or
@@ -94,9 +92,8 @@ def _check_file(label: str, path: str, cache: str | None) -> None:
     try:
         check_writable("--data-cache-path" if cache else label, cache or f"{path}.cache")
     except UserError as error:
-        raise UserError(
-            f"{error}{'' if cache else '; or give --data-cache-path, a folder that all nodes share, for the index of the data'}"
-        ) from None
+        remedy = "; or give --data-cache-path, a folder that all nodes share, for the index of the data"
+        raise UserError(f"{error}{'' if cache else remedy}") from None
 
 
 class RowData:
@@ -116,6 +113,9 @@ class RowData:
         self.shape = Shape(args.seq_length, alignment, args.packed, args.sft_truncation, config.pad_token_id or 0)
         blends = row_blends(args)
         indices = _indices(args, config, dict.fromkeys(path for blend in blends if blend for path in blend.paths))
+        for path, index in indices.items():
+            for line in told_bad_rows(index.bad_rows, len(index)):
+                say(f"{path}: {line}")
         self.weights = [blend.weights if blend else blends[0].weights for blend in blends]
         split = _split(args, {path: len(index) for path, index in indices.items()}, blends, say)
         self.sources = [
@@ -131,9 +131,9 @@ class RowData:
         for name, sources in zip(_SPLITS, self.sources, strict=True):
             for source in sources:
                 say(f"{name} data {described(source)}")
-        trained = {source.index.path for source in self.sources[0]}
+        trained = {source.index.digest for source in self.sources[0]}
         for source in self.sources[1] if blends[1] else ():
-            if source.index.path in trained:
+            if source.index.digest in trained:
                 say(f"--valid-data-path {source.index.path} is trained on too: its loss says nothing about new data")
         set_evaluation(args, self.sources[1], say)
 
@@ -142,7 +142,7 @@ class RowData:
         train = self.sources[0]
         return {
             "train_data": [
-                [os.path.basename(source.index.path), source.index.content, int(source.index.starts[-1]), *source.rows]
+                [os.path.basename(source.index.path), source.index.digest, int(source.index.starts[-1]), *source.rows]
                 for source in train
             ],
             "weights": self.weights[0],
@@ -177,7 +177,7 @@ class RowData:
 
 
 def described(sequences: Sequences) -> str:
-    """What became of the rows of a file, on one line."""
+    """What became of the good rows of a file, on one line."""
     counts, num_positions = sequences.counts, len(sequences.packs) * sequences.shape.seq_length
     lost = "".join(
         f", {number:,} {what}"
@@ -234,14 +234,20 @@ def _flags(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _indices(args: argparse.Namespace, config: HyConfig, paths: Iterable[str]) -> dict[str, RowIndex]:
-    settings = (args.hf_model, config.vocab_size, args.translation_prompts)
-    fingerprint, indices = RowEncoder(*settings).fingerprint, {}
-    for path in paths:
-        folder = index_folder(path, Path(args.data_cache_path or f"{path}.cache"), fingerprint)
-        num_workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) // 2, os.path.getsize(path) // _BYTES_PER_WORKER))
-        make = functools.partial(build_index, path, folder, settings, num_workers, _reporter())
-        once_per_node(f"index of {path}", functools.partial(is_built, folder), make)
-        indices[path] = RowIndex(folder)
+    settings = (args.hf_model, config.vocab_size, args.translation_prompts, args.sft_bad_rows == "skip")
+    fingerprint = RowEncoder(*settings).fingerprint
+    folders = {path: index_folder(path, args.data_cache_path, fingerprint) for path in paths}
+
+    def are_built() -> bool:
+        return all(is_built(folder, path) for path, folder in folders.items())
+
+    build = functools.partial(build_missing, folders, settings, sys.stdout)
+    once_per_node("indices of the rows", are_built, build)
+    indices = {path: RowIndex(folder, path) for path, folder in folders.items()}
+    if args.sft_bad_rows == "stop":  # the index of a run that skips them, or of tools/inspect_data.py
+        for index in indices.values():
+            for bad_rows in index.bad_rows[:1]:
+                raise UserError(f"{bad_rows.first} (--sft-bad-rows skip leaves such rows out)")
     return indices
 
 
@@ -263,22 +269,3 @@ def _split(
     if "split" not in args.explicit:
         args.split = None
     return choose_split(args, {path: num_rows[path] for path in blends[0].paths}, _DEFAULT_SPLITS, "rows", say)
-
-
-def _reporter() -> Callable[[Progress], None]:
-    """Prints a line every ten seconds, and one at the end."""
-    started = said = time.monotonic()
-
-    def report(progress: Progress) -> None:
-        nonlocal said
-        now, done = time.monotonic(), progress.num_bytes == progress.total_bytes
-        if now - said >= _SECONDS_BETWEEN_LINES or done:
-            said = now
-            print(
-                f"hymeg: {progress.path}: {progress.num_rows:,} rows tokenised, "
-                f"{progress.num_bytes / max(progress.total_bytes, 1):.0%}, "
-                f"{progress.num_tokens:,} tokens, {progress.num_tokens / (now - started + 1e-9):,.0f} tokens/s",
-                flush=True,
-            )
-
-    return report

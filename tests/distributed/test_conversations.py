@@ -125,13 +125,16 @@ def num_packs(folder, tuning):
 
     platform.install()
     from hymeg.data.conversations import Sequences, Shape
-    from hymeg.data.row_index import RowEncoder, RowIndex, build_index, index_folder
+    from hymeg.data.index_building import RowEncoder, build_indices
+    from hymeg.data.row_index import RowIndex, index_folder
 
-    settings = (str(folder / "trunk"), None, None)
-    at = index_folder(str(folder / "rows.jsonl"), folder / "counted", RowEncoder(*settings).fingerprint)
-    build_index(str(folder / "rows.jsonl"), at, settings)
+    rows, settings = str(folder / "rows.jsonl"), (str(folder / "trunk"),)
+    at = index_folder(rows, str(folder / "counted"), RowEncoder(*settings).fingerprint)
+    build_indices({rows: at}, settings)
     return {
-        alignment: len(Sequences(RowIndex(at), (0, NUM_ROWS), Shape(SEQ_LENGTH, alignment, True, "error", 0), 1234))
+        alignment: len(
+            Sequences(RowIndex(at, rows), (0, NUM_ROWS), Shape(SEQ_LENGTH, alignment, True, "error", 0), 1234)
+        )
         for alignment in (1, 4)
     }
 

@@ -88,7 +88,8 @@ def test_apart_each_conversation_has_a_sample_of_its_own():
 def test_too_long_a_conversation_is_an_error_that_says_what_to_do():
     with pytest.raises(
         UserError,
-        match=r"rows\.jsonl: line 5: .* 40 tokens, .*--seq-length 32 .*rows as long: 2, the longest 150 tokens.*--seq-length 256",
+        match=r"rows\.jsonl: line 5: .* 40 tokens, .*--seq-length 32 .*"
+        r"rows as long: 2, the longest 150 tokens.*--seq-length 256",
     ):
         assert sequences(lengths=(12, 33, 40, 150)).packs
 
@@ -187,7 +188,7 @@ class TestOrder:
         epochs = [[data.sequence(i) for i in range(start, start + size)] for start in range(0, 3 * size, size)]
         everything = [(source, number) for source in (0, 1) for number in range(len(sources[source]))]
         assert all(sorted(epoch) == everything for epoch in epochs)
-        assert epochs[0] != epochs[1] != epochs[2]
+        assert len(set(map(tuple, epochs))) == 3
 
     def test_weights_are_kept_from_the_start_and_each_source_has_its_epochs(self):
         sources = [sequences(), sequences(lengths=(9, 30, 14))]
@@ -202,10 +203,18 @@ class TestOrder:
             sorted(second[start : start + size]) == list(range(size)) for start in range(0, len(second) - size, size)
         )
 
+    def test_each_source_of_a_blend_has_an_order_of_its_own(self):
+        sources = [sequences(packed=False), sequences(packed=False)]
+        data = ConversationDataset(sources, 40, None, seed=5, weights=[1, 1])
+        orders = [[number for of, number in map(data.sequence, range(40)) if of == source] for source in (0, 1)]
+        epochs = [order[start : start + 10] for order in orders for start in (0, 10)]
+        assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+        assert len(set(map(tuple, epochs))) == 4
+
     def test_whole_passes_are_filled_up_with_samples_that_train_nothing(self):
         source = sequences()
         data = ConversationDataset([source], None, None, multiple_of=8)
-        assert len(data) == 8 > len(source) or len(data) % 8 == 0
+        assert len(source) % 8 != 0 and len(data) == -(-len(source) // 8) * 8
         assert [data.sequence(i) for i in range(len(source))] == [(0, i) for i in range(len(source))]
         for i in range(len(source), len(data)):
             assert data.sequence(i) is None and not data[i]["loss_mask"].any()

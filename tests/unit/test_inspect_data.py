@@ -2,6 +2,7 @@
 told.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -13,12 +14,17 @@ import numpy as np
 import pytest
 
 from hymeg.data.chat import ChatEncoder
+from hymeg.data.index_building import RowEncoder, build_indices
 from hymeg.data.inspection import Summary, fit, histogram, read_row, summarize
+from hymeg.data.row_index import RowIndex, index_folder, is_built
 from hymeg.data.rows import RowReader
 from hymeg.errors import UserError
 from hymeg.hf.tokenizer import train_tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools/inspect_data.py")
+inspect_data = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(inspect_data)
 EXAMPLES = ROOT / "examples/data"
 ROW_FILES = ("translations.jsonl", "translations_heldout.jsonl", "conversations.jsonl")
 
@@ -41,19 +47,35 @@ def encoder(tokenizer_dir):
     return ChatEncoder(tokenizer_dir)
 
 
-def inspect(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "tools/inspect_data.py", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
-    )
+@pytest.fixture
+def inspect(tokenizer_dir, tmp_path, monkeypatch, capsys):
+    """Runs the command in this process; its output and errors. Indices are kept in the test's folder."""
+
+    def run(*arguments, cache=tmp_path / "cache"):
+        monkeypatch.chdir(ROOT)
+        words = ["--tokenizer", tokenizer_dir, *(["--data-cache-path", cache] if cache else [])]
+        monkeypatch.setattr(sys, "argv", ["inspect_data.py", *map(str, [*arguments, *words])])
+        inspect_data.main()
+        return capsys.readouterr()
+
+    return run
+
+
+def index_of(path, tokenizer_dir, cache):
+    settings = (str(tokenizer_dir), None, None, True)
+    folder = index_folder(str(path), str(cache), RowEncoder(*settings).fingerprint)
+    build_indices({str(path): folder}, settings)
+    return RowIndex(folder, str(path))
 
 
 # The examples
 
 
 @pytest.mark.parametrize("name", ROW_FILES)
-def test_every_example_row_can_be_trained_on(encoder, name):
-    summary = summarize(EXAMPLES / name, RowReader(), encoder)
-    assert (summary.bad_rows, len(summary.lengths)) == (0, len(example_rows(name)))
+def test_every_example_row_can_be_trained_on(tokenizer_dir, tmp_path, name):
+    index = index_of(EXAMPLES / name, tokenizer_dir, tmp_path)
+    summary = summarize(index)
+    assert (index.bad_rows, len(summary.lengths)) == ([], len(example_rows(name)))
     assert summary.num_trained.min() > 3
     assert (summary.num_trained < summary.lengths).all()
 
@@ -81,27 +103,19 @@ def test_the_examples_are_every_ordered_pair_of_languages():
 # Counting
 
 
-def test_a_summary_counts_rows_and_names_the_first_bad_one(tmp_path, encoder):
+def test_a_summary_counts_good_rows(tmp_path, tokenizer_dir, encoder, monkeypatch):
+    """Whatever the number of rows that it looks at together."""
     good = (EXAMPLES / "conversations.jsonl").read_bytes().splitlines()[:3]
-    late = json.dumps({"messages": [*json.loads(good[0])["messages"], {"role": "system", "content": "late"}]}).encode()
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join([good[0], b"{", late, b"", *good[1:]]))
-    summary = summarize(path, RowReader(), encoder)
-    reader = RowReader()
+    path.write_bytes(b"\n".join([good[0], b"{", b"", *good[1:]]))
+    index, reader = index_of(path, tokenizer_dir, tmp_path), RowReader()
     encoded = [encoder.encode(reader.parse("a", 1, raw)) for raw in good]
-    assert summary.lengths.tolist() == [len(tokens.token_ids) for tokens in encoded]
-    assert summary.num_trained.tolist() == [tokens.trained.sum() for tokens in encoded]
-    assert summary.first_trained.tolist() == [tokens.trained.tolist().index(True) for tokens in encoded]
-    assert summary.bad_rows == 2
-    assert "a.jsonl: line 2: not JSON" in summary.first_bad_row
-
-
-def test_a_file_without_rows_is_refused(tmp_path, encoder):
-    (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(
-        UserError, match=r"a.jsonl: holds no row; give a file with conversations or translations, one a line"
-    ):
-        summarize(tmp_path / "a.jsonl", RowReader(), encoder)
+    for rows_at_once in (1, 2, 3, 4096):
+        monkeypatch.setattr("hymeg.data.inspection._ROWS_AT_ONCE", rows_at_once)
+        summary = summarize(index)
+        assert summary.lengths.tolist() == [len(tokens.token_ids) for tokens in encoded]
+        assert summary.num_trained.tolist() == [tokens.trained.sum() for tokens in encoded]
+        assert summary.first_trained.tolist() == [tokens.trained.tolist().index(True) for tokens in encoded]
 
 
 def test_what_fits_is_what_training_would_do():
@@ -134,53 +148,91 @@ def test_a_row_that_is_not_there_is_named(tmp_path, encoder, line, message):
 # The command
 
 
-def test_the_command_counts_a_file(tokenizer_dir):
-    done = inspect(EXAMPLES / "translations_heldout.jsonl", "--tokenizer", tokenizer_dir, "--seq-length", 400)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("rows      180\ntokens    ")
-    assert "packed  " in done.stdout
-    assert "--sft-truncation" in done.stdout
+def test_the_command_counts_files_and_makes_the_index_that_training_looks_for(inspect, tmp_path, tokenizer_dir):
+    path = EXAMPLES / "translations_heldout.jsonl"
+    done = inspect(path, EXAMPLES / "conversations.jsonl", "--seq-length", 400)
+    first, second = done.out.split(f"{EXAMPLES / 'conversations.jsonl'}\n")
+    assert "\nrows      180\ntokens    " in first and "packed  " in first and "--sft-truncation" in first
+    assert "\nrows      " in second and "tokens/s" in done.err
+    folder = index_folder(str(path), str(tmp_path / "cache"), RowEncoder(str(tokenizer_dir)).fingerprint)
+    assert is_built(folder, str(path)) and f"index     {folder}\n" in first
+    again = inspect(path, EXAMPLES / "conversations.jsonl", "--seq-length", 400)
+    assert (again.out, again.err) == (done.out, "")
 
 
-def test_the_command_shows_what_is_trained(tmp_path, tokenizer_dir):
+def test_the_index_lies_beside_the_file_where_no_other_place_is_named(inspect, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((EXAMPLES / "conversations.jsonl").read_bytes())
+    inspect(path, cache=None)
+    assert [entry.name[:8] for entry in (tmp_path / "a.jsonl.cache").iterdir()] == ["a.jsonl-"]
+
+
+def test_the_command_counts_turns(inspect, tmp_path):
+    """Those of effort high without reasoning are told: the model in use would think before it says anything."""
+    question = {"role": "user", "content": "a"}
+    answers = [{"role": "assistant", "content": "b"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]
+    rows = [
+        {"messages": [question, answer] * 2, "reasoning_effort": effort}
+        for answer, effort in ((answers[0], "high"), (answers[1], "high"), (answers[0], "low"))
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "turns     6, 2 of effort high without reasoning, 2 with reasoning\n" in inspect(tmp_path / "a.jsonl").out
+
+
+def test_bad_rows_are_counted_by_reason(inspect, tmp_path, capsys):
+    good = (EXAMPLES / "conversations.jsonl").read_bytes().splitlines()[0]
+    late = json.dumps({"messages": [*json.loads(good)["messages"], {"role": "system", "content": "late"}]}).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([good, b'{"messages": []}', late, b'{"messages": []}', b'{"messages": 7}']))
+    message = f"^{path}: line 2: 'messages' is .*training stops at it, unless with --sft-bad-rows skip"
+    with pytest.raises(UserError, match=message):
+        inspect(path)
+    out = capsys.readouterr().out
+    assert "rows      1\n" in out and "4 of 5 rows cannot be trained on and are left out\n" in out
+    assert f"  3: 'messages' is ... (the first: {path}: line 2: " in out
+    assert "  1: a message: the chat template renders what stands before it differently" in out
+
+
+def test_the_command_shows_what_is_trained(inspect, tmp_path):
     row = {"messages": [{"role": "user", "content": "a ⟦b\n人"}, {"role": "assistant", "content": "人🙂"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    done = inspect(tmp_path / "a.jsonl", "--tokenizer", tokenizer_dir, "--row", 1)
-    assert (done.returncode, done.stderr) == (0, "")
-    shown = done.stdout.replace("|", "")
+    done = inspect(tmp_path / "a.jsonl", "--row", 1)
+    shown = done.out.replace("|", "")
     assert "<｜hy_User｜>a ⟦b\n人<｜hy_Assistant｜>⟦<think></think>人🙂<eos:6124c78e>⟧\n" in shown
-    assert "|人|🙂|<eos:6124c78e>⟧" in done.stdout
-
-
-def test_the_command_refuses_in_one_line(tmp_path, tokenizer_dir):
-    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
-    done = inspect(tmp_path / "a.jsonl", "--tokenizer", tokenizer_dir)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: rows that cannot be trained on: 1; training stops at the first: {tmp_path}/a.jsonl: line 1: "
-        "'messages' is []; a list of {'role', 'content'} is needed\n"
-    )
+    assert "|人|🙂|<eos:6124c78e>⟧" in done.out
+    assert done.err == "" and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("examples/data/conversations.jsonl", "--row", 0), "--row is 0; at least 1 is needed"),
+        (("examples/data/conversations.jsonl", "--workers", 0), "--workers is 0; at least 1 is needed"),
+        (("examples/data/conversations.jsonl", "LICENSE", "--row", 1), "--row 1: needs one file, found 2"),
+        (("constraints.txt", "constraints.txt"), "constraints.txt: plain text is for pre-training; conversations come"),
+        (("examples/data/conversations.jsonl",) * 2, "FILE examples/data/conversations.jsonl: the same file as"),
         (
             ("examples/data/conversations.jsonl", "--seq-length", 10**30),
             f"--seq-length is {10**30}; from 1 to 16777216 is possible",
         ),
         (("LICENSE", "--row", 1), "LICENSE: its name does not tell what it holds; "),
-        (
-            ("constraints.txt",),
-            "constraints.txt: plain text is for pre-training; conversations come as JSON lines (.jsonl)",
-        ),
     ],
 )
-def test_the_command_refuses_what_it_cannot_show(tokenizer_dir, arguments, message):
-    done = inspect(*arguments, "--tokenizer", tokenizer_dir)
+def test_the_command_refuses_what_it_cannot_show(inspect, arguments, message):
+    with pytest.raises(UserError) as caught:
+        inspect(*arguments)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_the_command_refuses_in_one_line(tmp_path, tokenizer_dir):
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    command = [sys.executable, ROOT / "tools/inspect_data.py", tmp_path / "a.jsonl", "--tokenizer", tokenizer_dir]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {tmp_path}/a.jsonl: no row can be trained on, of 1; the first: {tmp_path}/a.jsonl: line 1: "
+        "'messages' is []; a list of {'role', 'content'} is needed"
+    )
 
 
 def test_who_reads_the_output_may_stop(tokenizer_dir):

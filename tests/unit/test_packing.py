@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hymeg.data import packing
 from hymeg.data.packing import WINDOW, pack
 
 
@@ -32,6 +33,26 @@ def test_no_sequence_could_take_in_another_but_for_the_bounds_of_windows():
     rooms = sorted(64 - lengths[packs[number]].sum() for number in range(len(packs)))
     smallest = sorted(lengths[packs[number]].sum() for number in range(len(packs)))
     assert smallest[0] > max(room for room in rooms if room != 64 - smallest[0])
+
+
+def test_rows_come_in_an_order_of_each_seed():
+    """Rows that fill a sequence each show the order in which they are taken: by no seed is it the file's."""
+    orders = [pack(np.full(100, 64), 64, seed).order.tolist() for seed in range(5)]
+    assert all(sorted(order) == list(range(100)) != order for order in orders)
+    assert len(set(map(tuple, orders))) == 5
+
+
+def test_so_many_sequences_stay_open_for_the_next_window_and_no_more(monkeypatch):
+    """64 rows of 33 fill half of a sequence each; of the 64 rows of 31 in the next window four find one open, and the
+    others share theirs by twos."""
+    monkeypatch.setattr(packing, "WINDOW", 64)
+    monkeypatch.setattr(packing, "_MAX_OPEN", 4)
+    first = pack(np.full(128, 64), 64, seed=1).order[:64]
+    lengths = np.full(128, 31)
+    lengths[first] = 33
+    packs = pack(lengths, 64, seed=1)
+    assert len(packs) == 64 + 60 // 2
+    assert sum(lengths[packs[number]].sum() == 64 for number in range(len(packs))) == 4
 
 
 def test_the_same_seed_gives_the_same_sequences():

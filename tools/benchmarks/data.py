@@ -26,8 +26,9 @@ import psutil
 
 from hymeg.data.chat import ChatEncoder
 from hymeg.data.corpus import preprocess
+from hymeg.data.index_building import Progress, RowEncoder, build_indices
 from hymeg.data.packing import pack
-from hymeg.data.row_index import Progress, RowEncoder, build_index, index_folder
+from hymeg.data.row_index import index_folder
 from hymeg.data.rows import Conversation, RowReader
 from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.hf.tokenizer import load_tokenizer
@@ -75,12 +76,10 @@ def measure(folder: Path, num_rows: int, rounds: int) -> None:
 
     large = folder / "large.jsonl"
     write_large(large, num_rows)
-    index = index_folder(str(large), Path(f"{large}.cache"), RowEncoder(str(folder / "hf"), None, None).fingerprint)
+    index = index_folder(str(large), None, RowEncoder(str(folder / "hf")).fingerprint)
     done: list[Progress] = []
     seconds = timed(
-        lambda: build_index(
-            str(large), index, (str(folder / "hf"), None, None), 1, lambda progress: done.append(progress)
-        )
+        lambda: build_indices({str(large): index}, (str(folder / "hf"),), 1, lambda progress: done.append(progress))
     )
     what = f"{num_rows:,} rows, {large.stat().st_size / 1e6:,.0f} MB"
     row(
@@ -214,13 +213,15 @@ def second_start(checkpoint: str, path: str) -> dict[str, float]:
     import torch
 
     from hymeg.data.conversations import ConversationDataset, Sequences, Shape
-    from hymeg.data.row_index import RowIndex
+    from hymeg.data.row_index import RowIndex, is_built
 
     process = psutil.Process()
-    RowEncoder(checkpoint, None, None)  # the tokenizer is there anyway
+    RowEncoder(checkpoint)  # the tokenizer is there anyway
     before, start = process.memory_info().rss, time.perf_counter()
-    fingerprint = RowEncoder(checkpoint, None, None).fingerprint
-    index = RowIndex(index_folder(path, Path(f"{path}.cache"), fingerprint))
+    fingerprint = RowEncoder(checkpoint).fingerprint
+    folder = index_folder(path, None, fingerprint)
+    assert is_built(folder, path)
+    index = RowIndex(folder, path)
     source = Sequences(index, (0, len(index)), Shape(SEQ_LENGTH, 1, True, "drop", 0), 1234)
     dataset = ConversationDataset([source], 10**6, None, seed=1234)
     batches = iter(torch.utils.data.DataLoader(dataset, batch_size=1, num_workers=1))

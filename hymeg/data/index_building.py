@@ -1,0 +1,254 @@
+"""The indices of files of rows (`hymeg.data.row_index`), made by several processes, many files together."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, groupby
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+
+from hymeg.data.chat import ChatEncoder
+from hymeg.data.row_index import (
+    SUMMARY,
+    BadRows,
+    built_beside,
+    content_digest,
+    file_state,
+    is_built,
+    note_seen,
+    older_indices,
+)
+from hymeg.data.rows import Conversation, RowReader
+from hymeg.data.text_files import Batch, read_batches
+from hymeg.data.workers import encode_all
+from hymeg.errors import UserError
+from hymeg.hf.files import write_whole
+
+_SECONDS_BETWEEN_LINES = 10.0
+_BYTES_PER_WORKER = 20_000_000  # of the files: less is not worth a process
+_MAX_WORKERS = 64  # one process reads for all
+_MAX_REASONS = 50  # that are told apart
+
+
+class Encoded(NamedTuple):
+    """The rows of a `Batch`."""
+
+    path: str
+    stored: np.ndarray  # int32, as in tokens.bin
+    lengths: list[int]
+    lines: list[int]
+    bad_rows: list[str]
+    counts: Counter
+    num_bytes_read: int
+
+
+class Progress(NamedTuple):
+    """How far the tokenizing of all files has come."""
+
+    path: str  # of the file that is under way
+    total_bytes: int  # of the files as they lie on disk
+    num_bytes: int
+    num_rows: int
+    num_tokens: int
+
+
+class RowEncoder:
+    """Rows of a batch -> `Encoded`.
+
+    Attributes:
+        fingerprint: equal for encoders that make the same tokens of the same rows.
+    """
+
+    def __init__(
+        self, tokenizer_dir: str, vocab_size: int | None = None, prompts: str | None = None, skip_bad_rows: bool = False
+    ):
+        self._reader = RowReader(prompts)
+        self._encoder = ChatEncoder(tokenizer_dir, vocab_size)
+        self._skip_bad_rows = skip_bad_rows
+        self.fingerprint = f"{self._encoder.fingerprint} {self._reader.fingerprint}"
+
+    def __call__(self, batch: Batch) -> Encoded:
+        """Raises UserError at the first bad row, unless they are to be skipped."""
+        rows = [(number, self._parsed(batch.path, number, raw)) for number, raw in batch.rows]
+        good = [row for _, row in rows if not isinstance(row, UserError)]
+        encoded = iter(self._encoder.encode_batch(good))
+        stored, lines, bad_rows, counts = [np.empty(0, np.int32)], [], [], Counter()
+        for number, row in rows:
+            tokens = row if isinstance(row, UserError) else next(encoded)
+            if not isinstance(tokens, UserError):
+                stored.append(np.where(tokens.trained, ~tokens.token_ids, tokens.token_ids))
+                lines.append(number)
+                counts.update(_counted(row))
+            elif self._skip_bad_rows:
+                bad_rows.append(str(tokens))
+            else:
+                raise UserError(f"{tokens} (--sft-bad-rows skip leaves such rows out)")
+        lengths = [len(row) for row in stored[1:]]
+        return Encoded(batch.path, np.concatenate(stored), lengths, lines, bad_rows, counts, batch.num_bytes_read)
+
+    def _parsed(self, path: str, number: int, raw: bytes) -> Conversation | UserError:
+        try:
+            return self._reader.parse(path, number, raw)
+        except UserError as error:
+            return error
+
+
+def _counted(conversation: Conversation) -> Iterator[str]:
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            yield "turns"
+            if message.get("reasoning_content"):
+                yield "turns with reasoning"
+            elif conversation.reasoning_effort == "high":
+                yield "turns of effort high without reasoning"
+            if message.get("tool_calls"):
+                yield "turns with calls"
+
+
+def build_missing(folders: Mapping[str, Path], settings: tuple, stream: TextIO, num_workers: int | None = None) -> None:
+    """`build_indices` where there is none of the file as it is now. Progress, and where indices of older files lie, is
+    printed to `stream`.
+
+    Args:
+        num_workers: None: as many as this machine has cores and are worth starting.
+    """
+    missing = {path: folder for path, folder in folders.items() if not is_built(folder, path)}
+    if num_workers is None:
+        num_workers = worthwhile_workers(list(missing))
+    build_indices(missing, settings, num_workers, progress_lines(stream))
+    for path, folder in missing.items():
+        if older := older_indices(folder, path):
+            num_bytes = sum(file.stat().st_size for other in older for file in other.rglob("*") if file.is_file())
+            names = " ".join(map(str, older))
+            print(
+                f"hymeg: {path}: {len(older)} older indices, {num_bytes / 1e9:.1f} GB, to delete if no run uses them: "
+                f"{names}",
+                file=stream,
+                flush=True,
+            )
+
+
+def worthwhile_workers(paths: list[str]) -> int:
+    """How many processes are worth starting to tokenize the files on this machine."""
+    num_cores, num_bytes = len(os.sched_getaffinity(0)), sum(map(os.path.getsize, paths))
+    return max(1, min(_MAX_WORKERS, num_cores, num_bytes // _BYTES_PER_WORKER))
+
+
+def build_indices(
+    folders: Mapping[str, Path],
+    settings: tuple,
+    num_workers: int = 1,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Tokenize files, each into a folder, which appears whole or not at all.
+
+    Args:
+        folders: of each file's path (`hymeg.data.row_index.index_folder`).
+        settings: those of `RowEncoder`.
+        num_workers: processes that tokenize; 1: this one, with the tokenizer's own threads.
+        report: called after each batch of rows.
+
+    Raises:
+        UserError: a file cannot be read, changes while it is read, a row is wrong, no good row is in it, a folder
+            cannot be written.
+    """
+    states = {path: file_state(path) for path in folders}
+    progress = Progress("", sum(map(os.path.getsize, folders)), 0, 0, 0)
+    batches = chain.from_iterable(map(read_batches, folders))
+    with contextlib.closing(encode_all(batches, RowEncoder, settings, num_workers)) as encoded:
+        for path, parts in groupby(encoded, key=lambda part: part.path):
+            is_good = functools.partial(is_built, folders[path], path)
+            with built_beside(folders[path], is_good) as partial:
+                for so_far in _write(partial, path, parts, progress):
+                    report(so_far)
+                progress = so_far
+                if file_state(path) != states[path]:
+                    raise UserError(f"{path}: has changed while it was read; start again once it is complete")
+                note_seen(partial, path, states[path])
+
+
+def _write(folder: Path, path: str, parts: Iterator[Encoded], progress: Progress) -> Iterator[Progress]:
+    """Yields how far all has come, after each part."""
+    lengths, lines, counts, bad_rows = array("q"), array("q"), Counter(), {}
+    with open(folder / "tokens.bin", "wb") as file:
+        for part in parts:
+            file.write(part.stored.tobytes())
+            lengths.extend(part.lengths)
+            lines.extend(part.lines)
+            counts.update(part.counts)
+            for message in part.bad_rows:
+                _count_bad_row(bad_rows, path, message)
+            progress = Progress(
+                path,
+                progress.total_bytes,
+                progress.num_bytes + part.num_bytes_read,
+                progress.num_rows + len(part.lines),
+                progress.num_tokens + len(part.stored),
+            )
+            yield progress
+    if not lines and bad_rows:
+        first = next(iter(bad_rows.values())).first
+        raise UserError(f"{path}: no row can be trained on, of {_total(bad_rows.values()):,}; the first: {first}")
+    if not lines:
+        raise UserError(f"{path}: holds no row; give a file with conversations or translations, one a line")
+    np.save(folder / "starts.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
+    summary = {"digest": content_digest(path), "bad_rows": list(bad_rows.values()), "counts": counts}
+    write_whole(folder / SUMMARY, json.dumps(summary).encode())
+
+
+def _count_bad_row(bad_rows: dict[str, BadRows], path: str, message: str) -> None:
+    """A reason is what was found, without the place and without numbers and long texts."""
+    reason = message.removeprefix(f"{path}: ").partition(": ")[2].partition(";")[0]
+    reason = re.sub(r"\bmessage \d+", "a message", reason)
+    reason = re.sub(r"'[^']{24,}'|\[.*|\{.*|\d+", "...", reason)
+    if reason not in bad_rows and len(bad_rows) >= _MAX_REASONS:
+        reason = "other reasons"
+    before = bad_rows.get(reason, BadRows(reason, 0, message))
+    bad_rows[reason] = before._replace(count=before.count + 1)
+
+
+def _total(bad_rows) -> int:
+    return sum(entry.count for entry in bad_rows)
+
+
+def told_bad_rows(bad_rows: list[BadRows], num_good: int) -> list[str]:
+    """How many rows are left out and why, the most frequent reason first, in lines."""
+    if not bad_rows:
+        return []
+    total = _total(bad_rows)
+    return [
+        f"{total:,} of {total + num_good:,} rows cannot be trained on and are left out",
+        *(
+            f"  {entry.count:,}: {entry.reason} (the first: {entry.first})"
+            for entry in sorted(bad_rows, key=lambda entry: -entry.count)[:10]
+        ),
+    ]
+
+
+def progress_lines(stream: TextIO) -> Callable[[Progress], None]:
+    """Prints a line every ten seconds, and one at the end."""
+    started = said = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        nonlocal said
+        now, done = time.monotonic(), progress.num_bytes == progress.total_bytes
+        if now - said >= _SECONDS_BETWEEN_LINES or done:
+            said = now
+            print(
+                f"hymeg: {progress.path}: {progress.num_rows:,} rows tokenized, "
+                f"{progress.num_bytes / max(progress.total_bytes, 1):.0%} of all bytes, "
+                f"{progress.num_tokens:,} tokens, {progress.num_tokens / (now - started + 1e-9):,.0f} tokens/s",
+                file=stream,
+                flush=True,
+            )
+
+    return report
