@@ -107,9 +107,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--row", type=int, metavar="N", help="show the row in line N")
     parser.add_argument("--seq-length", type=int, metavar="S", help="say what sequences of S tokens would hold")
     parser.add_argument(
-        "--translation-prompts", metavar="FILE.json", help="further kinds of prompts for translation rows"
-    )
-    parser.add_argument(
         "--data-cache-path", metavar="DIR", help="where the indices are kept, as in training (else FILE.cache)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (all cores, where worth it)")
@@ -118,7 +115,7 @@ def parse_args() -> argparse.Namespace:
 
 def indices(args: argparse.Namespace, paths: list[str]) -> list[RowIndex]:
     """Of each file, made where there is none."""
-    settings = (args.tokenizer, None, args.translation_prompts, True)
+    settings = (args.tokenizer, None, True)
     fingerprint = RowEncoder(*settings).fingerprint
     folders = {path: index_folder(path, args.data_cache_path, fingerprint) for path in paths}
     build_missing(folders, settings, sys.stderr, args.workers)
@@ -139,7 +136,7 @@ def main() -> None:
     check_given_once("FILE", paths)
     if args.row is not None:
         encoder = ChatEncoder(args.tokenizer)
-        print_row(encoder, read_row(paths[0], args.row, RowReader(args.translation_prompts), encoder), args.seq_length)
+        print_row(encoder, read_row(paths[0], args.row, RowReader(), encoder), args.seq_length)
         return
     found = indices(args, paths)
     for index in found:

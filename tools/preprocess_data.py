@@ -1,54 +1,25 @@
 #!/usr/bin/env python3
 """Tokenize text for pre-training into Megatron's indexed dataset (.bin, .idx).
 
-    tools/preprocess_data.py --input corpus.jsonl --output data/corpus --tokenizer Hy-MT2-30B-A3B --append-eod
+    tools/preprocess_data.py --input corpus.jsonl --output data/corpus --tokenizer Hy-MT2-30B-A3B
 
 writes data/corpus_text_document.bin and .idx, and prints the prefix to give to --data-path.
 """
 
 import argparse
-import sys
+import functools
 import time
 
-from tqdm import tqdm
-
-from hymeg.data.corpus import Progress, preprocess
+from hymeg.data.corpus import Counts, preprocess
 from hymeg.errors import exit_on_user_error
+from hymeg.progress import Progress
 
-SECONDS_BETWEEN_LINES = 10
 
-
-class Reporter:
-    """Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self):
-        self.start = self.last_line = None
-        self.bar = None
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if self.start is None:
-            self.start = self.last_line = now
-            if sys.stderr.isatty():
-                self.bar = tqdm(total=progress.total_bytes, unit="B", unit_scale=True)
-        if self.bar:
-            self.bar.set_postfix_str(self.counts(progress), refresh=False)
-            self.bar.update(progress.num_bytes_read - self.bar.n)
-        elif now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            print(
-                f"{progress.num_bytes_read / progress.total_bytes:.1%} read: {self.counts(progress)}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def counts(self, progress: Progress) -> str:
-        seconds = max(time.monotonic() - self.start, 1e-3)
-        return f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens, {progress.num_tokens / seconds:,.0f} tokens/s"
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.close()
+def described(counts: Counts, seconds: float) -> str:
+    return (
+        f"{counts.num_documents:,} documents, {counts.num_tokens:,} tokens, "
+        f"{counts.num_tokens / max(seconds, 1e-3):,.0f} tokens/s"
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,8 +46,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--append-eod",
-        action="store_true",
-        help="end each document with the tokenizer's EOS token; pre-training wants it",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end each document with the model's end-of-document token: eod_token_id in config.json, else the "
+        "tokenizer's EOS (on by default; pre-training wants it)",
     )
     parser.add_argument(
         "--workers",
@@ -94,22 +67,27 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    reporter = Reporter()
-    try:
-        summary = preprocess(
-            args.input,
-            args.output,
-            args.tokenizer,
-            json_keys=tuple(args.json_keys),
-            append_eod=args.append_eod,
-            num_workers=args.workers,
-            skip_bad_rows=args.skip_bad_rows,
-            overwrite=args.overwrite,
-            report=reporter,
-        )
-    finally:
-        reporter.close()
-    print(reporter.counts(summary))
+    progress = None
+
+    def report(counts: Counts) -> None:
+        nonlocal progress
+        progress = progress or Progress("tokenizing", counts.total_bytes, counts=functools.partial(described, counts))
+        progress.show(counts.num_bytes_read)
+
+    summary = preprocess(
+        args.input,
+        args.output,
+        args.tokenizer,
+        json_keys=tuple(args.json_keys),
+        append_eod=args.append_eod,
+        num_workers=args.workers,
+        skip_bad_rows=args.skip_bad_rows,
+        overwrite=args.overwrite,
+        report=report,
+    )
+    progress.show(summary.num_bytes_read, at_end=True)
+    print(described(summary, time.monotonic() - progress.started))
+    print(f"each ends with {summary.end}" if summary.end else "nothing marks their ends (--no-append-eod)")
     if summary.num_empty:
         print(f"left out {summary.num_empty:,} texts without a token")
     if summary.num_bad_rows:

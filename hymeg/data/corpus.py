@@ -20,14 +20,15 @@ from hymeg.data.text_files import Batch, check_given_once, check_name, is_text, 
 from hymeg.data.workers import encode_all
 from hymeg.errors import UserError
 from hymeg.hf.files import fsync_folder, parse_row, shown
-from hymeg.hf.tokenizer import load_tokenizer
+from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer, text_tokenizer
 
 
 @dataclass
-class Progress:
+class Counts:
     """What has been done so far; at the end, the summary."""
 
     total_bytes: int  # of all input files as they lie on disk
+    end: str | None  # the token that documents end with
     num_bytes_read: int = 0
     num_documents: int = 0  # of all keys together
     num_tokens: int = 0  # end-of-document tokens included
@@ -55,16 +56,16 @@ def preprocess(
     tokenizer_dir: str | os.PathLike,
     *,
     json_keys: tuple[str, ...] = ("text",),
-    append_eod: bool = False,
+    append_eod: bool = True,
     num_workers: int = 1,
     skip_bad_rows: bool = False,
     overwrite: bool = False,
-    report: Callable[[Progress], None] = lambda progress: None,
-) -> Progress:
+    report: Callable[[Counts], None] = lambda counts: None,
+) -> Counts:
     """Tokenize files into OUTPUT_KEY_document.bin and .idx for each key, the names that Megatron-LM's own tool gives.
 
     Files appear whole or not at all. Documents keep the order of the files and of the rows in them. No special token is
-    added but the end-of-document token, if asked for.
+    in them but the end-of-document token: text that looks like one is text.
 
     Args:
         inputs: files as `hymeg.data.text_files` reads them, UTF-8. A row of JSON lines is an object with a string under
@@ -73,7 +74,7 @@ def preprocess(
         tokenizer_dir: the checkpoint's folder. Token ids are stored as uint16 where the vocabulary is below 65500, else
             as int32.
         json_keys: the keys of a row to tokenize, a dataset for each.
-        append_eod: end each document with the tokenizer's EOS token, which is what Megatron takes for end of document.
+        append_eod: end each document with the model's end-of-document token (`end_of_document_id`).
         num_workers: 1: this process tokenizes, with the tokenizer's own threads. More: so many processes. The files are
             the same, to the byte.
         skip_bad_rows: count rows that are not UTF-8, not JSON or lack a string under a key, instead of stopping at the
@@ -83,7 +84,7 @@ def preprocess(
 
     Raises:
         UserError: an input cannot be read, a row is bad, nothing is left to write, the tokenizer cannot be loaded or
-            lacks EOS, the output exists or cannot be written.
+            has no token to end documents with, the output exists or cannot be written.
     """
     if num_workers < 1:
         raise UserError(f"--workers is {num_workers}; at least 1 is needed")
@@ -97,12 +98,12 @@ def preprocess(
     prefixes = _prefixes(os.fspath(output), json_keys, overwrite)
     settings = (str(tokenizer_dir), tuple(json_keys), append_eod, skip_bad_rows)
     encoder = Encoder(*settings)
-    progress = Progress(total_bytes=sum(os.path.getsize(path) for path in paths))
+    counts = Counts(sum(os.path.getsize(path) for path in paths), encoder.end)
     batches = chain.from_iterable(read_batches(path, json_keys) for path in paths)
     with contextlib.closing(encode_all(batches, Encoder, settings, num_workers)) as encoded:
-        _write(encoded, dict(zip(json_keys, prefixes, strict=True)), encoder.vocab_size, progress, report)
-    progress.prefixes = prefixes
-    return progress
+        _write(encoded, dict(zip(json_keys, prefixes, strict=True)), encoder.vocab_size, counts, report)
+    counts.prefixes = prefixes
+    return counts
 
 
 def _prefixes(output: str, json_keys: tuple[str, ...], overwrite: bool) -> list[str]:
@@ -128,23 +129,22 @@ def _prefixes(output: str, json_keys: tuple[str, ...], overwrite: bool) -> list[
 
 
 class Encoder:
-    """Turns a `Batch` into an `Encoded`. Raises UserError where the tokenizer cannot be loaded or lacks the EOS token
-    that is to be appended.
+    """Turns a `Batch` into an `Encoded`. Raises UserError where the tokenizer cannot be loaded or has no token to end
+    documents with.
     """
 
     def __init__(self, tokenizer_dir: str, json_keys: tuple[str, ...], append_eod: bool, skip_bad_rows: bool):
         tokenizer = load_tokenizer(tokenizer_dir)
-        if append_eod and tokenizer.eos_token_id is None:
+        end = end_of_document_id(tokenizer_dir, tokenizer) if append_eod else None
+        if append_eod and end is None:
             raise UserError(
-                f"{tokenizer_dir}: the tokenizer has no EOS token (eos_token in tokenizer_config.json), which "
-                "--append-eod needs"
+                f"{tokenizer_dir}: no token ends documents: neither eod_token_id in config.json nor eos_token in "
+                "tokenizer_config.json; name one, or give --no-append-eod"
             )
+        self.end = tokenizer.convert_ids_to_tokens(end) if append_eod else None
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
-        self._end = [tokenizer.eos_token_id] if append_eod else []
-        self._tokenizer = tokenizer.backend_tokenizer
-        # tokenizer.json may ask for either; transformers switches them off in its own calls.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._end = [end] if append_eod else []
+        self._tokenizer = text_tokenizer(tokenizer)
         self._json_keys = json_keys
         self._skip_bad_rows = skip_bad_rows
 
@@ -167,8 +167,10 @@ class Encoder:
             token_ids[key] = np.fromiter(chain.from_iterable(documents), np.int32, sum(lengths[key]))
         return Encoded(token_ids, lengths, num_empty, bad_rows, batch.num_bytes_read)
 
-    def _texts(self, path: str, number: int, row: bytes) -> list[str]:
+    def _texts(self, path: str, number: int, row: bytes | dict) -> list[str]:
         """The text under each key."""
+        if isinstance(row, dict):
+            return [self._text(place(path, number), row, key) for key in self._json_keys]
         try:
             text = row.decode()
         except UnicodeDecodeError as error:
@@ -208,8 +210,8 @@ def _write(
     encoded: Iterable[Encoded],
     prefixes: dict[str, str],
     vocab_size: int,
-    progress: Progress,
-    report: Callable[[Progress], None],
+    counts: Counts,
+    report: Callable[[Counts], None],
 ) -> None:
     """Write a dataset for each key under temporary names, flush them to disk, then give them their own, the .idx files
     last.
@@ -234,18 +236,18 @@ def _write(
                 key: IndexedDatasetBuilder(str(temporary[path]), DType.optimal_dtype(vocab_size))
                 for key, path in bins.items()
             }
-        report(progress)
+        report(counts)
         for batch in encoded:
             with _write_errors(folder):
                 for key, builder in builders.items():
                     _add_documents(builder, batch.token_ids[key], batch.lengths[key])
-            _count(progress, batch)
-            report(progress)
+            _count(counts, batch)
+            report(counts)
         for key, builder in builders.items():
             if not builder.sequence_lengths:
                 raise UserError(
                     f"nothing to write: the input holds no document with a token under {shown(key)} "
-                    f"({_skipped(progress)})"
+                    f"({_skipped(counts)})"
                 )
         with _write_errors(folder):
             for key, builder in builders.items():
@@ -285,15 +287,15 @@ def _add_documents(builder, token_ids: np.ndarray, lengths: list[int]) -> None:
         start += length
 
 
-def _count(progress: Progress, batch: Encoded) -> None:
-    progress.num_bytes_read += batch.num_bytes_read
-    progress.num_documents += sum(len(lengths) for lengths in batch.lengths.values())
-    progress.num_tokens += sum(len(token_ids) for token_ids in batch.token_ids.values())
-    progress.num_empty += batch.num_empty
-    progress.num_bad_rows += len(batch.bad_rows)
-    progress.first_bad_row = progress.first_bad_row or next(iter(batch.bad_rows), None)
+def _count(counts: Counts, batch: Encoded) -> None:
+    counts.num_bytes_read += batch.num_bytes_read
+    counts.num_documents += sum(len(lengths) for lengths in batch.lengths.values())
+    counts.num_tokens += sum(len(token_ids) for token_ids in batch.token_ids.values())
+    counts.num_empty += batch.num_empty
+    counts.num_bad_rows += len(batch.bad_rows)
+    counts.first_bad_row = counts.first_bad_row or next(iter(batch.bad_rows), None)
 
 
-def _skipped(progress: Progress) -> str:
-    first = f", the first: {progress.first_bad_row}" if progress.num_bad_rows else ""
-    return f"{progress.num_empty} empty texts, {progress.num_bad_rows} bad rows{first}"
+def _skipped(counts: Counts) -> str:
+    first = f", the first: {counts.first_bad_row}" if counts.num_bad_rows else ""
+    return f"{counts.num_empty} empty texts, {counts.num_bad_rows} bad rows{first}"

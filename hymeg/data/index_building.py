@@ -67,10 +67,8 @@ class RowEncoder:
         fingerprint: equal for encoders that make the same tokens of the same rows.
     """
 
-    def __init__(
-        self, tokenizer_dir: str, vocab_size: int | None = None, prompts: str | None = None, skip_bad_rows: bool = False
-    ):
-        self._reader = RowReader(prompts)
+    def __init__(self, tokenizer_dir: str, vocab_size: int | None = None, skip_bad_rows: bool = False):
+        self._reader = RowReader()
         self._encoder = ChatEncoder(tokenizer_dir, vocab_size)
         self._skip_bad_rows = skip_bad_rows
         self.fingerprint = f"{self._encoder.fingerprint} {self._reader.fingerprint}"

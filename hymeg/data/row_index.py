@@ -4,7 +4,7 @@ FOLDER/NAME-FINGERPRINT/ holds `tokens.bin` (int32, row after row; a token that 
 complement, a negative number), `starts.npy` (int64 `[rows + 1]`), `lines.npy` (int64 `[rows]`, from 1), `index.json`
 (a digest of the file, rows that could not be trained on, counts), in `seen/` the times that files of that content were
 found with, and in folders of their own what `cached` keeps. The fingerprint is taken over the file's size and ends, the
-tokenizer, the chat template and the prompts. `hymeg.data.index_building` makes it. A killed build leaves a hidden
+tokenizer, the chat template and hymeg's rules. `hymeg.data.index_building` makes it. A killed build leaves a hidden
 `.partial` folder, which nothing reads.
 """
 

@@ -1,40 +1,56 @@
-"""One line of a fine-tuning file: read, checked and turned into a conversation. What a conversation becomes is the chat
+"""One row of a fine-tuning file: read, checked and turned into a conversation. What a conversation becomes is the chat
 template's business (`hymeg.data.chat`).
 
-A row is an object of one of two forms. Keys that it does not know are left alone (an "id", say), but for those that
-look like a slip of the pen.
+A row is an object of one of three forms, known by the keys that it must have; docs/data.md has the tables.
 
-Conversations: {"messages": [...], "reasoning_effort"?, "tools"?}
-    A message is {"role", "content"}; roles are system, user, assistant and tool, contents strings. An assistant's may
-    have "reasoning_content" and "tool_calls" (its content may then be null), a tool's "tool_call_id"; "name" is passed
-    on. "tools" is a list of function definitions.
+Conversations: "messages" or "conversations" (`hymeg.data.messages`)
+Instructions: "instruction" and "output", with "input"?, "history"?: Alpaca's, put together as LLaMA-Factory does
+Translations: "source" and "target", "source_lang" and "target_lang" (`hymeg.data.translation`)
 
-Translations: {"source_lang", "target_lang", "source", "target", "prompt"?, "prompt_lang"?, "reasoning_effort"?, ...}
-    "source_lang" and "target_lang" are names or codes of languages. "prompt" is the kind: default (when absent),
-    terminology, style, personalization, delimiters, structured, background, or one of `--translation-prompts`.
-    "prompt_lang" is zh or en; when absent, zh where the source is Chinese and en elsewhere, as in the publisher's own
-    data. Kinds with further fields: terminology "terminology" ([[source term, target term], ...] or an object), style
-    "target_style", personalization "user_preferences" (a list of strings), structured "format_type", background
-    "background_text".
+All may have "system", "tools" and "reasoning_effort", also by their other names. What other trainers read in a row and
+hymeg does not is refused; any other key is left alone, and counted.
 """
 
 import difflib
-import json
-import os
+import functools
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from hymeg.data import translation
+from hymeg.data.fields import decoded, found, one_of, text_of
+from hymeg.data.messages import IS_TRAINED, read_functions, read_messages
 from hymeg.data.text_files import place
-from hymeg.data.translation import FIELDS, PROMPT_LANGUAGES, Prompt, language_names, load_prompts
 from hymeg.errors import UserError
-from hymeg.hf.files import parse_row, shown
+from hymeg.hf.files import shown
 
-ROLES = ("system", "user", "assistant", "tool")
 REASONING_EFFORTS = ("no_think", "low", "high")
-_MESSAGE_KEYS = ("role", "content", "name")
-_KEYS_OF_ROLE = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("tool_call_id",)}
-_CONVERSATION_KEYS = ("messages", "reasoning_effort", "tools")
-_TRANSLATION_KEYS = (*FIELDS.values(), "target", "prompt", "prompt_lang", "reasoning_effort")
-_ALL_KEYS = {*_CONVERSATION_KEYS, *_TRANSLATION_KEYS}
+_THINKING = ("thinking", "enable_thinking")
+_EFFORT = ("reasoning_effort", *_THINKING, "chat_template_kwargs")
+_SYSTEM = ("system", "system_prompt", "system_message")
+_TOOLS = ("tools", "functions")
+
+
+class _Foreign(NamedTuple):
+    """What other trainers read in a row and hymeg does not."""
+
+    means_nothing: Callable[[Any], bool]  # of a value that asks for nothing else than what hymeg does
+    remedy: str
+
+
+_WEIGHT = _Foreign(
+    lambda value: value == 1,
+    "all rows are trained alike: leave this one out, or weigh files against each other (--data-path 0.7 A 0.3 B)",
+)
+_JUDGEMENT = _Foreign(lambda value: value is not False, "rows are answers to be learned: leave this one out")
+_PREFERENCE = _Foreign(lambda value: not value, "rows are answers to be learned: make the better one a message")
+_PICTURE = _Foreign(lambda value: not value, "these models read text only: leave the row out")
+_FOREIGN = {
+    **dict.fromkeys((*IS_TRAINED, "sample_weight"), _WEIGHT),
+    **dict.fromkeys(("label", "kto_tag"), _JUDGEMENT),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _PICTURE),
+}
 
 
 class Conversation(NamedTuple):
@@ -47,239 +63,172 @@ class Conversation(NamedTuple):
 
 
 class RowReader:
-    """Reads rows of both forms. `fingerprint` tells apart readers that read the same row differently.
+    """Reads rows of all forms.
 
-    Args:
-        prompts: the file of `--translation-prompts`, if any.
-
-    Raises:
-        UserError: that file is wrong.
+    Attributes:
+        fingerprint: equal for readers that make the same of a row.
+        ignored: of the rows read so far, how many had each of the keys that were left alone.
     """
 
-    def __init__(self, prompts: str | os.PathLike | None = None):
-        self._prompts = load_prompts(prompts)
-        self.fingerprint = f"1-{self._prompts.fingerprint}"
+    fingerprint = f"2-{translation.FINGERPRINT}"
 
-    def parse(self, path: str, line: int, raw: bytes) -> Conversation:
-        """The conversation in line `line` of the file `path`. Raises UserError where it is no good, with file, line and
-        key.
+    def __init__(self):
+        self.ignored: Counter[str] = Counter()
+
+    def parse(self, path: str, line: int, row: bytes | dict) -> Conversation:
+        """The conversation in line `line` of the file `path`, which is given as JSON or, of parquet, as an object.
+        Raises UserError where it is no good, with file, line and key.
         """
         where = place(path, line)
-        row = _read(where, raw)
-        effort = _effort(where, row)
-        if "messages" in row:
-            if "source" in row and "target" in row:
-                raise UserError(
-                    f"{where}: has 'messages' and also 'source' and 'target'; a row is either a conversation or a "
-                    "translation"
-                )
-            _check_keys(where, row, _CONVERSATION_KEYS)
-            return Conversation(_messages(where, row["messages"]), effort, _tools(where, row.get("tools")), where)
-        if not any(key in row for key in ("source", "target", "source_lang", "target_lang")):
+        row = _read(where, row)
+        form = _form(where, row)
+        if others := row.keys() - form.keys:
+            for key in others:
+                _check_key(where, key, form)
+            self.ignored.update(others)
+        if not _FOREIGN.keys().isdisjoint(row):
+            _check_foreign(where, row)
+        messages = _with_system(where, row, form.messages(where, row))
+        tools = read_functions(where, *one_of(where, row, _TOOLS), are_calls=False)
+        return Conversation(messages, _effort(where, row), tools, where)
+
+
+def _read(where: str, row: bytes | dict) -> dict:
+    """The row, without keys whose value is null."""
+    if isinstance(row, bytes):
+        try:
+            row = decoded(where, row.decode())
+        except UnicodeDecodeError as error:
             raise UserError(
-                f"{where}: has the keys {shown(list(row))}; needed are 'messages' for a conversation, "
-                "'source_lang', 'target_lang', 'source' and 'target' for a translation"
-            )
-        _check_keys(where, row, _TRANSLATION_KEYS)
-        messages = [
-            {"role": "user", "content": self._request(where, row)},
-            {"role": "assistant", "content": _text(where, row, "target")},
-        ]
-        return Conversation(messages, effort, None, where)
-
-    def _request(self, where: str, row: dict) -> str:
-        """What the user of a translation row says."""
-        names = {key: _language(where, row, key) for key in ("source_lang", "target_lang")}
-        kind, language = self._kind(where, row, "zh" if names["source_lang"].is_chinese else "en")
-        prompt: Prompt = self._prompts.kinds[kind][language]
-        values = {key: getattr(name, language) for key, name in names.items()}
-        for placeholder, key in FIELDS.items():
-            if key in names:
-                continue
-            if placeholder in prompt.placeholders:
-                values[placeholder] = _READ_FIELD.get(key, _text)(where, row, key)
-            elif key in row:
-                raise UserError(
-                    f"{where}: {key!r} has no place in the {shown(kind)} prompt; {self._kinds_with(placeholder)}, or "
-                    "leave it out"
-                )
-        return prompt.render(values)
-
-    def _kind(self, where: str, row: dict, default_language: str) -> tuple[str, str]:
-        kind, kinds = row.get("prompt", "default"), self._prompts.kinds
-        if not isinstance(kind, str) or kind not in kinds:
-            raise UserError(
-                f"{where}: 'prompt' is {shown(kind)}; kinds of prompt are {', '.join(kinds)} (--translation-prompts "
-                "adds others)"
-            )
-        language = row.get("prompt_lang")
-        if language is None:
-            return kind, default_language if default_language in kinds[kind] else next(iter(kinds[kind]))
-        if language not in PROMPT_LANGUAGES or language not in kinds[kind]:
-            raise UserError(
-                f"{where}: 'prompt_lang' is {shown(language)}; the {shown(kind)} prompt exists in "
-                f"{', '.join(kinds[kind])}"
-            )
-        return kind, language
-
-    def _kinds_with(self, placeholder: str) -> str:
-        kinds = [
-            kind
-            for kind, prompts in self._prompts.kinds.items()
-            if any(placeholder in prompt.placeholders for prompt in prompts.values())
-        ]
-        return f"set 'prompt' to {' or '.join(map(repr, kinds))}" if kinds else "no kind of prompt has it"
-
-
-def _read(where: str, raw: bytes) -> dict:
-    """The object in `raw`, without keys whose value is null; all strings in it are text."""
-    try:
-        row = parse_row(where, raw.decode())
-        if b"\\u" in raw:
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8: byte {shown(raw[error.start : error.start + 1])}; convert the file with iconv"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: holds {shown(error.object[error.start])}, half of a surrogate pair, which is no text"
-        ) from error
+                f"{where}: not UTF-8: byte {shown(row[error.start : error.start + 1])}; convert the file with iconv"
+            ) from error
     if not isinstance(row, dict):
         remedy = " (jq -c '.[]' makes lines of a list)" if isinstance(row, list) else ""
-        raise UserError(
-            f"{where}: holds {shown(row)}; an object with 'messages', or with 'source' and 'target', is needed{remedy}"
-        )
+        raise UserError(f"{where}: holds {shown(row)}; an object is needed, such as {{'messages': [...]}}{remedy}")
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _check_keys(where: str, row: dict, known: tuple[str, ...]) -> None:
-    for key in row.keys() - _ALL_KEYS:
-        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+class _Form(NamedTuple):
+    needed: frozenset[str]  # the keys by which it is known
+    keys: frozenset[str]  # that have a meaning in it
+    messages: Callable[[str, dict], list[dict]]
+
+
+def _form(where: str, row: dict) -> _Form:
+    forms = [form for form in _FORMS if row.keys() >= form.needed]
+    if len(forms) == 1:
+        return forms[0]
+    if forms:
+        one, other, *_ = (" and ".join(map(repr, sorted(form.needed))) for form in forms)
+        raise UserError(f"{where}: has {one} and also {other}, which are two forms of row; keep one")
+    for form, hints in ((_INSTRUCTION, ("instruction",)), (_TRANSLATION, translation.NEEDED)):
+        if any(key in row for key in hints):
+            return form
+    raise UserError(
+        f"{where}: has the keys {shown(list(row))}; needed are 'messages' or 'conversations' for a conversation, "
+        "'instruction' and 'output' for an instruction, 'source_lang', 'target_lang', 'source' and 'target' for a "
+        "translation"
+    )
+
+
+def _instruction(where: str, row: dict) -> list[dict]:
+    """ "input" stands on a line of its own below "instruction"; "history" are earlier questions and answers."""
+    history = row.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise UserError(f"{where}: 'history' is {shown(history)}; [[question, answer], ...] is needed")
+    question = [text_of(where, row, key) for key in ("instruction", "input") if row.get(key, "") != ""]
+    question = "\n".join(question or [text_of(where, row, "instruction")])
+    messages = []
+    for asked, answered in [*history, [question, text_of(where, row, "output")]]:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return read_messages(where, "history", messages)
+
+
+def _translation(where: str, row: dict) -> list[dict]:
+    request = translation.request(where, row)
+    return [{"role": "user", "content": request}, {"role": "assistant", "content": text_of(where, row, "target")}]
+
+
+def _make_form(needed: tuple[str, ...], others: tuple[str, ...], messages: Callable[[str, dict], list[dict]]) -> _Form:
+    keys = frozenset((*needed, *others, *_SYSTEM, *_TOOLS, *_EFFORT, *_FOREIGN))
+    return _Form(frozenset(needed), keys, messages)
+
+
+_INSTRUCTION = _make_form(("instruction", "output"), ("input", "history"), _instruction)
+_TRANSLATION = _make_form(("source", "target"), translation.KEYS, _translation)
+_FORMS = (
+    _make_form(("messages",), (), lambda where, row: read_messages(where, "messages", row["messages"])),
+    _make_form(("conversations",), (), lambda where, row: read_messages(where, "conversations", row["conversations"])),
+    _INSTRUCTION,
+    _TRANSLATION,
+)
+_ALL_KEYS = frozenset().union(*(form.keys for form in _FORMS))
+
+
+def _check_key(where: str, key: str, form: _Form) -> None:
+    """Raises UserError where `key`, which has no meaning in rows of that form, looks like a slip of the pen."""
+    if meant := _meant(key, form):
+        raise UserError(
+            f"{where}: unknown key {shown(key)}; {meant!r} is known: mend the name, or rename the key if it is "
+            "something else"
+        )
+
+
+@functools.lru_cache(4096)
+def _meant(key: str, form: _Form) -> str | None:
+    if key in _ALL_KEYS:
+        return None
+    return next(iter(difflib.get_close_matches(key, form.keys - _FOREIGN.keys(), n=1, cutoff=0.85)), None)
+
+
+def _check_foreign(where: str, row: dict) -> None:
+    for key in row.keys() & _FOREIGN.keys():
+        if not _FOREIGN[key].means_nothing(row[key]):
             raise UserError(
-                f"{where}: unknown key {shown(key)}; {close[0]!r} is known: mend the name, or rename the key if it is "
-                "something else"
+                f"{where}: {key!r} is {shown(row[key])}, which hymeg does not do; {_FOREIGN[key].remedy} (or rename "
+                "the key if it is something else)"
             )
 
 
+def _with_system(where: str, row: dict, messages: list[dict]) -> list[dict]:
+    key, system = one_of(where, row, _SYSTEM)
+    if system in (None, ""):
+        return messages
+    if not isinstance(system, str):
+        raise UserError(f"{where}: {key!r} {found(row, key)}; a string is needed")
+    given = [message["content"] for message in messages if message["role"] == "system"]
+    if given not in ([], [system]):
+        raise UserError(f"{where}: has {key!r} and also another system message; keep one")
+    return messages if given else [{"role": "system", "content": system}, *messages]
+
+
 def _effort(where: str, row: dict) -> str | None:
-    effort = row.get("reasoning_effort")
-    if effort is not None and effort not in REASONING_EFFORTS:
-        raise UserError(f"{where}: 'reasoning_effort' is {shown(effort)}; {', '.join(REASONING_EFFORTS)} are possible")
-    return effort
-
-
-def _text(where: str, row: dict, key: str) -> str:
-    """The string under `key`, which is more than blank."""
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} {_found(row, key)}; a string is needed")
-    if not value.strip():
-        raise UserError(f"{where}: {key!r} is empty; there is nothing to learn from such a row: leave it out")
-    return value
-
-
-def _found(row: dict, key: str) -> str:
-    return f"is {shown(row[key])}" if key in row else f"is missing among {shown(list(row))}"
-
-
-def _language(where: str, row: dict, key: str):
-    name = _text(where, row, key).strip()
-    if len(name.splitlines()) > 1:
-        raise UserError(f"{where}: {key!r} is {shown(name)}; the name or code of a language is needed")
-    try:
-        return language_names(name)
-    except UserError as error:
-        raise UserError(f"{where}: {key!r}: {error}") from error
-
-
-def _terms(where: str, row: dict, key: str) -> list[tuple[str, str]]:
-    value = row.get(key)
-    pairs = list(value.items()) if isinstance(value, dict) else value
-    good = (
-        isinstance(pairs, list) and pairs and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
-    )
-    if not good or not all(isinstance(term, str) and term.strip() for pair in pairs for term in pair):
-        raise UserError(
-            f"{where}: {key!r} {_found(row, key)}; [[source term, target term], ...] or {{source term: target term}} "
-            "is needed"
-        )
-    return pairs
-
-
-def _preferences(where: str, row: dict, key: str) -> list[str]:
-    value = row.get(key)
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(preference, str) and preference.strip() for preference in value)
-    ):
-        raise UserError(f"{where}: {key!r} {_found(row, key)}; a list of strings is needed")
-    return value
-
-
-_READ_FIELD = {"terminology": _terms, "user_preferences": _preferences}
-
-
-def _messages(where: str, value: Any) -> list[dict]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: 'messages' is {shown(value)}; a list of {{'role', 'content'}} is needed")
-    messages = [_message(f"{where}: message {number}", message) for number, message in enumerate(value, start=1)]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(
-            f"{where}: no message is an assistant's; there is nothing to learn from such a row: leave it out"
-        )
-    return messages
-
-
-def _message(where: str, value: Any) -> dict:
-    """The message, without keys whose value is null; "content" is always there."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is {shown(value)}; {{'role', 'content'}} is needed")
-    message = {key: item for key, item in value.items() if item is not None}
-    role = message.get("role")
-    if role not in ROLES:
-        raise UserError(f"{where}: 'role' {_found(value, 'role')}; {', '.join(ROLES)} are possible")
-    known = _MESSAGE_KEYS + _KEYS_OF_ROLE.get(role, ())
-    if unknown := sorted(message.keys() - set(known)):
-        raise UserError(
-            f"{where}: {shown(unknown[0])} has no place in a message of role {role}, whose keys are "
-            f"{', '.join(known)}; leave it out"
-        )
-    for key in message.keys() - {"content", "tool_calls"}:
-        if not isinstance(message[key], str):
-            raise UserError(f"{where}: {key!r} is {shown(message[key])}; a string is needed")
-    if "tool_calls" in message:
-        message["content"] = message.get("content", "")
-        _check_functions(where, "tool_calls", message["tool_calls"])
-    _check_content(where, role, message)
-    return message
-
-
-def _check_content(where: str, role: str, message: dict) -> None:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise UserError(f"{where}: 'content' {_found(message, 'content')}; a string is needed")
-    if role in ("user", "assistant") and "tool_calls" not in message and not content.strip():
-        raise UserError(f"{where}: 'content' is empty; an empty {role} turn teaches nothing: leave the row out")
-
-
-def _tools(where: str, value: Any) -> list[dict] | None:
-    if value is None:
+    """That of all which the row says about it."""
+    if row.keys().isdisjoint(_EFFORT):
         return None
-    _check_functions(where, "tools", value)
-    return value
-
-
-def _check_functions(where: str, key: str, value: Any) -> None:
-    """Raises UserError unless it is a list of {"function": {"name": ...}} or {"name": ...}."""
-    good = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-    functions = [item.get("function", item) for item in value] if good else []
-    if not good or not all(
-        isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
-        for function in functions
-    ):
+    given = {key: row[key] for key in _EFFORT if key in row}
+    arguments = given.pop("chat_template_kwargs", {})
+    if not isinstance(arguments, dict) or not arguments.keys() <= set(_EFFORT):
         raise UserError(
-            f"{where}: {key!r} is {shown(value)}; a list of {{'type': 'function', 'function': {{'name', ...}}}} is "
-            "needed"
+            f"{where}: 'chat_template_kwargs' is {shown(arguments)}; of what a template is given, rows may say "
+            "'reasoning_effort' only; leave the rest out"
         )
+    given |= {f"chat_template_kwargs: {key}": value for key, value in arguments.items() if value is not None}
+    possible = set(REASONING_EFFORTS)
+    for key, value in given.items():
+        possible &= _efforts(where, key, value)
+    if len(possible) != 1 and given:
+        raise UserError(
+            f"{where}: {shown(given)} {'leaves open how much' if possible else 'contradicts itself'}; give "
+            f"'reasoning_effort' alone: {', '.join(REASONING_EFFORTS)}"
+        )
+    return next(iter(possible)) if given else None
+
+
+def _efforts(where: str, key: str, value: Any) -> set[str]:
+    """Which efforts `value` may mean."""
+    if isinstance(value, bool) and key.endswith(_THINKING):
+        return {"low", "high"} if value else {"no_think"}
+    if value not in REASONING_EFFORTS:
+        raise UserError(f"{where}: {key!r} is {shown(value)}; {', '.join(REASONING_EFFORTS)} are possible")
+    return {value}

@@ -2,7 +2,7 @@
 
 Three kinds are known by their names. JSON lines: a row a line. Text: documents separated by blank lines, whose own line
 feeds are kept. Both may be compressed (.gz, .zst); a byte-order mark, carriage returns before line feeds and blank
-lines are left out. Parquet: a row a row, turned into JSON.
+lines are left out. Parquet: a row a row, as an object.
 """
 
 import contextlib
@@ -30,13 +30,11 @@ BATCH_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 28
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-_ZSTD_BLOCK_BYTES = (
-    1 << 10
-)  # given to the decompressor at once: even the most compressible data become no more than 32 MiB
+# Given to the decompressor at once: even the most compressible data become no more than 32 MiB.
+_ZSTD_BLOCK_BYTES = 1 << 10
 
-Row = tuple[
-    int, bytes
-]  # (line number, from 1; the line, or the document that starts there), of parquet (row number, the row as JSON)
+Row = tuple[int, bytes | dict]
+"""(line number, from 1; the line, or the document that starts there), of parquet (row number, the row)."""
 
 
 class Batch(NamedTuple):
@@ -137,10 +135,10 @@ def read_batches(path: str, columns: tuple[str, ...] | None = None) -> Iterator[
             source = parquet_files.ParquetRows(path, raw, columns) if is_parquet(path) else None
             tell = source.tell if source else raw.tell
             for row in source or (_documents(path, file) if is_text(path) else _lines(path, file)):
-                if not row[1] or row[1].isspace():
+                if not source and (not row[1] or row[1].isspace()):
                     continue
                 rows.append(row)
-                num_bytes += len(row[1])
+                num_bytes += source.row_bytes if source else len(row[1])
                 if num_bytes >= BATCH_BYTES:
                     yield Batch(path, rows, tell() - position)
                     rows, num_bytes, position = [], 0, tell()

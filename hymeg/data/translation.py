@@ -1,25 +1,24 @@
-"""Translations as conversations: the prompts that Hy-MT2 was trained on, in Chinese and English, and the names of its
-languages.
+"""Rows of translations as questions: the prompts that Hy-MT2 was trained on, in Chinese and English, and the names of
+its languages.
 
-The prompts are data: `translation_prompts.json` beside this file, and a file of the same form may replace kinds or add
-some. Which fields a row must have follows from the placeholders of its prompt; `hymeg.data.rows` reads them.
+The prompts are data, `translation_prompts.json` beside this file. Which fields a row must have follows from the
+placeholders of its prompt.
 """
 
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from hymeg.data.fields import found, text_of
 from hymeg.errors import UserError
-from hymeg.hf.files import read_json, shown
+from hymeg.hf.files import shown
 
-SHIPPED_PROMPTS = Path(__file__).with_name("translation_prompts.json")
-PROMPT_LANGUAGES = ("zh", "en")
-FIELDS = {  # placeholder: the row's key
+NEEDED = ("source", "target", "source_lang", "target_lang")
+_FIELDS = {  # placeholder: the row's key
     "source_lang": "source_lang",
     "target_lang": "target_lang",
     "source_text": "source",
@@ -29,8 +28,8 @@ FIELDS = {  # placeholder: the row's key
     "format_type": "format_type",
     "background_text": "background_text",
 }
-_REQUIRED = ("target_lang", "source_text")
-_OCCURRENCES_ON_ITS_LINE = {"text": 2, "user_preferences": 1}  # of the placeholders whose line is repeated
+KEYS = (*_FIELDS.values(), "target", "prompt", "prompt_lang")
+_REPEATED = ("text", "user_preferences")  # a line with one of them stands once for each item of the row's list
 _PLACEHOLDER = re.compile(r"(?<![{$])\{([a-z_]+)\}(?!\})")  # {{var}} and ${var} are text
 
 # Code: (English name, Chinese name), those of the Hy-MT2 README.
@@ -120,7 +119,7 @@ class Prompt:
 
     @staticmethod
     def _repeated(line: str) -> str | None:
-        return next((name for name in _PLACEHOLDER.findall(line) if name in _OCCURRENCES_ON_ITS_LINE), None)
+        return next((name for name in _PLACEHOLDER.findall(line) if name in _REPEATED), None)
 
     def render(self, values: dict[str, str | list]) -> str:
         """The prompt with `values` in place of its placeholders; what looks like a placeholder in a value stays.
@@ -143,84 +142,84 @@ def _value(values: dict[str, str | list], terms: Iterator[str], match: re.Match)
     return next(terms) if match[1] == "text" else values[match[1]]
 
 
-class Prompts:
-    """Kinds of prompt, each in Chinese, English or both: `prompts.kinds[kind][language]`."""
+_FILE = Path(__file__).with_name("translation_prompts.json").read_bytes()
+FINGERPRINT = hashlib.sha256(_FILE).hexdigest()[:16]
+"""Of the prompts."""
+PROMPTS = {
+    kind: {language: Prompt(text) for language, text in texts.items()}
+    for kind, texts in json.loads(_FILE).items()
+    if kind != "about"
+}
+"""By kind and language."""
 
-    def __init__(self, kinds: dict[str, dict[str, str]]):
-        self.kinds = {
-            kind: {language: Prompt(text) for language, text in texts.items()} for kind, texts in kinds.items()
-        }
-        self.fingerprint = hashlib.sha256(json.dumps(kinds, sort_keys=True).encode()).hexdigest()[:16]
 
-
-def load_prompts(path: str | os.PathLike | None = None) -> Prompts:
-    """The shipped prompts; kinds in the file `path` replace those of the same name or add to them.
-
-    A file holds `{kind: {"zh": prompt, "en": prompt}}`, where either language may be absent; under "about" it may say
-    what it likes. Placeholders are the keys of `FIELDS` and {number}. The line with {text} (twice: source term, target
-    term) is repeated for each pair of the row's "terminology", the line with {user_preferences} for each of its
-    preferences, and {number} counts.
-
-    Raises:
-        UserError: the file cannot be read or is not of this form.
+def request(where: str, row: dict) -> str:
+    """What the user says in the translation row at `where`. Raises UserError where a field is missing, wrong or has no
+    place in the row's prompt.
     """
-    kinds = _read(SHIPPED_PROMPTS)
-    if path is not None:
-        try:
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise UserError(f"{path}: is no file; give a JSON file with prompts")
-            kinds |= _read(path)
-        except UserError as error:
-            raise UserError(f"--translation-prompts {error}") from error
-    return Prompts(kinds)
-
-
-def _read(path: str | os.PathLike) -> dict[str, dict[str, str]]:
-    kinds = read_json(path)
-    if not isinstance(kinds, dict):
-        raise UserError(f"{path}: holds {shown(kinds)}; an object is needed: {{kind: {{'zh': prompt, 'en': prompt}}}}")
-    kinds = {kind: texts for kind, texts in kinds.items() if kind != "about"}
-    if not kinds:
-        raise UserError(f"{path}: holds no prompt; an object is needed: {{kind: {{'zh': prompt, 'en': prompt}}}}")
-    for kind, texts in kinds.items():
-        if not isinstance(texts, dict) or not texts or not set(texts) <= set(PROMPT_LANGUAGES):
+    names = {key: _language(where, row, key) for key in ("source_lang", "target_lang")}
+    kind, language = _kind(where, row, "zh" if names["source_lang"].is_chinese else "en")
+    prompt = PROMPTS[kind][language]
+    values = {key: getattr(name, language) for key, name in names.items()}
+    for placeholder, key in _FIELDS.items():
+        if key in names:
+            continue
+        if placeholder in prompt.placeholders:
+            values[placeholder] = _READ_FIELD.get(key, text_of)(where, row, key)
+        elif key in row:
+            kinds = [kind for kind, prompts in PROMPTS.items() if placeholder in prompts[language].placeholders]
             raise UserError(
-                f"{path}: {shown(kind)} is {shown(texts)}; an object with a prompt under 'zh', 'en' or both is needed"
+                f"{where}: {key!r} has no place in the {shown(kind)} prompt; set 'prompt' to "
+                f"{' or '.join(map(repr, kinds))}, or leave it out"
             )
-        for language, text in texts.items():
-            _check(f"{path}: {shown(kind)}, {language!r}", text)
-    return kinds
+    return prompt.render(values)
 
 
-def _check(where: str, text: object) -> None:
-    """Raises UserError where `text` is no prompt."""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: is {shown(text)}; a string is needed")
+def _kind(where: str, row: dict, default_language: str) -> tuple[str, str]:
+    kind, language = row.get("prompt", "default"), row.get("prompt_lang", default_language)
+    if not isinstance(kind, str) or kind not in PROMPTS:
+        raise UserError(
+            f"{where}: 'prompt' is {shown(kind)}; kinds of prompt are {', '.join(PROMPTS)}; for a prompt of your own "
+            "write 'messages'"
+        )
+    if language not in tuple(PROMPTS[kind]):
+        raise UserError(f"{where}: 'prompt_lang' is {shown(language)}; {', '.join(PROMPTS[kind])} are possible")
+    return kind, language
+
+
+def _language(where: str, row: dict, key: str) -> LanguageNames:
+    name = text_of(where, row, key).strip()
+    if len(name.splitlines()) > 1:
+        raise UserError(f"{where}: {key!r} is {shown(name)}; the name or code of a language is needed")
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        return language_names(name)
+    except UserError as error:
+        raise UserError(f"{where}: {key!r}: {error}") from error
+
+
+def _terms(where: str, row: dict, key: str) -> list[tuple[str, str]]:
+    value = row.get(key)
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    good = (
+        isinstance(pairs, list) and pairs and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+    )
+    if not good or not all(isinstance(term, str) and term.strip() for pair in pairs for term in pair):
         raise UserError(
-            f"{where}: holds {shown(text[error.start])}, half of a surrogate pair, which is no text"
-        ) from error
-    names = _PLACEHOLDER.findall(text)
-    if unknown := [name for name in names if name not in FIELDS and name != "number"]:
-        known = ", ".join(f"{{{name}}}" for name in (*FIELDS, "number"))
-        raise UserError(f"{where}: unknown placeholder {{{unknown[0]}}}; known are {known}")
-    if missing := [name for name in _REQUIRED if name not in names]:
-        raise UserError(
-            f"{where}: the placeholder {{{missing[0]}}} is missing; every prompt needs {{target_lang}} and "
-            f"{{source_text}}"
+            f"{where}: {key!r} {found(row, key)}; [[source term, target term], ...] or {{source term: target term}} "
+            "is needed"
         )
-    for name, occurrences in _OCCURRENCES_ON_ITS_LINE.items():
-        on_lines = [count for line in text.split("\n") if (count := _PLACEHOLDER.findall(line).count(name))]
-        if on_lines not in ([], [occurrences]):
-            raise UserError(
-                f"{where}: {{{name}}} stands on {len(on_lines)} lines, {max(on_lines)} times on one; needed is one "
-                f"line with {occurrences} of it, "
-                "which is repeated for each ({number} counts)"
-            )
-    if any({"text", "user_preferences"} <= set(_PLACEHOLDER.findall(line)) for line in text.split("\n")):
-        raise UserError(
-            f"{where}: {{text}} and {{user_preferences}} stand on one line; each needs a line of its own, which is "
-            "repeated"
-        )
+    return pairs
+
+
+def _preferences(where: str, row: dict, key: str) -> list[str]:
+    value = row.get(key)
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(preference, str) and preference.strip() for preference in value)
+    ):
+        raise UserError(f"{where}: {key!r} {found(row, key)}; a list of strings is needed")
+    return value
+
+
+_READ_FIELD = {"terminology": _terms, "user_preferences": _preferences}

@@ -53,9 +53,9 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from error
 
 
-def parse_row(where: str, text: str) -> Any:
-    """The JSON value `text`, one line of a file. Raises UserError, which begins with `where`, for no JSON and for a key
-    twice in one object.
+def parse_row(where: str, text: str, needed: str = "an object a line is needed, as jq -c writes it") -> Any:
+    """The JSON value `text`, one line of a file or a part of it. Raises UserError, which begins with `where` and ends
+    with what is `needed`, for no JSON and for a key twice in one object.
     """
     try:
         return _ROW.decode(text)
@@ -66,7 +66,7 @@ def parse_row(where: str, text: str) -> Any:
         reason = f"{error.msg} (column {error.colno}: {shown(found) if found else 'the end'})"
     except (ValueError, RecursionError) as error:
         reason = str(error)
-    raise UserError(f"{where}: not JSON: {reason}; an object a line is needed, as jq -c writes it")
+    raise UserError(f"{where}: not JSON: {reason}; {needed}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Chat templates differ between Hy's releases, and so do the literals of their spe
 own template and its own tokens count, never the ones below. Those have the form of Hy-MT2-30B-A3B's.
 """
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
+from hymeg.hf.files import read_json, shown
 
 BOS = "<｜hy_begin▁of▁sentence｜>"
 PAD = "<｜hy_▁pad▁｜>"
@@ -112,6 +114,39 @@ def load_tokenizer(directory: str | os.PathLike, config: HyConfig | None = None)
                 f"({config.vocab_size}) are possible: tokenizer and config.json do not belong together"
             )
     return tokenizer
+
+
+def end_of_document_id(directory: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends a document of text: "eod_token_id" in the config.json of `directory`, else the tokenizer's
+    EOS, if it has one. (A chat's turns end with EOS in any case.)
+
+    Raises:
+        UserError: config.json cannot be read, or names no token of the tokenizer's.
+    """
+    path = Path(directory) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    token_id = config.get("eod_token_id") if isinstance(config, dict) else None
+    if token_id is None:
+        return tokenizer.eos_token_id
+    if type(token_id) is not int or token_id not in tokenizer.get_vocab().values():
+        raise UserError(
+            f"{path}: 'eod_token_id' is {shown(token_id)}; the id of a token of this folder's tokenizer is needed"
+        )
+    return token_id
+
+
+def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer below, for which all is text, also what looks like a special token, or like another added
+    token that the chat template writes.
+    """
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in settings["added_tokens"]:
+        token["special"] |= not token["content"].isspace() and token["content"] in str(tokenizer.chat_template)
+    # transformers switches them off in its own calls.
+    settings["truncation"] = settings["padding"] = None
+    text_only = Tokenizer.from_str(json.dumps(settings))
+    text_only.encode_special_tokens = True  # that is, as the text that they are
+    return text_only
 
 
 def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

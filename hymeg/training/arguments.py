@@ -85,9 +85,6 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default="stop",
         help="--sft: what to do with rows that cannot be trained on: stop at the first, or count them and leave them out",
     )
-    group.add_argument(
-        "--translation-prompts", metavar="FILE.json", help="--sft: further kinds of prompts for translation rows"
-    )
     add_opposites(parser)
     return parser
 

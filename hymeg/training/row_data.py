@@ -12,7 +12,6 @@ from hymeg.data.conversations import ConversationDataset, Sequences, Shape
 from hymeg.data.index_building import RowEncoder, build_missing, told_bad_rows
 from hymeg.data.row_index import RowIndex, index_folder, is_built
 from hymeg.data.text_files import check_given_once, check_row_file
-from hymeg.data.translation import load_prompts
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.training.batch import is_reader
@@ -81,7 +80,6 @@ def settle_rows(args: argparse.Namespace) -> None:
         for path in blend.paths if blend else ():
             _check_file(flag(dest), path, args.data_cache_path)
         check_given_once(flag(dest), blend.paths if blend else [])
-    load_prompts(args.translation_prompts)
 
 
 def _check_file(label: str, path: str, cache: str | None) -> None:
@@ -234,7 +232,7 @@ def _flags(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _indices(args: argparse.Namespace, config: HyConfig, paths: Iterable[str]) -> dict[str, RowIndex]:
-    settings = (args.hf_model, config.vocab_size, args.translation_prompts, args.sft_bad_rows == "skip")
+    settings = (args.hf_model, config.vocab_size, args.sft_bad_rows == "skip")
     fingerprint = RowEncoder(*settings).fingerprint
     folders = {path: index_folder(path, args.data_cache_path, fingerprint) for path in paths}
 

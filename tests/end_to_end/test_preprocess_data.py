@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hymeg import platform
-from hymeg.hf.tokenizer import train_tiny_tokenizer
+from hymeg.hf.tokenizer import EOS, train_tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 UDHR = sorted((ROOT / "examples/data/udhr").glob("*.jsonl"))
@@ -57,12 +57,12 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer_dir, la
             prefix,
             "--tokenizer",
             tokenizer_dir,
-            "--append-eod",
             "--workers",
             workers,
         )
         assert done.returncode == 0, done.stderr
-        first, last = done.stdout.splitlines()
+        first, end, last = done.stdout.splitlines()
+        assert end == f"each ends with {EOS}"
         assert last == f"--data-path {prefix}_text_document"
         assert first.startswith("12,150 documents, ")
         outputs[workers] = {path.name: path.read_bytes() for path in prefix.parent.iterdir()}

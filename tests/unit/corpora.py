@@ -28,9 +28,6 @@ def all_rows(path):
     return [row for batch in read_batches(str(path)) for row in batch.rows]
 
 
-# Reading
-
-
 def read_back(prefix):
     """(dtype, the documents as lists of token ids) of a dataset, by Megatron's reader."""
     dataset = IndexedDataset(str(prefix))

@@ -457,11 +457,6 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("--data-path {rows}", "the same file", "leave one out"),
     ),
     "a split of nothing": (1, f"{SFT} --data-path {{rows}} --split nan,1,0", ("--split nan,1,0",)),
-    "prompts from nowhere": (
-        1,
-        f"{SFT} --data-path {{rows}} --translation-prompts {{tmp}}/none.json",
-        ("--translation-prompts {tmp}/none.json",),
-    ),
     "a cache in a file": (
         1,
         f"{SFT} --data-path {{rows}} --data-cache-path {{rows}}/x",

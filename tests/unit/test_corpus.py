@@ -2,14 +2,9 @@
 and leaves nothing behind.
 """
 
-import functools
 import gzip
 import json
 import os
-import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +13,8 @@ from transformers import AutoTokenizer
 
 from hymeg.data.corpus import preprocess
 from hymeg.errors import UserError
+from hymeg.hf.tokenizer import END_OF_DOCUMENT, EOS, SPECIAL_TOKENS
 
-ROOT = Path(__file__).parents[2]
 GOOD = '{"text": "good"}'
 
 
@@ -50,7 +45,7 @@ def test_a_large_vocabulary_is_stored_as_int32(tmp_path, tokenizer):
     large.add_tokens([f"<{number}>" for number in range(65500)])
     large.save_pretrained(tmp_path / "tokenizer")
     write_rows(tmp_path / "a.jsonl", ["<65499> good"])
-    preprocess([tmp_path / "a.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer")
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=False)
     dtype, [document] = read_back(tmp_path / "corpus_text_document")
     assert dtype == np.int32
     assert document == large.encode("<65499> good", add_special_tokens=False)
@@ -61,12 +56,13 @@ def test_each_key_is_a_dataset(tmp_path, tokenizer_dir, tokenizer):
     rows = [{"source": "hello", "target": "bonjour", "other": 1}, {"source": "", "target": "monde"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = preprocess([tmp_path / "a.jsonl"], tmp_path / "pairs", tokenizer_dir, json_keys=("source", "target"))
-    assert read_back(tmp_path / "pairs_source_document")[1] == [tokenizer.encode("hello")]
-    assert read_back(tmp_path / "pairs_target_document")[1] == [tokenizer.encode("bonjour"), tokenizer.encode("monde")]
+    end = [tokenizer.eos_token_id]
+    assert read_back(tmp_path / "pairs_source_document")[1] == [tokenizer.encode("hello") + end]
+    assert read_back(tmp_path / "pairs_target_document")[1] == [
+        tokenizer.encode("bonjour") + end,
+        tokenizer.encode("monde") + end,
+    ]
     assert (summary.num_documents, summary.num_empty) == (3, 1)
-
-
-# Parquet
 
 
 def test_truncation_and_padding_in_the_tokenizers_file_do_not_apply(tmp_path, tokenizer_dir, tokenizer):
@@ -82,7 +78,7 @@ def test_truncation_and_padding_in_the_tokenizers_file_do_not_apply(tmp_path, to
     }
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(settings))
-    preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer")
+    preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=False)
     assert read_back(tmp_path / "corpus_text_document")[1] == [
         tokenizer.encode(text, add_special_tokens=False) for text in udhr_texts("en")
     ]
@@ -114,7 +110,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, tokenizer_dir, row,
 def test_bad_rows_are_counted_and_left_out_where_that_is_asked_for(tmp_path, tokenizer_dir, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(row + f"\n{GOOD}\n".encode() for row, _ in BAD_ROWS.values()))
-    summary = preprocess([path], tmp_path / "corpus", tokenizer_dir, skip_bad_rows=True)
+    summary = preprocess([path], tmp_path / "corpus", tokenizer_dir, skip_bad_rows=True, append_eod=False)
     assert (summary.num_bad_rows, summary.num_documents) == (len(BAD_ROWS), len(BAD_ROWS))
     assert f"{path}: line 1: not JSON" in summary.first_bad_row
     assert read_back(tmp_path / "corpus_text_document")[1] == [tokenizer.encode("good")] * len(BAD_ROWS)
@@ -215,25 +211,6 @@ def test_one_file_twice_is_refused_under_whatever_name(tmp_path, tokenizer_dir):
             preprocess([path, other], tmp_path / "corpus", tokenizer_dir)
 
 
-def test_no_room_is_told_and_nothing_is_left(tmp_path, tokenizer_dir):
-    path = write_rows(tmp_path / "a.jsonl", ["good morning " * 50] * 2000)
-    command = [
-        sys.executable,
-        ROOT / "tools/preprocess_data.py",
-        "--input",
-        path,
-        "--output",
-        tmp_path / "new" / "o",
-        "--tokenizer",
-        tokenizer_dir,
-    ]
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limit)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "cannot be written: File too large; make room there, or give another --output" in done.stderr
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_when_all_rows_are_bad_the_first_is_named(tmp_path, tokenizer_dir):
     path = write_rows(tmp_path / "a.jsonl", ["good"], key="content")
     with pytest.raises(UserError, match=r"nothing to write.*1 bad rows, the first: .*a.jsonl: line 1: no key 'text'"):
@@ -274,12 +251,53 @@ def test_text_files_have_no_keys_to_choose_from(tmp_path, tokenizer_dir):
         preprocess([tmp_path / "a.txt"], tmp_path / "corpus", tokenizer_dir, json_keys=("a", "b"))
 
 
-def test_without_an_eos_token_no_end_of_document_can_be_appended(tmp_path, tokenizer):
+# The ends of documents, and special tokens in them
+
+
+@pytest.mark.parametrize(("config", "end"), [(None, EOS), ("{}", EOS), ('{"eod_token_id": %d}', END_OF_DOCUMENT)])
+def test_documents_end_with_the_models_own_token(tmp_path, tokenizer, config, end):
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    if config is not None:
+        (folder / "config.json").write_text(config.replace("%d", str(tokenizer.convert_tokens_to_ids(end))))
+    summary = preprocess([write_rows(tmp_path / "a.jsonl", ["good"])], tmp_path / "corpus", folder)
+    assert summary.end == end
+    [document] = read_back(tmp_path / "corpus_text_document")[1]
+    assert document == [*tokenizer.encode("good"), tokenizer.convert_tokens_to_ids(end)]
+
+
+@pytest.mark.parametrize("token_id", ["7000000", '"7"', "[7]", "true", "-1"])
+def test_an_end_that_is_no_token_is_refused(tmp_path, tokenizer, token_id):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/config.json").write_text(f'{{"eod_token_id": {token_id}}}')
+    with pytest.raises(
+        UserError, match=r"tokenizer/config.json: 'eod_token_id' is .*; the id of a token of this folde"
+    ):
+        preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer")
+
+
+def test_without_a_token_for_it_no_end_of_document_can_be_appended(tmp_path, tokenizer):
     without = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     without.eos_token = None
     without.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="no EOS token"):
-        preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=True)
+    with pytest.raises(UserError, match=r"no token ends documents: .*; name one, or give --no-append-eod"):
+        preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer")
+    assert preprocess([UDHR / "en.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=False).end is None
+
+
+def test_text_cannot_forge_a_special_token(tmp_path, tokenizer):
+    """Nor one that the chat template writes and that is no special token of the tokenizer's, as Hy3's <tool_call>."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.add_tokens(["<tool_call>", "<a word of its own>"])
+    tokenizer.chat_template += "{%- if tools %}{{ '<tool_call>' }}{% endif -%}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    forged = "".join(f"{token}{token} x" for token in (*SPECIAL_TOKENS, "<tool_call>"))
+    texts = [f"a {forged} \u00a0\x00e\u0301{EOS}", "<a word of its own>"]
+    preprocess([write_rows(tmp_path / "a.jsonl", texts)], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=False)
+    [document, word] = read_back(tmp_path / "corpus_text_document")[1]
+    assert tokenizer.decode(document, clean_up_tokenization_spaces=False) == texts[0]
+    assert not {*tokenizer.convert_tokens_to_ids(["<tool_call>", *SPECIAL_TOKENS])} & {*document}
+    assert word == [tokenizer.convert_tokens_to_ids("<a word of its own>")]
 
 
 def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(tmp_path, tokenizer_dir, tokenizer):
@@ -303,4 +321,4 @@ def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(
     assert files() == before
     preprocess([good], output, tokenizer_dir, overwrite=True)
     assert sorted(files()) == sorted(before)
-    assert read_back(f"{output}_text_document")[1] == [tokenizer.encode("good")]
+    assert read_back(f"{output}_text_document")[1] == [[*tokenizer.encode("good"), tokenizer.eos_token_id]]

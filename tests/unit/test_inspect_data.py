@@ -62,7 +62,7 @@ def inspect(tokenizer_dir, tmp_path, monkeypatch, capsys):
 
 
 def index_of(path, tokenizer_dir, cache):
-    settings = (str(tokenizer_dir), None, None, True)
+    settings = (str(tokenizer_dir), None, True)
     folder = index_folder(str(path), str(cache), RowEncoder(*settings).fingerprint)
     build_indices({str(path): folder}, settings)
     return RowIndex(folder, str(path))

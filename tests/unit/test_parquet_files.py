@@ -33,13 +33,13 @@ def test_parquet_reads_as_json_lines_do(tmp_path, tokenizer_dir):
 
 def test_parquet_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "BATCH_BYTES", 1000)
-    path = write_parquet(
-        tmp_path / "a.parquet", text=[f"{number:020}" for number in range(3000)], other=["x" * 100] * 3000
-    )
+    texts = [f"{number:0{10 + number % 40}}" for number in range(3000)]
+    path = write_parquet(tmp_path / "a.parquet", text=texts, other=["x" * 100] * 3000)
     batches = list(read_batches(str(path), ("text",)))
     rows = [row for batch in batches for row in batch.rows]
-    assert rows == [(number + 1, b'{"text": "%020d"}' % number) for number in range(3000)]
-    assert all(sum(len(row) for _, row in batch.rows) < 1040 for batch in batches)
+    assert rows == [(number, {"text": text}) for number, text in enumerate(texts, start=1)]
+    assert all(sum(len(row["text"]) for _, row in batch.rows) < 1050 for batch in batches)
+    assert len(batches) < 150
     assert all(batch.num_bytes_read > 0 for batch in batches)
     assert sum(batch.num_bytes_read for batch in batches) == path.stat().st_size
 
@@ -56,6 +56,34 @@ def test_conversations_of_parquet_are_rows_too(tmp_path):
     assert (conversation.reasoning_effort, conversation.where) == ("low", f"{path}: row 1")
 
 
+def test_what_a_struct_of_parquet_lacks_is_not_made_up(tmp_path):
+    def calling(name, arguments):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "42"},
+        ]
+
+    def tool(name, **properties):
+        function = {"name": name, "parameters": {"type": "object", "properties": properties}}
+        return {"type": "function", "function": function}
+
+    rows = [
+        {"messages": calling("weather", {"city": "Bern"}), "tools": [tool("weather", city={"type": "string"})]},
+        {
+            "messages": calling("add", {"a": 1, "b": [2, None], "deep": [{"c": {"d": 0}}]}),
+            "tools": [tool("add", a={"type": "number"}, b={"type": "array"})],
+        },
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = [RowReader().parse("a.parquet", number, row) for number, row in all_rows(tmp_path / "a.parquet")]
+    assert [conversation.messages for conversation in read] == [row["messages"] for row in rows]
+    assert [conversation.tools for conversation in read] == [row.get("tools") for row in rows]
+    assert [conversation.where for conversation in read] == [f"a.parquet: row {number}" for number in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [
@@ -64,8 +92,9 @@ def test_conversations_of_parquet_are_rows_too(tmp_path):
         ([b"a", b"\n\xff"], r"row 2: not UTF-8: byte b'\\xff'"),
         (pyarrow.array([b"a", b"\xe4"], pyarrow.binary()).view(pyarrow.string()), r"row 2: not UTF-8: byte b'\\xe4'"),
         ([datetime.date(2000, 1, 2)], "row 1: 'text' is {'date': '2000-01-02'}; a string"),
+        ([{"a": "b"}], "row 1: 'text' is {'a': 'b'}; a string"),
     ],
-    ids=["null", "numbers", "bytes", "latin-1", "dates"],
+    ids=["null", "numbers", "bytes", "latin-1", "dates", "structs"],
 )
 def test_a_bad_row_of_parquet_is_named(tmp_path, tokenizer_dir, column, message):
     path = write_parquet(tmp_path / "a.parquet", text=column)

@@ -52,7 +52,7 @@ def arguments(tmp_path, tokenizer_dir):
             "eval_global_batch_size": 2,
         }
         absent = (
-            "data_path train_data_path valid_data_path test_data_path split translation_prompts mock_data "
+            "data_path train_data_path valid_data_path test_data_path split mock_data "
             "virtual_pipeline_model_parallel_size"
         )
         explicit = {dest: (f"--{dest.replace('_', '-')}", "") for dest in given}
@@ -93,7 +93,7 @@ def test_bad_rows_stop_the_run_or_are_left_out_and_counted(arguments, tmp_path):
 
 def test_an_index_that_was_made_before_the_job_is_used(arguments, files, tokenizer_dir, tmp_path, monkeypatch):
     folder = index_folder(files[0], str(tmp_path / "cache"), RowEncoder(str(tokenizer_dir)).fingerprint)
-    build_indices({files[0]: folder}, (str(tokenizer_dir), None, None, True))
+    build_indices({files[0]: folder}, (str(tokenizer_dir), None, True))
     monkeypatch.setattr("hymeg.data.index_building.read_batches", None)
     assert made(arguments(data_path=[files[0]], split="100,0,0"))[1][0].startswith(f"training data {files[0]}: 20 rows")
 

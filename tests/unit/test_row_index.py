@@ -32,7 +32,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def settings(tokenizer):
-    return tokenizer, None, None, False
+    return tokenizer, None, False
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_a_bad_row_is_named_and_nothing_is_left(rows, settings, number):
 
 
 def test_bad_rows_are_left_out_and_counted_where_that_is_asked_for(bad_rows, settings):
-    index = RowIndex(build(bad_rows, (*settings[:3], True)), str(bad_rows))
+    index = RowIndex(build(bad_rows, (*settings[:2], True)), str(bad_rows))
     assert index.lines.tolist() == [1, 3, 7]
     encoder, lines = ChatEncoder(settings[0]), bad_rows.read_bytes().splitlines()
     for row, line in enumerate(index.lines):
@@ -205,7 +205,7 @@ def test_many_reasons_are_not_told_apart(rows, settings, monkeypatch):
     monkeypatch.setattr(index_building, "_MAX_REASONS", 2)
     bad = [json.dumps({"messages": [{"role": f"role {letter}", "content": "a"}]}) for letter in "abcd"]
     rows.write_text("\n".join([json.dumps(ROW), *bad]))
-    index = RowIndex(build(rows, (*settings[:3], True)), str(rows))
+    index = RowIndex(build(rows, (*settings[:2], True)), str(rows))
     assert [(entry.count, entry.reason[-8:]) for entry in index.bad_rows] == [
         (1, "'role a'"),
         (1, "'role b'"),
@@ -218,7 +218,7 @@ def test_where_no_row_is_good_the_first_is_named(rows, settings):
     with pytest.raises(
         UserError, match=r"rows\.jsonl: no row can be trained on, of 4; the first: .*: line 1: 'messages'"
     ):
-        build(rows, (*settings[:3], True))
+        build(rows, (*settings[:2], True))
 
 
 # Damage, and builds that end early

@@ -1,4 +1,4 @@
-"""Rows of both forms become conversations; a wrong row is named by file, line and key, with what was found and what to
+"""Rows of all forms become conversations; a wrong row is named by file, line and key, with what was found and what to
 do.
 """
 
@@ -57,7 +57,7 @@ def test_null_is_as_good_as_absent(reader):
 
 
 def test_a_call_needs_no_content(reader):
-    call = {"function": {"name": "weather", "arguments": {"city": "Bern"}}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
     tools = [{"type": "function", "function": {"name": "weather"}}]
     result = {"role": "tool", "content": "", "tool_call_id": "1"}
     row = chat(USER, {"role": "assistant", "content": None, "tool_calls": [call]}, result, ASSISTANT, tools=tools)
@@ -73,7 +73,10 @@ def test_a_call_needs_no_content(reader):
 
 def test_a_translation_is_a_question_and_an_answer(reader):
     row = translation(reasoning_effort="low", domain="greetings")
-    prompt = "Translate the following text into German. Note that you should only output the translated result without any additional explanation:"
+    prompt = (
+        "Translate the following text into German. Note that you should only output the translated result without any "
+        "additional explanation:"
+    )
     messages = [{"role": "user", "content": f"{prompt}\n\nHello"}, {"role": "assistant", "content": "Hallo"}]
     assert parse(reader, row) == Conversation(messages, "low", None, "data/a.jsonl: line 12")
 
@@ -97,15 +100,235 @@ def test_the_prompt_is_chinese_for_chinese_sources_unless_the_row_says_otherwise
     assert parse(reader, translation(**changes)).messages[0]["content"].startswith(beginning)
 
 
-def test_metadata_is_left_alone(reader):
-    assert parse(reader, chat(source="wmt", lang="de", meta={"a": [1]})).messages == [USER, ASSISTANT]
+def test_keys_without_a_meaning_are_left_alone_and_counted():
+    reader = RowReader()
+    assert parse(reader, chat(source="wmt", lang="de", meta={"a": [1]}, id=None)).messages == [USER, ASSISTANT]
+    parse(reader, translation(lang="de", id=3))
+    assert reader.ignored == {"source": 1, "lang": 2, "meta": 1, "id": 1}
 
 
-def test_readers_with_other_prompts_have_other_fingerprints(tmp_path, reader):
-    (tmp_path / "prompts.json").write_text(json.dumps({"mine": {"en": "{target_lang}: {source_text}"}}))
-    other = RowReader(tmp_path / "prompts.json")
-    assert other.fingerprint != reader.fingerprint == RowReader().fingerprint
-    assert parse(other, translation(prompt="mine")).messages[0]["content"] == "German: Hello"
+# The forms of other trainers
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "sun"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def shares(*turns):
+    return [{"from": role, "value": text} for role, text in turns]
+
+
+TAKEN = {
+    "ShareGPT": (
+        {"conversations": shares(("system", "Be brief."), ("human", "hi"), ("gpt", "hello"))},
+        [SYSTEM, USER, ASSISTANT],
+    ),
+    "ShareGPT with OpenAI's keys": ({"conversations": [USER, ASSISTANT]}, [USER, ASSISTANT]),
+    "OpenAI with ShareGPT's keys": (chat(*shares(("user", "hi"), ("assistant", "hello"))), [USER, ASSISTANT]),
+    "ShareGPT with calls": (
+        {
+            "conversations": shares(
+                ("human", "hi"),
+                ("function_call", '{"name": "weather", "arguments": {"city": "Bern"}}'),
+                ("observation", "sun"),
+                ("gpt", "hello"),
+            )
+        },
+        [USER, CALLING, RESULT, ASSISTANT],
+    ),
+    "a thought and two calls in a turn of their own": (
+        {
+            "conversations": shares(
+                ("human", "hi"),
+                (
+                    "function_call",
+                    '<think>\nhm\n</think>\n\n[{"name": "weather", "arguments": {"city": "Bern"}}, {"name": "f"}]',
+                ),
+            )
+        },
+        [
+            USER,
+            CALLING
+            | {
+                "reasoning_content": "hm",
+                "tool_calls": [CALL, {"type": "function", "function": {"name": "f", "arguments": {}}}],
+            },
+        ],
+    ),
+    "words and calls in turns one after another": (
+        chat(
+            USER,
+            ASSISTANT,
+            {"role": "tool_call", "content": '{"name": "weather", "arguments": {"city": "Bern"}}'},
+            {"role": "tool_call", "content": '{"name": "weather", "arguments": "{\\"city\\": \\"Bern\\"}"}'},
+            {"role": "tool_response", "content": "sun"},
+        ),
+        [USER, ASSISTANT | {"tool_calls": [CALL, CALL]}, RESULT],
+    ),
+    "Alpaca": ({"instruction": "hi", "output": "hello"}, [USER, ASSISTANT]),
+    "Alpaca with empty fields": (
+        {"instruction": "hi", "input": "", "output": "hello", "history": [], "system": ""},
+        [USER, ASSISTANT],
+    ),
+    "Alpaca with all": (
+        {
+            "system": "Be brief.",
+            "history": [["hi", "hello"]],
+            "instruction": "Add.",
+            "input": "1 2",
+            "output": "3",
+            "text": "as Alpaca's prompt has it",
+        },
+        [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "Add.\n1 2"}, {"role": "assistant", "content": "3"}],
+    ),
+    "Alpaca with an input only": ({"instruction": "", "input": "hi", "output": "hello"}, [USER, ASSISTANT]),
+    "a system message beside the messages": (chat(system="Be brief."), [SYSTEM, USER, ASSISTANT]),
+    "under another name": (chat(system_prompt="Be brief."), [SYSTEM, USER, ASSISTANT]),
+    "twice the same": (
+        chat(SYSTEM, USER, ASSISTANT, system="Be brief.", system_message="Be brief."),
+        [SYSTEM, USER, ASSISTANT],
+    ),
+    "none": (chat(system=""), [USER, ASSISTANT]),
+    "a developer's message": (chat(SYSTEM | {"role": "developer"}, USER, ASSISTANT), [SYSTEM, USER, ASSISTANT]),
+    "parts": (
+        chat(
+            {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i", "index": None}]},
+            ASSISTANT,
+        ),
+        [USER, ASSISTANT],
+    ),
+    "arguments as OpenAI gives them": (
+        chat(
+            USER,
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": "sun"},
+        ),
+        [USER, CALLING | {"tool_calls": [CALL | {"id": "c1"}]}, RESULT | {"tool_call_id": "c1"}],
+    ),
+    "a call without arguments": (
+        chat(USER, CALLING | {"tool_calls": [{"function": {"name": "f", "arguments": ""}}, {"name": "f"}]}),
+        [USER, CALLING | {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}] * 2}],
+    ),
+    "calls without the outer object": (
+        chat(USER, CALLING | {"tool_calls": [{"id": "c1", "name": "weather", "arguments": {"city": "Bern"}}]}),
+        [USER, CALLING | {"tool_calls": [CALL | {"id": "c1"}]}],
+    ),
+    "calls as a string": (
+        chat(USER, CALLING | {"tool_calls": '[{"name": "weather", "arguments": {"city": "Bern"}}]'}),
+        [USER, CALLING],
+    ),
+    "OpenAI's first calls": (
+        chat(
+            USER,
+            {
+                "role": "assistant",
+                "content": None,
+                "function_call": {"name": "weather", "arguments": '{"city": "Bern"}'},
+            },
+            {"role": "function", "name": "weather", "content": "sun"},
+        ),
+        [USER, CALLING, RESULT | {"name": "weather"}],
+    ),
+    "no calls": (chat(USER, ASSISTANT | {"tool_calls": []}), [USER, ASSISTANT]),
+    "other names of reasoning": (
+        chat(USER, ASSISTANT | {"reasoning": "hm"}, USER, ASSISTANT | {"thinking": "so"}),
+        [USER, ASSISTANT | {"reasoning_content": "hm"}, USER, ASSISTANT | {"reasoning_content": "so"}],
+    ),
+    "reasoning in tags": (
+        chat(USER, {"role": "assistant", "content": "<think>\nhm\n\nso\n</think>\n\nhello"}),
+        [USER, ASSISTANT | {"reasoning_content": "hm\n\nso"}],
+    ),
+    "empty tags": (chat(USER, {"role": "assistant", "content": "<think>\n\n</think>\n\nhello"}), [USER, ASSISTANT]),
+    "tags beside reasoning, or within the text, or of others": (
+        chat(
+            {"role": "user", "content": "<think>a</think>b"},
+            {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": ""},
+            USER,
+            {"role": "assistant", "content": "b<think>a</think>"},
+        ),
+        [
+            {"role": "user", "content": "<think>a</think>b"},
+            {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": ""},
+            USER,
+            {"role": "assistant", "content": "b<think>a</think>"},
+        ],
+    ),
+    "weights that change nothing": (
+        chat(
+            USER | {"weight": 0, "train": False},
+            ASSISTANT | {"weight": 1, "loss": True, "train": True},
+            weight=1.0,
+            loss=True,
+            images=[],
+            kto_tag=True,
+            label="polite",
+            rejected="",
+        ),
+        [USER, ASSISTANT],
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "messages"), TAKEN.values(), ids=TAKEN)
+def test_rows_in_the_forms_of_other_trainers_are_read(reader, row, messages):
+    assert parse(reader, row).messages == messages
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tools": [TOOL]},
+        {"tools": json.dumps([TOOL])},
+        {"tools": [TOOL["function"]]},
+        {"functions": [TOOL["function"]]},
+        {"tools": [{"function": TOOL["function"]}]},
+        {"tools": [{"type": "function", **TOOL["function"]}]},
+        {"tools": [{"name": "weather", "parameters": '{"type": "object"}'}]},
+        {"tools": [TOOL], "functions": [TOOL]},
+    ],
+)
+@pytest.mark.parametrize("row", [chat(), TRANSLATION, {"instruction": "hi", "output": "hello"}])
+def test_tools_are_read_in_all_forms_of_rows(reader, given, row):
+    [tool] = parse(reader, row | given).tools
+    assert json.dumps(tool) == json.dumps(TOOL)  # the template writes it down: the order of keys counts
+
+
+@pytest.mark.parametrize("none", [{"tools": []}, {"tools": ""}, {"functions": []}, {"tools": "[]"}, {}])
+def test_empty_tools_are_none(reader, none):
+    assert parse(reader, chat(**none)).tools is None
+
+
+@pytest.mark.parametrize(
+    ("given", "effort"),
+    [
+        ({"reasoning_effort": "high"}, "high"),
+        ({"thinking": "low"}, "low"),
+        ({"thinking": False}, "no_think"),
+        ({"enable_thinking": False}, "no_think"),
+        ({"enable_thinking": True, "reasoning_effort": "low"}, "low"),
+        ({"chat_template_kwargs": {"reasoning_effort": "high"}}, "high"),
+        ({"chat_template_kwargs": {"reasoning_effort": "high", "enable_thinking": True, "thinking": None}}, "high"),
+        ({"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "no_think"}, "no_think"),
+        ({"chat_template_kwargs": {}}, None),
+        ({"thinking": None}, None),
+    ],
+)
+@pytest.mark.parametrize("row", [chat(), TRANSLATION, {"instruction": "hi", "output": "hello"}])
+def test_the_effort_is_read_under_its_other_names(reader, given, effort, row):
+    assert parse(reader, row | given).reasoning_effort == effort
+
+
+def test_a_translation_may_have_a_system_message(reader):
+    conversation = parse(reader, translation(system="Be brief."))
+    assert conversation.messages == [SYSTEM, *parse(reader, TRANSLATION).messages]
 
 
 # Wrong rows
@@ -114,8 +337,8 @@ KINDS = "default, terminology, style, personalization, delimiters, structured, b
 WRONG_ROWS = {
     "not JSON": (b'{"messages": [', "not JSON: Expecting value.*; an object a line is needed"),
     "not UTF-8": (b'{"messages": "\xff"}', r"not UTF-8: byte b'\\xff'; convert the file with iconv"),
-    "not an object": (b'"a"', "holds 'a'; an object with 'messages', or with 'source' and 'target', is needed$"),
-    "a list of rows": (b'["a"]', r"holds \['a'\]; an object with .* is needed \(jq -c '.\[\]' makes lines of a list\)"),
+    "not an object": (b'"a"', r"holds 'a'; an object is needed, such as {'messages': \[...\]}$"),
+    "a list of rows": (b'["a"]', r"holds \['a'\]; an object is needed.* \(jq -c '.\[\]' makes lines of a list\)"),
     "a zero byte": (b'{"messages": "a\0b"}', "not JSON: Invalid control character"),
     "half a surrogate pair in UTF-8": (b'{"messages": "\xed\xa0\x80"}', r"not UTF-8: byte b'\\xed'"),
     "half a surrogate pair": (
@@ -125,10 +348,19 @@ WRONG_ROWS = {
     "brackets without end": (b"[" * 200000, "not JSON"),
     "a number of thousands of digits": (b'{"id": ' + b"1" * 10000 + b"}", "not JSON: Exceeds the limit"),
     "another form": (
-        {"conversations": []},
-        r"has the keys \['conversations'\]; needed are 'messages' for a conversation, 'source_lang', 'target_lang'",
+        {"question": "", "answer": ""},
+        r"has the keys \['question', 'answer'\]; needed are 'messages' or 'conversations' for a conversation, "
+        "'instruction' and 'output' for an instruction, 'source_lang', 'target_lang'",
     ),
-    "both forms": (chat(**TRANSLATION), "has 'messages' and also 'source' and 'target'; a row is either"),
+    "two forms": (
+        chat(**TRANSLATION),
+        "has 'messages' and also 'source' and 'target', which are two forms of row; keep",
+    ),
+    "two other forms": (
+        {"conversations": [USER], "instruction": "a", "output": "b"},
+        "has 'conversations' and also 'instruction' and 'output'",
+    ),
+    "one form under two names": (chat(conversations=[USER]), "has 'messages' and also 'conversations'"),
     "no messages": ({"messages": []}, r"'messages' is \[\]; a list of {'role', 'content'} is needed"),
     "messages null": ({"messages": None}, r"has the keys \[\]; needed are 'messages'"),
     "messages a string": ({"messages": "hi"}, "'messages' is 'hi'; a list"),
@@ -146,10 +378,15 @@ WRONG_ROWS = {
         chat(USER, {"role": "assistant"}),
         r"message 2: 'content' is missing among \['role'\]; a string is needed",
     ),
-    "content a list": (
-        chat(USER | {"content": [{"type": "text", "text": "hi"}]}),
-        r"message 1: 'content' is \[{.*; a string is needed",
+    "a part that is no text": (
+        chat(USER | {"content": [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {}}]}, ASSISTANT),
+        r"message 1: part 2 is {.*; {'type': 'text', 'text'} is needed: these models read text only",
     ),
+    "a part with more": (
+        chat(USER | {"content": [{"type": "text", "text": "hi", "weight": 0}]}, ASSISTANT),
+        "message 1: part 1 is ",
+    ),
+    "no parts": (chat(USER | {"content": []}), r"message 1: 'content' is \[\]; a string is needed"),
     "empty content": (
         chat(USER, ASSISTANT | {"content": " \n"}),
         "message 2: 'content' is empty; an empty assistant turn teaches nothing: leave the row",
@@ -157,10 +394,10 @@ WRONG_ROWS = {
     "content a number": (chat(USER, ASSISTANT | {"content": 42}), "message 2: 'content' is 42; a string is needed"),
     "content lists in a list": (
         chat(USER, ASSISTANT | {"content": [["a"], ["b"]]}),
-        r"message 2: 'content' is \[\['a'\], \['b'\]\]; a string",
+        r"message 2: part 1 is \['a'\]; {'type': 'text', 'text'}",
     ),
     "messages in a list of their own": (chat([USER, ASSISTANT]), r"message 1 is \[{.*; {'role', 'content'} is needed"),
-    "content null": (chat(USER | {"content": None}), "message 1: 'content' is missing"),
+    "content null": (chat(USER | {"content": None}), "message 1: 'content' is null"),
     "reasoning a number": (
         chat(USER, ASSISTANT | {"reasoning_content": 1}),
         "message 2: 'reasoning_content' is 1; a string is needed",
@@ -169,9 +406,9 @@ WRONG_ROWS = {
         chat(USER | {"reasoning_content": "x"}),
         "message 1: 'reasoning_content' has no place in a message of role user, whose keys",
     ),
-    "a weight": (
-        chat(USER, ASSISTANT | {"weight": 0}),
-        "message 2: 'weight' has no place in a message of role assistant, whose keys are role, content, name",
+    "a key of another role": (
+        chat(USER, ASSISTANT | {"tool_call_id": "1"}),
+        "message 2: 'tool_call_id' has no place in a message of role assistant, whose keys are role, content, name, r",
     ),
     "no assistant": (
         chat(USER),
@@ -212,12 +449,12 @@ WRONG_ROWS = {
     ),
     "unknown kind": (
         translation(prompt="styl"),
-        f"'prompt' is 'styl'; kinds of prompt are {KINDS} \\(--translation-prompts adds others\\)",
+        f"'prompt' is 'styl'; kinds of prompt are {KINDS}; for a prompt of your own write 'messages'",
     ),
     "kind a list": (translation(prompt=["style"]), r"'prompt' is \['style'\]; kinds of prompt are"),
     "unknown prompt_lang": (
         translation(prompt_lang="de"),
-        "'prompt_lang' is 'de'; the 'default' prompt exists in zh, en",
+        "'prompt_lang' is 'de'; zh, en are possible",
     ),
     "no style": (translation(prompt="style"), r"'target_style' is missing among \[.*; a string is needed"),
     "style without its prompt": (
@@ -244,6 +481,96 @@ WRONG_ROWS = {
     "a preference": (
         translation(prompt="personalization", user_preferences="short"),
         "'user_preferences' is 'short'; a list of strings is needed",
+    ),
+    "a weight": (chat(weight=0), "'weight' is 0, which hymeg does not do; all rows are trained alike: leave this one"),
+    "a small weight": (chat(loss_weight=0.1), "'loss_weight' is 0.1, which hymeg does not do"),
+    "a row not to train": (translation(train=False), "'train' is false, which hymeg does not do"),
+    "a bad answer": (chat(label=False), "'label' is false, which hymeg does not do; rows are answers to be learned"),
+    "a worse answer": (chat(rejected_response="no"), "'rejected_response' is 'no', which hymeg does not do"),
+    "a picture": (chat(images=["a.png"]), r"'images' is \['a.png'\], .*; these models read text only: leave the row"),
+    "a turn not to train": (
+        chat(USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT),
+        "message 2: 'weight' says otherwise than that every turn of the assistant's is trained, all alike, and nothing",
+    ),
+    "a turn to train half": (chat(USER, ASSISTANT | {"loss_scale": 0.5}), "message 2: 'loss_scale' says otherwise"),
+    "a user's turn to train": (chat(USER | {"train": True}, ASSISTANT), "message 1: 'train' says otherwise"),
+    "two system messages": (chat(SYSTEM, USER, ASSISTANT, system="x"), "has 'system' and also another system message"),
+    "two others": (chat(system="x", system_prompt="y"), "has 'system' and also 'system_prompt', which mean the same"),
+    "system a list": (chat(system=["x"]), r"'system' is \['x'\]; a string is needed"),
+    "other functions than tools": (chat(tools=[TOOL], functions=[]), "has 'tools' and also 'functions', which mean"),
+    "thinking, but how much": (
+        chat(enable_thinking=True),
+        "{'enable_thinking': True} leaves open how much; give 'reasoning_effort' alone: no_think, low, high",
+    ),
+    "two efforts": (
+        chat(reasoning_effort="low", chat_template_kwargs={"thinking": False}),
+        "{'chat_template_kwargs: thinking': False, 'reasoning_effort': 'low'} contradicts itself; give 'reasoning_effo",
+    ),
+    "an effort of others": (chat(thinking="medium"), "'thinking' is 'medium'; no_think, low, high are possible"),
+    "an effort that is a truth": (chat(reasoning_effort=True), "'reasoning_effort' is true; no_think"),
+    "other arguments": (
+        chat(chat_template_kwargs={"date": "today"}),
+        "'chat_template_kwargs' is {'date': 'today'}; of what a template is given, rows may say 'reasoning_effort'",
+    ),
+    "arguments a list": (chat(chat_template_kwargs=[]), r"'chat_template_kwargs' is \[\]; of what"),
+    "unknown speaker": (
+        {"conversations": shares(("human", "hi"), ("bard", "hello"))},
+        "message 2: 'from' is 'bard'; developer, human, gpt, function, observation, .* are possible",
+    ),
+    "empty value": ({"conversations": shares(("human", " "), ("gpt", "a"))}, "message 1: 'value' is empty; an empty u"),
+    "value a number": ({"conversations": shares(("human", 7), ("gpt", "a"))}, "message 1: 'value' is 7; a string is"),
+    "role twice": (chat(USER | {"from": "human"}), "message 1: has 'role' and also 'from', which mean the same; keep"),
+    "reasoning twice": (
+        chat(USER, ASSISTANT | {"reasoning": "a", "reasoning_content": "b"}),
+        "message 2: has 'reasoning_content' and also 'reasoning'",
+    ),
+    "calls twice": (
+        chat(USER, CALLING | {"function_call": CALL["function"]}),
+        "message 2: has 'tool_calls' and also 'function_call'",
+    ),
+    "a call that is no JSON": (
+        {"conversations": shares(("human", "hi"), ("function_call", "weather('Bern')"))},
+        "message 2: the function call: not JSON: Expecting value.*; JSON is needed in this string$",
+    ),
+    "a call of nothing": ({"conversations": shares(("human", "hi"), ("function_call", "[]"))}, "message 2: holds no f"),
+    "a call with a weight": (
+        {"conversations": [*shares(("human", "hi")), {"from": "function_call", "value": "{}", "weight": 0}]},
+        "message 2: 'weight' says otherwise",
+    ),
+    "arguments that are no JSON": (
+        chat(USER, CALLING | {"tool_calls": [{"function": {"name": "weather", "arguments": "Bern"}}]}),
+        "message 2: the arguments of 'weather': not JSON: .*; JSON is needed in this string$",
+    ),
+    "arguments that are no object": (
+        chat(USER, CALLING | {"tool_calls": [{"function": {"name": "weather", "arguments": '["Bern"]'}}]}),
+        r"message 2: the arguments of 'weather' are \['Bern'\]; an object is needed, which may be a string of JSON",
+    ),
+    "an argument twice": (
+        chat(USER, CALLING | {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}]}),
+        "message 2: the arguments of 'f': the key 'a' stands twice",
+    ),
+    "half a surrogate pair in a string of JSON": (
+        chat(USER, CALLING | {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}]}),
+        "message 2: the arguments of 'f': holds .*, half of a surrogate pair",
+    ),
+    "tools that are no JSON": (chat(tools="weather"), "'tools': not JSON: .*; JSON is needed in this string$"),
+    "tools a string of an object": (chat(tools='{"name": "f"}'), "'tools' is {'name': 'f'}; a list of"),
+    "a nameless tool": (chat(functions=[{"name": ""}]), r"'functions' is \[{'name': ''}\]; a list of"),
+    "no output": ({"instruction": "hi"}, r"'output' is missing among \['instruction'\]; a string is needed"),
+    "empty output": ({"instruction": "hi", "output": ""}, "'output' is empty; there is nothing to learn"),
+    "no question": ({"instruction": "", "input": "", "output": "a"}, "'instruction' is empty; there is nothing to"),
+    "input a list": ({"instruction": "hi", "input": [], "output": "a"}, r"'input' is \[\]; a string is needed"),
+    "a history of rows": (
+        {"instruction": "hi", "output": "a", "history": [{"q": "a"}]},
+        r"'history' is \[{'q': 'a'}\]; \[\[question, answer\], ...\] is needed",
+    ),
+    "an empty answer in the history": (
+        {"instruction": "hi", "output": "a", "history": [["b", ""]]},
+        "message 2: 'content' is empty; an empty assistant turn",
+    ),
+    "mistyped instruction key": (
+        {"instruction": "hi", "output": "a", "inputs": "b"},
+        "unknown key 'inputs'; 'input' is known: mend the name",
     ),
     "mistyped translation key": (
         translation(backgroundtext="x"),

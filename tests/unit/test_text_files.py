@@ -75,6 +75,3 @@ def test_a_row_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name,
     path.write_bytes(b"short\n\nlong\n" + b"x" * 200 if name.endswith(".txt") else b"short\n" + b"x" * 200)
     with pytest.raises(UserError, match=f"line ({first_line}|{first_line + 1}): a document of more than"):
         all_rows(path)
-
-
-# Datasets
