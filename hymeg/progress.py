@@ -25,6 +25,7 @@ class Progress:
         self.what, self.num_bytes, self.stream = what, num_bytes, stream or sys.stderr
         self.counts = counts
         self.is_terminal = self.stream.isatty()
+        self.has_open_line = False
         self.started = self.shown = time.monotonic()
 
     def show(self, done: int, at_end: bool = False) -> None:
@@ -44,4 +45,13 @@ class Progress:
             filled = round(share * _BAR_WIDTH)
             bar = "#" * filled + "." * (_BAR_WIDTH - filled)
             text = f"\r[{bar}] {text}\x1b[K"
-        print(text, end="\n" if at_end or not self.is_terminal else "", file=self.stream, flush=True)
+        print(text, end="" if self.is_terminal else "\n", file=self.stream, flush=True)
+        self.has_open_line = self.is_terminal
+        if at_end:
+            self.close()
+
+    def close(self) -> None:
+        """What is printed next, an error perhaps, begins a line."""
+        if self.has_open_line:
+            print(file=self.stream, flush=True)
+        self.has_open_line = False

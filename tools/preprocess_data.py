@@ -74,18 +74,22 @@ def main() -> None:
         progress = progress or Progress("tokenizing", counts.total_bytes, counts=functools.partial(described, counts))
         progress.show(counts.num_bytes_read)
 
-    summary = preprocess(
-        args.input,
-        args.output,
-        args.tokenizer,
-        json_keys=tuple(args.json_keys),
-        append_eod=args.append_eod,
-        num_workers=args.workers,
-        skip_bad_rows=args.skip_bad_rows,
-        overwrite=args.overwrite,
-        report=report,
-    )
-    progress.show(summary.num_bytes_read, at_end=True)
+    try:
+        summary = preprocess(
+            args.input,
+            args.output,
+            args.tokenizer,
+            json_keys=tuple(args.json_keys),
+            append_eod=args.append_eod,
+            num_workers=args.workers,
+            skip_bad_rows=args.skip_bad_rows,
+            overwrite=args.overwrite,
+            report=report,
+        )
+        progress.show(summary.num_bytes_read, at_end=True)
+    finally:
+        if progress:
+            progress.close()
     print(described(summary, time.monotonic() - progress.started))
     print(f"each ends with {summary.end}" if summary.end else "nothing marks their ends (--no-append-eod)")
     if summary.num_empty:

@@ -7,6 +7,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
+from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer
+
 
 class _FreshMasks:
     """Megatron caches the loss mask of a process's first sample, and masks that sample's padding tokens in the cache:
@@ -24,6 +26,19 @@ class TextDataset(_FreshMasks, GPTDataset):
 
 class RandomDataset(_FreshMasks, MockGPTDataset):
     """Made-up samples (`--mock-data`)."""
+
+
+class WithEnd:
+    """Megatron's wrapper of a tokenizer, with the token that tools/preprocess_data.py ends documents with as `eod`. The
+    wrapper's own is EOS, which `--eod-mask-loss` would look for in vain.
+    """
+
+    def __init__(self, tokenizer, directory: str):
+        self._tokenizer = tokenizer
+        self.eod = end_of_document_id(directory, load_tokenizer(directory))
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_tokenizer"], name)
 
 
 def build_datasets(
@@ -48,7 +63,7 @@ def build_datasets(
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=tokenizer,
+        tokenizer=WithEnd(tokenizer, args.hf_model) if args.eod_mask_loss else tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,

@@ -7,13 +7,18 @@ import pytest
 import torch
 from single_process import ensure_world
 
-from hymeg.data.pretraining import TextDataset
+from hymeg.data.pretraining import TextDataset, WithEnd
+from hymeg.hf.tokenizer import load_tokenizer
 
 PAD = 7
 
 
 @pytest.fixture
 def dataset(tmp_path):
+    return make_dataset(tmp_path, SimpleNamespace(vocab_size=1000, eod=0, pad=PAD, unique_identifiers={}))
+
+
+def make_dataset(tmp_path, tokenizer, eod_mask_loss=False):
     """Sequences of 8 tokens from documents, the first sample with the padding token in it."""
     ensure_world()
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
@@ -26,7 +31,6 @@ def dataset(tmp_path):
             np.where(np.arange(start, start + 40) % 3 == 0, PAD, np.arange(start, start + 40) + 10), [40]
         )
     builder.finalize(str(tmp_path / "text.idx"))
-    tokenizer = SimpleNamespace(vocab_size=1000, eod=0, pad=PAD, unique_identifiers={})
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=8,
@@ -34,7 +38,7 @@ def dataset(tmp_path):
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=eod_mask_loss,
     )
     low_level = IndexedDataset(str(tmp_path / "text"))
     return TextDataset(low_level, str(tmp_path / "text"), np.arange(10), 40, Split.train, config)
@@ -48,3 +52,20 @@ def test_masked_tokens_of_one_sample_do_not_mask_another(dataset):
         assert torch.equal(sample["loss_mask"] == 0, sample["labels"] == 0)
     for index, sample in alone.items():
         assert torch.equal(dataset[index]["loss_mask"], sample["loss_mask"])
+
+
+def test_the_loss_is_masked_at_the_token_that_ends_documents(tmp_path, tokenizer_dir):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/config.json").write_text('{"eod_token_id": 50}')
+    megatrons = SimpleNamespace(vocab_size=1000, eod=tokenizer.eos_token_id, pad=PAD, unique_identifiers={})
+    given = WithEnd(megatrons, str(tmp_path / "hf"))
+    assert (given.eod, given.pad, given.vocab_size) == (50, PAD, 1000)
+    dataset = make_dataset(tmp_path, given, eod_mask_loss=True)
+    ends = 0
+    for sample in (dataset[index] for index in range(len(dataset))):
+        is_end = sample["tokens"] == 50
+        assert not sample["loss_mask"][is_end].any()
+        assert torch.equal(sample["loss_mask"] == 0, is_end | (sample["labels"] == 0))
+        ends += int(is_end.sum())
+    assert ends
