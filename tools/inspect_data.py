@@ -24,6 +24,7 @@ from hymeg.data.row_index import RowIndex, index_folder
 from hymeg.data.rows import RowReader
 from hymeg.data.text_files import check_given_once, check_row_file
 from hymeg.errors import UserError, exit_on_user_error
+from hymeg.hf.files import shown
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 BAR_WIDTH = 40
@@ -143,6 +144,10 @@ def main() -> None:
         print(f"{index.path}\nindex     {index.folder}")
         summary = summarize(index)
         print_summary(summary, index.counts)
+        if index.ignored:
+            print(
+                "\nleft alone: " + ", ".join(f"{shown(key)} in {count:,} rows" for key, count in index.ignored.items())
+            )
         if args.seq_length is not None:
             print_fit(fit(summary, args.seq_length), len(index), args.seq_length)
         print(*told_bad_rows(index.bad_rows, len(index)), sep="\n")

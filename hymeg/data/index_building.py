@@ -36,6 +36,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _BYTES_PER_WORKER = 20_000_000  # of the files: less is not worth a process
 _MAX_WORKERS = 64  # one process reads for all
 _MAX_REASONS = 50  # that are told apart
+_MAX_KEYS = 50  # that are kept of those which were left alone
 
 
 class Encoded(NamedTuple):
@@ -47,6 +48,7 @@ class Encoded(NamedTuple):
     lines: list[int]
     bad_rows: list[str]
     counts: Counter
+    ignored: Counter  # rows by key that was left alone
     num_bytes_read: int
 
 
@@ -75,6 +77,7 @@ class RowEncoder:
 
     def __call__(self, batch: Batch) -> Encoded:
         """Raises UserError at the first bad row, unless they are to be skipped."""
+        self._reader.ignored.clear()
         rows = [(number, self._parsed(batch.path, number, raw)) for number, raw in batch.rows]
         good = [row for _, row in rows if not isinstance(row, UserError)]
         encoded = iter(self._encoder.encode_batch(good))
@@ -90,7 +93,10 @@ class RowEncoder:
             else:
                 raise UserError(f"{tokens} (--sft-bad-rows skip leaves such rows out)")
         lengths = [len(row) for row in stored[1:]]
-        return Encoded(batch.path, np.concatenate(stored), lengths, lines, bad_rows, counts, batch.num_bytes_read)
+        ignored = self._reader.ignored.copy()
+        return Encoded(
+            batch.path, np.concatenate(stored), lengths, lines, bad_rows, counts, ignored, batch.num_bytes_read
+        )
 
     def _parsed(self, path: str, number: int, raw: bytes) -> Conversation | UserError:
         try:
@@ -175,13 +181,14 @@ def build_indices(
 
 def _write(folder: Path, path: str, parts: Iterator[Encoded], progress: Progress) -> Iterator[Progress]:
     """Yields how far all has come, after each part."""
-    lengths, lines, counts, bad_rows = array("q"), array("q"), Counter(), {}
+    lengths, lines, counts, ignored, bad_rows = array("q"), array("q"), Counter(), Counter(), {}
     with open(folder / "tokens.bin", "wb") as file:
         for part in parts:
             file.write(part.stored.tobytes())
             lengths.extend(part.lengths)
             lines.extend(part.lines)
             counts.update(part.counts)
+            ignored.update(part.ignored)
             for message in part.bad_rows:
                 _count_bad_row(bad_rows, path, message)
             progress = Progress(
@@ -199,7 +206,12 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], progress: Progress
         raise UserError(f"{path}: holds no row; give a file with conversations or translations, one a line")
     np.save(folder / "starts.npy", np.cumsum([0, *lengths], dtype=np.int64))
     np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
-    summary = {"digest": content_digest(path), "bad_rows": list(bad_rows.values()), "counts": counts}
+    summary = {
+        "digest": content_digest(path),
+        "bad_rows": list(bad_rows.values()),
+        "counts": counts,
+        "ignored": dict(ignored.most_common(_MAX_KEYS)),
+    }
     write_whole(folder / SUMMARY, json.dumps(summary).encode())
 
 

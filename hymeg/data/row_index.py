@@ -49,6 +49,7 @@ class RowIndex:
         self.digest: str = summary["digest"]
         self.bad_rows = [BadRows(*entry) for entry in summary["bad_rows"]]
         self.counts: dict[str, int] = summary["counts"]
+        self.ignored: dict[str, int] = summary["ignored"]  # rows by key that has no meaning in them, most first
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")
         self.lines = np.load(folder / "lines.npy", mmap_mode="r")
         self.stored = np.memmap(folder / "tokens.bin", np.int32, mode="r")

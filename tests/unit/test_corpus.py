@@ -3,8 +3,10 @@ and leaves nothing behind.
 """
 
 import gzip
+import importlib.util
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -322,3 +324,44 @@ def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(
     preprocess([good], output, tokenizer_dir, overwrite=True)
     assert sorted(files()) == sorted(before)
     assert read_back(f"{output}_text_document")[1] == [[*tokenizer.encode("good"), tokenizer.eos_token_id]]
+
+
+# The command
+
+
+SPEC = importlib.util.spec_from_file_location("preprocess_data", UDHR.parents[2] / "tools/preprocess_data.py")
+preprocess_data = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(preprocess_data)
+
+
+@pytest.fixture
+def command(tmp_path, tokenizer_dir, monkeypatch, capsys):
+    """Runs it in this process; what it prints."""
+
+    def run(*words):
+        given = ["--output", tmp_path / "out/corpus", "--tokenizer", tokenizer_dir, *words]
+        monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *map(str, given)])
+        preprocess_data.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_the_command_tells_what_it_did_and_what_it_left_out(tmp_path, command, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{GOOD}\nbad\n{{"text": ""}}\n')
+    counts, end, empty, bad, last = command("--input", path, "--skip-bad-rows")
+    assert counts.startswith(f"1 documents, {len(tokenizer.encode('good')) + 1} tokens, ")
+    assert end == f"each ends with {EOS}"
+    assert empty == "left out 1 texts without a token"
+    assert bad.startswith(f"left out 1 bad rows, the first: {path}: line 2: not JSON")
+    assert last == f"--data-path {tmp_path}/out/corpus_text_document"
+
+
+def test_the_command_leaves_the_ends_unmarked_where_that_is_asked_for(tmp_path, command, tokenizer):
+    words = ("--input", write_rows(tmp_path / "a.jsonl", ["good"]))
+    command(*words)
+    assert read_back(tmp_path / "out/corpus_text_document")[1] == [[*tokenizer.encode("good"), tokenizer.eos_token_id]]
+    output = command(*words, "--no-append-eod", "--overwrite")
+    assert output[1] == "nothing marks their ends (--no-append-eod)"
+    assert read_back(tmp_path / "out/corpus_text_document")[1] == [tokenizer.encode("good")]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hymeg.data import text_files
 from hymeg.data.chat import ChatEncoder
 from hymeg.data.index_building import RowEncoder, build_indices
 from hymeg.data.inspection import Summary, fit, histogram, read_row, summarize
@@ -177,6 +178,16 @@ def test_the_command_counts_turns(inspect, tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "turns     6, 2 of effort high without reasoning, 2 with reasoning\n" in inspect(tmp_path / "a.jsonl").out
+
+
+def test_keys_that_were_left_alone_are_listed_with_counts(inspect, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "BATCH_BYTES", 1)  # a batch a row
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": messages, "id": number} | ({"topic": "x"} if number % 3 else {}) for number in range(1500)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "\nleft alone: 'id' in 1,500 rows, 'topic' in 1,000 rows\n" in inspect(tmp_path / "a.jsonl").out
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert "left alone" not in inspect(tmp_path / "b.jsonl").out
 
 
 def test_bad_rows_are_counted_by_reason(inspect, tmp_path, capsys):

@@ -23,6 +23,7 @@ def terminal():
 
 
 def shown(clock, stream, counts=None, seconds=(0, 5, 10, 11, 20, 25)):
+    clock[0] = 100
     bar = Progress("converting", 40_000_000_000, stream, counts)
     for second in seconds:
         clock[0] = 100 + second
