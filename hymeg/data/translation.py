@@ -18,9 +18,7 @@ from hymeg.errors import UserError
 from hymeg.hf.files import shown
 
 NEEDED = ("source", "target", "source_lang", "target_lang")
-_FIELDS = {  # placeholder: the row's key
-    "source_lang": "source_lang",
-    "target_lang": "target_lang",
+_FIELDS = {  # placeholder, but for those of languages: the row's key
     "source_text": "source",
     "text": "terminology",
     "user_preferences": "user_preferences",
@@ -28,7 +26,7 @@ _FIELDS = {  # placeholder: the row's key
     "format_type": "format_type",
     "background_text": "background_text",
 }
-KEYS = (*_FIELDS.values(), "target", "prompt", "prompt_lang")
+KEYS = (*NEEDED, *_FIELDS.values(), "prompt", "prompt_lang")
 _REPEATED = ("text", "user_preferences")  # a line with one of them stands once for each item of the row's list
 _PLACEHOLDER = re.compile(r"(?<![{$])\{([a-z_]+)\}(?!\})")  # {{var}} and ${var} are text
 
@@ -162,8 +160,6 @@ def request(where: str, row: dict) -> str:
     prompt = PROMPTS[kind][language]
     values = {key: getattr(name, language) for key, name in names.items()}
     for placeholder, key in _FIELDS.items():
-        if key in names:
-            continue
         if placeholder in prompt.placeholders:
             values[placeholder] = _READ_FIELD.get(key, text_of)(where, row, key)
         elif key in row:

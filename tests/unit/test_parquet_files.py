@@ -72,7 +72,7 @@ def test_what_a_struct_of_parquet_lacks_is_not_made_up(tmp_path):
     rows = [
         {"messages": calling("weather", {"city": "Bern"}), "tools": [tool("weather", city={"type": "string"})]},
         {
-            "messages": calling("add", {"a": 1, "b": [2, None], "deep": [{"c": {"d": 0}}]}),
+            "messages": calling("add", {"a": 1, "b": [2, None], "deep": [{"c": {"d": 0.5, "e": False}}]}),
             "tools": [tool("add", a={"type": "number"}, b={"type": "array"})],
         },
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]},

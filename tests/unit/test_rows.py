@@ -432,6 +432,10 @@ WRONG_ROWS = {
         translation(target_lang=...),
         r"'target_lang' is missing among \['source_lang', 'source', 'target'\]; a string is needed",
     ),
+    "a target_lang only": ({"target_lang": "de"}, r"'source_lang' is missing among \['target_lang'\]"),
+    "a source_lang only": ({"source_lang": "de"}, "'target_lang' is missing among"),
+    "a source only": ({"source": "de"}, "'source_lang' is missing among"),
+    "a target only": ({"target": "de"}, "'source_lang' is missing among"),
     "no source_lang": (translation(source_lang=...), "'source_lang' is missing"),
     "no target": (translation(target=...), "'target' is missing among"),
     "empty source": (

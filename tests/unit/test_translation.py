@@ -101,12 +101,26 @@ def test_every_kind_of_prompt_can_be_asked_for_in_a_row():
         ("zh_Hant", "Traditional Chinese", "繁体中文"),
         ("fil", "Filipino", "菲律宾语"),
         ("Klingon", "Klingon", "Klingon"),
+        ("Simplified Chinese", "Chinese", "中文"),
+        ("简体中文", "Chinese", "中文"),
+        ("汉语", "Chinese", "中文"),
+        ("zh-HK", "Traditional Chinese", "繁体中文"),
+        ("zh_MO", "Traditional Chinese", "繁体中文"),
     ],
 )
 def test_a_language_goes_by_its_name_in_the_prompts_language(given, english, chinese):
     assert language_names(given)[:2] == (english, chinese)
 
 
+@pytest.mark.parametrize("name", ["Classical Chinese", "old chinese", "中文（文言）"])
+def test_a_name_may_say_that_it_is_a_kind_of_chinese(name):
+    assert language_names(name) == (name, name, True)
+    assert not language_names("Old Church Slavonic").is_chinese
+
+
 def test_the_readmes_languages_are_known():
+    for code, (english, chinese) in LANGUAGES.items():
+        assert language_names(english)[:2] == language_names(chinese)[:2] == language_names(code)[:2]
+        assert english.isascii() and english.istitle() and chinese.endswith(("语", "文"))
     assert len(LANGUAGES) == 38
     assert [code for code in LANGUAGES if language_names(code).is_chinese] == ["zh", "zh-Hant", "yue"]
