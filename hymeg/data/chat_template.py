@@ -99,6 +99,7 @@ class ChatTemplate:
         } - {tokenizer.unk_token_id}
         self._analysed = functools.lru_cache(256)(self._analyse)
         self._last_turn = functools.lru_cache(1024)(self._find_last_turn)
+        self._context = functools.lru_cache(1024)(self._find_context)
         self._is_special = functools.lru_cache(16)(self._lookup)
 
     def render(
@@ -127,7 +128,7 @@ class ChatTemplate:
         text = self.render(conversation.messages, conversation.tools, conversation.reasoning_effort)
         if any("tool_calls" in message for message in conversation.messages):
             # Arguments and ids differ from row to row: without them forms and turns are analysed once. A template that
-            # does more with them than to print strings needs them.
+            # does more with them than to print them needs them.
             with contextlib.suppress(UserError):
                 return self._form(conversation, text, without_arguments=True)
         return self._form(conversation, text, without_arguments=False)
@@ -189,11 +190,20 @@ class ChatTemplate:
         occurrences = Counter(_MARKER.findall(text))
         turns, end, previous = [], 0, 0
         for number in numbers:
-            short, whole = messages[: numbers[0]] + messages[previous : number + 1], messages[: number + 1]
-            previous = max(number, numbers[0])
+            whole = messages[: number + 1]
+            short = (
+                whole
+                if number == numbers[0]
+                else [
+                    *messages[: numbers[0]],
+                    _without_arguments(messages[previous]),
+                    *messages[previous + 1 : number + 1],
+                ]
+            )
+            previous = number
             with _located(f"message {number + 1}"):
                 try:
-                    turn = self._next_turn(text, end, whole if number in numbers[:1] else short, tools, effort)
+                    turn = self._next_turn(text, end, short, tools, effort)
                 except UserError:
                     turn = self._next_turn(text, end, whole, tools, effort)
                 inside = _MARKER.findall(turn.text)
@@ -211,28 +221,25 @@ class ChatTemplate:
         it at `start`.
         """
         numbers = {_marker(number)[-7:-1]: number for number in range(len(tools or ()))}  # the tools keep theirs
-        renumbered = _MARKER.sub(
-            lambda match: _marker(numbers.setdefault(match[1], len(numbers))), _plain_json(history)
+        before, last = (
+            _MARKER.sub(lambda match: _marker(numbers.setdefault(match[1], len(numbers))), _plain_json(part))
+            for part in (history[:-1], history[-1])
         )
-        turn = self._last_turn(renumbered, _plain_json(tools), effort)
+        turn = self._last_turn(before, last, _plain_json(tools), effort)
         own = list(map(int, numbers))
         lead, own_text = (_MARKER.sub(lambda match: _marker(own[int(match[1])]), part) for part in turn[:2])
         if not (text.startswith(lead, start) and text.startswith(own_text, start + len(lead))):
             raise UserError(_DIFFERENTLY)
         return _Turn(lead, own_text, turn.eos)
 
-    def _find_last_turn(self, history: str, tools: str, effort: str | None) -> _Turn:
-        """The assistant's turn at the end of `history`; both are JSON. Raises UserError where it has no sound
-        bounds.
-        """
-        messages, tools = json.loads(history), json.loads(tools)
-        before, after = (self.render(messages[:end], tools, effort) for end in (-1, len(messages)))
-        prompted = self.render(messages[:-1], tools, effort, prompt=True)
-        previous = max((end for end in range(1, len(messages)) if messages[end - 1]["role"] == "assistant"), default=0)
-        earlier = self.render(messages[:previous], tools, effort) if previous else ""
-        if not (before.startswith(earlier) and after.startswith(before) and prompted.startswith(before)):
+    def _find_last_turn(self, history: str, last: str, tools: str, effort: str | None) -> _Turn:
+        """The assistant's turn `last` behind `history`; all are JSON. Raises UserError where it has no sound bounds."""
+        before, lead, prompt = self._context(history, tools, effort)
+        message = json.loads(last)
+        after = self.render([*json.loads(history), message], json.loads(tools), effort)
+        if not after.startswith(before):
             raise UserError(_DIFFERENTLY)
-        text, prompt = after[len(before) :], prompted[len(before) :]
+        text = after[len(before) :]
         controls, opening = self._controls(text), self._controls(prompt)[:1]
         if not opening or opening[0].start != 0 or controls[:1] != opening:
             raise UserError(
@@ -240,16 +247,28 @@ class ChatTemplate:
                 "the turn before is the assistant's too: make them one); such rows are refused"
             )
         if not text.startswith(prompt):
-            raise UserError(_not_behind_the_prompt(prompt, messages[-1], effort))
+            raise UserError(_not_behind_the_prompt(prompt, message, effort))
         ends = [control for control in controls if control.token_id == self._tokenizer.eos_token_id]
         if not ends or _MARKER.search(text, ends[-1].end):
             raise UserError(
                 f"the chat template does not end it with the EOS token {shown(self._tokenizer.eos_token)}, and the "
                 "model would never learn to stop; the checkpoint's own template and eos_token are needed"
             )
-        if set(_MARKER.findall(text)) != set(_MARKER.findall(_plain_json(messages[-1]))):
+        if set(_MARKER.findall(text)) != set(_MARKER.findall(last)):
             raise UserError(_ELSEWHERE)
-        return _Turn(before[len(earlier) :], text, ends[-1].start)
+        return _Turn(lead, text, ends[-1].start)
+
+    def _find_context(self, history: str, tools: str, effort: str | None) -> tuple[str, str, str]:
+        """What the template makes of `history`; the part of it behind the assistant's last turn; and the generation
+        prompt behind it.
+        """
+        messages, tools = json.loads(history), json.loads(tools)
+        before, prompted = (self.render(messages, tools, effort, prompt) for prompt in (False, True))
+        previous = max((end for end, message in enumerate(messages, 1) if message["role"] == "assistant"), default=0)
+        earlier = self.render(messages[:previous], tools, effort) if previous else ""
+        if not (before.startswith(earlier) and prompted.startswith(before)):
+            raise UserError(_DIFFERENTLY)
+        return before, before[len(earlier) :], prompted[len(before) :]
 
     def _lookup(self, special_ids: frozenset[int]) -> np.ndarray:
         is_special = np.zeros(self._num_ids, bool)
@@ -299,6 +318,18 @@ def _check_nothing_is_left_out(messages: list[dict], tools: list[dict] | None, t
         raise UserError("the chat template leaves out 'tools'; they cannot be trained with this tokenizer's template")
 
 
+def _without_arguments(message: dict) -> dict:
+    """A turn whose calls have none: what follows does not depend on them."""
+    return (
+        json.loads(
+            json.dumps(message),
+            object_hook=lambda item: item | {"arguments": {}} if isinstance(item.get("arguments"), dict) else item,
+        )
+        if "tool_calls" in message
+        else message
+    )
+
+
 @contextlib.contextmanager
 def _located(where: str) -> Iterator[None]:
     try:
@@ -312,8 +343,8 @@ def _without_texts(conversation: Conversation, without_arguments: bool) -> tuple
     `tools` first; these texts; and those of them that are arguments.
 
     Args:
-        without_arguments: whether strings among the arguments of calls count as texts too, and ids of calls are left
-            out.
+        without_arguments: whether the arguments of calls count as texts too, strings as they are and others as JSON,
+            and ids of calls are left out.
     """
     texts, arguments = [], []
 
@@ -321,11 +352,9 @@ def _without_texts(conversation: Conversation, without_arguments: bool) -> tuple
         texts.append(text)
         return _marker(len(texts) - 1)
 
-    def argument(value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        arguments.append(value)
-        return marked(value)
+    def argument(value: object) -> str:
+        arguments.append(value if isinstance(value, str) else _plain_json(value))
+        return marked(arguments[-1])
 
     def nameless(item: dict) -> dict:
         function = item.get("function", item)
