@@ -191,15 +191,8 @@ class ChatTemplate:
         turns, end, previous = [], 0, 0
         for number in numbers:
             whole = messages[: number + 1]
-            short = (
-                whole
-                if number == numbers[0]
-                else [
-                    *messages[: numbers[0]],
-                    _without_arguments(messages[previous]),
-                    *messages[previous + 1 : number + 1],
-                ]
-            )
+            since = [_without_arguments(messages[previous]), *messages[previous + 1 : number + 1]]
+            short = whole if number == numbers[0] else messages[: numbers[0]] + since
             previous = number
             with _located(f"message {number + 1}"):
                 try:
@@ -320,14 +313,11 @@ def _check_nothing_is_left_out(messages: list[dict], tools: list[dict] | None, t
 
 def _without_arguments(message: dict) -> dict:
     """A turn whose calls have none: what follows does not depend on them."""
-    return (
-        json.loads(
-            json.dumps(message),
-            object_hook=lambda item: item | {"arguments": {}} if isinstance(item.get("arguments"), dict) else item,
-        )
-        if "tool_calls" in message
-        else message
-    )
+
+    def emptied(item: dict) -> dict:
+        return item | {"arguments": {}} if isinstance(item.get("arguments"), dict) else item
+
+    return json.loads(_plain_json(message), object_hook=emptied) if "tool_calls" in message else message
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +30,8 @@ from hymeg.data.text_files import Batch, read_batches
 from hymeg.data.workers import encode_all
 from hymeg.errors import UserError
 from hymeg.hf.files import write_whole
+from hymeg.progress import Progress
 
-_SECONDS_BETWEEN_LINES = 10.0
 _BYTES_PER_WORKER = 20_000_000  # of the files: less is not worth a process
 _MAX_WORKERS = 64  # one process reads for all
 _MAX_REASONS = 50  # that are told apart
@@ -52,12 +51,11 @@ class Encoded(NamedTuple):
     num_bytes_read: int
 
 
-class Progress(NamedTuple):
-    """How far the tokenizing of all files has come."""
+class Done(NamedTuple):
+    """Of all files, so far."""
 
     path: str  # of the file that is under way
-    total_bytes: int  # of the files as they lie on disk
-    num_bytes: int
+    num_bytes: int  # of the files as they lie on disk
     num_rows: int
     num_tokens: int
 
@@ -127,7 +125,23 @@ def build_missing(folders: Mapping[str, Path], settings: tuple, stream: TextIO, 
     missing = {path: folder for path, folder in folders.items() if not is_built(folder, path)}
     if num_workers is None:
         num_workers = worthwhile_workers(list(missing))
-    build_indices(missing, settings, num_workers, progress_lines(stream))
+    if not missing:
+        return
+    done = Done("", 0, 0, 0)
+
+    def report(so_far: Done) -> None:
+        nonlocal done
+        done = so_far
+        progress.show(done.num_bytes)
+
+    def counts(seconds: float) -> str:
+        return f"{done.num_rows:,} rows, {done.num_tokens:,} tokens, {done.num_tokens / seconds:,.0f} tokens/s"
+
+    with contextlib.closing(
+        Progress("tokenizing rows", sum(map(os.path.getsize, missing)), stream, counts)
+    ) as progress:
+        build_indices(missing, settings, num_workers, report)
+    print(f"hymeg: indices made: {len(missing)}, {done.num_rows:,} rows, {done.num_tokens:,} tokens", file=stream)
     for path, folder in missing.items():
         if older := older_indices(folder, path):
             num_bytes = sum(file.stat().st_size for other in older for file in other.rglob("*") if file.is_file())
@@ -150,7 +164,7 @@ def build_indices(
     folders: Mapping[str, Path],
     settings: tuple,
     num_workers: int = 1,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Done], None] = lambda done: None,
 ) -> None:
     """Tokenize files, each into a folder, which appears whole or not at all.
 
@@ -165,21 +179,21 @@ def build_indices(
             cannot be written.
     """
     states = {path: file_state(path) for path in folders}
-    progress = Progress("", sum(map(os.path.getsize, folders)), 0, 0, 0)
+    done = Done("", 0, 0, 0)
     batches = chain.from_iterable(map(read_batches, folders))
     with contextlib.closing(encode_all(batches, RowEncoder, settings, num_workers)) as encoded:
         for path, parts in groupby(encoded, key=lambda part: part.path):
             is_good = functools.partial(is_built, folders[path], path)
             with built_beside(folders[path], is_good) as partial:
-                for so_far in _write(partial, path, parts, progress):
+                for so_far in _write(partial, path, parts, done):
                     report(so_far)
-                progress = so_far
+                done = so_far
                 if file_state(path) != states[path]:
                     raise UserError(f"{path}: has changed while it was read; start again once it is complete")
                 note_seen(partial, path, states[path])
 
 
-def _write(folder: Path, path: str, parts: Iterator[Encoded], progress: Progress) -> Iterator[Progress]:
+def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Iterator[Done]:
     """Yields how far all has come, after each part."""
     lengths, lines, counts, ignored, bad_rows = array("q"), array("q"), Counter(), Counter(), {}
     with open(folder / "tokens.bin", "wb") as file:
@@ -191,14 +205,13 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], progress: Progress
             ignored.update(part.ignored)
             for message in part.bad_rows:
                 _count_bad_row(bad_rows, path, message)
-            progress = Progress(
+            done = Done(
                 path,
-                progress.total_bytes,
-                progress.num_bytes + part.num_bytes_read,
-                progress.num_rows + len(part.lines),
-                progress.num_tokens + len(part.stored),
+                done.num_bytes + part.num_bytes_read,
+                done.num_rows + len(part.lines),
+                done.num_tokens + len(part.stored),
             )
-            yield progress
+            yield done
     if not lines and bad_rows:
         first = next(iter(bad_rows.values())).first
         raise UserError(f"{path}: no row can be trained on, of {_total(bad_rows.values()):,}; the first: {first}")
@@ -242,23 +255,3 @@ def told_bad_rows(bad_rows: list[BadRows], num_good: int) -> list[str]:
             for entry in sorted(bad_rows, key=lambda entry: -entry.count)[:10]
         ),
     ]
-
-
-def progress_lines(stream: TextIO) -> Callable[[Progress], None]:
-    """Prints a line every ten seconds, and one at the end."""
-    started = said = time.monotonic()
-
-    def report(progress: Progress) -> None:
-        nonlocal said
-        now, done = time.monotonic(), progress.num_bytes == progress.total_bytes
-        if now - said >= _SECONDS_BETWEEN_LINES or done:
-            said = now
-            print(
-                f"hymeg: {progress.path}: {progress.num_rows:,} rows tokenized, "
-                f"{progress.num_bytes / max(progress.total_bytes, 1):.0%} of all bytes, "
-                f"{progress.num_tokens:,} tokens, {progress.num_tokens / (now - started + 1e-9):,.0f} tokens/s",
-                file=stream,
-                flush=True,
-            )
-
-    return report

@@ -26,7 +26,7 @@ import psutil
 
 from hymeg.data.chat import ChatEncoder
 from hymeg.data.corpus import preprocess
-from hymeg.data.index_building import Progress, RowEncoder, build_indices
+from hymeg.data.index_building import Done, RowEncoder, build_indices
 from hymeg.data.packing import pack
 from hymeg.data.row_index import index_folder
 from hymeg.data.rows import Conversation, RowReader
@@ -63,7 +63,7 @@ def measure(folder: Path, num_rows: int, rounds: int) -> None:
     )
     ratio, rate = rendering(folder / "hf", rounds)
     row(
-        "conversations rendered, masked and tokenised, against encode_batch of their texts",
+        "conversations rendered, masked and tokenized, against encode_batch of their texts",
         f"{ratio:.2f}x ({rate:,.0f} tokens/s)",
         "-",
     )
@@ -77,10 +77,8 @@ def measure(folder: Path, num_rows: int, rounds: int) -> None:
     large = folder / "large.jsonl"
     write_large(large, num_rows)
     index = index_folder(str(large), None, RowEncoder(str(folder / "hf")).fingerprint)
-    done: list[Progress] = []
-    seconds = timed(
-        lambda: build_indices({str(large): index}, (str(folder / "hf"),), 1, lambda progress: done.append(progress))
-    )
+    done: list[Done] = []
+    seconds = timed(lambda: build_indices({str(large): index}, (str(folder / "hf"),), 1, done.append))
     what = f"{num_rows:,} rows, {large.stat().st_size / 1e6:,.0f} MB"
     row(
         f"first start with {what}: the index",
