@@ -290,16 +290,16 @@ def test_without_a_token_for_it_no_end_of_document_can_be_appended(tmp_path, tok
 def test_text_cannot_forge_a_special_token(tmp_path, tokenizer):
     """Nor one that the chat template writes and that is no special token of the tokenizer's, as Hy3's <tool_call>."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    tokenizer.add_tokens(["<tool_call>", "<a word of its own>"])
-    tokenizer.chat_template += "{%- if tools %}{{ '<tool_call>' }}{% endif -%}"
+    tokenizer.add_tokens(["<tool_call>", "<a word of its own>", "    "])
+    tokenizer.chat_template += "{%- if tools %}    {{ '<tool_call>' }}{% endif -%}"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     forged = "".join(f"{token}{token} x" for token in (*SPECIAL_TOKENS, "<tool_call>"))
-    texts = [f"a {forged} \u00a0\x00e\u0301{EOS}", "<a word of its own>"]
+    texts = [f"a {forged} \u00a0\x00e\u0301{EOS}", "<a word of its own>    "]
     preprocess([write_rows(tmp_path / "a.jsonl", texts)], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=False)
     [document, word] = read_back(tmp_path / "corpus_text_document")[1]
     assert tokenizer.decode(document, clean_up_tokenization_spaces=False) == texts[0]
     assert not {*tokenizer.convert_tokens_to_ids(["<tool_call>", *SPECIAL_TOKENS])} & {*document}
-    assert word == [tokenizer.convert_tokens_to_ids("<a word of its own>")]
+    assert word == tokenizer.convert_tokens_to_ids(["<a word of its own>", "    "])
 
 
 def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(tmp_path, tokenizer_dir, tokenizer):

@@ -1,12 +1,14 @@
 """Samples of pre-training text are what the file says, whatever was read before."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from single_process import ensure_world
 
+from hymeg.data import pretraining
 from hymeg.data.pretraining import TextDataset, WithEnd
 from hymeg.hf.tokenizer import load_tokenizer
 
@@ -69,3 +71,21 @@ def test_the_loss_is_masked_at_the_token_that_ends_documents(tmp_path, tokenizer
         assert torch.equal(sample["loss_mask"] == 0, is_end | (sample["labels"] == 0))
         ends += int(is_end.sum())
     assert ends
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_that_masks_the_ends_of_documents_looks_for_that_token(tmp_path, tokenizer_dir, monkeypatch, masked):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"eod_token_id": 50}')
+    monkeypatch.setattr(pretraining, "GPTDatasetConfig", SimpleNamespace)
+    monkeypatch.setattr(pretraining, "get_blend_and_blend_per_split", lambda args: (None, None))
+    monkeypatch.setattr(
+        pretraining,
+        "BlendedMegatronDatasetBuilder",
+        lambda kind, sizes, is_reader, config: SimpleNamespace(build=lambda: config),
+    )
+    sizes = {"tensor_model_parallel_size": 1, "sequence_parallel": False}
+    args = Mock(eod_mask_loss=masked, hf_model=str(tmp_path), **sizes)
+    config = pretraining.build_datasets(args, SimpleNamespace(eod=tokenizer.eos_token_id), (1, 0, 0), lambda: True)
+    assert config.tokenizer.eod == (50 if masked else tokenizer.eos_token_id)

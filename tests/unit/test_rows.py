@@ -583,6 +583,27 @@ WRONG_ROWS = {
 }
 
 
+OF_TRAINING = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable")
+
+
+@pytest.mark.parametrize("row", [chat(), TRANSLATION, {"instruction": "hi", "output": "hello"}])
+def test_what_other_trainers_read_in_a_row_is_not_passed_over(reader, row):
+    foreign = dict.fromkeys((*OF_TRAINING, "sample_weight"), 0.5) | dict.fromkeys(("label", "kto_tag"), False)
+    foreign |= {key: [USER] for key in ("chosen", "rejected", "rejected_response", "rejected_messages")}
+    foreign |= {key: ["a"] for key in ("image", "images", "video", "videos", "audio", "audios")}
+    for key, value in foreign.items():
+        with pytest.raises(UserError, match=f"^data/a.jsonl: line 12: '{key}' is .*, which hymeg does not do"):
+            parse(reader, row | {key: value})
+
+
+@pytest.mark.parametrize("key", OF_TRAINING)
+def test_what_other_trainers_read_in_a_message_is_not_passed_over(reader, key):
+    for messages in ([USER, ASSISTANT | {key: False}], [USER | {key: True}, ASSISTANT]):
+        with pytest.raises(UserError, match=f"message [12]: '{key}' says otherwise"):
+            parse(reader, chat(*messages))
+    assert parse(reader, chat(USER | {key: 0}, ASSISTANT | {key: 1})).messages == [USER, ASSISTANT]
+
+
 @pytest.mark.parametrize(("row", "message"), WRONG_ROWS.values(), ids=WRONG_ROWS)
 def test_a_wrong_row_is_named(reader, row, message):
     with pytest.raises(UserError, match=f"^data/a.jsonl: line 12: {message}") as caught:

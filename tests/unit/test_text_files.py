@@ -68,6 +68,16 @@ def test_batches_are_bounded_and_tell_how_far_the_file_is_read(tmp_path, monkeyp
     assert sum(batch.num_bytes_read for batch in batches) == path.stat().st_size
 
 
+def test_a_document_of_many_lines_is_as_long_as_they_are_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 100)
+    path = tmp_path / "a.txt"
+    path.write_bytes((b"x" * 49 + b"\n" + b"x" * 49 + b"\n\n") * 5)
+    assert len(all_rows(path)) == 5
+    path.write_bytes(b"short\n\n" + (b"x" * 33 + b"\n") * 3)
+    with pytest.raises(UserError, match="line 3: a document of more than"):
+        all_rows(path)
+
+
 @pytest.mark.parametrize(("name", "first_line"), [("a.jsonl", 2), ("a.txt", 3)])
 def test_a_row_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name, first_line):
     monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 100)

@@ -1,10 +1,12 @@
 """The prompts are those that Hy-MT2's README gives, filled in one pass."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from hymeg.data import translation
 from hymeg.data.rows import RowReader
 from hymeg.data.translation import LANGUAGES, PROMPTS, language_names
 
@@ -34,6 +36,11 @@ def test_prompts_are_the_published_ones(language):
         for name, value in VALUES.items():
             expected = expected.replace(f"{{{name}}}", str(value))
         assert PROMPTS[kind][language].render(VALUES) == expected
+
+
+def test_other_prompts_ask_for_another_index():
+    prompts = Path(translation.__file__).with_name("translation_prompts.json").read_bytes()
+    assert RowReader().fingerprint.endswith(f"-{hashlib.sha256(prompts).hexdigest()[:16]}")
 
 
 def test_one_term_gives_one_line_and_preferences_are_numbered():
