@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     names = args.nodes.split(",")
     first = args.name == names[0]
-    folders, problems = [args.folder], []
+    folders, problems, host_gib = [args.folder], [], 0.0
     try:
         run = read_run(args.recipe, args.words)
         check_run(run)
@@ -52,6 +52,7 @@ def main() -> None:
             args.recipe, len(names), args.processes, any_number=os.environ.get("HYMEG_ANY_GPUS") == "1"
         )
         folders.append(Path(run.save))
+        host_gib = run.host_gib
         if first and note:
             print(f"hymeg: {note}", flush=True)
     except UserError as error:
@@ -62,7 +63,7 @@ def main() -> None:
         problems.append(str(error))  # it is for the first node to say: srun would kill that as soon as this one ends
     facts = {
         "name": args.name,
-        "problems": [*problems, *node_problems(args.processes, folders)],
+        "problems": [*problems, *node_problems(args.processes, host_gib, folders)],
         "versions": versions(ROOT),
     }
     host, _, port = args.head.rpartition(":")
