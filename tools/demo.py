@@ -89,10 +89,7 @@ class Tour:
         self.step(
             "compare, bit by bit", "", "compare", f"{self.python} tools/compare_checkpoints.py {self.model} {self.back}"
         )
-        encode = (
-            f"{self.python} tools/preprocess_data.py --input {texts} --output {self.data} --tokenizer {self.model} "
-            "--append-eod"
-        )
+        encode = f"{self.python} tools/preprocess_data.py --input {texts} --output {self.data} --tokenizer {self.model} --append-eod"
         self.step("turn text in five languages into tokens", "", "data", encode)
 
     def pretrain(self) -> None:

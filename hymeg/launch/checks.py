@@ -20,8 +20,9 @@ from hymeg.errors import UserError
 
 _DISTRIBUTIONS = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "transformer-engine")
 _GPU_GIB_IN_USE = 2.0  # more than a driver and a display need
-_HOST_GIB = {"gpu": 8.0, "cpu": 0.5}
-_HOST_GIB_IN_RECIPE = re.compile(r"^#.*\bhost memory: ([\d,]*\.?\d+) GiB a process", re.MULTILINE)
+_HOST_GIB_PER_PROCESS = {"gpu": 8.0, "cpu": 0.5}
+_HOST_GIB_IN_RECIPE = re.compile(r"^#.*?\b([\d,]+) GiB of host memory a node", re.MULTILINE)
+_PROCESSES_IN_RECIPE = 8  # on a node, for which tools/plan.py writes that
 
 
 class Run(NamedTuple):
@@ -30,9 +31,9 @@ class Run(NamedTuple):
     save: str | None
     load: str | None
     ckpt_step: str | None
-    host_gib: float
-    """Of host memory that a process needs: what the recipe's comment says ("host memory: 58 GiB a process"; a save or a
-    load holds 12 bytes for every parameter of the model shard), or HYMEG_HOST_GIB.
+    host_gib: float | None
+    """Of host memory that each process needs by the recipe's comment: a save or a load holds 12 bytes for every
+    parameter of the model shard.
     """
 
 
@@ -55,16 +56,17 @@ def read_run(recipe: str, words: list[str]) -> Run:
             found[option[2:].replace("-", "_")] = value if equals else next(iter(words[index + 1 :]), None)
     flags = {name: found.get(name) for name in ("save", "load", "ckpt_step")}
     flags = {name: None if value is None else str(value) for name, value in flags.items()}
-    return Run(**flags, host_gib=_host_gib(text))
+    planned = _HOST_GIB_IN_RECIPE.search(text)
+    return Run(**flags, host_gib=float(planned[1].replace(",", "")) / _PROCESSES_IN_RECIPE if planned else None)
 
 
-def _host_gib(recipe: str) -> float:
+def host_gib(run: Run, processes: int) -> float:
+    """Of host memory that a node needs: HYMEG_HOST_GIB, what the recipe was planned with, or a little."""
     said = os.environ.get("HYMEG_HOST_GIB")
-    planned = _HOST_GIB_IN_RECIPE.search(recipe)
     if said is None:
-        return float(planned[1].replace(",", "")) if planned else _HOST_GIB["cpu" if _on_cpu() else "gpu"]
+        return processes * (run.host_gib or _HOST_GIB_PER_PROCESS["cpu" if _on_cpu() else "gpu"])
     if re.fullmatch(r"\d+(\.\d+)?", said) is None:
-        raise UserError(f"HYMEG_HOST_GIB {said!r}: the GiB of host memory that each process needs, a number such as 58")
+        raise UserError(f"HYMEG_HOST_GIB {said!r}: the GiB of host memory that a node needs, a number such as 400")
     return float(said)
 
 
@@ -124,17 +126,16 @@ def versions(root: Path) -> dict[str, str]:
     return found | {"hymeg's files": digest.hexdigest()[:12]}
 
 
-def node_problems(processes: int, host_gib: float, folders: Iterable[Path]) -> Iterator[str]:
-    """What is wrong with this node for so many processes, each of which needs `host_gib` of host memory."""
+def node_problems(processes: int, needed_gib: float, folders: Iterable[Path]) -> Iterator[str]:
+    """What is wrong with this node for so many processes, which need so many GiB of host memory together."""
     if not _on_cpu():
         yield from gpu_problems(_nvidia_smi(), processes)
         yield from _torch_problems(processes)
-    needed = host_gib * processes
     available = psutil.virtual_memory().available / 2**30
-    if available < needed:
+    if available < needed_gib:
         yield (
-            f"of host memory {available:.0f} GiB are free, {needed:.0f} are needed for {processes} processes of "
-            f"{host_gib:g}; end what holds it, leave the node out, or set HYMEG_HOST_GIB if a process needs less"
+            f"of host memory {available:.0f} GiB are free, {needed_gib:.0f} are needed for {processes} processes; end "
+            "what holds it, leave the node out, or set HYMEG_HOST_GIB if they need less"
         )
     for folder in folders:
         yield from _folder_problems(folder)

@@ -15,7 +15,7 @@ import torch
 from cluster import free_port
 
 from hymeg.errors import UserError
-from hymeg.launch.checks import check_num_gpus, check_run, gpu_problems, node_problems, read_run
+from hymeg.launch.checks import check_num_gpus, check_run, gpu_problems, host_gib, node_problems, read_run
 from hymeg.launch.health import compare
 from hymeg.platform import device
 
@@ -91,10 +91,11 @@ def test_too_little_memory(nodes):
 
 
 def test_too_little_memory_for_what_the_recipe_was_planned_with(nodes):
-    (nodes.folder / "recipe.yaml").write_text("# plan: host memory: 58,000 GiB a process at a save\nlr: 1e-3\n")
-    codes, said = nodes.check(HYMEG_HOST_GIB=0.25)
-    assert codes == [1, 1] and len(said) == 1  # n1 was told that it needs less
-    assert said[0].startswith("error: n0: ") and "GiB are free, 58000 are needed for 1 processes of 58000" in said[0]
+    comment = "# tools/plan.py: fullest GPU 64.0 of 73.8 GiB (stage 5), 80,000 GiB of host memory a node;"
+    (nodes.folder / "recipe.yaml").write_text(f"{comment}\nlr: 1e-3\n")
+    codes, (said,) = nodes.check(HYMEG_HOST_GIB=0.25)
+    assert codes == [1, 1]  # n1 was told that it needs less
+    assert said.startswith("error: n0: ") and "GiB are free, 10000 are needed for 1 processes" in said
 
 
 def test_gpus_that_are_busy_and_gpus_that_torch_does_not_see(nodes, tmp_path):
@@ -272,23 +273,23 @@ def test_a_requeued_job_must_not_go_back_to_the_same_step_in_each_life(recipe, w
 @pytest.mark.parametrize(
     ("comment", "variables", "gib"),
     [
-        ("", {}, 8),
-        ("", {"HYMEG_PLATFORM": "cpu"}, 0.5),
-        ("# plan: host memory: 57.5 GiB a process at a save\n", {}, 57.5),
-        ("# host memory: 1,058 GiB a process\n", {"HYMEG_PLATFORM": "cpu"}, 1058),
-        ("# host memory: 57.5 GiB a process\n", {"HYMEG_HOST_GIB": "30"}, 30),
+        ("", {}, 16),
+        ("", {"HYMEG_PLATFORM": "cpu"}, 1),
+        ("# plan: 64.0 GiB (stage 5), 394 GiB of host memory a node; 6 s\n", {}, 98.5),
+        ("# 8,000 GiB of host memory a node\n", {"HYMEG_PLATFORM": "cpu"}, 2000),
+        ("# 8,000 GiB of host memory a node\n", {"HYMEG_HOST_GIB": "30"}, 30),
     ],
 )
-def test_host_memory_that_a_process_needs(recipe, monkeypatch, comment, variables, gib):
+def test_host_memory_that_a_node_of_two_processes_needs(recipe, monkeypatch, comment, variables, gib):
     for name in ("HYMEG_PLATFORM", "HYMEG_HOST_GIB"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     recipe.write_text(f"# for chats\n{comment}save: out\n")
-    assert read_run(str(recipe), []).host_gib == gib
+    assert host_gib(read_run(str(recipe), []), 2) == gib
 
 
 def test_host_memory_that_is_no_number(recipe, monkeypatch):
-    monkeypatch.setenv("HYMEG_HOST_GIB", "58G")
-    with pytest.raises(UserError, match="HYMEG_HOST_GIB '58G': the GiB of host memory"):
-        read_run(str(recipe), [])
+    monkeypatch.setenv("HYMEG_HOST_GIB", "400G")
+    with pytest.raises(UserError, match="HYMEG_HOST_GIB '400G': the GiB of host memory"):
+        host_gib(read_run(str(recipe), []), 8)

@@ -1,4 +1,4 @@
-"""Work before the process groups is done once a node, by whoever comes first there, and every rank waits for it."""
+"""Ranks that come at the same time: work before the process groups is done once a node, and every rank waits for it."""
 
 import threading
 import time
