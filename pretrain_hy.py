@@ -6,9 +6,9 @@ import sys
 from hymeg.errors import exit_on_user_error
 
 if __name__ == "__main__":
-    # Whether there are GPUs is asked of NVML: the driver reads its environment, which the checks may yet complete
-    # (CUDA_DEVICE_MAX_CONNECTIONS), when CUDA itself is first asked anything.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # The driver may read its environment as soon as it is asked anything, and the checks complete it
+    # (CUDA_DEVICE_MAX_CONNECTIONS). So NVML is asked for GPUs until then.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with exit_on_user_error():
         from hymeg.training.run import main
     main(sys.argv[1:])

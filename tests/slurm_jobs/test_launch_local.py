@@ -71,6 +71,21 @@ def test_a_python_without_torch_is_said_in_one_line(tmp_path):
     )
 
 
+@pytest.mark.parametrize("given", [None, "", "max_split_size_mb:128"])
+def test_the_allocator_of_gpu_memory(tmp_path, given):
+    """Seen by a python that only says what it sees. An empty setting is one too: NCCL's user buffers need it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/activate").write_text(f"PATH={tmp_path}/bin:$PATH\n")
+    (tmp_path / "bin/python").write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$PYTORCH_CUDA_ALLOC_CONF|$*"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTORCH_CUDA_ALLOC_CONF"}
+    environment |= {"HYMEG_VENV": str(tmp_path)} | ({} if given is None else {"PYTORCH_CUDA_ALLOC_CONF": given})
+    command = ["examples/launch_local.sh", "examples/tiny_cpu/pretrain_fp32.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    expected = "expandable_segments:True" if given is None else given
+    assert done.stdout.startswith(f"{expected}|-m hymeg.launch.node -- --standalone --nproc-per-node 2 "), done.stderr
+
+
 def test_no_gpu_is_said_in_one_line(tmp_path):
     """With a driver that has lost them all."""
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")

@@ -106,7 +106,7 @@ def hooks(folder) -> dict[str, str]:
     """Each writes its name when it is run."""
     (folder / "venv" / "bin").mkdir(parents=True)
     (folder / "venv" / "bin" / "activate").write_text(f"echo venv >>{folder}/hooks.txt; . {sys.prefix}/bin/activate\n")
-    (folder / "setup.sh").write_text(f"echo setup >>{folder}/hooks.txt\n")
+    (folder / "setup.sh").write_text(f"echo setup $PYTORCH_CUDA_ALLOC_CONF >>{folder}/hooks.txt\n")
     module = f'() {{ echo "module $*" >>{folder}/hooks.txt; }}'  # an exported function, as Lmod's is
     variables = {"HYMEG_MODULES": "cuda/12 nccl", "HYMEG_VENV": f"{folder}/venv", "HYMEG_SETUP": f"{folder}/setup.sh"}
     return variables | {"BASH_FUNC_module%%": module}
@@ -221,7 +221,8 @@ def test_a_job_whose_first_node_fails_goes_on(submit, slurm):
 def test_modules_venv_and_setup_are_run_once_in_each_step(jobs, folder):
     """In this order; and there is one task a node, whatever number of tasks the job was submitted with."""
     assert jobs["hooks"].ended() == "COMPLETED 0:0"
-    assert (folder / "hooks.txt").read_text().splitlines() == ["module load cuda/12 nccl", "venv", "setup"] * 2
+    expected = ["module load cuda/12 nccl", "venv", "setup expandable_segments:True"]
+    assert (folder / "hooks.txt").read_text().splitlines() == expected * 2
 
 
 @pytest.mark.parametrize(
