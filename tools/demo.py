@@ -23,8 +23,7 @@ LAYOUTS = {
     # Unsaid, the experts' tensor-parallel size is TP's, and they would want EP2 x ETP2 x PP2 = 8 processes.
     FIRST: "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 "
     "--expert-tensor-parallel-size 1",
-    SECOND: "--context-parallel-size 2 --expert-model-parallel-size 2",
-    TUNING: "--expert-model-parallel-size 2",
+    **dict.fromkeys((SECOND, TUNING), "--context-parallel-size 2 --expert-model-parallel-size 2"),
 }
 TRANSLATIONS = "--data-path examples/data/translations.jsonl --valid-data-path examples/data/translations_heldout.jsonl"
 NUM_STAGES = 11
