@@ -38,6 +38,16 @@ def _write(path: str, text: str) -> None:
     os.close(file)
 
 
+def admit_rerun_state() -> None:
+    """A checkpoint saved to compute a result again (exit code 16) holds classes that Megatron's own list of safe ones
+    lacks (core/safe_globals.py): with PyTorch loading nothing else, no start could go on from it.
+    """
+    import torch
+    from megatron.core import rerun_state_machine as rerun
+
+    torch.serialization.add_safe_globals([rerun.Call, rerun.Caller, rerun.QuickStats])
+
+
 def exit_code_of(train: Callable[[], None], args) -> str | int | None:
     """Train, to the end or until told to leave, and return what to exit with: `REQUEUE` on every rank or on none.
 

@@ -91,6 +91,7 @@ def train(args, config: HyConfig) -> None:
     from hymeg.data.pretraining import build_datasets, build_index
     from hymeg.training.row_data import RowData
 
+    rank.admit_rerun_state()
     with _megatron_refusals():
         validate_args(args)
         set_global_variables(args)
