@@ -128,6 +128,12 @@ def test_a_users_error_of_one_rank_is_the_exit_code(launch):
     assert job.result() == ["2", "rank 1 exited with 2\n"] and job.processes_ended()
 
 
+def test_ranks_that_are_done(launch):
+    job = launch("exit", "0", "0")
+    assert job.shell.wait(SECONDS) == 0
+    assert job.result() == ["0", "all ranks are done\n"] and job.processes_ended()
+
+
 def test_what_the_rank_has_said_is_the_reason(launch):
     """And the ranks that are deaf to torchrun's signal do not keep it waiting, nor say the same again."""
     job = launch("wrong")
