@@ -19,5 +19,6 @@ processes=${HYMEG_PROCESSES_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc 
 python=$(command -v python || echo "no python on PATH, which")
 python -c 'import importlib.metadata as of; [of.version(name) for name in ("torch", "megatron-core", "psutil")]' 2>/dev/null ||
     refuse "$python has not what hymeg needs; run make setup, or set HYMEG_VENV (looked in $venv)"
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec python -m hymeg.launch.node -- --standalone --nproc-per-node "$processes" "$root/pretrain_hy.py" --config "$recipe" "$@"

@@ -14,18 +14,32 @@ def pytest_configure():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
 
 
+ROOMS = ("tests/slurm_jobs/", "tests/distributed/")
+LONGEST_FIRST = (ROOMS[0], "tests/end_to_end/test_demo.py", ROOMS[1], "tests/end_to_end/")
+
+
+def pytest_collection_modifyitems(items):
+    """Begun last, they would be waited for by idle cores."""
+
+    def place(item) -> int:
+        return next((n for n, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start)), len(LONGEST_FIRST))
+
+    items.sort(key=place)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """What shares fixtures that are dear goes to one process: a room with its worlds or its cluster, elsewhere a
-    file.
+    file. In the order of the tests: xdist itself would begin with the file that has most of them.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByRoom(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return next((room for room in ("tests/distributed/", "tests/slurm_jobs/") if file.startswith(room)), file)
+            return next((room for room in ROOMS if file.startswith(room)), file)
 
+    config.option.loadscopereorder = False
     return ByRoom(config, log)
 
 

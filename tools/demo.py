@@ -14,15 +14,16 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from tour.curves import FIRST, NUM_STEPS_TWICE, SECOND, compare, draw, read_losses
+from tour.curves import FIRST, NUM_STEPS_TWICE, SECOND, TUNING, compare, draw, read_losses
 from tour.screen import ROOT, Screen, TrainingScreen, run, shown, wrapped
 
 TINY = "examples/tiny_cpu"
 TEXTS = [f"examples/data/udhr/{language}.jsonl" for language in ("de", "en", "es", "fr", "zh")]
 LAYOUTS = {
     # Unsaid, the experts' tensor-parallel size is TP's, and they would want EP2 x ETP2 x PP2 = 8 processes.
-    FIRST: "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1",
-    SECOND: "--context-parallel-size 2 --expert-model-parallel-size 2",
+    FIRST: "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 "
+    "--expert-tensor-parallel-size 1",
+    **dict.fromkeys((SECOND, TUNING), "--context-parallel-size 2 --expert-model-parallel-size 2"),
 }
 TRANSLATIONS = "--data-path examples/data/translations.jsonl --valid-data-path examples/data/translations_heldout.jsonl"
 NUM_STAGES = 11
@@ -55,14 +56,12 @@ class Tour:
         self.settings = (
             f"--config {TINY}/pretrain_fp32.yaml --hf-model {self.model} --data-path {self.data}_text_document"
         )
-        self.launch = f"env HYMEG_PLATFORM=cpu {self.torchrun} --standalone --nproc-per-node 4 pretrain_hy.py"
         self.rows: list[Row] = []
 
     def __call__(self) -> None:
         print(
-            "A tiny Hy-MT2 trains on real text, then on translations, over four processes on this machine's CPU: four "
-            "to five minutes. "
-            f"All it makes: {shown(self.out)}"
+            "A tiny Hy-MT2 trains on real text over four processes of this machine's CPU, then on translations over "
+            f"two: about four minutes. All it makes: {shown(self.out)}"
         )
         print(
             "Layouts: TP tensor, PP pipeline, EP expert, CP context, DP data parallel; a number says over how many "
@@ -106,21 +105,28 @@ class Tour:
 
     def tune(self) -> None:
         """On translations; the loss on articles that were held out, before and after."""
-        settings = f"--config {TINY}/finetune_fp32.yaml --hf-model {self.model} {TRANSLATIONS} --data-cache-path {shown(self.out / 'translations')}"
+        settings = (
+            f"--config {TINY}/finetune_fp32.yaml --hf-model {self.model} {TRANSLATIONS} --data-cache-path "
+            f"{shown(self.out / 'translations')}"
+        )
         load = f"--load {self.saves} --finetune --train-iters {self.num_steps // 2}"
         before = f"env HYMEG_PLATFORM=cpu {self.python} pretrain_hy.py {settings} {load} --skip-train"
         self.step("its loss on held-out translations, so far", "", "untuned", before, TrainingScreen())
-        save = f"--save {self.tuned} {LAYOUTS[SECOND]}"
-        self.step(
-            "fine-tune it on translations", SECOND, "tuned", f"{self.launch} {settings} {load} {save}", TrainingScreen()
-        )
+        tune = f"{self.launch(2)} {settings} {load} --save {self.tuned} {LAYOUTS[TUNING]}"
+        self.step("fine-tune it on translations", TUNING, "tuned", tune, TrainingScreen())
 
     def publish(self) -> None:
         """What was trained as a Hugging Face checkpoint, and what transformers makes of it."""
         export = f"{self.python} tools/convert_checkpoint.py dist-to-hf --dist {self.tuned} --hf {self.export} --verify"
         self.step("export the trained model", "", "export", export)
-        losses = f"{self.python} tools/tour/two_losses.py --dist {self.tuned} --hf {self.export} --data-path {self.data}_text_document"
+        losses = (
+            f"{self.python} tools/tour/two_losses.py --dist {self.tuned} --hf {self.export} --data-path "
+            f"{self.data}_text_document"
+        )
         self.step("its loss here and in transformers", "", "losses", losses)
+
+    def launch(self, processes: int) -> str:
+        return f"env HYMEG_PLATFORM=cpu {self.torchrun} --standalone --nproc-per-node {processes} pretrain_hy.py"
 
     def step(self, what: str, layout: str, name: str, command: str, screen: Screen | None = None) -> None:
         print(f"\n=== {len(self.rows) + 1} of {NUM_STAGES}: {what}{f', layout {layout}' if layout else ''}", flush=True)
@@ -130,10 +136,10 @@ class Tour:
 
     def train(self, what: str, layout: str, name: str, load: str) -> dict[int, float]:
         """Returns step -> loss."""
-        save = f"--train-iters {self.last_step} --save {self.saves} --tensorboard-dir {shown(self.out / 'tensorboard' / name)}"
-        self.step(
-            what, layout, name, f"{self.launch} {self.settings} {load} {save} {LAYOUTS[layout]}", TrainingScreen()
-        )
+        curves = shown(self.out / "tensorboard" / name)
+        save = f"--train-iters {self.last_step} --save {self.saves} --tensorboard-dir {curves}"
+        train = f"{self.launch(4)} {self.settings} {load} {save} {LAYOUTS[layout]}"
+        self.step(what, layout, name, train, TrainingScreen())
         losses = read_losses(self.out / "tensorboard" / name)
         begin, end = min(losses), max(losses)
         self.rows[-1] = self.rows[-1]._replace(
@@ -157,7 +163,10 @@ class Tour:
         }
         for what, where in places.items():
             print(f"{what:12} {where}")
-        alone = f"env HYMEG_PLATFORM=cpu {self.python} pretrain_hy.py {self.settings} --load {self.saves} --train-iters {self.last_step + 20}"
+        alone = (
+            f"env HYMEG_PLATFORM=cpu {self.python} pretrain_hy.py {self.settings} --load {self.saves} --train-iters "
+            f"{self.last_step + 20}"
+        )
         print(
             f"\nSee all figures:\n\n  {shown(Path(sysconfig.get_path('scripts')) / 'tensorboard')} --logdir "
             f"{self.curves}"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer
@@ -39,6 +40,19 @@ class WithEnd:
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["_tokenizer"], name)
+
+
+def build_index(args: argparse.Namespace, tokenizer) -> None:
+    """Write the index files of a text run, where they are not there yet: for one rank, before any process group. Later,
+    Megatron's wait for rank 0 ends after `--distributed-timeout-minutes`, too few for a first run on terabytes.
+
+    Args:
+        args: validated by Megatron, its global variables set.
+    """
+    # Of a phase of training it is known only with the checkpoint how many samples it has.
+    if not (args.mock_data or args.dataloader_fast_cache_load or args.phase_transition_iterations):
+        update_train_iters(args)
+        build_datasets(args, tokenizer, get_train_valid_test_num_samples(), lambda: True)
 
 
 def build_datasets(

@@ -21,6 +21,8 @@ from hymeg.errors import UserError
 _DISTRIBUTIONS = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "transformer-engine")
 _GPU_GIB_IN_USE = 2.0  # more than a driver and a display need
 _HOST_GIB_PER_PROCESS = {"gpu": 8.0, "cpu": 0.5}
+_HOST_GIB_IN_RECIPE = re.compile(r"^#.*?\b([\d,]+) GiB of host memory a node", re.MULTILINE)
+_PROCESSES_IN_RECIPE = 8  # on a node, for which tools/plan.py writes that
 
 
 class Run(NamedTuple):
@@ -28,12 +30,18 @@ class Run(NamedTuple):
 
     save: str | None
     load: str | None
+    ckpt_step: str | None
+    host_gib: float | None
+    """Of host memory that each process needs by the recipe's comment: a save or a load holds 12 bytes for every
+    parameter of the model shard.
+    """
 
 
 def read_run(recipe: str, words: list[str]) -> Run:
     """The last one wins, as it does for the training itself, which will say what is wrong with the rest."""
     try:
-        settings = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        text = Path(recipe).read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"{recipe} cannot be read as YAML ({' '.join(str(error).split())}); give a recipe: flags as keys of a flat "
@@ -41,12 +49,29 @@ def read_run(recipe: str, words: list[str]) -> Run:
         ) from error
     if not isinstance(settings, dict):
         raise UserError(f"{recipe} is no recipe: a flat YAML file is needed, whose keys are flags of pretrain_hy.py")
-    found = {name: settings.get(name) for name in Run._fields}
+    found = {str(key).replace("-", "_"): value for key, value in settings.items()}
     for index, word in enumerate(words):
         option, equals, value = word.partition("=")
-        if option.removeprefix("--") in found and option.startswith("--"):
-            found[option.removeprefix("--")] = value if equals else next(iter(words[index + 1 :]), None)
-    return Run(**{name: None if value is None else str(value) for name, value in found.items()})
+        if option.startswith("--"):
+            found[option[2:].replace("-", "_")] = value if equals else next(iter(words[index + 1 :]), None)
+    flags = {name: found.get(name) for name in ("save", "load", "ckpt_step")}
+    flags = {name: None if value is None else str(value) for name, value in flags.items()}
+    planned = _HOST_GIB_IN_RECIPE.search(text)
+    return Run(**flags, host_gib=float(planned[1].replace(",", "")) / _PROCESSES_IN_RECIPE if planned else None)
+
+
+def host_gib(run: Run, processes: int) -> float:
+    """Of host memory that a node needs: HYMEG_HOST_GIB, what the recipe was planned with, or a little."""
+    said = os.environ.get("HYMEG_HOST_GIB")
+    if said is None:
+        return processes * (run.host_gib or _HOST_GIB_PER_PROCESS["cpu" if _on_cpu() else "gpu"])
+    if re.fullmatch(r"\d+(\.\d+)?", said) is None:
+        raise UserError(f"HYMEG_HOST_GIB {said!r}: the GiB of host memory that a node needs, a number such as 400")
+    return float(said)
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("HYMEG_PLATFORM") == "cpu"
 
 
 def check_run(run: Run) -> None:
@@ -60,8 +85,12 @@ def check_run(run: Run) -> None:
         found = "no --load" if run.load is None else f"--load {run.load}"
         raise UserError(
             f"--save {run.save} with {found}: a requeued job could not go on from its own checkpoints; give --load "
-            f"{run.save}, "
-            f"and where to begin as --pretrained-checkpoint"
+            f"{run.save}, and where to begin as --pretrained-checkpoint"
+        )
+    if run.ckpt_step is not None:
+        raise UserError(
+            f"--ckpt-step {run.ckpt_step}: a requeued job would go back to that step each time; leave it out, and "
+            f"write {run.ckpt_step} into {run.load}/latest_checkpointed_iteration.txt"
         )
 
 
@@ -97,15 +126,17 @@ def versions(root: Path) -> dict[str, str]:
     return found | {"hymeg's files": digest.hexdigest()[:12]}
 
 
-def node_problems(processes: int, folders: Iterable[Path]) -> Iterator[str]:
-    cpu = os.environ.get("HYMEG_PLATFORM") == "cpu"
-    if not cpu:
+def node_problems(processes: int, needed_gib: float, folders: Iterable[Path]) -> Iterator[str]:
+    """What is wrong with this node for so many processes, which need so many GiB of host memory together."""
+    if not _on_cpu():
         yield from gpu_problems(_nvidia_smi(), processes)
         yield from _torch_problems(processes)
-    needed = _HOST_GIB_PER_PROCESS["cpu" if cpu else "gpu"] * processes
     available = psutil.virtual_memory().available / 2**30
-    if available < needed:
-        yield f"{available:.0f} GiB of memory are free, {needed:.0f} are needed for {processes} processes; end what holds it, or leave the node out"
+    if available < needed_gib:
+        yield (
+            f"of host memory {available:.0f} GiB are free, {needed_gib:.0f} are needed for {processes} processes; end "
+            "what holds it, leave the node out, or set HYMEG_HOST_GIB if they need less"
+        )
     for folder in folders:
         yield from _folder_problems(folder)
 
@@ -127,10 +158,16 @@ def gpu_problems(table: str | None, processes: int) -> Iterator[str]:
         return
     rows = [line.split(", ") for line in table.splitlines() if re.fullmatch(r"\d+, \d+, \d+", line.strip())]
     if len(rows) < processes:
-        yield f"nvidia-smi shows {len(rows)} working GPUs, {processes} are needed; leave the node out, or submit with --gpus-per-node {len(rows)}"
+        yield (
+            f"nvidia-smi shows {len(rows)} working GPUs, {processes} are needed; leave the node out, or submit with "
+            f"--gpus-per-node {len(rows)}"
+        )
     for index, used, total in rows[:processes]:
         if int(used) / 1024 > _GPU_GIB_IN_USE:
-            yield f"GPU {index} is not idle: {int(used) / 1024:.0f} of {int(total) / 1024:.0f} GiB are in use; end what runs there (see nvidia-smi)"
+            yield (
+                f"GPU {index} is not idle: {int(used) / 1024:.0f} of {int(total) / 1024:.0f} GiB are in use; end what "
+                "runs there (see nvidia-smi)"
+            )
 
 
 def _torch_problems(processes: int) -> Iterator[str]:
@@ -160,7 +197,10 @@ def _folder_problems(folder: Path) -> Iterator[str]:
         own.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        yield f"{folder} is not writable from this node ({error.strerror}); give a folder on a file system that all nodes share"
+        yield (
+            f"{folder} is not writable from this node ({error.strerror}); give a folder on a file system that all "
+            "nodes share"
+        )
         return
     if free == 0:
         yield f"{folder}: no space left on its disk; free some, or give another folder"

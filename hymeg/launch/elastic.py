@@ -10,10 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from hymeg import errors
 from hymeg.launch import REQUEUE
 from hymeg.launch.node import kill_descendants
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 _SECONDS_FOR_OTHER_NODES = 5
 
@@ -36,6 +40,19 @@ def ending(exit_code: int) -> str:
         return f"was killed by signal {-exit_code}"
 
 
+def explained(failures: "dict[int, ProcessFailure]") -> tuple[int, str]:
+    """The launcher's exit code, and on one line why: the first rank to fail so, and what it has said itself
+    (errors.tell_torchrun).
+    """
+    code = judge({failure.exitcode for failure in failures.values()})
+    if code == REQUEUE:
+        return code, "all ranks have saved and left"
+    rank = min(failures, key=lambda rank: (judge({failures[rank].exitcode}) != code, failures[rank].timestamp))
+    message = failures[rank].message
+    said = message["extraInfo"]["py_callstack"] if isinstance(message, dict) else ""
+    return code, f"rank {rank} {ending(failures[rank].exitcode)}{': ' if said else ''}{' '.join(said.split())}"
+
+
 def end_with(parent: int) -> None:
     """Once the launcher is gone (it was killed itself: out of memory, say), nobody else would end the ranks."""
     while os.getppid() == parent:
@@ -49,19 +66,13 @@ def main(report: int, words: list[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.run import main as torchrun
 
+    os.environ["TORCHELASTIC_ERROR_FILE"] = os.devnull  # torchrun copies the first failure to its own, and asks for one
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
         torchrun(words)
     except ChildFailedError as error:
-        code = judge({failure.exitcode for failure in error.failures.values()})
-        rank, failure = next(
-            ((rank, failure) for rank, failure in error.failures.items() if failure.exitcode == code),
-            error.get_first_failure(),
-        )
-        os.write(
-            report,
-            b"all ranks have saved and left" if code == REQUEUE else f"rank {rank} {ending(failure.exitcode)}".encode(),
-        )
+        code, why = explained(error.failures)
+        os.write(report, why.encode()[:1000])  # which nobody reads before the end: a pipe holds 64 KiB
         if code == REQUEUE:
             # The other agents look into the store, which lives on the first node as long as this error does, until
             # their ranks have gone too.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hymeg.errors import EXIT_CODE, UserError
-from hymeg.launch.checks import check_num_gpus, check_run, node_problems, read_run, versions
+from hymeg.launch.checks import check_num_gpus, check_run, host_gib, node_problems, read_run, versions
 
 ROOT = Path(__file__).parents[2]
 _SECONDS_BETWEEN_CLOCKS = 10.0
@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     names = args.nodes.split(",")
     first = args.name == names[0]
-    folders, problems = [args.folder], []
+    folders, problems, needed_gib = [args.folder], [], 0.0
     try:
         run = read_run(args.recipe, args.words)
         check_run(run)
@@ -52,6 +52,7 @@ def main() -> None:
             args.recipe, len(names), args.processes, any_number=os.environ.get("HYMEG_ANY_GPUS") == "1"
         )
         folders.append(Path(run.save))
+        needed_gib = host_gib(run, args.processes)
         if first and note:
             print(f"hymeg: {note}", flush=True)
     except UserError as error:
@@ -62,7 +63,7 @@ def main() -> None:
         problems.append(str(error))  # it is for the first node to say: srun would kill that as soon as this one ends
     facts = {
         "name": args.name,
-        "problems": [*problems, *node_problems(args.processes, folders)],
+        "problems": [*problems, *node_problems(args.processes, needed_gib, folders)],
         "versions": versions(ROOT),
     }
     host, _, port = args.head.rpartition(":")

@@ -56,7 +56,7 @@ class Node:
         code = 1 if stopped else self._exit_code()
         why = (
             stopped
-            or os.read(report, 1000).decode()
+            or os.read(report, 1000).decode(errors="replace")
             or ("all ranks are done" if code == 0 else f"torchrun exited with {self.torchrun.returncode}")
         )
         self._say(code, why)

@@ -4,6 +4,7 @@ all.
 
 import functools
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,8 +18,8 @@ _SECONDS_TO_APPEAR = 5.0  # a shared file system may show another node's files l
 
 
 def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
-    """Have rank 0 `make` what is not there, and after it the first rank of every node that does not see the result. All
-    ranks call it.
+    """Have rank 0 `make` what is not there, and after it a rank of every node that does not see the result. All ranks
+    call it.
 
     Args:
         what: names the work; no two pieces of work of a run share one name.
@@ -31,18 +32,36 @@ def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], Non
         if not is_done():
             make()
         return
-    store = PrefixStore(f"hymeg/{what}", _store())
-    if os.environ["RANK"] == "0":
+    once(PrefixStore(f"hymeg/{what}", _store()), os.environ["RANK"] == "0", _node(), is_done, make)
+
+
+def by_rank_0(what: str, make: Callable[[], None]) -> None:
+    """Have rank 0 `make` what all nodes see, while the others wait for it; nothing in a world of one. All ranks call
+    it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        once_per_node(what, lambda: os.environ["RANK"] != "0", make)
+
+
+def once(store: Store, is_first: bool, node: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
+    """`once_per_node` over a store, for a rank of a node."""
+    if is_first:
         store.set("rank 0", _made(is_done, make))
     failure = _wait(store, "rank 0")
     if failure:
         raise UserError(failure)
-    node = f"node {os.environ.get('GROUP_RANK', '0')}"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # The first to come: bare srun gives no rank within a node.
+    if store.add(f"{node} has come", 1) == 1:
         if not _appears(is_done):
             make()
         store.set(node, "")
     _wait(store, node)
+
+
+def _node() -> str:
+    """What this rank's files are shared with: its machine, or one of several containers there."""
+    number = os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID", ""))
+    return f"node {socket.gethostname()} {number}"
 
 
 @functools.cache  # without a launcher's store, rank 0's serves all: it must outlive this call

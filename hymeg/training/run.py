@@ -22,6 +22,7 @@ from hymeg.training.arguments import parse
 from hymeg.training.batch import is_reader, takes_data
 from hymeg.training.data_record import compare_and_keep, text_record
 from hymeg.training.metrics import LogLine, step_flops
+from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
 from hymeg.training.step import forward_step
 from hymeg.training.weights import convert_hf_weights
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
         args, config = parse(argv)
         notes: list[str] = []
         preflight(args, config, notes.append)
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # pretrain_hy.py's, for so long
         notes = [*platform.announcement(), *notes]
         if int(os.environ.get("RANK", "0")) == 0:
             for note in notes:
@@ -86,9 +88,10 @@ def train(args, config: HyConfig) -> None:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from hymeg.data.pretraining import build_datasets
+    from hymeg.data.pretraining import build_datasets, build_index
     from hymeg.training.row_data import RowData
 
+    rank.admit_rerun_state()
     with _megatron_refusals():
         validate_args(args)
         set_global_variables(args)
@@ -98,6 +101,8 @@ def train(args, config: HyConfig) -> None:
         if int(os.environ["RANK"]) == 0:
             compare_and_keep(args, text_record(args) if rows is None else rows.record(), _say)
         settings = pretrain_cfg_container_from_args(args, model_config)
+    if rows is None:
+        by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
     log_line = LogLine(args, config, device.name(), get_tensorboard_writer)
     model_config.post_wrap_hooks = [functools.partial(_watch_model, log_line=log_line)]
 

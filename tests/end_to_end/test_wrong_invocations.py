@@ -85,6 +85,7 @@ def test_of_two_processes_rank_0_speaks_for_both(model, words, line):
     assert len(errors) == 1, done.stderr
     assert errors[0].startswith(line)
     # torchrun adds a report, and its own traceback, when a process has failed.
+    assert done.stderr.splitlines()[-2].startswith(f"  traceback : {line}")
     assert "exitcode  : 2 " in done.stderr
     assert f'File "{ROOT}/hymeg' not in done.stderr and 'pretrain_hy.py", line' not in done.stderr
 

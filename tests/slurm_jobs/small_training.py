@@ -1,6 +1,8 @@
 """A training for two processes: its files, its command line, its losses."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,13 @@ import numpy as np
 from hymeg import platform
 from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
-NUM_STEPS, SAVE_INTERVAL = 240, 20
+ENVIRONMENT = os.environ | {
+    "HYMEG_PLATFORM": "cpu",
+    "HYMEG_PROCESSES_PER_NODE": "2",
+    "HYMEG_VENV": sys.prefix,
+    "OMP_NUM_THREADS": "1",
+}
+NUM_STEPS, SAVE_INTERVAL = 120, 10
 RECIPE = f"""\
 seq-length: 32
 micro-batch-size: 1

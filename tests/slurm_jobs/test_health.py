@@ -15,7 +15,7 @@ import torch
 from cluster import free_port
 
 from hymeg.errors import UserError
-from hymeg.launch.checks import Run, check_num_gpus, check_run, gpu_problems, node_problems, read_run
+from hymeg.launch.checks import check_num_gpus, check_run, gpu_problems, host_gib, node_problems, read_run
 from hymeg.launch.health import compare
 from hymeg.platform import device
 
@@ -86,8 +86,16 @@ def test_nodes_that_are_fit(nodes):
 def test_too_little_memory(nodes):
     codes, (said,) = nodes.check(processes=100000)
     assert codes == [1, 1]
-    assert said.startswith("error: n1: ") and "GiB of memory are free, 50000 are needed for 100000 processes" in said
+    assert said.startswith("error: n1: ") and "GiB are free, 50000 are needed for 100000 processes" in said
     assert (nodes.start / "unfit").read_text() == "n1\n"
+
+
+def test_too_little_memory_for_what_the_recipe_was_planned_with(nodes):
+    comment = "# tools/plan.py: fullest GPU 64.0 of 73.8 GiB (stage 5), 80,000 GiB of host memory a node;"
+    (nodes.folder / "recipe.yaml").write_text(f"{comment}\nlr: 1e-3\n")
+    codes, (said,) = nodes.check(HYMEG_HOST_GIB=0.25)
+    assert codes == [1, 1]  # n1 was told that it needs less
+    assert said.startswith("error: n0: ") and "GiB are free, 10000 are needed for 1 processes" in said
 
 
 def test_gpus_that_are_busy_and_gpus_that_torch_does_not_see(nodes, tmp_path):
@@ -143,10 +151,8 @@ def test_a_port_that_another_program_listens_at(nodes):
         other.accept()[0].close()
         said = [node.communicate()[0] for node in (first, second)]
     assert [first.returncode, second.returncode] == [1, 1]
-    assert (
-        said[0]
-        == f"error: n0: port {nodes.port} cannot be listened at (Address already in use); set HYMEG_PORT to a free one\n"
-    )
+    problem = f"port {nodes.port} cannot be listened at (Address already in use); set HYMEG_PORT to a free one"
+    assert said[0] == f"error: n0: {problem}\n"
     assert said[1].startswith(f"error: n1: 127.0.0.1:{nodes.port} is not the first node's check")
 
 
@@ -196,14 +202,14 @@ def test_gpus_on_which_cuda_does_not_start_are_none(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(device, "count", lambda: 8)
     monkeypatch.setattr(device, "current", lambda: torch.device("cpu"))
-    (said,) = node_problems(1, [])
+    (said,) = node_problems(1, 0, [])
     assert "sees 0 GPUs, 1 are needed" in said
 
     def fail():
         raise RuntimeError("CUDA error: busy\nand more")
 
     monkeypatch.setattr(device, "current", fail)
-    assert list(node_problems(1, [])) == [
+    assert list(node_problems(1, 0, [])) == [
         "CUDA does not start: CUDA error: busy; check the driver (nvidia-smi), or leave the node out"
     ]
 
@@ -237,15 +243,53 @@ def test_number_of_gpus_is_held_against_the_recipes_name():
     assert "2 nodes x 8 = 16" in check_num_gpus(recipe, 2, 8, any_number=True)
 
 
-def test_a_requeued_job_must_find_its_checkpoints(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("save: out\nload: elsewhere\n")
-    assert read_run(str(recipe), ["--lr", "1", "--load=out"]) == Run("out", "out")
-    check_run(Run("out", "out/"))
+@pytest.fixture
+def recipe(tmp_path):
+    """Its name, and what it holds."""
+    (tmp_path / "recipe.yaml").write_text("save: out\nload: elsewhere\n")
+    return tmp_path / "recipe.yaml"
+
+
+def test_a_requeued_job_must_find_its_checkpoints(recipe):
+    assert read_run(str(recipe), ["--lr", "1", "--load=out"])[:3] == ("out", "out", None)
+    check_run(read_run(str(recipe), ["--load", "out/"]))
     with pytest.raises(UserError, match="--save out with --load elsewhere"):
         check_run(read_run(str(recipe), []))
+    recipe.write_text("load: out\n")
     with pytest.raises(UserError, match="no --save"):
-        check_run(Run(None, "out"))
+        check_run(read_run(str(recipe), []))
     recipe.write_text("save: [")
     with pytest.raises(UserError, match="cannot be read as YAML"):
         read_run(str(recipe), [])
+
+
+@pytest.mark.parametrize("words", [["--ckpt-step", "7"], ["--ckpt-step=7"], "ckpt-step: 7\n", "ckpt_step: 7\n"])
+def test_a_requeued_job_must_not_go_back_to_the_same_step_in_each_life(recipe, words):
+    recipe.write_text("save: out\nload: out\n" + (words if isinstance(words, str) else ""))
+    with pytest.raises(UserError, match=r"--ckpt-step 7: .* write 7 into out/latest_checkpointed_iteration.txt"):
+        check_run(read_run(str(recipe), [] if isinstance(words, str) else words))
+
+
+@pytest.mark.parametrize(
+    ("comment", "variables", "gib"),
+    [
+        ("", {}, 16),
+        ("", {"HYMEG_PLATFORM": "cpu"}, 1),
+        ("# plan: 64.0 GiB (stage 5), 394 GiB of host memory a node; 6 s\n", {}, 98.5),
+        ("# 8,000 GiB of host memory a node\n", {"HYMEG_PLATFORM": "cpu"}, 2000),
+        ("# 8,000 GiB of host memory a node\n", {"HYMEG_HOST_GIB": "30"}, 30),
+    ],
+)
+def test_host_memory_that_a_node_of_two_processes_needs(recipe, monkeypatch, comment, variables, gib):
+    for name in ("HYMEG_PLATFORM", "HYMEG_HOST_GIB"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    recipe.write_text(f"# for chats\n{comment}save: out\n")
+    assert host_gib(read_run(str(recipe), []), 2) == gib
+
+
+def test_host_memory_that_is_no_number(recipe, monkeypatch):
+    monkeypatch.setenv("HYMEG_HOST_GIB", "400G")
+    with pytest.raises(UserError, match="HYMEG_HOST_GIB '400G': the GiB of host memory"):
+        host_gib(read_run(str(recipe), []), 8)

@@ -6,12 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cluster
 import psutil
 import pytest
 
-from hymeg.launch.elastic import ending, judge
+from hymeg import platform
+from hymeg.launch.elastic import ending, explained, judge
+from hymeg.launch.rank import exit_code_of
+
+platform.install()
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 500  # for whatever is waited for: starts take ten times longer on a busy machine
@@ -20,16 +25,23 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 folder, manner = Path(sys.argv[1]), sys.argv[2]
 rank = os.environ["RANK"]
-helper = subprocess.Popen(["sleep", "1000"], start_new_session=True)  # what a rank may start: a helper that dies of any signal
+# What a rank may start: a helper that dies of any signal.
+helper = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 (folder / f"helper{rank}").write_text(str(helper.pid))
 time.sleep(1)  # not listening yet
 told = []
 signal.signal(signal.SIGUSR2, lambda *_: told.append(1))
 (folder / f"rank{rank}").write_text(str(os.getpid()))
+if manner == "wrong":
+    from hymeg.errors import UserError, exit_on_user_error
+    with exit_on_user_error():
+        raise UserError("--tp: no such flag")
 while not told:
     time.sleep(0.05)
     if manner == "exit":
         sys.exit(int(sys.argv[3 + int(rank)]))
+    if (folder / "end").exists():
+        sys.exit(0)
 (folder / f"alive{rank}").write_text(str(helper.poll()))
 sys.exit(75)
 """
@@ -43,12 +55,15 @@ class Launched:
         (folder / "rank.py").write_text(RANK)
         words = ["--standalone", "--nproc-per-node", "2", str(folder / "rank.py"), str(folder), *manner]
         command = [sys.executable, "-m", "hymeg.launch.node", "--folder", str(folder), "--name", "n0", "--", *words]
-        self.shell = subprocess.Popen(
-            ["bash", "-c", '"$@" & wait $!', "shell", *command],
-            cwd=ROOT,
-            env=os.environ | {"HYMEG_TEST_MARK": str(folder)},
-            start_new_session=True,
-        )
+        with (folder / "log").open("w") as log:
+            self.shell = subprocess.Popen(
+                ["bash", "-c", '"$@" & wait $!', "shell", *command],
+                cwd=ROOT,
+                env=os.environ | {"HYMEG_TEST_MARK": str(folder)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def wait_for(self, name: str) -> str:
         for _ in range(10 * SECONDS):
@@ -113,10 +128,27 @@ def test_a_users_error_of_one_rank_is_the_exit_code(launch):
     assert job.result() == ["2", "rank 1 exited with 2\n"] and job.processes_ended()
 
 
+def test_ranks_that_are_done(launch):
+    job = launch("exit", "0", "0")
+    assert job.shell.wait(SECONDS) == 0
+    assert job.result() == ["0", "all ranks are done\n"] and job.processes_ended()
+
+
+def test_what_the_rank_has_said_is_the_reason(launch):
+    """And the ranks that are deaf to torchrun's signal do not keep it waiting, nor say the same again."""
+    job = launch("wrong")
+    assert job.shell.wait(SECONDS) == 2
+    assert job.result() == ["2", "rank 0 exited with 2: error: --tp: no such flag\n"] and job.processes_ended()
+    log = (job.folder / "log").read_text()
+    assert log.splitlines()[-1] == "hymeg: n0: rank 0 exited with 2: error: --tp: no such flag"
+    assert [line for line in log.splitlines() if line.startswith("error: ")] == ["error: --tp: no such flag"]
+
+
 def test_a_killed_rank_is_named(launch):
     job = launch("wait")
     rank = int(job.wait_for("rank1"))
     os.kill(rank, signal.SIGKILL)
+    (job.folder / "end").touch()  # for the other rank, which is deaf: torchrun would kill it after half a minute
     assert job.shell.wait(SECONDS) == 1
     assert job.result() == ["1", "rank 1 was killed by SIGKILL\n"] and job.processes_ended()
 
@@ -151,7 +183,65 @@ def test_exit_codes_of_ranks():
     assert judge({75}) == 75
     assert judge({75, -9}) == 1 and judge({1, 75}) == 1
     assert judge({1, 2}) == 2 and judge({-9, 2}) == 2
+    assert judge({16}) == 1 and judge({17}) == 1  # Megatron's, of results that are not valid: a new start
     assert ending(3) == "exited with 3" and ending(-11) == "was killed by SIGSEGV"
+
+
+def failure(exit_code: int, timestamp: int, said: str | None = None):
+    message = "To enable traceback see" if said is None else {"message": "", "extraInfo": {"py_callstack": said}}
+    return SimpleNamespace(exitcode=exit_code, timestamp=timestamp, message=message)
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "why"),
+    [
+        # The first to fail is the cause, and the others, which hang in a collective then, are not.
+        ({0: failure(1, 9, "late"), 1: failure(1, 5, "early")}, 1, "rank 1 exited with 1: early"),
+        ({0: failure(75, 3), 1: failure(-9, 5)}, 1, "rank 1 was killed by SIGKILL"),
+        ({0: failure(1, 3), 1: failure(2, 5, "error: --tp")}, 2, "rank 1 exited with 2: error: --tp"),
+        ({0: failure(75, 3), 1: failure(75, 3)}, 75, "all ranks have saved and left"),
+        ({0: failure(16, 3, "not valid")}, 1, "rank 0 exited with 16: not valid"),
+    ],
+)
+def test_the_rank_that_failed_first_is_the_reason(failures, code, why):
+    assert explained(failures) == (code, why)
+
+
+class Signals:
+    def __init__(self, received: bool):
+        self.received = received
+
+    def signals_received(self) -> list[bool]:
+        return [False, self.received]
+
+
+@pytest.mark.parametrize(
+    ("leaves_with", "signal_received", "flags", "code"),
+    [
+        (0, True, {}, 75),
+        (0, True, {"exit_signal_handler": False}, 0),
+        (0, False, {}, 0),
+        (0, False, {"exit_duration_in_mins": 5}, 75),
+        (0, False, {"exit_duration_in_mins": 5, "exit_interval": 10}, 0),  # after step 10
+        (0, False, {"exit_duration_in_mins": 5, "exit_interval": 4}, 75),
+        (0, False, {"exit_duration_in_mins": 5, "phase_transition_iterations": [10]}, 0),
+        (0, False, {"exit_duration_in_mins": 5, "exit_signal_handler": False}, 0),  # torchrun alone: as Megatron says
+        (16, True, {}, 16),
+        (17, False, {}, 17),
+    ],
+)
+def test_exit_code_of_a_rank_that_leaves_before_the_last_step(monkeypatch, leaves_with, signal_received, flags, code):
+    """75 where the launcher is to start the same command again; Megatron's own for results that are not valid."""
+    import megatron.training
+
+    monkeypatch.setattr(megatron.training, "get_signal_handler", lambda: Signals(signal_received))
+    args = {"exit_signal_handler": True, "exit_signal": signal.SIGUSR2, "exit_duration_in_mins": None}
+    args |= {"exit_interval": None, "phase_transition_iterations": None, "curr_iteration": 9}
+    before = signal.getsignal(signal.SIGUSR2)
+    try:
+        assert exit_code_of(lambda: sys.exit(leaves_with), SimpleNamespace(**args | flags)) == code
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_why_the_tests_of_slurm_are_skipped(monkeypatch):

@@ -9,28 +9,31 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cluster import JOB, ROOT
 
 pytestmark = pytest.mark.timeout(1200)
 STAND_IN = Path(__file__).parent / "stand_in_training.py"
-WRONG = {
+RECIPE = "examples/tiny_cpu/pretrain_fp32.yaml"
+WRONG_WORDS = {
     "no recipe": ("", {}, "no recipe is given: sbatch --nodes N "),
     "flag for a recipe": ("--lr 1", {}, "--lr stands where the recipe belongs"),
     "recipe is missing": ("nowhere.yaml", {}, "nowhere.yaml: no readable file"),
-    "restarts": ("{folder}/recipe.yaml --max-restarts many", {}, "--max-restarts (or HYMEG_MAX_RESTARTS) 'many'"),
-    "no restarts": ("{folder}/recipe.yaml --max-restarts", {}, "--max-restarts (or HYMEG_MAX_RESTARTS) ''"),
+    "restarts": (f"{RECIPE} --max-restarts many", {}, "--max-restarts (or HYMEG_MAX_RESTARTS) 'many'"),
+    "no restarts": (f"{RECIPE} --max-restarts", {}, "--max-restarts (or HYMEG_MAX_RESTARTS) ''"),
     "recipe is a folder": ("examples", {}, "examples: no readable file"),
-    "recipe is no YAML": ("{folder}/broken.yaml", {}, "broken.yaml cannot be read as YAML"),
-    "config twice": ("{folder}/recipe.yaml --config other.yaml", {}, "--config: the recipe is given as the first word"),
-    "not the repository": ("{folder}/recipe.yaml", {"HYMEG_ROOT": "/usr"}, "/usr is not hymeg's repository"),
-    "no setup file": ("{folder}/recipe.yaml", {"HYMEG_SETUP": "/no/setup"}, "/no/setup: no readable file"),
-    "no venv": ("{folder}/recipe.yaml", {"HYMEG_VENV": "/no/venv"}, "/no/venv/bin/activate: no readable file"),
-    "no program": (
-        "{folder}/recipe.yaml",
-        {"HYMEG_PROGRAM": "nothing.py"},
-        "HYMEG_PROGRAM nothing.py: no readable file",
-    ),
-    "no port": ("{folder}/recipe.yaml", {"HYMEG_PORT": "auto"}, "HYMEG_PORT 'auto': a port from 1024 to 65535"),
-    "no seconds": ("{folder}/recipe.yaml", {"HYMEG_HEALTH_SECONDS": "3m"}, "HYMEG_HEALTH_SECONDS '3m': whole seconds"),
+    "config twice": (f"{RECIPE} --config other.yaml", {}, "--config: the recipe is given as the first word"),
+    "not the repository": (RECIPE, {"HYMEG_ROOT": "/usr"}, "/usr is not hymeg's repository"),
+    "no setup file": (RECIPE, {"HYMEG_SETUP": "/no/setup"}, "/no/setup: no readable file"),
+    "no venv": (RECIPE, {"HYMEG_VENV": "/no/venv"}, "/no/venv/bin/activate: no readable file"),
+    "no program": (RECIPE, {"HYMEG_PROGRAM": "nothing.py"}, "HYMEG_PROGRAM nothing.py: no readable file"),
+    "no port": (RECIPE, {"HYMEG_PORT": "auto"}, "HYMEG_PORT 'auto': a port from 1024 to 65535"),
+    "no seconds": (RECIPE, {"HYMEG_HEALTH_SECONDS": "3m"}, "HYMEG_HEALTH_SECONDS '3m': whole seconds"),
+    "no processes": (RECIPE, {"HYMEG_PROCESSES_PER_NODE": "none"}, "HYMEG_PROCESSES_PER_NODE 'none'"),
+    "no GPUs": (RECIPE, {"HYMEG_PROCESSES_PER_NODE": ""}, "this job has no GPUs"),
+    "no job": (RECIPE, {"SLURM_JOB_ID": ""}, "this is a job for Slurm"),
+}
+"""Words, variables, and what the one line says, before anything is asked of Slurm."""
+WRONG = {
     "no log folder": (
         "{folder}/recipe.yaml",
         {"HYMEG_LOG_DIR": "/proc/logs"},
@@ -41,16 +44,24 @@ WRONG = {
         {"HYMEG_CONTAINER_IMAGE": "a.sqsh"},
         "this Slurm's srun has no --container-image",
     ),
-    "no processes": ("{folder}/recipe.yaml", {"HYMEG_PROCESSES_PER_NODE": "none"}, "HYMEG_PROCESSES_PER_NODE 'none'"),
-    "no save": ("{folder}/empty.yaml", {}, "no --save: a job that is requeued would begin anew"),
-    "save without load": ("{folder}/empty.yaml --save out/x", {}, "--save out/x with no --load"),
     "too few GPUs": (
         "{folder}/a_16xh100_80gb.yaml --save out/x --load out/x",
         {"sbatch": "--nodes 2"},
         "is for 16 GPUs, and this job has 2 nodes x 1 = 2",
     ),
 }
-"""Words, variables, and what the one line says."""
+"""The same, of what the job itself finds; the other errors of the check are in test_health.py."""
+
+
+@pytest.mark.parametrize("name", WRONG_WORDS)
+def test_what_the_script_refuses_is_one_line_and_exit_code_2(name):
+    words, variables, line = WRONG_WORDS[name]
+    environment = os.environ | {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "HYMEG_PROCESSES_PER_NODE": "1"}
+    done = subprocess.run(
+        ["bash", JOB, *words.split()], cwd=ROOT, env=environment | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and line in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +72,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     for name, text in {
         "recipe": "save: {0}/{1}\nload: {0}/{1}\n",
-        "empty": "lr: 1e-3\n",
-        "broken": "lr: [",
         "a_16xh100_80gb": "lr: 1e-3\n",
     }.items():
         (folder / f"{name}.yaml").write_text(text.format(folder, "out"))
@@ -97,7 +106,7 @@ def hooks(folder) -> dict[str, str]:
     """Each writes its name when it is run."""
     (folder / "venv" / "bin").mkdir(parents=True)
     (folder / "venv" / "bin" / "activate").write_text(f"echo venv >>{folder}/hooks.txt; . {sys.prefix}/bin/activate\n")
-    (folder / "setup.sh").write_text(f"echo setup >>{folder}/hooks.txt\n")
+    (folder / "setup.sh").write_text(f"echo setup $PYTORCH_CUDA_ALLOC_CONF >>{folder}/hooks.txt\n")
     module = f'() {{ echo "module $*" >>{folder}/hooks.txt; }}'  # an exported function, as Lmod's is
     variables = {"HYMEG_MODULES": "cuda/12 nccl", "HYMEG_VENV": f"{folder}/venv", "HYMEG_SETUP": f"{folder}/setup.sh"}
     return variables | {"BASH_FUNC_module%%": module}
@@ -119,6 +128,7 @@ def jobs(submit, folder):
             "--nodes 2 --nodelist n0,n1",
             HYMEG_SETUP=folder / "unfit_n1.sh",
         ),
+        "time is up": submit("time is up", f"{recipe} --steps 1000 3", "--nodes 1 --time 1 --signal B:USR1@50"),
         "too long": submit("too long", f"{recipe} --steps 1000 --deaf", "--nodes 1 --time 1 --signal B:USR1@50"),
         "no module": submit("no module", recipe, HYMEG_MODULES="nccl/0"),
         "setup exits": submit("setup exits", recipe, HYMEG_SETUP=folder / "exits.sh"),
@@ -126,7 +136,7 @@ def jobs(submit, folder):
         "hooks": submit("hooks", recipe, "--nodes 1 --ntasks-per-node 2", **hooks(folder)),
         "stuck": submit("stuck", f"{recipe} --max-restarts 0 --exit 3 75 --exit 3 75"),
         "user's error": submit("user's error", f"{recipe} --exit 1 2"),
-        "same step": submit("same step", f"{recipe} --exit 2 1 --exit 3 7 --exit 3 7"),
+        "same step": submit("same step", f"{recipe} --exit 3 7 --exit 3 7"),
         "too often": submit("too often", f"{recipe} --max-restarts 1 --exit 1 1 --exit 2 1 --exit 3 1"),
     } | {name: submit(name, words, **variables) for name, (words, variables, _) in WRONG.items()}
 
@@ -168,12 +178,30 @@ def test_a_job_that_is_told_to_leave_again_and_again_in_the_same_step_ends(jobs)
     assert outcomes(job) == ["left 3", "stuck 3"] and "--max-restarts is 0" in errors(job)[-1]
 
 
-def kill_all_on(node: str, job) -> None:
-    """The job's processes there, Slurm's own of its steps first: the node has no power."""
+def test_a_job_whose_time_is_up_leaves_and_goes_on(jobs):
+    job = jobs["time is up"]
+    job.requeued(1)
+    assert job.ended() == "COMPLETED 0:0"
+    left, finished = outcomes(job)
+    assert left.startswith("left ") and int(left.split()[1]) > 1 and finished == "finished 3"
+
+
+def kill_step_daemons(job, node: str) -> None:
     found = [psutil.Process(pid) for pid in job.processes(SLURMD_NODENAME=node)]
     for daemon in {parent for one in found for parent in one.parents() if parent.name() == "slurmstepd"}:
         daemon.kill()
-    job.kill(SLURMD_NODENAME=node)
+
+
+def test_a_job_that_loses_a_step_daemon_starts_again(submit):
+    """srun would wait for it for ever."""
+    job = submit("daemon", "{folder}/recipe.yaml --steps 10000 3", "--nodes 2")
+    job.wait(lambda: job.step(1) > 1, "a step")
+    (other,) = {f"n{number}" for number in range(4) if job.processes(SLURMD_NODENAME=f"n{number}")} - {
+        job.shown("BatchHost")
+    }
+    kill_step_daemons(job, other)
+    assert job.ended() == "COMPLETED 0:0" and job.shown("Restarts") == "0"
+    assert [line.split()[0] for line in outcomes(job)] == ["crashed", "finished"]
 
 
 def test_a_job_whose_first_node_fails_goes_on(submit, slurm):
@@ -181,7 +209,8 @@ def test_a_job_whose_first_node_fails_goes_on(submit, slurm):
     job = submit("node fails", "{folder}/recipe.yaml --steps 10000 3", "--nodes 2")
     job.wait(lambda: job.step(1) > 1, "a step")
     node = job.shown("BatchHost")
-    kill_all_on(node, job)
+    kill_step_daemons(job, node)  # and with them all the rest: the node has no power
+    job.kill(SLURMD_NODENAME=node)
     slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     slurm.run("bash", "-c", f"scontrol update NodeName={node} State=RESUME || true")  # it may be back by itself
     job.requeued(1)
@@ -192,7 +221,8 @@ def test_a_job_whose_first_node_fails_goes_on(submit, slurm):
 def test_modules_venv_and_setup_are_run_once_in_each_step(jobs, folder):
     """In this order; and there is one task a node, whatever number of tasks the job was submitted with."""
     assert jobs["hooks"].ended() == "COMPLETED 0:0"
-    assert (folder / "hooks.txt").read_text().splitlines() == ["module load cuda/12 nccl", "venv", "setup"] * 2
+    expected = ["module load cuda/12 nccl", "venv", "setup expandable_segments:True"]
+    assert (folder / "hooks.txt").read_text().splitlines() == expected * 2
 
 
 @pytest.mark.parametrize(
@@ -218,7 +248,7 @@ def test_a_users_error_is_not_tried_again(jobs):
 def test_a_crash_starts_again_until_it_comes_twice_in_the_same_step(jobs):
     job = jobs["same step"]
     assert job.ended() == "FAILED 1:0"
-    assert outcomes(job) == ["crashed 2", "crashed 3", "crashed 3"]
+    assert outcomes(job) == ["crashed 3", "crashed 3"]
     assert "it has failed twice in step 3" in errors(job)[-1]
     assert job.shown("Restarts") == "0"  # the nodes were kept
 
@@ -243,7 +273,8 @@ def test_a_container_is_started_by_srun(submit, folder, jobs):
     (folder / "bin").mkdir()
     (folder / "bin" / "srun").write_text(
         "#!/usr/bin/env bash\n[ $1 != --help ] || exec echo --container-image\nwords=()\n"
-        f'for word; do case $word in --container-*) echo "$word" >>{folder}/options ;; *) words+=("$word") ;; esac; done\n'
+        f'for word; do case $word in --container-*) echo "$word" >>{folder}/options ;;'
+        ' *) words+=("$word") ;; esac; done\n'
         'PATH=${PATH#*:} exec srun "${words[@]}"\n'
     )
     (folder / "bin" / "srun").chmod(0o755)

@@ -1,5 +1,5 @@
 """A training on a real Slurm of two nodes that is requeued, preempted, shot and orphaned goes on as if nothing had
-happened.
+happened: with the losses of plain torchrun left in peace.
 """
 
 import datetime
@@ -11,12 +11,7 @@ import pytest
 import small_training
 from small_training import NUM_STEPS, SAVE_INTERVAL
 
-pytestmark = pytest.mark.timeout(2400)  # six starts, each of which takes ten times longer on a busy machine
-
-
-def submit(slurm, training, name):
-    out = training / name
-    return slurm.submit(out, training / "recipe.yaml", *small_training.flags(training, out), sbatch="--nodes 2")
+pytestmark = pytest.mark.timeout(2400)  # up to seven starts, each of which takes ten times longer on a busy machine
 
 
 def losses(job, start: int) -> dict[int, float]:
@@ -50,62 +45,78 @@ def be_told_that_time_is_up(job) -> None:
         rank.resume()
 
 
-@pytest.fixture(scope="module")
-def jobs(slurm, training):
-    """Two jobs of the same words: one is left in peace, the other is disturbed in every start but its last. Both have
-    ended.
-    """
-    peaceful, disturbed = submit(slurm, training, "peaceful"), submit(slurm, training, "disturbed")
-
-    def reach(start: int, step: int) -> None:
-        disturbed.wait(lambda: disturbed.step(start) >= step, f"step {step} of start {start}")
-
-    reach(1, 30)
-    slurm.run("scontrol", "requeue", disturbed.number)
-    disturbed.requeued(1)
-    reach(2, 70)
-    be_told_that_time_is_up(disturbed)
-    disturbed.requeued(2)
-    slurm.run("scontrol", "update", f"JobId={disturbed.number}", "TimeLimit=60")
-    reach(3, 3 * SAVE_INTERVAL + 50)
-    ranks(disturbed)[1].kill()
-    reach(4, 3 * SAVE_INTERVAL + 100)
-    launcher(ranks(disturbed)[1]).parent().kill()
-    return peaceful, disturbed, [job.ended() for job in (peaceful, disturbed)]
+def be_requeued(job) -> None:
+    job.cluster.run("scontrol", "requeue", job.number)
 
 
-def test_both_jobs_end_well(jobs):
-    assert jobs[2] == ["COMPLETED 0:0", "COMPLETED 0:0"]
+def lose_a_rank(job) -> None:
+    ranks(job)[1].kill()
 
 
-def test_each_start_ended_as_it_was_made_to(jobs):
-    outcomes = [line.split()[1] for line in jobs[1].history if not line.endswith("started")]
-    assert outcomes == ["left", "left", "crashed", "crashed", "finished"]
-    assert re.search(r"3 crashed \d+ n\d: rank \d was killed by SIGKILL", "\n".join(jobs[1].history))
+def lose_a_step_daemon(job) -> None:
+    launcher(ranks(job)[1]).parent().kill()
 
 
-def test_every_step_has_the_loss_of_the_undisturbed_training(jobs):
-    peaceful, disturbed, _ = jobs
-    expected = losses(peaceful, 1)
-    assert sorted(expected) == list(range(1, NUM_STEPS + 1))
+DISTURBANCES = {
+    be_requeued: "left",
+    be_told_that_time_is_up: "left",
+    lose_a_rank: "crashed",
+    lose_a_step_daemon: "crashed",
+}
+"""What is done to a start, and how it ends."""
+
+
+# What the other two do to a job without a training is in test_slurm_jobs.py and test_launcher.py.
+@pytest.fixture(
+    scope="module",
+    params=[[be_requeued, lose_a_rank], pytest.param(list(DISTURBANCES), marks=pytest.mark.soak)],
+    ids=["twice", "in every way"],
+)
+def disturbed(request, slurm, training):
+    """A job that is disturbed in every start but its last, and has ended; what was done to it; how it ended."""
+    out = training / f"disturbed{len(request.param)}"
+    job = slurm.submit(out, training / "recipe.yaml", *small_training.flags(training, out), sbatch="--nodes 2")
+    restarts = 0
+    for start, disturb in enumerate(request.param, 1):
+        job.wait(lambda start=start: job.step(start) > 0, f"first step of start {start}")
+        enough = job.step(start) + SAVE_INTERVAL + 2
+        job.wait(lambda start=start, enough=enough: job.step(start) >= enough, f"step {enough} of start {start}")
+        disturb(job)
+        if DISTURBANCES[disturb] == "left":
+            restarts += 1
+            job.requeued(restarts)
+            slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+    return job, request.param, job.ended()
+
+
+def test_each_start_ends_as_it_was_made_to_and_the_job_well(disturbed):
+    job, done_to_it, end = disturbed
+    assert end == "COMPLETED 0:0"
+    outcomes = [line.split()[1] for line in job.history if not line.endswith("started")]
+    assert outcomes == [DISTURBANCES[disturb] for disturb in done_to_it] + ["finished"]
+    assert re.search(r" crashed \d+ n\d: rank \d was killed by SIGKILL", "\n".join(job.history))
+
+
+def test_every_step_has_the_loss_of_the_undisturbed_training(disturbed, losses_left_in_peace):
+    assert sorted(losses_left_in_peace) == list(range(1, NUM_STEPS + 1))
     seen = set()
-    for start in range(1, 6):
-        found = losses(disturbed, start)
-        assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5)
+    for start in range(1, len(disturbed[1]) + 2):
+        found = losses(disturbed[0], start)
+        assert found == pytest.approx({step: losses_left_in_peace[step] for step in found}, rel=1e-5)
         seen |= set(found)
-    assert seen == set(expected)
+    assert seen == set(losses_left_in_peace)
 
 
-def test_who_was_told_to_leave_goes_on_with_the_next_step(jobs):
-    starts = [losses(jobs[1], start) for start in (1, 2, 3)]
-    assert min(starts[1]) == max(starts[0]) + 1 and min(starts[2]) == max(starts[1]) + 1
+def test_each_start_goes_on_where_it_should(disturbed):
+    """Who was told to leave, with the next step; who crashed, from the last complete checkpoint."""
+    job, done_to_it, _ = disturbed
+    for start, disturb in enumerate(done_to_it, 1):
+        last, first = max(losses(job, start)), min(losses(job, start + 1))
+        if DISTURBANCES[disturb] == "left":
+            assert first == last + 1
+        else:
+            assert (first - 1) % SAVE_INTERVAL == 0 and last - SAVE_INTERVAL <= first - 1 <= last
 
 
-def test_who_crashed_goes_on_from_the_last_complete_checkpoint(jobs):
-    third, fourth, fifth = (losses(jobs[1], start) for start in (3, 4, 5))
-    for before, after in ((third, fourth), (fourth, fifth)):
-        assert (min(after) - 1) % SAVE_INTERVAL == 0 and max(before) - SAVE_INTERVAL <= min(after) - 1 <= max(before)
-
-
-def test_no_process_is_left(jobs, slurm):
+def test_no_process_is_left(disturbed, slurm):
     assert slurm.processes() == {}

@@ -45,7 +45,7 @@ def test_accepted(slices, name, monkeypatch):
 
 
 def test_slices_are_of_real_width(slices):
-    """As published, but for the layers (FACTS, section 1)."""
+    """As published, but for the layers."""
     from hymeg.hf.config import HyConfig
 
     for model, (hidden, experts, width) in {"Hy-MT2": (2048, 128, 768), "Hy3": (4096, 192, 1536)}.items():

@@ -43,6 +43,13 @@ def load(folder, **kwargs):
     return model.eval()
 
 
+def assert_equal(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    """To the bit. Since 5.24 transformers keeps the router's weight in fp32, whatever the file holds."""
+    if name.endswith("gate.weight") and theirs.dtype == torch.float32:
+        ours = ours.float()
+    assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), name
+
+
 def test_transformers_loads_every_layout_whole_and_equal(checkpoints):
     hub, fused = load(checkpoints / "hub", dtype="auto"), load(checkpoints / "fused", dtype="auto")
     assert hub.dtype == fused.dtype == torch.bfloat16
@@ -50,16 +57,16 @@ def test_transformers_loads_every_layout_whole_and_equal(checkpoints):
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
-    rounded = load(checkpoints / "fp32", dtype=torch.float32).state_dict()
+    rounded, stored = load(checkpoints / "fp32", dtype=torch.float32).state_dict(), read_all(checkpoints / "fused")
     for name, tensor in states[0].items():
-        assert torch.equal(tensor, rounded[name].to(tensor.dtype)), name
+        assert_equal(name, tensor, rounded[name].to(stored[name].dtype))
 
 
 def test_fused_files_hold_what_transformers_holds_in_memory(checkpoints):
     memory, stored = load(checkpoints / "hub", dtype="auto").state_dict(), read_all(checkpoints / "fused")
     assert memory.keys() == stored.keys()
     for name, tensor in memory.items():
-        assert tensor.dtype == stored[name].dtype and torch.equal(tensor, stored[name]), name
+        assert_equal(name, tensor, stored[name])
 
 
 def test_hub_files_hold_what_transformers_saves(checkpoints, tmp_path):
@@ -67,7 +74,7 @@ def test_hub_files_hold_what_transformers_saves(checkpoints, tmp_path):
     ours, theirs = read_all(checkpoints / "hub"), read_all(tmp_path)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+        assert_equal(name, theirs[name], tensor)
 
 
 def test_tests_on_it_are_sensitive(checkpoints):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from tour.screen import fail
 
-FIRST, SECOND = "TP2 x PP2, EP2", "CP2 x DP2, EP2"
+FIRST, SECOND, TUNING = "TP2 x PP2, EP2", "CP2 x DP2, EP2", "CP2, EP2"
 NUM_STEPS_TWICE = 4  # trained under both layouts: their losses must agree
-LARGEST_DIFFERENCE = 1e-3  # of those losses: 1e-6 by rounding, 1e-4 where it decides between two experts; a step of training moves them by 1e-1
+LARGEST_DIFFERENCE = 1e-3
+"""Of those losses: 1e-6 by rounding, 1e-4 where it decides between two experts; a step of training moves them by 1e-1.
+"""
 
 
 def read_losses(folder: Path) -> dict[int, float]:

@@ -66,7 +66,7 @@ class TrainingScreen(Screen):
     )
 
     def __init__(self):
-        super().__init__("starting four processes")
+        super().__init__("starting")
         self.in_steps = False
 
     def line(self, line: str) -> None:

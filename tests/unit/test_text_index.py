@@ -1,0 +1,77 @@
+"""The index of a text run, written before there are process groups, is the one that the run asks for."""
+
+import contextlib
+import os
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.training import training
+from megatron.training.arguments import validate_args
+from single_process import ensure_world
+
+from hymeg.data.pretraining import build_datasets, build_index
+from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.training.arguments import parse
+from hymeg.training.preflight import preflight
+
+
+class Tokenizer:
+    eod, pad, vocab_size, unique_identifiers = 0, 1, 900, {"class": "made up"}
+
+
+@pytest.fixture
+def text(tmp_path):
+    for name in ("a", "b"):
+        builder = IndexedDatasetBuilder(f"{tmp_path}/{name}.bin", dtype=np.uint16)
+        for _ in range(200):
+            builder.add_document(np.arange(60), [60])
+        builder.finalize(f"{tmp_path}/{name}.idx")
+    write_tiny_checkpoint(tmp_path / "model")
+    return tmp_path
+
+
+def without_world(build) -> None:
+    """As before any process group: Megatron's builder then works for this rank alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: False)
+        build()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data-path {0}/a --train-iters 20",
+        "--data-path 30 {0}/a 70 {0}/b --train-iters 300",
+        "--data-path {0}/a {0}/b --train-samples 70",
+        "--train-data-path {0}/a --valid-data-path {0}/b --train-iters 20 --eval-interval 5",
+        "--data-path {0}/a --train-iters 20 --split 100,0,0 --eval-iters 0",
+    ],
+    ids=["one file", "a blend over several epochs", "samples", "a file each", "no evaluation"],
+)
+def test_nothing_is_left_to_write_for_the_run(text, monkeypatch, words):
+    ensure_world()
+    batch = "--seq-length 32 --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --eval-iters 2 --init-from-scratch"
+    cache = f"--data-cache-path {text}/cache"
+    args, config = parse(["--hf-model", str(text / "model"), *f"{batch} {cache} {words.format(text)}".split()])
+    preflight(args, config, lambda note: None)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        validate_args(args)
+        args.iteration = 0
+        monkeypatch.setattr(training, "get_args", lambda: args)
+        without_world(lambda: build_index(args, Tokenizer()))
+        before = {path: path.stat().st_mtime_ns for path in (text / "cache").iterdir()}
+        train, valid, _ = build_datasets(args, Tokenizer(), training.get_train_valid_test_num_samples(), lambda: True)
+    assert sum("sample_index" in path.name for path in before) >= 1 + (valid is not None)
+    assert {path: path.stat().st_mtime_ns for path in (text / "cache").iterdir()} == before
+    assert len(train) >= 70
+
+
+@pytest.mark.parametrize("words", ["--mock-data", "--data-path {0}/a --dataloader-fast-cache-load"])
+def test_what_has_no_index_to_write_writes_none(text, monkeypatch, words):
+    args, _ = parse(["--hf-model", str(text / "model"), *words.format(text).split()])
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    args.train_iters = 20
+    without_world(lambda: build_index(args, Tokenizer()))
+    assert not (text / "cache").exists() and not (text / "a").exists()
