@@ -226,7 +226,13 @@ def _write_files(own: argparse.Namespace, args: argparse.Namespace, planner, cho
         kept = {name: value for name, value in args.said.items() if name.replace("-", "_") not in decided}
         flags = report.flags_of(chosen.layout, chosen.settings)
         settings = flags | kept | flags  # in this order; the plan's values
-        lines = [*report.comment(chosen, planner), *itertools.starmap(setting_line, settings.items())]
+        machine = planner.machine
+        lines = [
+            f"# {own.gpus} GPUs, {machine.hardware.name} with {machine.device.gpu_memory:g} GiB, {own.gpus_per_node} a "
+            "node.",
+            *report.comment(chosen, planner),
+            *itertools.starmap(setting_line, settings.items()),
+        ]
         _write(own.write, "--write", "\n".join(lines) + "\n")
         say(f"recipe: {own.write}")
     if own.sbatch is not None:

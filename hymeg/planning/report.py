@@ -170,18 +170,17 @@ def as_data(found: Found, planner: Planner, top: int) -> dict[str, Any]:
     }
 
 
-def summary(plan: Plan, planner: Planner) -> str:
-    """A recipe's comment: `fullest GPU 70.9 of 73.8 GiB (stage 0); 400 GiB of host memory a node; about 5.6 s a step,
-    11,697 tokens/s/GPU, MFU 28 %`.
-    """
+def comment(plan: Plan, planner: Planner) -> list[str]:
+    """The lines of a recipe that say what the planner says of it."""
     time, rows = plan.time, ""
     if planner.attended is not None:
         rows = f" with rows of {planner.attended:,.0f} tokens"
-    return (
-        f"fullest GPU {plan.peak / GIB:.1f} of {planner.machine.device.usable / GIB:.1f} GiB (stage {plan.fullest}); "
-        f"{planner.host(plan).most / GIB:.0f} GiB of host memory a node; about {time.total:.1f} s a step, "
-        f"{time.tokens_per_gpu:,.0f} tokens/s/GPU, MFU {time.mfu:.0%}{rows}"
-    )
+    return [
+        f"# tools/plan.py: fullest GPU {plan.peak / GIB:.1f} of {planner.machine.device.usable / GIB:.1f} GiB (stage "
+        f"{plan.fullest}), {planner.host(plan).most / GIB:.0f} GiB of host memory a node;",
+        f"# about {time.total:.1f} s a step, {time.tokens_per_gpu:,.0f} tokens/s/GPU, MFU {time.mfu:.0%}{rows}.",
+        f"# {describe(plan)}",
+    ]
 
 
 def flags_of(layout: Layout, settings: Settings) -> dict[str, Any]:
@@ -236,16 +235,6 @@ def _memory_flags(settings: Settings) -> dict[str, Any]:
     if settings.hy_recompute_logits:
         found["recompute_logits"] = True
     return found
-
-
-def comment(plan: Plan, planner: Planner) -> list[str]:
-    """The first lines of a recipe: for which GPUs, and what the planner says of it."""
-    machine = planner.machine
-    return [
-        f"# {machine.num_gpus} GPUs, {machine.hardware.name} with {machine.device.gpu_memory:g} GiB, "
-        f"{machine.gpus_per_node} a node. tools/plan.py: {summary(plan, planner)}.",
-        f"# {describe(plan)}",
-    ]
 
 
 def job(recipe_path: str, machine: Machine, hf: str) -> str:

@@ -66,9 +66,10 @@ class Settings:
         if self.optimizer_cpu_offload:
             return f"Adam, {self.optimizer_offload_fraction:.0%} on the CPU"
         kind = "distributed Adam" if self.use_distributed_optimizer else "Adam"
-        if self.use_precision_aware_optimizer:
-            return f"{kind}, precision-aware, moments {self.exp_avg_dtype}/{self.exp_avg_sq_dtype}"
-        return kind
+        if not self.use_precision_aware_optimizer:
+            return kind
+        moments = f"{self.exp_avg_dtype}/{self.exp_avg_sq_dtype}"
+        return f"{kind}, precision-aware" + ("" if moments == "fp32/fp32" else f", moments {moments}")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
