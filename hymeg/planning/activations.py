@@ -17,8 +17,8 @@ from hymeg.planning.parameters import padded_vocab_size
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk
 
-SLICE_ELEMENTS = 2**22
-"""hymeg.models.linear_cross_entropy's, which cannot be imported without torch; a test holds the two equal."""
+SLICE_ELEMENTS = {"local": 2**22, "transformer_engine": 2**26}
+"""Logits that hymeg.models.linear_cross_entropy computes at a time, on CPU and on CUDA."""
 _RECOMPUTED = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
 
@@ -32,6 +32,7 @@ class Activations:
     def __init__(self, config: HyConfig, layout: Layout, settings: Settings, imbalance: float = 1.0):
         self.config, self.settings = config, settings
         self.is_local = settings.transformer_impl == "local"
+        self.slice = SLICE_ELEMENTS[settings.transformer_impl]
         tp, etp = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
         self.a = settings.element
         self.tokens = layout.micro_batch_size * layout.seq_length // layout.context_parallel_size
@@ -95,7 +96,7 @@ class Activations:
         if settings.cross_entropy_loss_fusion:
             per_token += 4 * self.vocab
         elif not settings.hy_recompute_logits:
-            per_token += self.a * self.vocab + 4 * -(-self.vocab * self.tokens // SLICE_ELEMENTS)
+            per_token += self.a * self.vocab + 4 * -(-self.vocab * self.tokens // self.slice)
         return self.tokens * per_token
 
     # ---- a layer
@@ -177,7 +178,7 @@ class Activations:
         if chunk.has_head:
             # Two slices of fp32 logits, the gradients of the weight and of the input (fp32); with the fused
             # cross-entropy those of all logits too.
-            slices = 8 * min(SLICE_ELEMENTS, self.vocab * self.tokens)
+            slices = 8 * min(self.slice, self.vocab * self.tokens)
             all_logits = self.a * self.vocab * self.tokens if self.settings.cross_entropy_loss_fusion else 0
             needs.append(
                 slices + all_logits + self.a * self.vocab_parameters + 4 * self.config.hidden_size * self.tokens
