@@ -50,6 +50,7 @@ TOKEN_IDS = _Kind(
         _is_int(value, 0)
         or (type(value) is list and len(value) > 0 and all(_is_int(token_id, 0) for token_id in value))
     ),
+    lambda value: tuple(value) if type(value) is list else value,
 )
 DTYPE = _Kind('"bfloat16", "float16" or "float32"', lambda value: value in ("bfloat16", "float16", "float32"))
 LAYER_TYPES = _Kind(
@@ -134,7 +135,7 @@ _FIXED = (
 @dataclass(frozen=True)
 class HyConfig:
     """The shape and the numerics of a Hy model. Build it with `from_dir`, `from_file` or `from_dict`; all three check
-    every value.
+    every value. It hashes: functions may key a cache by it.
     """
 
     vocab_size: int
@@ -161,7 +162,7 @@ class HyConfig:
     num_nextn_predict_layers: int
     attention_dropout: float
     bos_token_id: int | None
-    eos_token_id: int | list[int] | None
+    eos_token_id: int | tuple[int, ...] | None
     pad_token_id: int | None
     dtype: str | None  # "bfloat16", "float16" or "float32"
     raw: dict[str, Any] = field(repr=False, compare=False)  # config.json as it was read
@@ -329,7 +330,7 @@ def _check_together(values: dict[str, Any], source: str) -> None:
             f"({values['num_experts']}) is possible"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token_ids = values[name] if isinstance(values[name], list) else [values[name]]
+        token_ids = values[name] if isinstance(values[name], tuple) else [values[name]]
         for token_id in token_ids:
             if token_id is not None and token_id >= values["vocab_size"]:
                 raise UserError(

@@ -17,9 +17,9 @@ from hymeg.planning.parameters import padded_vocab_size
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk
 
-SLICE_ELEMENTS = (
-    2**22
-)  # hymeg.models.linear_cross_entropy's, which cannot be imported without torch; a test holds the two equal
+SLICE_ELEMENTS = {"local": 2**22, "transformer_engine": 2**26}
+"""Logits that hymeg.models.linear_cross_entropy computes at a time, on CPU and on CUDA."""
+_RECOMPUTED = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
 
 class Activations:
@@ -32,11 +32,14 @@ class Activations:
     def __init__(self, config: HyConfig, layout: Layout, settings: Settings, imbalance: float = 1.0):
         self.config, self.settings = config, settings
         self.is_local = settings.transformer_impl == "local"
+        self.slice = SLICE_ELEMENTS[settings.transformer_impl]
         tp, etp = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
-        self.a = 2 if settings.bf16 else 4
+        self.a = settings.element
         self.tokens = layout.micro_batch_size * layout.seq_length // layout.context_parallel_size
         self.positions = layout.seq_length // layout.context_parallel_size
         self.shared_tokens = self.tokens / tp
+        # With one expert-parallel rank every token stays on it, wherever the router sends it.
+        imbalance = imbalance if layout.expert_model_parallel_size > 1 else 1.0
         self.expert_tokens = self.shared_tokens * config.num_experts_per_tok * etp * imbalance
         self.q, self.kv = (
             heads * config.head_dim / tp for heads in (config.num_attention_heads, config.num_key_value_heads)
@@ -44,14 +47,10 @@ class Activations:
         self.heads, self.groups = config.num_attention_heads / tp, config.num_key_value_heads / tp
         self.dense, self.shared = config.intermediate_size / tp, config.shared_expert_intermediate_size / tp
         self.expert = config.moe_intermediate_size / etp
-        self.vocab_parameters = padded_vocab_size(config, layout, settings) / tp * config.hidden_size
-        self.vocab = min(
-            config.vocab_size, padded_vocab_size(config, layout, settings) / tp
-        )  # rows that stand for tokens
-        modules = settings.recompute_modules
-        self.recomputes = {
-            name: name in modules for name in ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
-        }
+        rows = padded_vocab_size(config, layout, settings) / tp
+        self.vocab_parameters = rows * config.hidden_size
+        self.vocab = min(config.vocab_size, rows)  # rows that stand for tokens
+        self.recomputes = {name: name in settings.recompute_modules for name in _RECOMPUTED}
 
     # ---- a virtual stage
 
@@ -76,10 +75,7 @@ class Activations:
             uniform = settings.recompute_method == "uniform"
             pieces = -(-len(kept) // number) if uniform else min(number, len(kept))
             kept = () if uniform else kept[number:]
-        num_moe = sum(map(self.config.is_moe_layer, kept))
-        plain = (num_moe and num_moe * self.layer(True)) + (
-            len(kept) > num_moe and (len(kept) - num_moe) * self.layer(False)
-        )
+        plain = sum(count * self.layer(kind) for kind in (True, False) if (count := kept.count(kind)))
         return pieces * self.hidden() + (self.rope() if pieces else 0) + plain
 
     def mtp_layer(self) -> float:
@@ -100,7 +96,7 @@ class Activations:
         if settings.cross_entropy_loss_fusion:
             per_token += 4 * self.vocab
         elif not settings.hy_recompute_logits:
-            per_token += self.a * self.vocab + 4 * -(-self.vocab * self.tokens // SLICE_ELEMENTS)
+            per_token += self.a * self.vocab + 4 * -(-self.vocab * self.tokens // self.slice)
         return self.tokens * per_token
 
     # ---- a layer
@@ -177,14 +173,12 @@ class Activations:
 
     def working(self, chunk: Chunk) -> float:
         """The largest of: the backward pass of a layer, with what it recomputes; of the head; of the embedding."""
-        kinds = {self.config.is_moe_layer(layer) for layer in chunk.layers} | (
-            {True} if chunk.num_mtp_layers else set()
-        )
+        kinds = {*chunk.layers, *([True] if chunk.num_mtp_layers else [])}
         needs = [self.layer_backward(is_moe) for is_moe in kinds]
         if chunk.has_head:
             # Two slices of fp32 logits, the gradients of the weight and of the input (fp32); with the fused
             # cross-entropy those of all logits too.
-            slices = 8 * min(SLICE_ELEMENTS, self.vocab * self.tokens)
+            slices = 8 * min(self.slice, self.vocab * self.tokens)
             all_logits = self.a * self.vocab * self.tokens if self.settings.cross_entropy_loss_fusion else 0
             needs.append(
                 slices + all_logits + self.a * self.vocab_parameters + 4 * self.config.hidden_size * self.tokens

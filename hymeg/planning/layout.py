@@ -11,6 +11,7 @@ import re
 
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
+from hymeg.planning.settings import Settings
 
 _FLAG = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
@@ -27,6 +28,7 @@ _FLAG = {
     "seq_length": "--seq-length",
 }
 _LAYOUT = "--pipeline-model-parallel-layout"
+_OVERLAP = "--overlap-moe-expert-parallel-comm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,11 @@ class Layout:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
 
-def check(config: HyConfig, layout: Layout) -> None:
+def check(config: HyConfig, layout: Layout, settings: Settings | None = None) -> None:
     """Refuse a layout that Megatron cannot run, or would run wrongly.
+
+    Args:
+        settings: those that it is to run with; without them, only the layout is looked at.
 
     Raises:
         UserError: one line: flag, value, what would do.
@@ -78,9 +83,11 @@ def check(config: HyConfig, layout: Layout) -> None:
     _check_widths(config, layout)
     _check_world(config, layout)
     _check_batch(layout)
-    stages = _check_depth(config, layout)
-    _check_interleaving(layout, stages)
+    num_virtual_stages = _check_depth(config, layout)
+    _check_interleaving(layout, num_virtual_stages)
     _check_sequence(config, layout)
+    if settings is not None and settings.overlap_moe_expert_parallel_comm:
+        _check_overlap(config, layout, settings, num_virtual_stages)
 
 
 def _check_widths(config: HyConfig, layout: Layout) -> None:
@@ -249,15 +256,13 @@ def _check_layout_string(config: HyConfig, layout: Layout) -> int:
             f"{said} says where layers lie; leave --account-for-embedding-in-pipeline-split and "
             "--account-for-loss-in-pipeline-split out"
         )
-    unrolled = text.replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        unrolled = re.sub(pattern, lambda match: match[1] * int(match[2]), unrolled)
-    if wrong := re.search(r"[^ELtm|]", unrolled):
+    stages = unrolled(text)
+    flat = "".join(stages)
+    if wrong := re.search(r"[^ELtm]", flat):
         raise UserError(
             f"{said}: found {wrong[0]!r}; E, t, m, L stand for embedding, layer, multi-token prediction and loss, | "
             "ends a stage, (...)*n repeats"
         )
-    stages, flat = unrolled.split("|"), unrolled.replace("|", "")
     if len(stages) % pp:
         raise UserError(
             f"{said} has {len(stages)} stages, no multiple of --pipeline-model-parallel-size {pp}; use "
@@ -282,6 +287,44 @@ def _check_layout_string(config: HyConfig, layout: Layout) -> int:
             "virtual stage of its rank"
         )
     return len(stages) // pp
+
+
+def unrolled(layout_string: str) -> list[str]:
+    """`E(t|)*3L` as ["Et", "t", "t", "L"]: the virtual stages of all ranks."""
+    text = layout_string.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        text = re.sub(pattern, lambda match: match[1] * int(match[2]), text)
+    return text.split("|")
+
+
+def _check_overlap(config: HyConfig, layout: Layout, settings: Settings, num_virtual_stages: int) -> None:
+    """What Megatron asks for to hide the experts' all-to-all (transformer_config.py:2669)."""
+    pp, modules = layout.pipeline_model_parallel_size, settings.recompute_modules
+    for is_wrong, what in (
+        (
+            pp > 1 and num_virtual_stages == 1,
+            f"with {_FLAG['pipeline_model_parallel_size']} {pp} needs virtual stages; add "
+            f"{_FLAG['virtual_pipeline_model_parallel_size']} 2 or more",
+        ),
+        (
+            layout.expert_model_parallel_size == 1,
+            f"needs {_FLAG['expert_model_parallel_size']} 2 or more: there is no all-to-all to hide",
+        ),
+        (
+            settings.recompute_granularity == "full",
+            "cannot be combined with --recompute-granularity full; recompute selectively, or leave one out",
+        ),
+        ("moe" in modules, "cannot be combined with moe in --recompute-modules; take moe_act, or leave one out"),
+        (not settings.bf16, "needs --bf16"),
+        (
+            settings.moe_token_dispatcher_type == "allgather",
+            "cannot be combined with --moe-token-dispatcher-type allgather; leave that out",
+        ),
+        (settings.moe_shared_expert_overlap, "cannot be combined with --moe-shared-expert-overlap; leave one out"),
+        (config.num_nextn_predict_layers > 1, "takes models with at most one multi-token-prediction layer"),
+    ):
+        if is_wrong:
+            raise UserError(f"{_OVERLAP} {what}")
 
 
 def _check_interleaving(layout: Layout, num_virtual_stages: int) -> None:

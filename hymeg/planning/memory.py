@@ -1,22 +1,15 @@
-"""The memory of every pipeline stage by part: exact for what a rank keeps all the time, by formula (`activations`) for
-what a step needs.
+"""The memory of every pipeline stage by part, and of a node's host: arithmetic for what is kept all the time, a formula
+(`activations`) for what a step needs.
 """
 
 import dataclasses
+import operator
 from typing import NamedTuple
 
 from hymeg.hf.config import HyConfig
 from hymeg.planning.activations import Activations
 from hymeg.planning.layout import Layout
-from hymeg.planning.parameters import (
-    Buffer,
-    buffers_of_chunk,
-    chunk_numel,
-    chunk_parameters,
-    dense_ranks,
-    expert_ranks,
-    shard_numel,
-)
+from hymeg.planning.parameters import chunk_numel, dense_ranks, expert_ranks
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk, micro_batches_held, stages
 
@@ -58,51 +51,21 @@ def optimizer_bytes(settings: Settings) -> float:
     return (2 if settings.bf16 else 4) + BYTES[settings.exp_avg_dtype] + BYTES[settings.exp_avg_sq_dtype]
 
 
-def static_memory(
-    config: HyConfig, layout: Layout, settings: Settings, pipeline_rank: int, ranks: tuple[int, int] = (0, 0)
-) -> StageMemory:
-    """What a rank of the stage keeps all the time; activations are 0.
+def optimizer_shards(layout: Layout, settings: Settings) -> tuple[int, int]:
+    """Ranks that share the optimizer's state: of dense parameters, of experts."""
+    return (dense_ranks(layout), expert_ranks(layout)) if settings.use_distributed_optimizer else (1, 1)
 
-    Args:
-        ranks: its place among the ranks that share the optimizer of the dense parameters, and of the experts. The first
-            keep the most: padding lies
-        at
-            the end.
+
+def static_memory(config: HyConfig, layout: Layout, settings: Settings, pipeline_rank: int) -> StageMemory:
+    """What a rank of the stage keeps all the time; activations are 0. DDP pads its buffers by some kilobytes a bucket,
+    which are left out.
     """
-    weights = gradients = optimizer = buffers = 0
-    element, gradient = (2 if settings.bf16 else 4), (4 if settings.grads_in_fp32 or not settings.bf16 else 2)
-    for virtual_stage, chunk in enumerate(stages(config, layout)[pipeline_rank]):
-        untrained = sum(
-            parameter.numel
-            for parameter in chunk_parameters(config, layout, settings, chunk)
-            if not parameter.is_trained
-        )
-        weights += untrained * element
-        for buffer in buffers_of_chunk(config, layout, settings, chunk, pipeline_rank, virtual_stage):
-            weights += buffer.numel * element
-            gradients += buffer.numel * gradient
-            optimizer += round(_kept(buffer, settings, ranks[buffer.is_expert]) * optimizer_bytes(settings))
-        buffers += _router_bytes(config, chunk)
-    return StageMemory(weights, gradients, optimizer, buffers, 0, 0)
-
-
-def _kept(buffer: Buffer, settings: Settings, rank: int) -> int:
-    if not settings.use_distributed_optimizer:
-        return buffer.numel
-    return shard_numel(buffer, rank)
-
-
-def unpadded_memory(config: HyConfig, layout: Layout, settings: Settings, pipeline_rank: int) -> StageMemory:
-    """`static_memory` without what pads buffers, some kilobytes a bucket: fast enough for a search."""
     weights = gradients = optimizer = 0.0
-    element, gradient = (2 if settings.bf16 else 4), (4 if settings.grads_in_fp32 or not settings.bf16 else 2)
-    shards = (dense_ranks(layout), expert_ranks(layout)) if settings.use_distributed_optimizer else (1, 1)
-    buffers = 0
+    buffers, shards = 0, optimizer_shards(layout, settings)
     for chunk in stages(config, layout)[pipeline_rank]:
-        held = chunk_numel(config, layout, settings, chunk)
-        trained = held if settings.train_mtp else chunk_numel(config, layout, settings, chunk, without_mtp=True)
-        weights += element * sum(held)
-        gradients += gradient * sum(trained)
+        trained = chunk_numel(config, layout, settings, chunk, without_mtp=not settings.train_mtp)
+        weights += settings.element * sum(chunk_numel(config, layout, settings, chunk))
+        gradients += settings.gradient * sum(trained)
         optimizer += optimizer_bytes(settings) * sum(
             numel / ranks for numel, ranks in zip(trained, shards, strict=True)
         )
@@ -114,34 +77,91 @@ def _router_bytes(config: HyConfig, chunk: Chunk) -> int:
     """Per MoE layer and expert: tokens counted for the log (int64), and with an expert bias that (fp32) and the counts
     behind it (fp32).
     """
-    num_moe = sum(config.is_moe_layer(layer) for layer in chunk.layers) + chunk.num_mtp_layers
+    num_moe = sum(chunk.layers) + chunk.num_mtp_layers
     return num_moe * config.num_experts * (8 + (8 if config.moe_router_enable_expert_bias else 0))
 
 
-def memory_by_stage(
-    config: HyConfig, layout: Layout, settings: Settings, imbalance: float, exact: bool = True
-) -> tuple[StageMemory, ...]:
+def memory_by_stage(config: HyConfig, layout: Layout, settings: Settings, imbalance: float) -> tuple[StageMemory, ...]:
     """Static parts and activations of a rank of every pipeline stage.
 
     Args:
         imbalance: tokens of the busiest expert-parallel rank over the mean; 1.0 is perfect balance.
-        exact: count the padding of buffers too.
     """
     activations = Activations(config, layout, settings, imbalance)
-    pp = layout.pipeline_model_parallel_size
+    pp, group = layout.pipeline_model_parallel_size, layout.microbatch_group_size_per_vp_stage
     found, known = [], {}
     for rank, chunks in enumerate(stages(config, layout)):
-        held = micro_batches_held(rank, pp, len(chunks), layout.num_microbatches)
-        kinds = tuple((sum(map(config.is_moe_layer, chunk.layers)), len(chunk.layers), *chunk[1:]) for chunk in chunks)
-        key = kinds, rank == 0
-        if key not in known:
-            static = (static_memory if exact else unpadded_memory)(config, layout, settings, rank)
+        held = micro_batches_held(
+            rank, pp, len(chunks), layout.num_microbatches, group, settings.overlap_moe_expert_parallel_comm
+        )
+        if chunks not in known:
             working = max(activations.working(chunk) for chunk in chunks)
-            known[key] = static._replace(working=round(working)), [activations.saved(chunk) for chunk in chunks]
-        stage, saved = known[key]
-        peak = max(sum(count * size for count, size in zip(counts, saved, strict=True)) for counts in held)
+            static = static_memory(config, layout, settings, rank)._replace(working=round(working))
+            known[chunks] = static, [activations.saved(chunk) for chunk in chunks]
+        stage, saved = known[chunks]
+        peak = max(sum(map(operator.mul, counts, saved)) for counts in held)
         found.append(stage._replace(activations=round(peak)))
     return tuple(found)
+
+
+class HostMemory(NamedTuple):
+    """Bytes that the optimizer's state takes of the fullest node's host, and of a GPU while a checkpoint is written."""
+
+    save: int
+    load: int
+    offloaded: int  # all the time, under --optimizer-cpu-offload
+    gpu_at_save: int
+
+    @property
+    def most(self) -> int:
+        return self.offloaded + max(self.save, self.load)
+
+
+def host_memory(config: HyConfig, layout: Layout, settings: Settings, gpus_per_node: int) -> HostMemory:
+    """Of the checkpoint formats of the distributed optimizer (distrib_optimizer.py, get_parameter_state_dp_zero and
+    sharded_param_state_fully_reshardable).
+
+    Fully reshardable: fp32 copies of weight and two moments of all that a rank's model holds, 12 bytes an element, not
+    divided by data parallelism: on every rank as it loads, and as it saves; memory-efficient, only on the first rank
+    of each data-parallel group as it saves. Otherwise a whole buffer is gathered on every GPU, 4 bytes an element: an
+    upper bound on the first chunk of the first stage, which is cut into buckets. dp_reshardable: a rank's own shard.
+    Offloaded (hybrid_optimizer.py): beside these three the gradient, 16 bytes.
+    """
+    shards, pp = (dense_ranks(layout), expert_ranks(layout)), layout.pipeline_model_parallel_size
+    held = [
+        [chunk_numel(config, layout, settings, chunk, without_mtp=not settings.train_mtp) for chunk in chunks]
+        for chunks in stages(config, layout)
+    ]
+    whole = [tuple(map(sum, zip(*chunks, strict=True))) for chunks in held]
+    shard = [sum(numel / ranks for numel, ranks in zip(of, shards, strict=True)) for of in whole]
+    fraction = settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 0.0
+    is_gathered = settings.use_distributed_optimizer and settings.dist_ckpt_optim_fully_reshardable
+    is_lean = settings.distrib_optim_fully_reshardable_mem_efficient
+    strides = layout.tensor_model_parallel_size, layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
+
+    def at_save(place: int, stage: int) -> float:
+        """Of a rank, `place` in the order tp-cp-ep-dp of its stage."""
+        if not is_gathered:
+            return 12 * shard[stage]
+        return 12 * sum(
+            numel
+            for numel, stride, ranks in zip(whole[stage], strides, shards, strict=True)
+            if not is_lean or place // stride % ranks == 0
+        )
+
+    save, load, offloaded = [], [], []
+    for first in range(0, layout.world_size, gpus_per_node):
+        ranks = range(first, min(first + gpus_per_node, layout.world_size))
+        places = [(rank % (layout.world_size // pp), rank // (layout.world_size // pp)) for rank in ranks]
+        save.append(sum(at_save(*place) for place in places))
+        load.append(sum(12 * (sum(whole[stage]) if is_gathered else shard[stage]) for _, stage in places))
+        kept = shard if settings.use_distributed_optimizer else [sum(of) for of in whole]
+        offloaded.append(sum(16 * fraction * kept[stage] for _, stage in places))
+    gathered = 0.0
+    if is_gathered and not is_lean:
+        largest = [max(of) for of in zip(*(numel for chunks in held for numel in chunks), strict=True)]
+        gathered = max(4 * numel * (1 + 1 / ranks) for numel, ranks in zip(largest, shards, strict=True))
+    return HostMemory(*(round(one) for one in (max(save), max(load), max(offloaded), gathered)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,6 @@ from hymeg.errors import UserError
 from hymeg.planning.flops import peak_tflops
 from hymeg.planning.layout import Layout
 
-INSIDE, ACROSS = "inside", "across"
-
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
@@ -29,31 +27,39 @@ class Hardware:
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
+        Hardware("H100", 80, 3350, 450),  # of those with as much memory, what --gpu-memory alone means
         Hardware("A100", 80, 2039, 300),
         Hardware("A800", 80, 2039, 200),
         Hardware("H800", 80, 3350, 200),
-        Hardware("H100", 80, 3350, 450),
         Hardware("H20", 96, 4000, 450),
         Hardware("H200", 141, 4800, 450),
         Hardware("B200", 180, 7700, 900),
+        Hardware("GB200", 186, 8000, 900),
+        Hardware("B300", 270, 7700, 900),
+        Hardware("GB300", 279, 8000, 900),
     )
 }
 """From NVIDIA's data sheets, the SXM versions; bf16 peaks stand in `hymeg.planning.flops`."""
 
-_OF_MEMORY = {80: "H100", 96: "H20", 141: "H200", 180: "B200"}
 
-
-def hardware_of(name: str | None, gpu_memory: float) -> Hardware:
-    """The GPU of that name; with None, the one that has so much memory, or an H100.
+def hardware_of(name: str | None, gpu_memory: float | None) -> Hardware:
+    """The GPU of that name; without a name, the first that has so much memory; with neither, an H100.
 
     Raises:
-        UserError: there is no such name in `HARDWARE`.
+        UserError: `HARDWARE` has no such GPU.
     """
-    if name is None:
-        return HARDWARE[_OF_MEMORY.get(round(gpu_memory), "H100")]
-    if name.upper() not in HARDWARE:
-        raise UserError(f"--gpu {name}: not a GPU whose speed is known here; it may be {', '.join(HARDWARE)}")
-    return HARDWARE[name.upper()]
+    known = ", ".join(f"{hardware.name} ({hardware.memory_gib})" for hardware in HARDWARE.values())
+    if name is not None:
+        if name.upper() not in HARDWARE:
+            raise UserError(f"--gpu {name}: not a GPU whose speed is known here; it may be {known}")
+        return HARDWARE[name.upper()]
+    for hardware in HARDWARE.values():
+        if gpu_memory in (None, hardware.memory_gib):
+            return hardware
+    raise UserError(
+        f"--gpu-memory {gpu_memory:g}: no GPU known here has so much; give the one whose speed to take with --gpu: "
+        f"{known}"
+    )
 
 
 class Group(NamedTuple):
@@ -90,9 +96,6 @@ class Links(NamedTuple):
     inside: float
     across: float
 
-    def link(self, group: Group) -> str:
-        return INSIDE if group.local(self.gpus_per_node) == group.size else ACROSS
-
     def ring(self, group: Group, num_bytes: float) -> float:
         """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all. Rings of all ranks in a node share its
         network cards.
@@ -113,6 +116,6 @@ class Links(NamedTuple):
 
     def neighbour(self, group: Group, num_bytes: float) -> float:
         """Seconds to send `num_bytes` to the next rank."""
-        return (
-            num_bytes / (self.inside if group.local(self.gpus_per_node) > 1 else self.across) if group.size > 1 else 0.0
-        )
+        if group.size == 1:
+            return 0.0
+        return num_bytes / (self.inside if group.local(self.gpus_per_node) > 1 else self.across)

@@ -1,23 +1,13 @@
-"""Plans as text: the list, one plan stage by stage, a recipe, a job."""
+"""Plans as text and as data: the list, one plan stage by stage, a recipe, a job."""
 
+import dataclasses
 import math
 from typing import Any
 
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import GIB, StageMemory
-from hymeg.planning.search import Found, Machine, Plan, describe
+from hymeg.planning.search import Found, Machine, Plan, Planner, describe
 from hymeg.planning.settings import Settings
-
-PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "working")
-KINDS = {
-    "tp": "tensor",
-    "cp": "context",
-    "ep": "expert",
-    "etp": "expert-tensor",
-    "dp": "data",
-    "edp": "expert-data",
-    "pp": "pipeline",
-}
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -27,25 +17,37 @@ def table(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def listed(found: Found, machine: Machine, top: int) -> list[str]:
+def assumptions(planner: Planner) -> list[str]:
+    """What an estimate rests on that nobody has measured."""
+    device = planner.machine.device
+    rows = "" if planner.attended is None else f"rows of {planner.attended:,.0f} tokens in packed samples; "
+    return [
+        f"Assumed: {planner.imbalance:g} x the mean tokens on the busiest expert-parallel rank; {rows}"
+        f"{device.reserve / GIB:.1f} GiB of reserve for driver, NCCL, workspaces and fragments.",
+        "Not measured on any GPU: activations under Transformer Engine, working memory, times (docs/planning.md).",
+    ]
+
+
+def listed(found: Found, planner: Planner, top: int) -> list[str]:
     """The best plans and the best of those that do not fit."""
-    device = machine.device
+    machine, device = planner.machine, planner.machine.device
+    margin = f" and {planner.margin / GIB:g} GiB of margin" if planner.margin else ""
     lines = [
         f"{found.num_legal} legal layouts, {found.num_fitting} fit {machine.num_gpus} x {machine.hardware.name} with "
-        f"{device.gpu_memory:g} GiB "
-        f"({device.usable / GIB:.1f} GiB after {device.reserve / GIB:.1f} GiB of reserve). Times are estimates.",
+        f"{device.gpu_memory:g} GiB ({device.usable / GIB:.1f} GiB after {device.reserve / GIB:.1f} GiB of reserve"
+        f"{margin}). Times are estimates.",
         "",
     ]
-    head = ["", "GiB", "margin", "s/step", "tokens/s/GPU", "TFLOP/s", "MFU", "bubble", "comm.", "layout"]
-    rows = [head] + [
-        [str(number), *_figures(plan, machine), describe(plan)] for number, plan in enumerate(found.fitting[:top], 1)
-    ]
+    rows = [["", "GiB", "margin", "host", "s/step", "tokens/s/GPU", "TFLOP/s", "MFU", "bubble", "comm.", "layout"]]
+    for number, plan in enumerate(found.fitting[:top], 1):
+        rows.append([str(number), *_figures(plan, planner), describe(plan)])
     lines += table(rows)
     if found.rejected:
         lines += ["", "Not enough memory for these, by estimate the next:"]
         rows = [["GiB", "too much", "s/step", "where, and the largest part", "layout"]]
         for plan in found.rejected[:3]:
-            sizes = f"{plan.peak / GIB:.1f}", f"{(plan.peak - device.usable) / GIB:.1f}", f"{plan.time.total:.2f}"
+            too_much = (plan.peak + planner.margin - device.usable) / GIB
+            sizes = f"{plan.peak / GIB:.1f}", f"{too_much:.1f}", f"{plan.time.total:.2f}"
             rows.append([*sizes, why(plan), describe(plan)])
         lines += table(rows)
     if any(plan.layout.pipeline_model_parallel_layout for plan in found.fitting[:top]):
@@ -53,14 +55,15 @@ def listed(found: Found, machine: Machine, top: int) -> list[str]:
         for number, plan in enumerate(found.fitting[:top], 1):
             if plan.layout.pipeline_model_parallel_layout:
                 lines.append(f"  {number}: {plan.layout.pipeline_model_parallel_layout}")
-    return lines
+    return [*lines, "", "host: GiB of a node's memory that the optimizer's state needs at a save or a load."]
 
 
-def _figures(plan: Plan, machine: Machine) -> list[str]:
+def _figures(plan: Plan, planner: Planner) -> list[str]:
     time = plan.time
     return [
         f"{plan.peak / GIB:.1f}",
-        f"{(machine.device.usable - plan.peak) / GIB:.1f}",
+        f"{(planner.machine.device.usable - plan.peak) / GIB:.1f}",
+        f"{planner.host(plan).most / GIB:.0f}",
         f"{time.total:.2f}",
         f"{time.tokens_per_gpu:,.0f}",
         f"{time.tflops_per_gpu:.0f}",
@@ -72,64 +75,112 @@ def _figures(plan: Plan, machine: Machine) -> list[str]:
 
 def why(plan: Plan) -> str:
     """The fullest stage and what fills it: `stage 0: activations 44.1 GiB`."""
-    rank = max(range(len(plan.memory)), key=lambda rank: plan.memory[rank].total)
-    part = max(PARTS, key=lambda part: getattr(plan.memory[rank], part))
-    return f"stage {rank}: {part} {getattr(plan.memory[rank], part) / GIB:.1f} GiB"
+    stage = plan.memory[plan.fullest]
+    part = max(StageMemory._fields, key=lambda part: getattr(stage, part))
+    return f"stage {plan.fullest}: {part} {getattr(stage, part) / GIB:.1f} GiB"
 
 
-def explained(plan: Plan, machine: Machine) -> list[str]:
-    """Memory of every stage by part, where a step's time goes, and what is sent over which link."""
-    time, usable = plan.time, machine.device.usable
+def explained(plan: Plan, planner: Planner) -> list[str]:
+    """Memory of every stage by part, of a node's host, and where a step's time goes."""
+    time, usable = plan.time, planner.machine.device.usable
     lines = [describe(plan)]
     if plan.layout.pipeline_model_parallel_layout:
         lines.append(f"--pipeline-model-parallel-layout {plan.layout.pipeline_model_parallel_layout}")
-    lines += ["", "GiB of a GPU, by pipeline stage:"]
-    rows = [["stage", *PARTS, "total", "margin"]]
-    rows += [
-        [str(rank), *_stage_row(stage), f"{(usable - stage.total) / GIB:.2f}"] for rank, stage in enumerate(plan.memory)
+    parts = (*StageMemory._fields, "total")
+    rows = [["stage", *parts, "margin"]]
+    for rank, stage in enumerate(plan.memory):
+        sizes = [*(getattr(stage, part) for part in parts), usable - stage.total]
+        rows.append([str(rank), *(f"{size / GIB:.2f}" for size in sizes)])
+    lines += ["", "GiB of a GPU, by pipeline stage:", *table(rows), "", *host_lines(plan, planner)]
+    spent = ("compute", "communication", "bubble", "gradients", "optimizer", "total")
+    rows = [
+        [*spent, "tokens/s/GPU", "MFU"],
+        [*(f"{getattr(time, part):.3f}" for part in spent), f"{time.tokens_per_gpu:,.0f}", f"{time.mfu:.1%}"],
     ]
-    lines += table(rows)
-    lines += ["", "Seconds of a step (estimate):"]
-    lines += table(
-        [
-            [
-                "compute",
-                "communication",
-                "bubble",
-                "gradients, parameters",
-                "optimizer",
-                "total",
-                "tokens/s/GPU",
-                "MFU",
-            ],
-            [
-                f"{value:.3f}"
-                for value in (time.compute, time.communication, time.bubble, time.gradients, time.optimizer, time.total)
-            ]
-            + [f"{time.tokens_per_gpu:,.0f}", f"{time.mfu:.1%}"],
-        ]
-    )
-    lines += ["", "GB that a GPU of the slowest stage sends in a step:"]
-    rows = [["kind", "inside the node", "across nodes"]]
-    for kind, name in KINDS.items():
-        inside, across = (time.volumes.get((kind, link), 0.0) for link in ("inside", "across"))
-        if inside or across:
-            rows.append([name, f"{inside / 1e9:.2f}", f"{across / 1e9:.2f}"])
-    return lines + (table(rows) if len(rows) > 1 else ["nothing"])
+    return [*lines, "", "Seconds of a step (estimate; gradients: with the gathering of parameters):", *table(rows)]
 
 
-def _stage_row(stage: StageMemory) -> list[str]:
-    return [f"{getattr(stage, part) / GIB:.2f}" for part in (*PARTS, "total")]
+def host_lines(plan: Plan, planner: Planner) -> list[str]:
+    host, settings = planner.host(plan), plan.settings
+    kind = "dp_reshardable, Megatron's"
+    if settings.dist_ckpt_optim_fully_reshardable:
+        is_lean = settings.distrib_optim_fully_reshardable_mem_efficient
+        kind = f"fully reshardable{', memory-efficient' if is_lean else ''}"
+    lines = [
+        f"Host GiB a node for the optimizer's state ({kind} checkpoints): at a save {host.save / GIB:.0f}, at a load "
+        f"{host.load / GIB:.0f}, offloaded {host.offloaded / GIB:.0f}."
+    ]
+    if host.gpu_at_save:
+        lines.append(f"On each GPU a save gathers up to {host.gpu_at_save / GIB:.1f} GiB beside what it keeps.")
+    return lines
 
 
-def summary(plan: Plan, machine: Machine) -> str:
-    """A recipe's comment: `fullest GPU 70.9 of 73.8 GiB; about 5.6 s a step, 11,697 tokens/s/GPU, MFU 28 %`."""
-    device, time = machine.device, plan.time
-    return (
-        f"fullest GPU {plan.peak / GIB:.1f} of {device.usable / GIB:.1f} GiB (stage "
-        f"{max(range(len(plan.memory)), key=lambda rank: plan.memory[rank].total)}); "
-        f"about {time.total:.1f} s a step, {time.tokens_per_gpu:,.0f} tokens/s/GPU, MFU {time.mfu:.0%}"
-    )
+def warnings(plan: Plan, planner: Planner, host_gib: float | None) -> list[str]:
+    """Where a checkpoint asks for more than a node or a GPU has; `host_gib` is a node's memory, None where unknown."""
+    host, found = planner.host(plan), []
+    if host_gib is not None and host.most > host_gib * GIB:
+        instead = ""
+        if plan.settings.dist_ckpt_optim_fully_reshardable and host.offloaded < host_gib * GIB:
+            instead = (
+                "; --no-dist-ckpt-optim-fully-reshardable keeps the optimizer's state in its shards, for the same TP, "
+                "PP and EP"
+            )
+        found.append(
+            f"--host-memory {host_gib:g}: a node needs {host.most / GIB:.0f} GiB for the optimizer's state at a "
+            f"{'save' if host.save > host.load else 'load'}{instead}"
+        )
+    at_save = max(stage.static for stage in plan.memory) + host.gpu_at_save
+    if host.gpu_at_save and at_save > planner.machine.device.usable:
+        found.append(
+            f"a save gathers up to {host.gpu_at_save / GIB:.1f} GiB on each GPU, {at_save / GIB:.1f} with what it "
+            "keeps: add --distrib-optim-fully-reshardable-mem-efficient"
+        )
+    return [f"warning: {line}" for line in found]
+
+
+def as_data(found: Found, planner: Planner, top: int) -> dict[str, Any]:
+    """All that the list and --explain say, for json: bytes, seconds, and the flags of each plan."""
+    machine = planner.machine
+
+    def of(plan: Plan) -> dict[str, Any]:
+        return {
+            "layout": describe(plan),
+            "flags": flags_of(plan.layout, plan.settings),
+            "fits": planner.fits(plan),
+            "peak_bytes": plan.peak,
+            "margin_bytes": machine.device.usable - plan.peak,
+            "stages": [stage._asdict() | {"total": stage.total} for stage in plan.memory],
+            "host_bytes_a_node": planner.host(plan)._asdict(),
+            "time": plan.time._asdict(),
+        }
+
+    return {
+        "machine": dataclasses.asdict(machine)
+        | {"reserve_bytes": machine.device.reserve, "usable_bytes": machine.device.usable},
+        "assumptions": {
+            "imbalance": planner.imbalance,
+            "attended": planner.attended,
+            "margin_bytes": planner.margin,
+            "unmeasured": ["activations", "working", "time"],
+        },
+        "num_legal": found.num_legal,
+        "num_fitting": found.num_fitting,
+        "plans": [of(plan) for plan in found.fitting[:top]],
+        "too_large": [of(plan) for plan in found.rejected[:3]],
+    }
+
+
+def comment(plan: Plan, planner: Planner) -> list[str]:
+    """The lines of a recipe that say what the planner says of it."""
+    time, rows = plan.time, ""
+    if planner.attended is not None:
+        rows = f" with rows of {planner.attended:,.0f} tokens"
+    return [
+        f"# tools/plan.py: fullest GPU {plan.peak / GIB:.1f} of {planner.machine.device.usable / GIB:.1f} GiB (stage "
+        f"{plan.fullest}), {planner.host(plan).most / GIB:.0f} GiB of host memory a node;",
+        f"# about {time.total:.1f} s a step, {time.tokens_per_gpu:,.0f} tokens/s/GPU, MFU {time.mfu:.0%}{rows}.",
+        f"# {describe(plan)}",
+    ]
 
 
 def flags_of(layout: Layout, settings: Settings) -> dict[str, Any]:
@@ -157,11 +208,7 @@ def flags_of(layout: Layout, settings: Settings) -> dict[str, Any]:
     for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
         if getattr(settings, name):
             found[name] = True
-    found |= {
-        "seq_length": layout.seq_length,
-        "micro_batch_size": layout.micro_batch_size,
-        "global_batch_size": layout.global_batch_size,
-    }
+    found |= {name: getattr(layout, name) for name in ("seq_length", "micro_batch_size", "global_batch_size")}
     return {name.replace("_", "-"): value for name, value in (found | _memory_flags(settings)).items()}
 
 
@@ -181,23 +228,13 @@ def _memory_flags(settings: Settings) -> dict[str, Any]:
         found["recompute_modules"] = list(settings.recompute_modules)
     if settings.recompute_granularity == "full":
         found |= {"recompute_method": settings.recompute_method, "recompute_num_layers": settings.recompute_num_layers}
-    if settings.bf16 and not settings.grads_in_fp32:
-        found["main_grads_dtype" if settings.use_precision_aware_optimizer else "grad_reduce_in_bf16"] = (
-            "bf16" if settings.use_precision_aware_optimizer else True
+    if settings.gradient == 2:
+        found |= (
+            {"main_grads_dtype": "bf16"} if settings.use_precision_aware_optimizer else {"grad_reduce_in_bf16": True}
         )
     if settings.hy_recompute_logits:
         found["recompute_logits"] = True
     return found
-
-
-def comment(plan: Plan, machine: Machine) -> list[str]:
-    """The first lines of a recipe: for which GPUs, and what the planner says of it."""
-    return [
-        f"# {machine.num_gpus} GPUs, {machine.hardware.name} with {machine.device.gpu_memory:g} GiB, "
-        f"{machine.gpus_per_node} a node. tools/plan.py: "
-        f"{summary(plan, machine)}.",
-        f"# {describe(plan)}",
-    ]
 
 
 def job(recipe_path: str, machine: Machine, hf: str) -> str:
@@ -210,6 +247,5 @@ def job(recipe_path: str, machine: Machine, hf: str) -> str:
         "sbatch go into SBATCH_FLAGS,\n"
         "# those of the training on this command line.\n"
         f"exec sbatch --nodes {nodes} --gpus-per-node {per_node} ${{SBATCH_FLAGS:-}} examples/slurm/train.sbatch "
-        f"{recipe_path} "
-        f'--hf-model {hf} "$@"\n'
+        f'{recipe_path} --hf-model {hf} "$@"\n'
     )

@@ -1,8 +1,8 @@
 """Every legal layout of a model on a number of GPUs, which of them fit, and in what order.
 
-Legal is what `hymeg.planning.layout.check` accepts. For each layout the least recomputation that fits is taken; the
-optimizer keeps fp32 numerics as long as any layout fits so, then bf16 gradients and moments are tried, then the
-optimizer on the CPU.
+Legal is what `hymeg.planning.layout.check` accepts. For each layout the recomputation that costs the least time and
+fits is taken; the optimizer keeps fp32 numerics as long as any layout fits so, then bf16 gradients and moments are
+tried, then the optimizer on the CPU.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout, check
-from hymeg.planning.memory import GIB, Device, StageMemory, memory_by_stage
+from hymeg.planning.memory import GIB, Device, HostMemory, StageMemory, host_memory, memory_by_stage
 from hymeg.planning.network import Hardware
 from hymeg.planning.settings import Settings
 from hymeg.planning.splits import pipeline_splits
-from hymeg.planning.stages import num_stages, stages
+from hymeg.planning.stages import num_virtual_stages, stages
 from hymeg.planning.step_time import StepModel, StepTime
 
 _SELECTIVE = (
@@ -30,7 +30,7 @@ _SELECTIVE = (
 _PLAIN: dict[str, Any] = {}
 _PRECISION_AWARE = {"use_precision_aware_optimizer": True}
 OPTIMIZERS: tuple[tuple[dict[str, Any], ...], ...] = (
-    (_PLAIN, _PRECISION_AWARE),  # both keep fp32 numerics
+    (_PLAIN, _PRECISION_AWARE),  # both keep fp32 numerics, and take the same time
     (_PRECISION_AWARE | {"grads_in_fp32": False, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},),
     (_PRECISION_AWARE | {"optimizer_cpu_offload": True},),
 )
@@ -64,6 +64,11 @@ class Plan(NamedTuple):
         """Bytes on the fullest GPU."""
         return max(stage.total for stage in self.memory)
 
+    @property
+    def fullest(self) -> int:
+        """The pipeline rank of that GPU."""
+        return max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
+
 
 class Found(NamedTuple):
     """Plans that fit, best first; and of those that do not, the fastest by estimate, or the smallest where nothing
@@ -82,27 +87,33 @@ class Planner:
     Args:
         imbalance: tokens of the busiest expert-parallel rank over the mean.
         experts_across_nodes: let EP x ETP exceed a node's GPUs.
+        attended: tokens of the row that a token lies in, in the mean over tokens (sum of squared lengths over sum of
+            lengths); None where a sample is one row.
+        margin: bytes that stay free beside the reserve.
     """
 
-    def __init__(self, config: HyConfig, machine: Machine, imbalance: float = 1.2, experts_across_nodes: bool = False):
-        self.config, self.machine, self.imbalance, self.experts_across_nodes = (
-            config,
-            machine,
-            imbalance,
-            experts_across_nodes,
-        )
+    def __init__(
+        self,
+        config: HyConfig,
+        machine: Machine,
+        imbalance: float = 1.2,
+        experts_across_nodes: bool = False,
+        attended: float | None = None,
+        margin: float = 0,
+    ):
+        self.config, self.machine, self.imbalance, self.attended = config, machine, imbalance, attended
+        self.experts_across_nodes, self.margin = experts_across_nodes, margin
 
     def plan(self, layout: Layout, settings: Settings) -> Plan:
-        """One legal layout as it stands, exactly."""
-        return Plan(
-            layout,
-            settings,
-            memory_by_stage(self.config, layout, settings, self.imbalance),
-            self._time(layout, settings),
-        )
+        """One legal layout as it stands."""
+        return Plan(layout, settings, self._memory(layout, settings), self._time(layout, settings))
 
     def fits(self, plan: Plan) -> bool:
-        return plan.peak <= self.machine.device.usable
+        return plan.peak + self.margin <= self.machine.device.usable
+
+    def host(self, plan: Plan) -> HostMemory:
+        """Bytes of the fullest node's host memory."""
+        return host_memory(self.config, plan.layout, plan.settings, self.machine.gpus_per_node)
 
     def search(self, fixed: Layout, free: set[str], settings: Settings, fixed_settings: set[str]) -> Found:
         """Look through all layouts.
@@ -116,127 +127,148 @@ class Planner:
         Raises:
             UserError: no legal layout has the fixed sizes; or none fits (one line: what the least would be).
         """
-        structures = list(self._structures(fixed, free))
+        structures = list(self._structures(fixed, free, settings))
         if not structures:
             # Says what is wrong, where the given sizes alone are, whatever the batch.
-            check(self.config, dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size))
+            check(
+                self.config,
+                dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size),
+            )
+            overlap = ", --overlap-moe-expert-parallel-comm" if settings.overlap_moe_expert_parallel_comm else ""
             raise UserError(
                 f"--gpus {fixed.world_size}: no legal layout has the sizes given, with experts in nodes of "
-                f"{self.machine.gpus_per_node} GPUs and "
-                f"--global-batch-size {fixed.global_batch_size}; free one of them, choose another number of GPUs, or "
-                "add --experts-across-nodes"
+                f"{self.machine.gpus_per_node} GPUs{overlap} and --global-batch-size {fixed.global_batch_size}; free "
+                "one of them, choose another number of GPUs, or add --experts-across-nodes"
             )
         rejected = []
         for optimizers in OPTIMIZERS:
-            allowed = [one for one in optimizers if not fixed_settings & one.keys()] or (
-                [_PLAIN] if optimizers is OPTIMIZERS[0] else []
+            allowed = [one for one in optimizers if not fixed_settings & one.keys()]
+            choices = [dataclasses.replace(settings, **optimizer) for optimizer in allowed]
+            chosen = [self._cheapest_that_fits(layout, choices, fixed_settings, rejected) for layout in structures]
+            if fitting := [plan for plan in chosen if plan is not None]:
+                fitting.sort(key=_rank)
+                return Found(fitting, self._fastest_rejected(rejected), len(structures), len(fitting))
+        if not rejected:
+            raise UserError(
+                "the recomputation that is asked for is legal in none of the layouts left; free --recompute-granularity"
             )
-            fitting = []
-            for layout in structures:
-                for optimizer in allowed:
-                    chosen = self._first_that_fits(
-                        layout, dataclasses.replace(settings, **optimizer), fixed_settings, rejected
-                    )
-                    if chosen is not None:
-                        fitting.append(chosen)
-                        break
-            if fitting:
-                timed = [plan._replace(time=self._time(plan.layout, plan.settings)) for plan in fitting]
-                timed.sort(key=_rank)
-                return Found(timed, self._fastest_rejected(rejected), len(structures), len(timed))
         least = min(rejected, key=lambda plan: plan.peak)
-        needed = (least.peak + self.machine.device.reserve) / GIB
+        needed = (least.peak + self.machine.device.reserve + self.margin) / GIB
         raise UserError(
             f"--gpu-memory {self.machine.device.gpu_memory:g}: no layout of {len(structures)} fits; the least needs "
-            f"{needed:.1f} GiB a GPU "
-            f"({describe(least)}); use more GPUs, or GPUs with more memory"
+            f"{needed:.1f} GiB a GPU ({describe(least)}); use more GPUs, or GPUs with more memory"
         )
 
     # ---- the space
 
-    def _structures(self, fixed: Layout, free: set[str]) -> Iterator[Layout]:
-        """Legal layouts."""
+    def _structures(self, fixed: Layout, free: set[str], settings: Settings) -> Iterator[Layout]:
+        """Legal layouts, for some recomputation."""
+        unrecomputed = dataclasses.replace(settings, recompute_granularity=None, recompute_modules=())
 
         def choices(field: str, values) -> list:
             return list(values) if field in free else [getattr(fixed, field)]
 
-        world, node = fixed.world_size, self.machine.gpus_per_node
+        world, node, layers = fixed.world_size, self.machine.gpus_per_node, self.config.num_hidden_layers
         powers = [2**i for i in range(11)]
-        depth_fields = {"virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"}
         depth_free = (
-            depth_fields <= free
+            {"virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"} <= free
             and fixed.decoder_first_pipeline_num_layers is None
             and fixed.decoder_last_pipeline_num_layers is None
         )
-        for pp in choices(
-            "pipeline_model_parallel_size", (p for p in range(1, self.config.num_hidden_layers + 1) if world % p == 0)
-        ):
+        for pp in choices("pipeline_model_parallel_size", (p for p in range(1, layers + 1) if world % p == 0)):
+            splits = pipeline_splits(self.config, pp) if depth_free else [{}]
             for tp in choices("tensor_model_parallel_size", (p for p in powers if p <= node and world % (p * pp) == 0)):
-                for cp in choices(
-                    "context_parallel_size",
-                    (p for p in powers if world % (p * tp * pp) == 0 and _worth(p, fixed.seq_length)),
-                ):
-                    yield from self._of_sizes(
-                        fixed, pp, tp, cp, choices, pipeline_splits(self.config, pp) if depth_free else [{}]
-                    )
+                contexts = (p for p in powers if world % (p * tp * pp) == 0 and _worth(p, fixed.seq_length))
+                for cp in choices("context_parallel_size", contexts):
+                    sizes = {
+                        "pipeline_model_parallel_size": pp,
+                        "tensor_model_parallel_size": tp,
+                        "context_parallel_size": cp,
+                    }
+                    for experts in self._expert_sizes(fixed, pp, tp, choices):
+                        for split in splits:
+                            layout = dataclasses.replace(fixed, **sizes, **experts, **split)
+                            if _is_legal(self.config, layout, unrecomputed):
+                                yield layout
 
-    def _of_sizes(self, fixed: Layout, pp: int, tp: int, cp: int, choices, splits: list[dict]) -> Iterator[Layout]:
-        world, node = fixed.world_size, self.machine.gpus_per_node
-        sizes = {"pipeline_model_parallel_size": pp, "tensor_model_parallel_size": tp, "context_parallel_size": cp}
+    def _expert_sizes(self, fixed: Layout, pp: int, tp: int, choices) -> Iterator[dict[str, int]]:
+        """Of experts, and of a micro-batch."""
+        world, num_experts = fixed.world_size, self.config.num_experts
+        largest = world // pp if self.experts_across_nodes else self.machine.gpus_per_node
         for etp in choices("expert_tensor_parallel_size", sorted({1, tp})):
-            largest = world // pp if self.experts_across_nodes else node
-            experts = (
-                p
-                for p in range(1, self.config.num_experts + 1)
-                if self.config.num_experts % p == 0 and p * etp <= largest
-            )
-            for ep, batch, split in itertools.product(
-                choices("expert_model_parallel_size", (p for p in experts if world % (p * etp * pp) == 0)),
-                choices("micro_batch_size", (1, 2, 4)),
-                splits,
+            experts = (p for p in range(1, largest // etp + 1) if num_experts % p == 0 and world % (p * etp * pp) == 0)
+            for ep, batch in itertools.product(
+                choices("expert_model_parallel_size", experts), choices("micro_batch_size", (1, 2, 4))
             ):
-                changed = {
+                yield {
                     "expert_tensor_parallel_size": etp,
                     "expert_model_parallel_size": ep,
                     "micro_batch_size": batch,
                 }
-                layout = dataclasses.replace(fixed, **sizes, **changed, **split)
-                if _is_legal(self.config, layout):
-                    yield layout
 
     def _recomputations(self, layout: Layout, settings: Settings, fixed_settings: set[str]) -> Iterator[Settings]:
-        """From the cheapest in time to the smallest."""
+        """Legal ones, from the cheapest in time to the smallest."""
         if "recompute_granularity" in fixed_settings:
-            yield settings
-            return
-        yield settings
-        for modules in _SELECTIVE:
-            yield dataclasses.replace(settings, recompute_granularity="selective", recompute_modules=modules)
-        longest = max(len(chunk.layers) for chunks in stages(self.config, layout) for chunk in chunks)
-        full = dataclasses.replace(settings, recompute_granularity="full", recompute_modules=())
-        if longest > 1:
-            yield dataclasses.replace(full, recompute_method="block", recompute_num_layers=-(-longest // 2))
-        yield dataclasses.replace(full, recompute_method="uniform", recompute_num_layers=1)
+            found = [settings]
+        else:
+            selective = dataclasses.replace(settings, recompute_granularity="selective")
+            full = dataclasses.replace(settings, recompute_granularity="full", recompute_modules=())
+            half = -(-max(len(chunk.layers) for chunks in stages(self.config, layout) for chunk in chunks) // 2)
+            found = [
+                settings,
+                *(dataclasses.replace(selective, recompute_modules=modules) for modules in _SELECTIVE),
+                dataclasses.replace(full, recompute_method="block", recompute_num_layers=max(1, half)),
+                dataclasses.replace(full, recompute_method="uniform", recompute_num_layers=1),
+            ]
+        for choice in found:
+            if not choice.overlap_moe_expert_parallel_comm or _is_legal(self.config, layout, choice):
+                yield choice
 
-    def _first_that_fits(
-        self, layout: Layout, settings: Settings, fixed_settings: set[str], rejected: list[Plan]
+    def _cheapest_that_fits(
+        self, layout: Layout, choices: list[Settings], fixed_settings: set[str], rejected: list[Plan]
     ) -> Plan | None:
-        plan = None
-        for choice in self._recomputations(layout, settings, fixed_settings):
-            plan = Plan(layout, choice, memory_by_stage(self.config, layout, choice, self.imbalance, exact=False), None)
-            if self.fits(plan):
-                return plan
-            if choice.recompute_granularity is None:
-                rejected.append(plan)
-        rejected.append(plan)
-        return None
+        """Over optimizers that take the same time (`choices`, the plainest first) and recomputation. Recomputed logits
+        cost some time on one stage only: they are taken where they spare more than that.
+        """
+        each = [list(self._recomputations(layout, one, fixed_settings)) for one in choices]
+        tried = [list(of) for of in zip(*each, strict=True)]
+        if not tried:
+            return None
+        plain = self._first_that_fits(layout, tried)
+        spared = tried if plain is None else tried[: next(n for n, of in enumerate(tried) if plain.settings in of)]
+        found = [plain]
+        if "hy_recompute_logits" not in fixed_settings and not choices[0].cross_entropy_loss_fusion:
+            found.append(self._first_that_fits(layout, [[_with_logits(one) for one in of] for of in spared]))
+        timed = [one._replace(time=self._time(layout, one.settings)) for one in found if one is not None]
+        # What would be the fastest is told beside the answers.
+        for of in tried[:1] if timed else tried[:1] + tried[1:][-1:]:
+            if plain is None or plain.settings not in of:
+                rejected.append(Plan(layout, of[-1], self._memory(layout, of[-1]), None))
+        return min(timed, key=lambda plan: plan.time.total, default=None)
+
+    def _first_that_fits(self, layout: Layout, tried: list[list[Settings]]) -> Plan | None:
+        """`tried` from the cheapest to the smallest: where the last does not fit, none does."""
+        if not tried or not self.fits(Plan(layout, tried[-1][-1], self._memory(layout, tried[-1][-1]), None)):
+            return None
+        plans = (Plan(layout, one, self._memory(layout, one), None) for of in tried for one in of)
+        return next(plan for plan in plans if self.fits(plan))
 
     # ---- order
+
+    def _memory(self, layout: Layout, settings: Settings) -> tuple[StageMemory, ...]:
+        return memory_by_stage(self.config, layout, settings, self.imbalance)
 
     def _time(self, layout: Layout, settings: Settings) -> StepTime:
         machine = self.machine
         return StepModel(
-            self.config, layout, settings, machine.hardware, machine.gpus_per_node, machine.network, self.imbalance
+            self.config,
+            layout,
+            settings,
+            machine.hardware,
+            machine.gpus_per_node,
+            machine.network,
+            self.imbalance,
+            self.attended,
         ).step()
 
     def _fastest_rejected(self, rejected: list[Plan]) -> list[Plan]:
@@ -245,8 +277,12 @@ class Planner:
         return sorted(timed, key=_rank)
 
 
+def _with_logits(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, hy_recompute_logits=True)
+
+
 def _rank(plan: Plan) -> tuple:
-    """The fastest first; of equals to 1 %, the one with fewer parts."""
+    """The fastest first; of those equal to a hundredth of a second, the one with fewer parts."""
     layout = plan.layout
     parts = (
         layout.pipeline_model_parallel_size,
@@ -257,9 +293,9 @@ def _rank(plan: Plan) -> tuple:
     return round(plan.time.total, 2 if plan.time.total > 1 else 4), plan.settings.use_precision_aware_optimizer, *parts
 
 
-def _is_legal(config: HyConfig, layout: Layout) -> bool:
+def _is_legal(config: HyConfig, layout: Layout, settings: Settings) -> bool:
     try:
-        check(config, layout)
+        check(config, layout, settings)
     except UserError:
         return False
     return layout.num_microbatches >= layout.pipeline_model_parallel_size  # fewer leave stages idle for most of a step
@@ -273,18 +309,19 @@ def _worth(context_parallel: int, seq_length: int) -> bool:
 def describe(plan: Plan) -> str:
     """`TP2 PP8x4 EP8 ETP1 CP1 DP16, micro-batch 1, recompute none, distributed Adam`; PP8x4 has four virtual stages."""
     layout, settings = plan.layout, plan.settings
-    chunks = layout.virtual_pipeline_model_parallel_size or 1
-    if layout.pipeline_model_parallel_layout is not None:
-        chunks = num_stages(layout.pipeline_model_parallel_layout) // layout.pipeline_model_parallel_size
+    virtual = num_virtual_stages(layout)
     sizes = [
         f"TP{layout.tensor_model_parallel_size}",
         f"PP{layout.pipeline_model_parallel_size}"
-        + (f"x{chunks}" if chunks > 1 else "")
+        + (f"x{virtual}" if virtual > 1 else "")
         + ("*" if layout.pipeline_model_parallel_layout else ""),
         f"EP{layout.expert_model_parallel_size}",
         f"ETP{layout.expert_tensor_parallel_size}",
         f"CP{layout.context_parallel_size}",
         f"DP{layout.data_parallel_size}",
     ]
-    gradients = "" if settings.grads_in_fp32 or not settings.bf16 else ", bf16 gradients"
-    return f"{' '.join(sizes)}, micro-batch {layout.micro_batch_size}, recompute {settings.recompute_name}, {settings.optimizer_name}{gradients}"
+    gradients = ", bf16 gradients" if settings.gradient == 2 else ""
+    return (
+        f"{' '.join(sizes)}, micro-batch {layout.micro_batch_size}, recompute {settings.recompute_name}, "
+        f"{settings.optimizer_name}{gradients}"
+    )

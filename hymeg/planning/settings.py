@@ -3,8 +3,7 @@ Megatron's flags; no Megatron here."""
 
 import argparse
 import dataclasses
-
-SELECTIVE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +17,6 @@ class Settings:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
-    ddp_bucket_size: int | None = None
-    ddp_num_buckets: int | None = None
-    ddp_pad_buckets_for_high_nccl_busbw: bool = False
     grads_in_fp32: bool = True
     """Gradients are accumulated and reduced in fp32: unless --grad-reduce-in-bf16, or --main-grads-dtype bf16
     (arguments.py:1186).
@@ -28,7 +24,6 @@ class Settings:
     use_precision_aware_optimizer: bool = False
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
-    main_params_dtype: str = "fp32"
     optimizer_cpu_offload: bool = False
     optimizer_offload_fraction: float = 1.0
     recompute_granularity: str | None = None
@@ -38,25 +33,43 @@ class Settings:
     train_mtp: bool = True
     """False where --mtp-loss-scaling-factor is 0: hymeg then freezes the multi-token-prediction layers."""
     overlap_moe_expert_parallel_comm: bool = False
+    moe_shared_expert_overlap: bool = False
+    moe_token_dispatcher_type: str = "alltoall"
     make_vocab_size_divisible_by: int = 128
     cross_entropy_loss_fusion: bool = False
     hy_recompute_logits: bool = False
+    dist_ckpt_optim_fully_reshardable: bool = True
+    distrib_optim_fully_reshardable_mem_efficient: bool = True
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of a gradient in its buffer."""
+        return 4 if self.grads_in_fp32 or not self.bf16 else 2
 
     @property
     def recompute_name(self) -> str:
         """In a word or two, for tables."""
+        name = "+".join(self.recompute_modules) if self.recompute_granularity == "selective" else "none"
         if self.recompute_granularity == "full":
-            return f"full {self.recompute_method} {self.recompute_num_layers}"
-        return "+".join(self.recompute_modules) if self.recompute_granularity == "selective" else "none"
+            name = f"full {self.recompute_method} {self.recompute_num_layers}"
+        if self.hy_recompute_logits:
+            name = "logits" if name == "none" else f"{name}+logits"
+        return name
 
     @property
     def optimizer_name(self) -> str:
         if self.optimizer_cpu_offload:
             return f"Adam, {self.optimizer_offload_fraction:.0%} on the CPU"
         kind = "distributed Adam" if self.use_distributed_optimizer else "Adam"
-        if self.use_precision_aware_optimizer:
-            return f"{kind}, precision-aware, moments {self.exp_avg_dtype}/{self.exp_avg_sq_dtype}"
-        return kind
+        if not self.use_precision_aware_optimizer:
+            return kind
+        moments = f"{self.exp_avg_dtype}/{self.exp_avg_sq_dtype}"
+        return f"{kind}, precision-aware" + ("" if moments == "fp32/fp32" else f", moments {moments}")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -72,3 +85,32 @@ def settings_of(args: argparse.Namespace) -> Settings:
     values["recompute_modules"] = tuple(args.recompute_modules or ("core_attn",)) if selective else ()
     values["train_mtp"] = args.mtp_loss_scaling_factor != 0
     return Settings(**values)
+
+
+_UNMODELLED_SWITCHES = """
+    async_save batch_invariant_mode cpu_offloading_num_layers ddp_reduce_scatter_with_fp32_accumulation
+    defer_embedding_wgrad_compute delay_wgrad_compute deterministic_mode distribute_saved_activations enable_cuda_graph
+    external_cuda_graph fine_grained_activation_offloading fp32_residual_connection fp4 fp8 fp8_param_gather
+    freeze_all_layers fsdp_double_buffer fused_residual_rmsnorm hidden_dropout hierarchical_context_parallel_sizes
+    moe_enable_deepep moe_expert_capacity_factor moe_expert_rank_capacity_factor moe_layer_recompute
+    moe_pad_expert_input_to_capacity moe_paged_stash moe_permute_fusion moe_router_fusion
+    moe_router_padding_for_quantization moe_shared_expert_overlap mtp_detach_heads nccl_ub
+    overlap_dispatch_backward_with_experts_wgrad overlap_param_gather_with_optimizer_step
+    reuse_grad_buf_for_mxfp8_param_ag step_batch_size_schedule symmetric_ar_type tp_comm_overlap
+    use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_megatron_fsdp use_sharp use_te_activation_func
+    use_torch_fsdp2 use_tp_pp_dp_mapping use_transformer_engine_op_fuser
+"""
+UNMODELLED: dict[str, tuple[Any, ...]] = {name: (False, None, 0, 0.0) for name in _UNMODELLED_SWITCHES.split()} | {
+    "attention_backend": ("auto", "flash", "fused"),
+    "cp_comm_type": (["p2p"], "p2p", None),
+    "cuda_graph_impl": ("none",),
+    "moe_token_dispatcher_type": ("alltoall",),
+    "optimizer": ("adam",),
+}
+"""Flags that change memory or time and that nothing here knows: destination -> the values that are planned for."""
+
+
+def unmodelled(args: argparse.Namespace) -> list[str]:
+    """Destinations of what `args` ask for and the plan leaves out."""
+    asked = {name: getattr(args, name) for name in UNMODELLED}
+    return [name for name, value in asked.items() if getattr(value, "name", value) not in UNMODELLED[name]]

@@ -2,17 +2,16 @@
 `Layout`; no Megatron, no torch."""
 
 import functools
-import re
 from typing import NamedTuple
 
 from hymeg.hf.config import HyConfig
-from hymeg.planning.layout import Layout
+from hymeg.planning.layout import Layout, unrolled
 
 
 class Chunk(NamedTuple):
     """One virtual stage of one pipeline rank: what Megatron builds as one model."""
 
-    layers: tuple[int, ...]  # of the trunk, counted from 0
+    layers: tuple[bool, ...]  # of the trunk, in their order: whether each is a mixture of experts
     num_mtp_layers: int
     has_embedding: bool  # the first stage
     has_head: bool  # the last stage
@@ -22,79 +21,30 @@ class Chunk(NamedTuple):
     """
 
 
-class ByValue:
-    """A HyConfig that functools can key a cache by: two of equal numbers are one."""
-
-    def __init__(self, config: HyConfig):
-        self.config = config
-        self._key = tuple(
-            value
-            for name, value in vars(config).items()
-            if name not in ("raw", "bos_token_id", "eos_token_id", "pad_token_id")
-        )
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByValue) and self._key == other._key
-
-
-def stages(config: HyConfig, layout: Layout) -> list[list[Chunk]]:
+@functools.lru_cache(maxsize=4096)
+def stages(config: HyConfig, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
     """`[pipeline rank][virtual stage]`, of a layout that `layout.check` accepts.
 
     Virtual stages go round the ranks: stage i of the model is virtual stage i // pp of rank i % pp
     (transformer_block.py, get_transformer_layer_offset).
     """
-    return _stages(ByValue(config), _DepthOnly(*(getattr(layout, name) for name in _DepthOnly._fields)))
-
-
-class _DepthOnly(NamedTuple):
-    """What of a layout decides where layers lie."""
-
-    pipeline_model_parallel_size: int
-    virtual_pipeline_model_parallel_size: int | None
-    decoder_first_pipeline_num_layers: int | None
-    decoder_last_pipeline_num_layers: int | None
-    account_for_embedding_in_pipeline_split: bool
-    account_for_loss_in_pipeline_split: bool
-    pipeline_model_parallel_layout: str | None
-
-
-@functools.lru_cache(maxsize=4096)
-def _stages(of: ByValue, layout: _DepthOnly) -> list[list[Chunk]]:
-    config = of.config
     pp, mtp = layout.pipeline_model_parallel_size, config.num_nextn_predict_layers
     if layout.pipeline_model_parallel_layout is not None:
-        texts = _unrolled(layout.pipeline_model_parallel_layout)
-        counts = [(text.count("t"), text.count("m")) for text in texts]
+        counts = [(text.count("t"), text.count("m")) for text in unrolled(layout.pipeline_model_parallel_layout)]
     else:
         trunk = _even_counts(config, layout)
         counts = [(count, mtp if index == len(trunk) - 1 else 0) for index, count in enumerate(trunk)]
     chunks, first = [], 0
     for index, (count, num_mtp) in enumerate(counts):
-        is_last = index == len(counts) - 1
-        layers = tuple(range(first, first + count))
-        norm = config.num_hidden_layers - 1 in layers if mtp else is_last
+        last, is_last = first + count, index == len(counts) - 1
+        norm = first < config.num_hidden_layers == last if mtp else is_last
+        layers = tuple(map(config.is_moe_layer, range(first, last)))
         chunks.append(Chunk(layers, num_mtp, index == 0, is_last, norm))
-        first += count
-    return [chunks[rank::pp] for rank in range(pp)]
+        first = last
+    return tuple(tuple(chunks[rank::pp]) for rank in range(pp))
 
 
-def num_stages(layout_string: str) -> int:
-    """Virtual stages of all ranks."""
-    return len(_unrolled(layout_string))
-
-
-def _unrolled(text: str) -> list[str]:
-    """`E(t|)*3L` as ["Et", "t", "t", "L"]."""
-    text = text.replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        text = re.sub(pattern, lambda match: match[1] * int(match[2]), text)
-    return text.split("|")
-
-
-def _even_counts(config: HyConfig, layout: _DepthOnly) -> list[int]:
+def _even_counts(config: HyConfig, layout: Layout) -> list[int]:
     """Layers of every stage of the model, in its order, where no layout string says so (transformer_block.py:70,
     get_num_layers_to_build).
     """
@@ -115,27 +65,49 @@ def _even_counts(config: HyConfig, layout: _DepthOnly) -> list[int]:
     return counts
 
 
+def num_virtual_stages(layout: Layout) -> int:
+    """Of a rank."""
+    if layout.pipeline_model_parallel_layout is not None:
+        return len(unrolled(layout.pipeline_model_parallel_layout)) // layout.pipeline_model_parallel_size
+    return layout.virtual_pipeline_model_parallel_size or 1
+
+
 @functools.cache
-def micro_batches_held(rank: int, pp: int, vpp: int, num_microbatches: int) -> tuple[tuple[int, ...], ...]:
+def micro_batches_held(
+    rank: int, pp: int, vpp: int, num_microbatches: int, group: int | None = None, overlap: bool = False
+) -> tuple[tuple[int, ...], ...]:
     """How many micro-batches' activations of each of its virtual stages a pipeline rank holds at once, wherever that is
     not exceeded in all of them.
 
     The schedules are Megatron's (schedules.py:915, get_pp_rank_microbatches): 1F1B, where rank r of p runs p - r - 1
     forward passes before its first backward pass and so holds min(p - r, m) micro-batches; and interleaved 1F1B, where
-    it runs 2 (p - r - 1) + (v - 1) p of its v m forward passes first, p micro-batches of a virtual stage at a time. The
-    latter is played through here; it repeats itself after p v passes.
+    it runs 2 (p - r - 1) + (v - 1) g of its v m forward passes first, g micro-batches of a virtual stage at a time. The
+    latter is played through here, but for groups in the middle: it repeats itself after g v passes.
+
+    Args:
+        group: --microbatch-group-size-per-virtual-pipeline-stage; p where it is not given.
+        overlap: --overlap-moe-expert-parallel-comm, under which a forward pass runs beside the backward pass of the one
+            before it: one more comes first.
     """
     if vpp == 1:
-        return ((min(pp - rank, num_microbatches),),)
-    total, round_length = num_microbatches * vpp, pp * vpp
-    warmup = min(2 * (pp - rank - 1) + (vpp - 1) * pp, total)
+        return ((min(pp - rank + overlap, num_microbatches),),)
+    group = group or pp
+    num_microbatches = min(num_microbatches, 5 * group + num_microbatches % group)
+    total = num_microbatches * vpp
+    order = [
+        stage
+        for first in range(0, num_microbatches, group)
+        for stage in range(vpp)
+        for _ in range(min(group, num_microbatches - first))
+    ]
+    warmup = min(2 * (pp - rank - 1) + (vpp - 1) * group + overlap, total)
     held, found = [0] * vpp, set()
-    for step in range(min(total, warmup + 2 * round_length)):
-        held[step % round_length // pp] += 1
+    for step, stage in enumerate(order):
+        held[stage] += 1
         if step >= warmup or step == total - 1:
             found.add(tuple(held))
         if step >= warmup:
-            held[vpp - 1 - (step - warmup) % round_length // pp] -= 1
+            held[vpp - 1 - order[step - warmup]] -= 1
     return tuple(sorted(one for one in found if not any(_exceeds(other, one) for other in found)))
 
 

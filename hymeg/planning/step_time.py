@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from hymeg.hf.config import HyConfig
 from hymeg.planning.activations import Activations
-from hymeg.planning.flops import training_flops
+from hymeg.planning.flops import packed_training_flops
 from hymeg.planning.layout import Layout
-from hymeg.planning.memory import optimizer_bytes
+from hymeg.planning.memory import optimizer_bytes, optimizer_shards
 from hymeg.planning.network import Hardware, Links, groups
-from hymeg.planning.parameters import chunk_numel, dense_ranks, expert_ranks
+from hymeg.planning.parameters import chunk_numel
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk, stages
 
@@ -55,7 +55,6 @@ class StepTime(NamedTuple):
     bubble: float
     gradients: float  # visible reduction of gradients and gathering of parameters
     optimizer: float
-    volumes: dict[tuple[str, str], float]  # (kind, link) -> bytes that a rank of the busiest stage sends in a step
     tokens_per_gpu: float  # a second
     tflops_per_gpu: float
     mfu: float
@@ -74,8 +73,12 @@ class _Work(NamedTuple):
 
 
 class StepModel:
-    """Args: `gpus_per_node` decides which groups NVLink connects; `network` is GB/s a GPU between nodes (50 for one 400
-    Gbit/s card each).
+    """
+    Args:
+        gpus_per_node: decides which groups NVLink connects.
+        network: GB/s a GPU between nodes (50 for one 400 Gbit/s card each).
+        imbalance: tokens of the busiest expert-parallel rank over the mean.
+        attended: tokens of the row that a token lies in, in the mean over tokens; None where a sample is one row.
     """
 
     def __init__(
@@ -87,17 +90,17 @@ class StepModel:
         gpus_per_node: int,
         network: float,
         imbalance: float,
+        attended: float | None = None,
     ):
         self.config, self.layout, self.settings, self.hardware = config, layout, settings, hardware
         self.links = Links(gpus_per_node, hardware.nvlink * 1e9 * NVLINK, network * 1e9 * NETWORK)
         self.groups = groups(layout)
         self.sizes = Activations(config, layout, settings, imbalance)
+        self.attended = layout.seq_length if attended is None else attended
         self.peak = hardware.peak_tflops * 1e12
         # Asked for stage by stage, and the same on all.
-        self._layer, self._layer_communication = (
-            functools.cache(self._layer),
-            functools.cache(self._layer_communication),
-        )
+        self._layer = functools.cache(self._layer)
+        self._layer_communication = functools.cache(self._layer_communication)
 
     def step(self) -> StepTime:
         pp, count = self.layout.pipeline_model_parallel_size, self.layout.num_microbatches
@@ -107,38 +110,28 @@ class StepModel:
         idle = (pp - 1) / len(chunks) * sum(one.total for one in works) / pp
         gradients, optimizer = self._update(chunks, work)
         total = count * work.total + idle + gradients + optimizer
-        volumes = self._volumes(chunks)
-        tokens = self.layout.global_batch_size * self.layout.seq_length / total / self.layout.world_size
-        flops = (
-            training_flops(self.config, self.layout.global_batch_size, self.layout.seq_length)
-            / total
-            / self.layout.world_size
-        )
-        busy = (work.forward + work.backward) * count
+        tokens = self.layout.global_batch_size * self.layout.seq_length
+        flops = packed_training_flops(self.config, tokens, tokens * self.attended) / total / self.layout.world_size
         return StepTime(
             total,
-            busy,
-            work.communication * count,
-            idle,
-            gradients,
-            optimizer,
-            volumes,
-            tokens,
-            flops / 1e12,
-            flops / self.peak,
+            compute=(work.forward + work.backward) * count,
+            communication=work.communication * count,
+            bubble=idle,
+            gradients=gradients,
+            optimizer=optimizer,
+            tokens_per_gpu=tokens / total / self.layout.world_size,
+            tflops_per_gpu=flops / 1e12,
+            mfu=flops / self.peak,
         )
 
     # ---- compute
 
-    def _stage(self, chunks: list[Chunk]) -> _Work:
+    def _stage(self, chunks: tuple[Chunk, ...]) -> _Work:
         forward = backward = communication = 0.0
         for chunk in chunks:
             for is_moe, whole, count in self._kinds(chunk):
-                once, moved, repeated = (
-                    self._layer(is_moe),
-                    self._layer_communication(is_moe),
-                    self._repeated_share(is_moe, whole),
-                )
+                once, moved = self._layer(is_moe), self._layer_communication(is_moe)
+                repeated = self._repeated_share(is_moe, whole)
                 forward += count * once
                 backward += count * ((2 + repeated) * once + LAYER_OVERHEAD)
                 communication += count * moved * (1 + repeated / 2)
@@ -147,23 +140,17 @@ class StepModel:
             forward += head
             backward += STAGE_OVERHEAD if self.groups["pp"].size > 1 else 0.0
             backward += (3 if self.settings.hy_recompute_logits else 2) * head
-        communication += (
-            2 * len(chunks) * self.links.neighbour(self.groups["pp"], self.sizes.hidden()) / 2
-        )  # half of it overlaps
+        # A message forward and one backward for each chunk, of which half overlaps.
+        communication += 2 * len(chunks) * self.links.neighbour(self.groups["pp"], self.sizes.hidden()) / 2
         return _Work(forward, backward, communication)
 
     def _kinds(self, chunk: Chunk) -> list[tuple[bool, bool, int]]:
         """(is MoE, runs forward twice as a whole, how many) of the chunk's layers."""
         settings, again = self.settings, 0
         if settings.recompute_granularity == "full":
-            again = (
-                len(chunk.layers)
-                if settings.recompute_method == "uniform"
-                else min(settings.recompute_num_layers, len(chunk.layers))
-            )
-        counts = collections.Counter(
-            (self.config.is_moe_layer(layer), number < again) for number, layer in enumerate(chunk.layers)
-        )
+            is_uniform = settings.recompute_method == "uniform"
+            again = len(chunk.layers) if is_uniform else min(settings.recompute_num_layers, len(chunk.layers))
+        counts = collections.Counter((is_moe, number < again) for number, is_moe in enumerate(chunk.layers))
         counts[True, again > 0 and settings.recompute_method == "uniform"] += chunk.num_mtp_layers
         return [(*kind, count) for kind, count in counts.items() if count]
 
@@ -187,7 +174,7 @@ class StepModel:
         sizes, hidden = self.sizes, self.config.hidden_size
         found = {
             "projections": 2 * sizes.tokens * hidden * (2 * sizes.q + 2 * sizes.kv),
-            "scores": 2 * sizes.tokens * self.layout.seq_length * sizes.q,
+            "scores": 2 * sizes.tokens * self.attended * sizes.q,
         }
         if not is_moe:
             return found | {"dense_mlp": 6 * sizes.tokens * hidden * sizes.dense}
@@ -219,7 +206,7 @@ class StepModel:
         """
         experts = self.config.num_experts / self.layout.expert_model_parallel_size
         numel = experts * 3 * self.config.hidden_size * self.sizes.expert
-        return numel * 2 * (self.sizes.a + (4 if self.settings.grads_in_fp32 else 2)) / (self.hardware.hbm * 1e9 * HBM)
+        return numel * 2 * (self.sizes.a + self.settings.gradient) / (self.hardware.hbm * 1e9 * HBM)
 
     @functools.cached_property
     def _everything_saved(self) -> Activations:
@@ -234,11 +221,11 @@ class StepModel:
         """What a rank's collectives of one layer move forward and backward, in bytes of the whole buffers."""
         sizes, hidden, layout = self.sizes, self.config.hidden_size, self.layout
         row = sizes.a * hidden
-        blocks = 2  # attention, and the MLP or the shared experts: gathered before, scattered after
-        tp = (
-            blocks * 5 * sizes.tokens * row if layout.tensor_model_parallel_size > 1 else 0
-        )  # the weight's gradient needs the input gathered again
-        found = {"tp": tp, "cp": 0.0, "ep": 0.0, "etp": 0.0}
+        found = {"tp": 0.0, "cp": 0.0, "ep": 0.0, "etp": 0.0}
+        if layout.tensor_model_parallel_size > 1:
+            # Attention, and the MLP or the shared experts: gathered before and scattered after, forward and backward;
+            # and the weight's gradient needs the input gathered again.
+            found["tp"] = 2 * 5 * sizes.tokens * row
         if layout.context_parallel_size > 1:
             found["cp"] = 3 * 2 * sizes.a * sizes.kv * sizes.tokens * layout.context_parallel_size
         if is_moe and layout.expert_model_parallel_size > 1:
@@ -257,56 +244,24 @@ class StepModel:
         attention = 3 * self.flops(is_moe)["scores"] / (self.peak * ATTENTION)
         return seconds + max(0.0, self.links.ring(self.groups["cp"], moved["cp"]) - attention)
 
-    def _update(self, chunks: list[Chunk], work: _Work) -> tuple[float, float]:
+    def _update(self, chunks: tuple[Chunk, ...], work: _Work) -> tuple[float, float]:
         """Visible seconds of gradients and parameters over the data-parallel ranks, and seconds of the optimizer."""
         settings = self.settings
-        gradient, element = (4 if settings.grads_in_fp32 else 2), (2 if settings.bf16 else 4)
-        dense, expert = self._parameters(chunks)
-        reduce = self.links.ring(self.groups["dp"], dense * gradient) + self.links.ring(
-            self.groups["edp"], expert * gradient
-        )
-        gather = self.links.ring(self.groups["dp"], dense * element) + self.links.ring(
-            self.groups["edp"], expert * element
+        gradient, element = settings.gradient, settings.element
+        counts = [chunk_numel(self.config, self.layout, settings, chunk) for chunk in chunks]
+        dense, expert = (sum(of) for of in zip(*counts, strict=True))
+        reduce, gather = (
+            self.links.ring(self.groups["dp"], dense * size) + self.links.ring(self.groups["edp"], expert * size)
+            for size in (gradient, element)
         )
         # A step's last backward and first forward pass of one micro-batch hide them; buckets only exist on the first
         # stage, but stages wait for it.
         reduce = max(0.1 * reduce, reduce - work.backward) if settings.overlap_grad_reduce else reduce
         gather = max(0.1 * gather, gather - work.forward) if settings.overlap_param_gather else gather
-        shards = (dense_ranks(self.layout), expert_ranks(self.layout)) if settings.use_distributed_optimizer else (1, 1)
+        shards = optimizer_shards(self.layout, settings)
         kept = dense / shards[0] + expert / shards[1]
         traffic = 2 * optimizer_bytes(settings) + 2 * gradient + element
         optimizer = kept * traffic / (self.hardware.hbm * 1e9 * HBM)
         if settings.optimizer_cpu_offload:
             optimizer += kept * settings.optimizer_offload_fraction / CPU_ADAM
         return reduce + gather, optimizer
-
-    def _parameters(self, chunks: list[Chunk]) -> tuple[int, int]:
-        """Elements of dense parameters and of experts on a rank."""
-        counts = [chunk_numel(self.config, self.layout, self.settings, chunk) for chunk in chunks]
-        return sum(dense for dense, _ in counts), sum(expert for _, expert in counts)
-
-    def _volumes(self, chunks: list[Chunk]) -> dict[tuple[str, str], float]:
-        """(kind, link) -> bytes that a rank sends in a step."""
-        count, found = self.layout.num_microbatches, {}
-        for chunk in chunks:
-            for is_moe, _, number in self._kinds(chunk):
-                for kind, size in self._layer_bytes(is_moe).items():
-                    self._add(found, kind, count * number * size)
-        dense, expert = self._parameters(chunks)
-        both = (4 if self.settings.grads_in_fp32 else 2) + (2 if self.settings.bf16 else 4)
-        self._add(found, "dp", dense * both)
-        self._add(found, "edp", expert * both)
-        if self.groups["pp"].size > 1:
-            key = ("pp", self.links.link(self.groups["pp"]._replace(size=2)))
-            found[key] = 2.0 * count * len(chunks) * self.sizes.hidden()
-        return found
-
-    def _add(self, found: dict[tuple[str, str], float], kind: str, num_bytes: float) -> None:
-        group = self.groups[kind]
-        if group.size == 1 or num_bytes == 0:
-            return
-        local = group.local(self.links.gpus_per_node)
-        inside, across = (local - 1) / group.size, (group.size - local) / group.size
-        for link, share in (("inside", inside), ("across", across)):
-            if share:
-                found[kind, link] = found.get((kind, link), 0.0) + num_bytes * share

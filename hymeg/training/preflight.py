@@ -14,6 +14,7 @@ from collections.abc import Callable
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.planning import layout as layouts
+from hymeg.planning.settings import settings_of
 from hymeg.platform import device
 from hymeg.training.arguments import naming_lines
 from hymeg.training.data_paths import check_writable, settle_data
@@ -39,7 +40,7 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
         _check_devices()
         _check_packages(args)
         layout = layout_of(args)
-        layouts.check(config, layout)
+        layouts.check(config, layout, settings_of(args))
         _check_evaluation(args, layout)
         _check_recompute(args)
         _check_overlap(args)

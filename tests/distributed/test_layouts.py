@@ -81,14 +81,14 @@ def test_same_as_one_process(worlds, one_process, size, name):
     + [(2, "bf16", f"--bf16 {TP2}", "trunk"), (2, "bf16 distributed", BF16_DISTRIBUTED, "mtp")],
 )
 def test_every_rank_holds_the_bytes_that_the_planner_says(worlds, command, monkeypatch, size, name, flags, checkpoint):
-    from hymeg.planning.memory import static_memory
-    from hymeg.planning.settings import settings_of
+    from exact_memory import exact_settings_of, static_memory
+
     from hymeg.training.arguments import parse
     from hymeg.training.preflight import layout_of
 
     monkeypatch.setenv("WORLD_SIZE", str(size))
     args, config = parse(command(flags, checkpoint=checkpoint))
-    layout, settings = layout_of(args), settings_of(args)
+    layout, settings = layout_of(args), exact_settings_of(args)
     for rank, found in enumerate(worlds(size)[name]["static"]):
         place = found.pop("pipeline_rank"), (found.pop("dense_rank"), found.pop("expert_rank"))
         expected = static_memory(config, layout, settings, *place)

@@ -22,6 +22,7 @@ from hymeg.errors import UserError  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG  # noqa: E402
 from hymeg.planning.layout import Layout, check  # noqa: E402
+from hymeg.planning.settings import Settings  # noqa: E402
 
 # Everything divides by 24, so that only what a test varies can be illegal.
 ROOMY = {
@@ -38,9 +39,9 @@ def config_of(**changes) -> HyConfig:
     return HyConfig.from_dict(TINY_CONFIG | ROOMY | {"num_hidden_layers": 12, "expert_hidden_dim": None} | changes)
 
 
-def refusal(config: HyConfig, layout: Layout) -> str | None:
+def refusal(config: HyConfig, layout: Layout, settings: Settings | None = None) -> str | None:
     try:
-        check(config, layout)
+        check(config, layout, settings)
     except UserError as error:
         return str(error)
     return None
@@ -237,6 +238,68 @@ def test_layout_strings_are_legal_where_megatron_parses_and_validates_them():
         )
         verdicts.append(legal)
     assert 300 < sum(verdicts) < len(verdicts) - 300
+
+
+def test_a_hidden_all_to_all_is_legal_where_megatron_takes_it():
+    """--overlap-moe-expert-parallel-comm over stages, experts, recomputation, precision, dispatchers."""
+    recomputations = [
+        {},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective", "recompute_modules": ("moe",)},
+        {"recompute_granularity": "selective", "recompute_modules": ("moe_act", "shared_experts")},
+    ]
+    verdicts = []
+    for (pp, vpp), ep, recomputed, bf16, dispatcher, shared, mtp in itertools.product(
+        ((1, None), (2, None), (2, 2)),
+        (1, 2),
+        recomputations,
+        (True, False),
+        ("alltoall", "allgather"),
+        (False, True),
+        (0, 1, 2),
+    ):
+        sizes = {"pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
+        settings = {
+            **recomputed,
+            "bf16": bf16,
+            "moe_token_dispatcher_type": dispatcher,
+            "moe_shared_expert_overlap": shared,
+            "overlap_moe_expert_parallel_comm": True,
+        }
+        config = config_of(num_nextn_predict_layers=mtp)
+        layout = layout_of(2 * pp, virtual_pipeline_model_parallel_size=vpp, **sizes)
+        said = refusal(config, layout, Settings(**settings))
+        asked = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        try:
+            transformer_config(
+                config,
+                **sizes,
+                **asked,
+                virtual_pipeline_model_parallel_size=vpp,
+                num_moe_experts=24,
+                moe_grouped_gemm=True,
+                moe_shared_expert_intermediate_size=24,
+                mtp_num_layers=mtp or None,
+            )
+        except (AssertionError, ValueError):
+            accepted = False
+        else:
+            accepted = True
+        assert (said is None) == accepted, f"{sizes}, {vpp}, {settings}, {mtp}: Megatron {accepted}, we say {said}"
+        assert accepted or "--overlap-moe-expert-parallel-comm" in said
+        # Without the flag they are all legal.
+        assert refusal(config, layout, Settings(**settings | {"overlap_moe_expert_parallel_comm": False})) is None
+        verdicts.append(accepted)
+    assert 5 < sum(verdicts) < len(verdicts) - 100
+
+
+def test_a_layout_string_of_single_stages_does_not_hide_the_all_to_all():
+    """Virtual stages may also stand in a layout string."""
+    settings = Settings(overlap_moe_expert_parallel_comm=True)
+    sizes = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    said = refusal(config_of(), layout_of(4, **sizes, pipeline_model_parallel_layout="Et*6|t*6L"), settings)
+    assert "--pipeline-model-parallel-size 2" in said and "--num-virtual-stages-per-pipeline-rank 2" in said
+    assert refusal(config_of(), layout_of(4, **sizes, pipeline_model_parallel_layout="E(t*3|)*3t*3L"), settings) is None
 
 
 # ---- on their own

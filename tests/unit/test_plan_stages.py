@@ -9,7 +9,7 @@ import pytest
 from test_layout import config_of, layers_by_stage, layout_of, refusal
 
 from hymeg.planning.splits import balanced, layout_string, pipeline_splits
-from hymeg.planning.stages import micro_batches_held, num_stages, stages
+from hymeg.planning.stages import micro_batches_held, num_virtual_stages, stages
 
 
 def test_stages_hold_the_layers_that_megatron_builds():
@@ -32,7 +32,8 @@ def test_stages_hold_the_layers_that_megatron_builds():
         found = stages(config, layout)
         by_stage = [found[rank][stage] for stage in range(vpp or 1) for rank in range(pp)]
         assert [len(chunk.layers) for chunk in by_stage] == layers_by_stage(config, layout)
-        assert [layer for chunk in by_stage for layer in chunk.layers] == list(range(config.num_hidden_layers))
+        kinds = [name == "sparse" for name in config.mlp_layer_types]
+        assert [is_moe for chunk in by_stage for is_moe in chunk.layers] == kinds
         assert [chunk.has_embedding for chunk in by_stage] == [True] + [False] * (len(by_stage) - 1)
         assert [chunk.has_head for chunk in by_stage] == [False] * (len(by_stage) - 1) + [True]
     assert seen > 200
@@ -42,7 +43,7 @@ def test_stages_of_a_layout_string():
     config = config_of(num_hidden_layers=5, num_nextn_predict_layers=1)
     layout = layout_of(2, pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et*2|(t|)*2,tmL")
     (first, third), (second, fourth) = stages(config, layout)
-    assert [chunk.layers for chunk in (first, second, third, fourth)] == [(0, 1), (2,), (3,), (4,)]
+    assert [chunk.layers for chunk in (first, second, third, fourth)] == [(False, True), (True,), (True,), (True,)]
     assert [chunk.num_mtp_layers for chunk in (first, second, third, fourth)] == [0, 0, 0, 1]
     assert first.has_embedding and fourth.has_head and fourth.has_final_norm
 
@@ -61,18 +62,33 @@ def test_a_stage_holds_as_many_micro_batches_as_stages_follow_it(pp, count):
     ]
 
 
-@pytest.mark.parametrize(("pp", "vpp", "count"), [(2, 2, 4), (2, 3, 8), (4, 2, 8), (4, 4, 16), (8, 2, 8)])
-def test_interleaved_stages_hold_what_megatrons_own_schedule_leaves_open(pp, vpp, count):
+def test_without_interleaving_a_hidden_all_to_all_holds_one_more():
+    """One stage: a micro-batch's forward pass runs beside the backward pass of the one before it."""
+    assert micro_batches_held(0, 1, 1, 8, overlap=True) == ((2,),)
+    assert micro_batches_held(0, 1, 1, 1, overlap=True) == ((1,),)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("pp", "vpp", "count", "group"),
+    [
+        *((2, 2, 4, 2), (2, 3, 8, 2), (4, 2, 8, 4), (4, 4, 16, 4), (8, 2, 8, 8)),
+        *((8, 2, 32, 16), (2, 3, 16, 3), (4, 2, 64, 6), (2, 2, 5, 3), (4, 3, 101, 8)),
+    ],
+)
+def test_interleaved_stages_hold_what_megatrons_own_schedule_leaves_open(pp, vpp, count, group, overlap):
     """Megatron's schedule table and number of forward passes before the first backward pass, played through for every
     rank.
     """
     from megatron.core.pipeline_parallel import schedules
 
-    table = schedules.get_schedule_table(count, vpp, pp)
+    table = schedules.get_schedule_table(count, vpp, group)
     for rank in range(pp):
-        group = SimpleNamespace(size=lambda: pp, rank=lambda rank=rank: rank)
-        place = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=vpp)
-        total, _, warmup, _ = schedules.get_pp_rank_microbatches(count, vpp, pp, p2p_communicator=place)
+        ranks = SimpleNamespace(size=lambda: pp, rank=lambda rank=rank: rank)
+        place = SimpleNamespace(pp_group=ranks, virtual_pipeline_model_parallel_size=vpp)
+        total, _, warmup, _ = schedules.get_pp_rank_microbatches(
+            count, vpp, group, overlap_moe_expert_parallel_comm=overlap, p2p_communicator=place
+        )
         open_, most = [0] * vpp, []
         for step in range(total + warmup):
             if step < total:
@@ -82,9 +98,15 @@ def test_interleaved_stages_hold_what_megatrons_own_schedule_leaves_open(pp, vpp
             if step >= warmup:
                 open_[vpp - 1 - table[step - warmup][1]] -= 1
         assert open_ == [0] * vpp
-        held = micro_batches_held(rank, pp, vpp, count)
+        held = micro_batches_held(rank, pp, vpp, count, group, overlap)
         for weights in ((1,) * vpp, tuple(range(1, vpp + 1)), tuple(range(vpp, 0, -1))):
             assert _largest(held, weights) == _largest(most, weights)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [({}, 23), ({"overlap": True}, 24), ({"group": 16}, 31)])
+def test_eight_stages_of_two_hold(flags, expected):
+    """Of 32 micro-batches, on the first rank: by Megatron's schedules."""
+    assert max(map(sum, micro_batches_held(0, 8, 2, 32, **flags))) == expected
 
 
 def _largest(counts, weights) -> int:
@@ -105,4 +127,7 @@ def test_layout_strings_are_legal_and_give_the_last_stage_less():
 
 
 def test_layout_string_reads_back():
-    assert layout_string([2, 5, 5, 1, 0], 1) == "Et*2|(t*5|)*2t|mL" and num_stages("Et*2|(t*5|)*2t|mL") == 5
+    layout = layout_of(5, pipeline_model_parallel_size=5, pipeline_model_parallel_layout="Et*2|(t*5|)*2t|mL")
+    assert layout_string([2, 5, 5, 1, 0], 1) == layout.pipeline_model_parallel_layout
+    assert num_virtual_stages(layout) == 1
+    assert num_virtual_stages(layout_of(2, virtual_pipeline_model_parallel_size=3)) == 3

@@ -10,9 +10,9 @@ import pytest
 from megatron.core.parallel_state import RankGenerator
 from test_plan_memory import HY3, HY_MT2
 
-from hymeg.planning.flops import forward_flops_by_part
+from hymeg.planning.flops import forward_flops_by_part, training_flops
 from hymeg.planning.layout import Layout
-from hymeg.planning.network import ACROSS, HARDWARE, INSIDE, Group, Links, groups
+from hymeg.planning.network import HARDWARE, Group, Links, groups
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import stages
 from hymeg.planning.step_time import StepModel
@@ -48,7 +48,7 @@ def test_flops_of_all_ranks_are_the_models(config, sizes):
     model, of_a_micro_batch = model_of(config, layout), 0.0
     for chunks in stages(config, layout):
         for chunk in chunks:
-            kinds = [config.is_moe_layer(layer) for layer in chunk.layers] + [True] * chunk.num_mtp_layers
+            kinds = [*chunk.layers, *([True] * chunk.num_mtp_layers)]
             of_a_micro_batch += (
                 sum(sum(model.flops(is_moe).values()) for is_moe in kinds)
                 + (chunk.has_head + chunk.num_mtp_layers) * model.head_flops()
@@ -82,7 +82,6 @@ def test_groups_are_megatrons(sizes):
 
 def test_links():
     links = Links(gpus_per_node=8, inside=400.0, across=40.0)
-    assert links.link(Group(8, 1)) == INSIDE and links.link(Group(4, 4)) == ACROSS
     assert links.ring(Group(8, 1), 800.0) == pytest.approx(800 * 7 / 8 / 400)
     # Two of four in a node: a ring crosses on two cards.
     assert links.ring(Group(4, 4), 800.0) == pytest.approx(800 * 3 / 4 / 80)
@@ -90,17 +89,84 @@ def test_links():
     # Of sixteen eight are elsewhere, over one card.
     assert links.all_to_all(Group(16, 1), 1600.0) == pytest.approx(800 / 40)
     assert links.all_to_all(Group(1, 1), 1600.0) == links.ring(Group(1, 1), 800.0) == 0
+    # The next stage lies in this node, or in another.
+    assert links.neighbour(Group(2, 4), 800.0) == pytest.approx(800 / 400)
+    assert links.neighbour(Group(2, 8), 800.0) == pytest.approx(800 / 40)
+    assert links.neighbour(Group(1, 8), 800.0) == 0
 
 
-def test_what_a_rank_sends():
-    """Of Hy-MT2 with EP8 in one node, micro-batches of 4096 tokens, 8 of them: four all-to-alls a layer, gradients in
-    fp32 and parameters in bf16.
+NVLINK, NETWORK = 450e9 * 0.75, 50e9 * 0.80
+"""Bytes a second of an H100's links, with the shares that docs/planning.md says."""
+
+
+def test_the_all_to_all_costs_what_a_rank_sends():
+    """Of Hy-MT2 with EP8 in one node, micro-batches of 4096 tokens, 8 of them: four all-to-alls a layer, of 8 copies of
+    a token in bf16, seven eighths to other ranks. Nothing else is sent within a step.
     """
-    step = model_of(HY_MT2, Layout(8, 4096, 64, expert_model_parallel_size=8)).step()
-    tokens = 8 * 4096 * 8 * 2 * 2048
-    assert step.volumes["ep", "inside"] == pytest.approx(47 * 4 * tokens * 7 / 8)
-    assert step.volumes["dp", "inside"] == pytest.approx(1_677_670_400 * 6 * 7 / 8)
-    assert set(step.volumes) == {("ep", "inside"), ("dp", "inside")}
+    layout = Layout(8, 4096, 64, expert_model_parallel_size=8)
+    seconds = 8 * 47 * 4 * 4096 * 8 * 2 * 2048 * 7 / 8 / NVLINK
+    assert model_of(HY_MT2, layout).step().communication == pytest.approx(seconds)
+    hidden = model_of(HY_MT2, layout, overlap_moe_expert_parallel_comm=True).step()
+    assert hidden.communication == pytest.approx(0.3 * seconds)
+
+
+def test_a_pipelines_messages_cost_half_of_their_time():
+    """Two stages in two nodes: a micro-batch's hidden states there, their gradients back, half of it overlapped."""
+    message = 4096 * 2048 * 2 / NETWORK
+    assert model_of(HY_MT2, Layout(16, 4096, 64, pipeline_model_parallel_size=2)).step().communication == (
+        pytest.approx(8 * 2 * message / 2)
+    )
+    interleaved = Layout(16, 4096, 64, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3)
+    assert model_of(HY_MT2, interleaved).step().communication == pytest.approx(3 * 8 * 2 * message / 2)
+
+
+def test_gradients_and_parameters_go_round_once_a_step():
+    """Eight data-parallel ranks in a node, every expert on one of them only: 1,677,670,400 dense parameters, gradients
+    in fp32 and weights in bf16, seven eighths of them.
+    """
+    layout = Layout(8, 4096, 64, expert_model_parallel_size=8)
+    open_ = {"overlap_grad_reduce": False, "overlap_param_gather": False}
+    assert model_of(HY_MT2, layout, **open_).step().gradients == pytest.approx(1_677_670_400 * 6 * 7 / 8 / NVLINK)
+    half = model_of(HY_MT2, layout, **open_, grads_in_fp32=False).step().gradients
+    assert half == pytest.approx(1_677_670_400 * 4 * 7 / 8 / NVLINK)
+    # Hidden behind a backward and a forward pass, a tenth stays to be seen.
+    assert model_of(HY_MT2, layout).step().gradients == pytest.approx(1_677_670_400 * 6 * 7 / 8 / NVLINK / 10)
+    two_nodes = Layout(16, 4096, 64, expert_model_parallel_size=8)
+    experts = 47 * 16 * 3 * 2048 * 768  # of the 128, on two ranks in two nodes
+    dense = 1_677_670_400 * 6 * 15 / 16 / min(NVLINK, 8 * NETWORK)
+    assert model_of(HY_MT2, two_nodes, **open_).step().gradients == pytest.approx(dense + experts * 6 / 2 / NETWORK)
+
+
+def test_tensor_and_context_parallelism_cost_their_collectives():
+    """TP2: ten gathers and scatters of a rank's tokens a layer. CP2 across nodes: the ring of keys and values, where it
+    takes longer than attention on a short sequence."""
+    tensor = model_of(HY_MT2, Layout(2, 4096, 8, tensor_model_parallel_size=2)).step()
+    assert tensor.communication == pytest.approx(8 * 48 * 10 * 4096 * 2 * 2048 / 2 / NVLINK)
+    context = model_of(HY_MT2, Layout(2, 4096, 8, context_parallel_size=2)).step()
+    assert context.communication == 0
+    slow = StepModel(HY_MT2, Layout(2, 4096, 8, context_parallel_size=2), Settings(), HARDWARE["H100"], 1, 1, 1.0)
+    ring = 3 * 2 * 2 * 512 * 4096 / 2 / (1e9 * 0.80)
+    attention = 3 * 2 * 2048 * 4096 * 4096 / (989e12 * 0.50)
+    assert slow.step().communication == pytest.approx(8 * 48 * (ring - attention))
+
+
+def test_packed_rows_attend_to_themselves_only():
+    """Rows of 400 tokens in samples of 8,192: attention's products are a twentieth; the model's FLOPs are those of
+    conversations of that length."""
+    layout = Layout(8, 8192, 64, expert_model_parallel_size=8)
+    whole, packed = (
+        StepModel(HY_MT2, layout, Settings(), HARDWARE["H100"], 8, 50, 1.0, attended) for attended in (None, 400)
+    )
+    assert packed.flops(True)["scores"] / whole.flops(True)["scores"] == pytest.approx(400 / 8192)
+    assert packed.flops(True) | {"scores": 0} == whole.flops(True) | {"scores": 0}
+    # 1,310.72 conversations of 400 tokens a step.
+    flops = training_flops(HY_MT2, 1, 400) * 64 * 8192 / 400
+    step = packed.step()
+    assert step.tflops_per_gpu * 1e12 * step.total * 8 == pytest.approx(flops)
+    assert step.mfu == pytest.approx(step.tflops_per_gpu / 989) and step.total < whole.step().total
+    assert whole.step().tflops_per_gpu * 1e12 * whole.step().total * 8 == pytest.approx(
+        training_flops(HY_MT2, 64, 8192)
+    )
 
 
 def test_a_step_is_the_sum_of_its_parts_and_the_bubble_shrinks():

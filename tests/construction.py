@@ -1,9 +1,8 @@
 """A rank's model and its DDP buffers as Megatron builds them, on the meta device in a process group that does not
-exist: no memory, no other process.
+exist: no memory, no other process. And where the planner's arithmetic differs.
 
-What the arithmetic of `hymeg.planning.parameters` is held against. The local layer spec is built, whose parameters are
-Transformer Engine's in number and size (tests/layer_specs). The process can build no other world while one is open, and
-must have none of its own.
+The local layer spec is built, whose parameters are Transformer Engine's in number and size (tests/layer_specs). The
+process can build no other world while one is open, and must have none of its own.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from hymeg import platform
 platform.install()
 
 import torch  # noqa: E402
+from exact_memory import ExactSettings, buffers_of_chunk, chunk_parameters, shard_numel  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator  # noqa: E402
@@ -33,11 +33,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.models.hy import construct  # noqa: E402
 from hymeg.planning.layout import Layout  # noqa: E402
-from hymeg.planning.parameters import buffers_of_chunk, chunk_parameters, shard_numel  # noqa: E402
-from hymeg.planning.settings import Settings  # noqa: E402
+from hymeg.planning.parameters import chunk_numel  # noqa: E402
 from hymeg.planning.stages import stages  # noqa: E402
 from hymeg.platform import device  # noqa: E402
 from hymeg.platform.flags import REFUSED, REQUIRED  # noqa: E402
+from hymeg.training.run import model_config_from_args  # noqa: E402
 
 
 class Built(NamedTuple):
@@ -119,8 +119,6 @@ def build(args: argparse.Namespace, pipeline_rank: int) -> Built:
     Args:
         args: validated by `validated_for_cpu`.
     """
-    from hymeg.training.run import model_config_from_args
-
     pp = args.pipeline_model_parallel_size
     step = (
         args.tensor_model_parallel_size * args.context_parallel_size
@@ -179,9 +177,9 @@ def _shard(buffer) -> int:
 
 
 def differences(
-    args: argparse.Namespace, config: HyConfig, layout: Layout, settings: Settings, pipeline_ranks: list[int]
+    args: argparse.Namespace, config: HyConfig, layout: Layout, settings: ExactSettings, pipeline_ranks: list[int]
 ) -> list[str]:
-    """Where the arithmetic of `hymeg.planning.parameters` and the built stages differ: one line each; empty when all is
+    """Where arithmetic (`exact_memory`, `hymeg.planning`) and the built stages differ: one line each; empty when all is
     equal.
 
     Args:
@@ -205,10 +203,14 @@ def differences(
             for name, a, b in zip(Built._fields, built, expected, strict=True)
             if a != b
         ]
+        chunks = stages(config, layout)[rank]
+        held = tuple(map(sum, zip(*(chunk_numel(config, layout, local, chunk) for chunk in chunks), strict=True)))
+        if held != built.parameters:
+            found.append(f"stage {rank}: parameters {built.parameters}, the planner has {held}")
     return found
 
 
-def expected_build(config: HyConfig, layout: Layout, settings: Settings, pipeline_rank: int) -> Built:
+def expected_build(config: HyConfig, layout: Layout, settings: ExactSettings, pipeline_rank: int) -> Built:
     """What `build` should find, by arithmetic."""
     parameters, buffers, shards = [0, 0], [0, 0], [0, 0]
     chunks = stages(config, layout)[pipeline_rank]
