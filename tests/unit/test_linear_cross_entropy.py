@@ -2,6 +2,8 @@
 against Megatron's.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,20 +14,14 @@ from single_process import build, ensure_world, positions
 
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
-from hymeg.models import linear_cross_entropy as module
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
 
 TOKENS, HIDDEN, VOCAB, PADDED = 37, 48, 1000, 1024
 CONFIDENT = 7
 
 
-@pytest.fixture(autouse=True)
-def many_slices(monkeypatch):
-    """128 entries a slice, the last one cut: 8 slices of the 1000."""
-    monkeypatch.setattr(module, "SLICE_ELEMENTS", 1)
-
-
 def shard(**changes) -> VocabShard:
+    """128 entries a slice, the last one cut: 8 slices of the 1000."""
     ensure_world()
     fields = {
         "start": 0,
@@ -33,6 +29,7 @@ def shard(**changes) -> VocabShard:
         "fp32_logits": True,
         "recompute": False,
         "group": torch.distributed.group.WORLD,
+        "slice_elements": 1,
     }
     return VocabShard(**fields | changes)
 
@@ -189,7 +186,9 @@ class TestModel:
     @pytest.mark.parametrize("flags", [(), ("--recompute-logits",)], ids=["kept", "recomputed"])
     def test_losses_gradients_and_mtp_equal_megatrons(self, folder, monkeypatch, flags):
         model = build(folder, *flags).train()
-        assert model.vocab_shard.recompute is bool(flags)
+        head = model.output_layer
+        assert head.shard.recompute is bool(flags)
+        head.shard = dataclasses.replace(head.shard, slice_elements=1)
         calls = []
         whole = tensor_parallel.vocab_parallel_cross_entropy
         monkeypatch.setattr(
