@@ -48,8 +48,9 @@ class HyTransformerConfig(TransformerConfig):
 class HYV3ForCausalLM(GPTModel):
     """Hy3 and Hy-MT2: the trunk, and multi-token-prediction layers where config.json has any.
 
-    `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None)` takes `[b,
-    s]`, or `[1, t]` with `packed_seq_params`, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every
+    `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None,
+    padding_mask=None)` takes `[b, s]`, or `[1, t]` with `packed_seq_params`, `padding_mask` where experts are not to be
+    counted, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every
     token `[b, s]` when labels are given; every pipeline stage but the last returns hidden states `[s, b, h]`.
     """
 
@@ -80,6 +81,16 @@ class HYV3ForCausalLM(GPTModel):
         if self.mtp_process and config.mtp_loss_scaling_factor == 0:
             self.mtp.requires_grad_(False)
         self.register_load_state_dict_post_hook(_allow_missing_extra_state)
+
+    def _preprocess(self, *args, padding_mask: torch.Tensor | None = None, **kwargs) -> tuple:
+        """Under sequence parallelism each rank's experts see a piece of the sequence: so the mask `[b, s]` is cut.
+        Megatron does that on the first pipeline stage only.
+        """
+        made = super()._preprocess(*args, **kwargs)
+        if padding_mask is not None and self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()].contiguous()
+        return (*made[:5], padding_mask, *made[6:])
 
     def _postprocess(self, *args, labels=None, **kwargs):
         """Where only losses are asked for, the head makes no logits, unless a fused cross entropy of Megatron's is to

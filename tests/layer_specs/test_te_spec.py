@@ -53,7 +53,8 @@ def made(te_site, hf_folder, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("specs")
     common = f"--hf-model {hf_folder} --bf16 --mock-data --seq-length 32 --train-iters 2 --lr 1e-3"
     one = f"{common} --global-batch-size 1 --eval-iters 0 --use-distributed-optimizer"
-    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+    layout += " --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
     fresh = f"{common} --global-batch-size 2 --init-from-scratch"
     ranks = {f"rank {rank}": {"argv": f"{fresh} {layout}", "rank": rank, "world_size": 8} for rank in RANKS}
     fp8 = {
