@@ -35,7 +35,8 @@ def slices(tmp_path_factory):
 def test_accepted(slices, name, monkeypatch):
     one = JOBS[name]
     monkeypatch.setattr(os, "environ", os.environ | {"RANK": "0", "WORLD_SIZE": "1"})
-    batch = f"--seq-length {one['seq_length']} --micro-batch-size {one['micro_batch_size']} --global-batch-size {one['micro_batch_size']}"
+    batch = f"--seq-length {one['seq_length']} --micro-batch-size {one['micro_batch_size']}"
+    batch += f" --global-batch-size {one['micro_batch_size']}"
     with for_gpus():
         args, config = parse(
             f"--hf-model {slices / one['model']} --train-iters 13 {batch} {FIXED} {one['flags']}".split()
@@ -45,7 +46,7 @@ def test_accepted(slices, name, monkeypatch):
 
 
 def test_slices_are_of_real_width(slices):
-    """As published, but for the layers (FACTS, section 1)."""
+    """As published, but for the layers."""
     from hymeg.hf.config import HyConfig
 
     for model, (hidden, experts, width) in {"Hy-MT2": (2048, 128, 768), "Hy3": (4096, 192, 1536)}.items():
