@@ -32,8 +32,8 @@ def folder(tmp_path_factory):
 
 
 def samples(packed: bool) -> list[dict[str, torch.Tensor]]:
-    """The conversations of LENGTHS, in one sample or in one each, padded to LENGTH, as ConversationDataset lays them
-    out and the loader collates them."""
+    """The conversations of LENGTHS, of whose tokens the first three are not trained, in one sample or in one each,
+    padded to LENGTH, as ConversationDataset lays them out and the loader collates them."""
     generator, rows = torch.Generator().manual_seed(0), []
     for _ in [None] if packed else LENGTHS:
         rows.append({key: torch.full((1, LENGTH), 5) for key in ("tokens", "labels")})
@@ -43,7 +43,8 @@ def samples(packed: bool) -> list[dict[str, torch.Tensor]]:
     for number, length in enumerate(LENGTHS):
         row, here = rows[0 if packed else number], slice(start, start + length)
         ids = torch.randint(10, 900, (length + 1,), generator=generator)
-        row["tokens"][0, here], row["labels"][0, here], row["loss_mask"][0, here] = ids[:-1], ids[1:], 1
+        row["tokens"][0, here], row["labels"][0, here] = ids[:-1], ids[1:]
+        row["loss_mask"][0, start + 3 : start + length] = 1
         row["lengths"][0, start] = length
         row["position_ids"][0, start:] = torch.arange(LENGTH - start)
         start += length if packed else 0
@@ -95,7 +96,8 @@ def test_a_packed_batch_says_where_conversations_are():
     assert packed.cu_seqlens_q.tolist() == [0, 20, 27, 40, 64] and packed.cu_seqlens_q.dtype == torch.int32
     assert packed.max_seqlen_q == packed.max_seqlen_kv == 24
     assert batch["padding_mask"].tolist() == [[False] * 40 + [True] * 24]
-    assert batch["loss_mask"].tolist() == [[1.0] * 40 + [0.0] * 24]
+    assert [batch["loss_mask"][0, start : start + 4].tolist() for start in (0, 20, 27)] == [[0.0, 0.0, 0.0, 1.0]] * 3
+    assert batch["loss_mask"].sum() == sum(LENGTHS) - 9 and batch["loss_mask"][0, 40:].tolist() == [0.0] * 24
 
 
 def test_padding_of():
@@ -187,3 +189,34 @@ def test_a_packed_roll_under_context_parallelism_is_the_whole_samples(monkeypatc
 def test_padding_is_not_rolled():
     mask = torch.tensor([[False, True, True]])
     assert multi_token_prediction.roll_tensor(mask, -1, -1, None, None)[0] is mask
+
+
+def test_the_logged_mtp_loss_is_the_mean_over_all_tokens_under_context_parallelism(monkeypatch):
+    """Two ranks that train 2 and 14 tokens. What process_mtp_loss logs is a rank's sum over the count that the roll
+    told it; Megatron then takes the mean over the ranks.
+    """
+    masks = [(torch.arange(16) >= first).float()[None] for first in (14, 2)]
+    sums = [3.0, 50.0]
+    cuts = torch.tensor([0, 32], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cuts, cu_seqlens_kv=cuts)
+    parts = {}
+
+    def all_reduce(tensor, group):
+        parts[group.rank()] = tensor.clone()
+        tensor.copy_(sum(parts.values()))
+
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda ranks, tensor, group: [r.zero_() for r in ranks])
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    tracker = multi_token_prediction.MTPLossLoggingHelper.tracker
+    for _ in range(2):  # the second time round everyone's part is there
+        logged = []
+        for rank in range(2):
+            tracker.clear()
+            group = types.SimpleNamespace(size=lambda: 2, rank=lambda rank=rank: rank)
+            _, count = multi_token_prediction.roll_tensor(masks[rank], -1, -1, group, packed)
+            one = torch.tensor(1.0)
+            multi_token_prediction.MTPLossLoggingHelper.save_metrics_to_tracker(sums[rank] / count, one, one, 0, 1)
+            logged.append(tracker["loss_values"].item())
+    tracker.clear()
+    trained = sum(part[0].item() for part in parts.values())
+    assert sum(logged) / 2 == pytest.approx(sum(sums) / trained) and trained > 10
