@@ -1,9 +1,7 @@
 """The language-model head: fp32 logits from bf16 weights (`enable_lm_head_fp32`), no probability for rows that only pad
 the vocabulary, and losses without logits."""
 
-import contextlib
-import functools
-from collections.abc import Iterator
+import copy
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -14,48 +12,6 @@ from megatron.core.tensor_parallel import (
 
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
 from hymeg.platform.kernels import matmul_to_fp32
-
-
-def adapt_head(head: ColumnParallelLinear, vocab_size: int, fp32_logits: bool, recompute: bool = False) -> VocabShard:
-    """Change how `head` computes its logits `[s, b, padded_vocab / tp]`; its weight, its checkpoint keys and its
-    sharding stay.
-
-    Args:
-        head: Megatron's output layer.
-        vocab_size: the checkpoint's vocabulary; Megatron may have padded it to divide by the tensor-parallel size.
-        fp32_logits: logits in fp32 although the weights are not (without effect on fp32 weights).
-        recompute: keep nothing of the logits where only losses are asked for.
-
-    Returns:
-        What of the vocabulary `head` holds, for `without_logits`.
-
-    Raises:
-        RuntimeError: Megatron's layer no longer computes through `_forward_impl`.
-    """
-    if not hasattr(head, "_forward_impl"):
-        raise RuntimeError(
-            "ColumnParallelLinear._forward_impl is gone: look at hymeg.models.head before using this version of "
-            "Megatron"
-        )
-    forward = head._forward_impl
-    if fp32_logits and head.weight.dtype != torch.float32:
-        forward = _fp32_logits
-    start = head.tp_group.rank() * head.output_size_per_partition
-    num_rows = min(max(vocab_size - start, 0), head.output_size_per_partition)
-    if num_rows < head.output_size_per_partition:
-        forward = functools.partial(_without_padding, forward, num_rows)
-    head._forward_impl = forward
-    return VocabShard(start, num_rows, fp32_logits, recompute, head.tp_group)
-
-
-@contextlib.contextmanager
-def without_logits(head: ColumnParallelLinear, shard: VocabShard) -> Iterator[None]:
-    """While the context is open, `head` returns `PendingLogits` in place of logits."""
-    forward, head._forward_impl = head._forward_impl, functools.partial(_pending, shard)
-    try:
-        yield
-    finally:
-        head._forward_impl = forward
 
 
 class PendingLogits:
@@ -76,19 +32,39 @@ class PendingLogits:
         return losses.view_as(labels)
 
 
-def _pending(shard: VocabShard, *, input, weight, **kwargs) -> PendingLogits:
-    return PendingLogits(_whole_input(input, **kwargs), weight, shard)
+class Head(ColumnParallelLinear):
+    """Megatron's output layer, of which weight, checkpoint keys and sharding stay: `[s, b, h]` gives logits `[s, b,
+    padded_vocab / tp]`.
 
+    Args:
+        vocab_size: the checkpoint's vocabulary; Megatron may have padded it to divide by the tensor-parallel size.
 
-def _without_padding(forward, num_rows: int, **kwargs) -> torch.Tensor:
-    logits = forward(**kwargs)
-    logits[..., num_rows:] = torch.finfo(logits.dtype).min
-    return logits
+    Attributes:
+        shard: what of the vocabulary this rank holds.
+        wants_losses: whether `PendingLogits` are returned in place of logits.
+    """
 
+    def __init__(self, *args, vocab_size: int, config, **kwargs):
+        own = copy.copy(config)
+        # Its products are not those that add into the gradients' buffer, for which Megatron demands APEX.
+        own.gradient_accumulation_fusion = False
+        super().__init__(*args, config=own, **kwargs)
+        start = self.tp_group.rank() * self.output_size_per_partition
+        num_rows = min(max(vocab_size - start, 0), self.output_size_per_partition)
+        self.shard = VocabShard(start, num_rows, config.hy_lm_head_fp32, config.hy_recompute_logits, self.tp_group)
+        self.wants_losses = False
 
-def _fp32_logits(*, input, weight, **kwargs) -> torch.Tensor:
-    input = _whole_input(input, **kwargs)
-    return _LinearToFp32.apply(input.flatten(0, -2), weight).view(*input.shape[:-1], weight.shape[0])
+    def _forward_impl(self, *, input, weight, **kwargs) -> torch.Tensor | PendingLogits:
+        if self.wants_losses:
+            return PendingLogits(_whole_input(input, **kwargs), weight, self.shard)
+        if self.shard.fp32_logits and weight.dtype != torch.float32:
+            input = _whole_input(input, **kwargs)
+            logits = _LinearToFp32.apply(input.flatten(0, -2), weight).view(*input.shape[:-1], weight.shape[0])
+        else:
+            logits = super()._forward_impl(input=input, weight=weight, **kwargs)
+        if self.shard.num_rows < weight.shape[0]:
+            logits[..., self.shard.num_rows :] = torch.finfo(logits.dtype).min
+        return logits
 
 
 def _whole_input(

@@ -1,17 +1,17 @@
-"""The two models, and the one function that constructs them.
+"""The model, and the one function that constructs it.
 
-They are Megatron's GPTModel. Megatron 0.19 calls it deprecated in favour of HybridModel, which has no schedule for
+It is Megatron's GPTModel. Megatron 0.19 calls it deprecated in favour of HybridModel, which has no schedule for
 expert-parallel overlap yet and forbids pipeline layouts; the stored keys are the same. Nothing outside `construct` may
 depend on the class.
 """
 
-import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -21,13 +21,12 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from hymeg.models.head import PendingLogits, adapt_head, without_logits
-from hymeg.models.router import Router
+from hymeg.models.head import Head, PendingLogits
 from hymeg.models.specs import decoder_spec, mtp_spec
+from hymeg.platform.patches import patched
 
 logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
     lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
@@ -47,10 +46,11 @@ class HyTransformerConfig(TransformerConfig):
 
 
 class HYV3ForCausalLM(GPTModel):
-    """Hy3: the trunk and its multi-token-prediction layers.
+    """Hy3 and Hy-MT2: the trunk, and multi-token-prediction layers where config.json has any.
 
-    `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None)` takes `[b,
-    s]`, or `[1, t]` with `packed_seq_params`, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every
+    `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None,
+    padding_mask=None)` takes `[b, s]`, or `[1, t]` with `packed_seq_params`, `padding_mask` where experts are not to be
+    counted, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every
     token `[b, s]` when labels are given; every pipeline stage but the last returns hidden states `[s, b, h]`.
     """
 
@@ -63,36 +63,48 @@ class HYV3ForCausalLM(GPTModel):
         vp_stage: int | None = None,
         **kwargs,
     ):
-        super().__init__(
-            config=config,
-            transformer_layer_spec=decoder_spec(config, vp_stage),
-            mtp_block_spec=mtp_spec(config, vp_stage),
-            vocab_size=padded_vocab_size,
-            vp_stage=vp_stage,
-            **kwargs,
-        )
-        if self.post_process:
-            self.vocab_shard = adapt_head(
-                self.output_layer, vocab_size, config.hy_lm_head_fp32, config.hy_recompute_logits
+        head = functools.partial(Head, vocab_size=vocab_size)
+        with patched(tensor_parallel, "ColumnParallelLinear", head, "gpt_model.py:266: the output layer"):
+            super().__init__(
+                config=config,
+                transformer_layer_spec=decoder_spec(config, vp_stage),
+                mtp_block_spec=mtp_spec(config, vp_stage),
+                vocab_size=padded_vocab_size,
+                vp_stage=vp_stage,
+                **kwargs,
+            )
+        if self.post_process and not isinstance(self.output_layer, Head):
+            raise RuntimeError(
+                f"the output layer is a {type(self.output_layer).__name__}: its logits would not be ours"
             )
         self._reduce_experts_over_expert_data_parallel_group()
         if self.mtp_process and config.mtp_loss_scaling_factor == 0:
             self.mtp.requires_grad_(False)
         self.register_load_state_dict_post_hook(_allow_missing_extra_state)
 
+    def _preprocess(self, *args, padding_mask: torch.Tensor | None = None, **kwargs) -> tuple:
+        """Under sequence parallelism each rank's experts see a piece of the sequence: so the mask `[b, s]` is cut.
+        Megatron does that on the first pipeline stage only.
+        """
+        made = super()._preprocess(*args, **kwargs)
+        if padding_mask is not None and self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()].contiguous()
+        return (*made[:5], padding_mask, *made[6:])
+
     def _postprocess(self, *args, labels=None, **kwargs):
         """Where only losses are asked for, the head makes no logits, unless a fused cross entropy of Megatron's is to
         have them.
         """
-        if (
-            not self.post_process
-            or labels is None
-            or self.config.cross_entropy_loss_fusion
-            or kwargs.get("output_processor") is not None
-        ):
+        if not self.post_process:
             return super()._postprocess(*args, labels=labels, **kwargs)
-        with without_logits(self.output_layer, self.vocab_shard):
+        self.output_layer.wants_losses = not (
+            labels is None or self.config.cross_entropy_loss_fusion or kwargs.get("output_processor") is not None
+        )
+        try:
             return super()._postprocess(*args, labels=labels, **kwargs)
+        finally:
+            self.output_layer.wants_losses = False
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor | PendingLogits) -> torch.Tensor:
         """Losses `[b, s]` of the labels `[b, s]`, from logits `[s, b, padded_vocab / tp]` or what stands for them."""
@@ -113,7 +125,7 @@ class HYV3ForCausalLM(GPTModel):
     def _reduce_experts_over_expert_data_parallel_group(self) -> None:
         """Mark the experts as Megatron does only when EP > 1. Without the mark it reduces their gradients over the
         wrong group when TP > ETP, and the optimizer keeps one state where EP > 1 has two, so that neither loads the
-        other's (FACTS, traps 3 and 4)."""
+        other's."""
         for name, parameter in self.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False
@@ -133,10 +145,6 @@ def _allow_missing_extra_state(model: torch.nn.Module, incompatible_keys) -> Non
     incompatible_keys.missing_keys[:] = [
         key for key in incompatible_keys.missing_keys if not key.endswith("._extra_state")
     ]
-
-
-class HyMT2ForCausalLM(HYV3ForCausalLM):
-    """Hy-MT2: the same architecture, published without multi-token-prediction layers."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -180,8 +188,7 @@ def construct(
         pre_process = is_vp_first_stage(vp_stage=vp_stage, vp_size=vp_size) and is_pp_first_stage(pg_collection.pp)
     if post_process is None:
         post_process = is_vp_last_stage(vp_stage=vp_stage, vp_size=vp_size) and is_pp_last_stage(pg_collection.pp)
-    model_class = HYV3ForCausalLM if transformer.mtp_num_layers else HyMT2ForCausalLM
-    return model_class(
+    return HYV3ForCausalLM(
         config=transformer,
         vocab_size=config.vocab_size,
         padded_vocab_size=calculate_padded_vocab_size(
@@ -200,48 +207,3 @@ def construct(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
-
-
-@contextlib.contextmanager
-def record_outputs(model: torch.nn.Module) -> Iterator[dict[str, dict[int, torch.Tensor]]]:
-    """Record what the layers of `model` (wrapped or not) compute while the context is open.
-
-    Yields:
-        `{"hidden_states": {layer: [s, b, h]}, "router_logits": {layer: [s, b, experts]}}`, filled by each forward pass
-        with this rank's share. Layers are counted from 0 as in config.json; a multi-token-prediction layer follows the
-        last one of the trunk.
-    """
-    recorded = {"hidden_states": {}, "router_logits": {}}
-    undo = []
-
-    def number(module, is_mtp: bool) -> int:
-        return module.layer_number - 1 + (module.config.num_layers if is_mtp else 0)
-
-    def watch_layer(layer: TransformerLayer):
-        index = number(layer, getattr(layer, "is_mtp_layer", False))
-        handle = layer.register_forward_hook(
-            lambda module, args, output: recorded["hidden_states"].__setitem__(index, output[0])
-        )
-        undo.append(handle.remove)
-
-    def watch_router(router: Router):
-        gating, index = router.gating, number(router, router.is_mtp_layer)
-
-        def recorded_gating(input):
-            logits = gating(input)
-            recorded["router_logits"][index] = logits
-            return logits
-
-        router.gating = recorded_gating
-        undo.append(lambda: delattr(router, "gating"))
-
-    for module in model.modules():
-        if isinstance(module, TransformerLayer):
-            watch_layer(module)
-        elif isinstance(module, Router):
-            watch_router(module)
-    try:
-        yield recorded
-    finally:
-        for step in undo:
-            step()

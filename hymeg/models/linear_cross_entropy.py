@@ -11,15 +11,14 @@ by a logit is exp(logit - m) / z, less 1 at the label.
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
-from hymeg.platform.kernels import matmul_to_fp32
+from hymeg.platform.kernels import matmul_to_fp32, slice_elements
 
-SLICE_ELEMENTS = 2**22
-"""Logits in a slice, 16 MiB in fp32: small enough for a cache, large enough for a matrix product."""
+SLICE_ELEMENTS = slice_elements()
+"""Logits in a slice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,7 @@ class VocabShard:
         fp32_logits: logits in fp32 whatever the weight's dtype; otherwise they are rounded to it.
         recompute: keep nothing of the logits for the backward pass.
         group: the tensor-parallel ranks, whose shards make up the vocabulary.
+        slice_elements: logits that are computed at a time.
     """
 
     start: int
@@ -40,15 +40,27 @@ class VocabShard:
     fp32_logits: bool
     recompute: bool
     group: dist.ProcessGroup
+    slice_elements: int = SLICE_ELEMENTS
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`[n, h] x [rows, h] -> [n, rows]` in fp32."""
         return matmul_to_fp32(hidden, weight.t()) if self.fp32_logits else (hidden @ weight.t()).float()
 
-    def slices(self, num_tokens: int) -> Iterator[slice]:
-        width = max(128, SLICE_ELEMENTS // num_tokens // 128 * 128)
-        for start in range(0, self.num_rows, width):
-            yield slice(start, min(start + width, self.num_rows))
+    def slices(self, num_tokens: int) -> list[slice]:
+        width = self._width(num_tokens)
+        return [slice(start, min(start + width, self.num_rows)) for start in range(0, self.num_rows, width)]
+
+    def places(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the labels `[n]` stand in each slice: the index `[slices, n, 1]`, any where they stand elsewhere, and
+        whether they stand there `[slices, n]`.
+        """
+        rows, width = labels - self.start, self._width(len(labels))
+        starts = torch.arange(0, self.num_rows, width, device=labels.device)[:, None]
+        inside = (rows >= starts) & (rows < starts + width) & (rows < self.num_rows)
+        return (rows.clamp(0, max(self.num_rows - 1, 0)) - starts).clamp(0, width - 1)[..., None], inside
+
+    def _width(self, num_tokens: int) -> int:
+        return max(128, self.slice_elements // num_tokens // 128 * 128)
 
 
 def linear_cross_entropy(
@@ -67,21 +79,22 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, shard: VocabShard, keep: bool):
-        labels = labels - shard.start
         peak = torch.full(labels.shape, -torch.inf, device=hidden.device)
-        total, at_label = torch.zeros_like(peak), torch.zeros_like(peak)
+        total = torch.zeros_like(peak)
+        index, inside = shard.places(labels)
+        at_index = torch.empty(index.shape, device=hidden.device)
         kept = []
-        for rows in shard.slices(len(labels)):
+        for number, rows in enumerate(shard.slices(len(labels))):
             logits = shard.logits(hidden, weight[rows])
             highest = logits.amax(dim=-1)
-            index, inside = _label_in(labels, rows)
-            at_label += torch.where(inside, logits.gather(1, index)[:, 0], 0.0)
+            torch.gather(logits, 1, index[number], out=at_index[number])
             exponentials = logits.sub_(highest[:, None]).exp_()
             new_peak = torch.maximum(peak, highest)
             total = total * (peak - new_peak).exp() + exponentials.sum(dim=-1) * (highest - new_peak).exp()
             peak = new_peak
             if keep:
                 kept += [exponentials.to(weight.dtype), highest]
+        at_label = at_index[..., 0].where(inside, 0.0).sum(dim=0)
         if shard.group.size() > 1:
             highest = peak.clone()
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
@@ -101,8 +114,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = (
             torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
         )
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_at_label = torch.expm1(-losses) * grad_losses
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            grad_weight[shard.num_rows :] = 0
+        grad_at_label = (torch.expm1(-losses) * grad_losses).to(weight.dtype)[:, None]
+        index, inside = shard.places(labels)
         for number, rows in enumerate(shard.slices(len(labels))):
             if kept:
                 exponentials, highest = kept[2 * number : 2 * number + 2]
@@ -111,20 +127,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 exponentials = shard.logits(hidden, weight[rows]).sub_(log_total[:, None]).exp_()
                 grad = exponentials.mul_(grad_losses[:, None]).to(weight.dtype)
-            index, inside = _label_in(labels, rows)
-            grad.scatter_(
-                1, index, torch.where(inside[:, None], grad_at_label[:, None].to(grad.dtype), grad.gather(1, index))
-            )
+            at_index = grad.gather(1, index[number])
+            grad.scatter_(1, index[number], grad_at_label.where(inside[number][:, None], at_index))
             if grad_hidden is not None:
                 grad_hidden += grad @ weight[rows]
             if grad_weight is not None:
-                grad_weight[rows] = grad.t() @ hidden
+                torch.mm(grad.t(), hidden, out=grad_weight[rows])
         return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
-
-
-def _label_in(labels: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the labels stand in a slice: the index `[n, 1]`, and whether they stand there at all `[n]`; where not, the
-    index is any.
-    """
-    offset = labels - rows.start
-    return offset.clamp(0, rows.stop - rows.start - 1)[:, None], (labels >= rows.start) & (labels < rows.stop)

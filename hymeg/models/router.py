@@ -9,7 +9,7 @@ class Router(TopKRouter):
 
     The bias stays fp32 whatever the training dtype, and frozen while `--moe-router-bias-update-rate` is 0, the
     publisher's practice in fine-tuning. `expert_load` (int64 `[experts]`, not saved) counts the tokens each expert was
-    given since the last log line.
+    given since the last log line. Padding moves neither.
     """
 
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False):
@@ -29,10 +29,15 @@ class Router(TopKRouter):
         if self.local_tokens_per_expert is not None and self.local_tokens_per_expert.dtype != torch.float32:
             self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
 
-    def _apply_expert_bias(self, routing_map, padding_mask=None):
-        super()._apply_expert_bias(routing_map, padding_mask)
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None):
+        """Count `routing_map` (bool `[tokens, experts]`) without the padding (bool `[tokens]`), once for the bias and
+        the log. Megatron's own takes no mask of that shape (router.py:738).
+        """
         # Without gradients it is evaluation, or the first pass of a recomputed layer.
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                counted = routing_map if padding_mask is None else routing_map & ~padding_mask[:, None]
-                self.expert_load += counted.sum(dim=0)
+        if not torch.is_grad_enabled():
+            return
+        with torch.no_grad():
+            counts = (routing_map if padding_mask is None else routing_map & ~padding_mask[:, None]).sum(dim=0)
+            self.expert_load += counts
+            if self.enable_expert_bias:
+                self.local_tokens_per_expert += counts

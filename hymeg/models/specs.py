@@ -2,7 +2,7 @@
 
 Megatron's own specs are taken and three things changed: the router on every platform; norm and core attention in the
 local spec, whose own refuse sequence parallelism, context parallelism and packing; and the local spec's key for the
-norm before a MoE layer, which it stores under a name of its own (FACTS, trap 6), so that checkpoints cross between CPU
+norm before a MoE layer, which it stores under a name of its own, so that checkpoints cross between CPU
 and GPU.
 """
 

@@ -1,10 +1,10 @@
 """Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
 
-With CUDA nothing changes but a call that the wheel of megatron-core cannot serve, a count that it gets wrong and one
-that needs logits (the three functions of `hymeg.platform.megatron` that say "on every platform"). Without CUDA,
-`install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports Megatron: the
-packages that import it call it. `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run without a
-GPU; unset, the presence of CUDA decides.
+With CUDA four of Megatron's names change: a call that its wheel cannot serve, how multi-token prediction rolls and
+logs, and a count that needs logits (the three functions of `hymeg.platform.megatron` that say "on every platform").
+Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports
+Megatron: the packages that import it call it. `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run
+without a GPU; unset, the presence of CUDA decides.
 """
 
 import os
@@ -97,7 +97,7 @@ def install() -> None:
     if is_cpu():
         megatron.quieten()
     megatron.use_shipped_dataset_helpers()
-    megatron.count_mtp_tokens_over_context_parallel_group()
+    megatron.mend_mtp_rolls()
     megatron.count_mtp_hits_without_logits()
     if is_cpu():
         megatron.install()

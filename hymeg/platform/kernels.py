@@ -1,4 +1,4 @@
-"""Arithmetic that CPU and CUDA offer under different names."""
+"""Arithmetic that CPU and CUDA offer under different names, and in sizes of their own."""
 
 import torch
 
@@ -12,3 +12,12 @@ def matmul_to_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if platform.is_cpu() or a.dtype == torch.float32:
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
+
+
+SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""fp32 numbers that are computed, used and dropped at a time: 16 MiB lie in a CPU's cache; a GPU would spend its time
+on launches, and takes 256 MiB."""
+
+
+def slice_elements() -> int:
+    return SLICE_ELEMENTS[platform.name()]

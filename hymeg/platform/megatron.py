@@ -24,19 +24,32 @@ def use_shipped_dataset_helpers() -> None:
     patch(utils, "compile_helpers", import_helper, "initialize.py:178")
 
 
-def count_mtp_tokens_over_context_parallel_group() -> None:
-    """On every platform: under context parallelism process_mtp_loss divides by the tokens of its own rank, so that the
-    multi-token-prediction loss depends on the context-parallel size. `roll_tensor` tells it that count: told the share
-    of the whole sequence's, it divides by the right one.
+def mend_mtp_rolls() -> None:
+    """On every platform. Multi-token prediction rolls tokens, labels, masks by one with `roll_tensor`:
+
+    - in a packed sample Megatron asks the device where each conversation ends and waits for it, four times for each;
+    - padding stays padding: a position that the trunk's experts are not counted for, those of the layer aren't either;
+    - under context parallelism process_mtp_loss divides by the tokens of its own rank, so that the loss depends on the
+      context-parallel size. `roll_tensor` tells it that count: told the share of the whole sequence's, it divides by
+      the right one. Its log would then be a mean of the ranks' quotients; each is weighed by its tokens.
     """
     from megatron.core.transformer import multi_token_prediction
 
     roll_tensor = multi_token_prediction.roll_tensor
+    save_metrics = multi_token_prediction.MTPLossLoggingHelper.save_metrics_to_tracker
+    weight = 1.0  # of this rank's tokens: over the group's mean
 
     def roll(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None):
-        rolled, count = roll_tensor(tensor, shifts, dims, cp_group, packed_seq_params)
+        nonlocal weight
+        if tensor is None or tensor.dtype == torch.bool:
+            return tensor, None
+        if packed_seq_params is None:
+            rolled, count = roll_tensor(tensor, shifts, dims, cp_group)
+        else:
+            rolled = roll_packed(tensor, packed_seq_params.cu_seqlens_q.long(), cp_group)
+            count = rolled.sum()
         # Of what is rolled only the loss mask is a floating-point tensor.
-        if tensor is None or cp_group is None or cp_group.size() == 1 or not tensor.is_floating_point():
+        if cp_group is None or cp_group.size() == 1 or not tensor.is_floating_point():
             return rolled, count
         # Tokens before the first roll, here and in the whole group: a mask that was rolled before carries them.
         original, original_in_group = getattr(tensor, "hymeg_num_tokens", (tensor.sum(), None))
@@ -44,9 +57,40 @@ def count_mtp_tokens_over_context_parallel_group() -> None:
         torch.distributed.all_reduce(counts, group=cp_group)
         original_in_group = counts[1] if original_in_group is None else original_in_group
         rolled.hymeg_num_tokens = (original, original_in_group)
-        return rolled, counts[0] * original / original_in_group.clamp(min=1)
+        share = original / original_in_group.clamp(min=1)
+        weight = share * cp_group.size()
+        return rolled, counts[0] * share
 
-    patch(multi_token_prediction, "roll_tensor", roll, "multi_token_prediction.py, process_mtp_loss: num_tokens")
+    def save(loss, *args, **kwargs):
+        save_metrics(loss * weight, *args, **kwargs)
+
+    where = "multi_token_prediction.py, process_mtp_loss"
+    patch(multi_token_prediction, "roll_tensor", roll, f"{where}: num_tokens")
+    patch(
+        multi_token_prediction.MTPLossLoggingHelper,
+        "save_metrics_to_tracker",
+        staticmethod(save),
+        f"{where}: mtp_loss_for_log",
+    )
+
+
+def roll_packed(tensor: torch.Tensor, cu_seqlens: torch.Tensor, cp_group) -> torch.Tensor:
+    """`tensor [..., t]` one to the left within each of the sequences that begin at `cu_seqlens [n + 1]` (int64), 0 at
+    their ends. Under context parallelism t are a rank's: of every sequence, cut into 2 x cp_size chunks, chunk cp_rank
+    and its mirror.
+    """
+    rolled = torch.roll(tensor, -1, -1)
+    if cp_group is None or cp_group.size() == 1:
+        rolled[..., cu_seqlens[1:] - 1] = 0
+        return rolled
+    size, rank = cp_group.size(), cp_group.rank()
+    starts, chunks = cu_seqlens[:-1] // size, cu_seqlens.diff() // (2 * size)
+    firsts = torch.stack([tensor[..., starts], tensor[..., starts + chunks]])  # of the chunk, of its mirror
+    ranks = [torch.empty_like(firsts) for _ in range(size)]
+    torch.distributed.all_gather(ranks, firsts, group=cp_group)
+    rolled[..., starts + chunks - 1] = firsts[1] if rank == size - 1 else ranks[rank + 1][0]
+    rolled[..., starts + 2 * chunks - 1] = 0 if rank == 0 else ranks[rank - 1][1]
+    return rolled
 
 
 def count_mtp_hits_without_logits() -> None:
@@ -176,24 +220,33 @@ def log_line(line) -> Iterator[None]:
     """Let `line` (a hymeg.training.metrics.LogLine) see every call of training_log and extend what it prints: Megatron
     has no hook there.
     """
-    from megatron.training import get_args, training
+    from megatron.training import get_args, get_timers, training
 
     training_log, print_rank_last = training.training_log, training.print_rank_last
 
     def logged(*args, **kwargs):
-        iteration = args[3]
+        total_loss_dict, iteration = args[1], args[3]
         if iteration % get_args().log_interval == 0:
             # Said to be the first, an iteration is logged and its sums kept (training.py:2594): the next line would be
             # the mean of both.
             kwargs["is_first_iteration"] = False
         packed = kwargs.get("total_real_tokens_in_batch"), kwargs.get("seqlen_squared_sum_in_batch")
         line.before(iteration, kwargs.get("is_first_iteration", False), *packed)
-        return training_log(*args, **kwargs)
+        timer = get_timers()("interval-time")
+        elapsed = timer.elapsed
 
-    with (
-        patched(training, "training_log", logged, "training.py:3985"),
-        patched(
-            training, "print_rank_last", lambda message: print_rank_last(line.extended(message)), "training.py:2913"
-        ),
-    ):
+        def noted(*timer_args, **timer_kwargs):
+            seconds = elapsed(*timer_args, **timer_kwargs)
+            line.seconds = seconds / (total_loss_dict["advanced iterations"] + total_loss_dict["skipped iterations"])
+            return seconds
+
+        with (
+            patched(timer, "elapsed", noted, "training.py:2824: what the line calls elapsed time per iteration"),
+            patched(
+                training, "print_rank_last", lambda message: print_rank_last(line.extended(message)), "training.py:2909"
+            ),
+        ):
+            return training_log(*args, **kwargs)
+
+    with patched(training, "training_log", logged, "training.py:3985"):
         yield

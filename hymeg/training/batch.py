@@ -1,7 +1,10 @@
-"""One micro-batch on this rank: read once per tensor-parallel group, cut for context parallelism."""
+"""One micro-batch on this rank, cut for context parallelism. Text is read once per tensor-parallel group; conversations
+by every rank, because where each begins must be known on the CPU: asked for it, a GPU would have to finish first.
+"""
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -11,11 +14,10 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from hymeg.platform import device
 
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-_KEYS_OF_ROWS = (*_KEYS, "lengths")
 
 
 def is_reader() -> bool:
-    """Whether this rank reads for its tensor-parallel group."""
+    """Whether this rank reads text for its tensor-parallel group."""
     return parallel_state.get_tensor_model_parallel_rank() == 0
 
 
@@ -39,53 +41,80 @@ def takes_data(args, pipeline_layout, vp_stage: int | None) -> bool:
 def get_batch(
     data_iterator: Iterator | None, args, pipeline_layout, vp_stage: int | None
 ) -> dict[str, torch.Tensor | PackedSeqParams | None]:
-    """`tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), each `[b, s / cp]`, and `packed_seq_params`
-    for packed conversations, whose positions restart with each. All None where the pipeline stage does not need them.
+    """`tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), each `[b, s / cp]`. For conversations also
+    `padding_mask` (bool `[b, s / cp]`), and where they are packed, their positions restarting with each,
+    `packed_seq_params`. All None where the pipeline stage does not need them.
 
     Args:
-        data_iterator: yields samples collated to `[b, s]`; None on ranks that receive theirs from tensor-parallel rank
-            0.
+        data_iterator: yields samples collated to `[b, s]`; None on ranks that receive their text from tensor-parallel
+            rank 0.
     """
     if not takes_data(args, pipeline_layout, vp_stage):
-        return dict.fromkeys((*_KEYS, "packed_seq_params"))
+        return dict.fromkeys((*_KEYS, "padding_mask", "packed_seq_params"))
+    packed = None
+    if args.sft_rows:
+        data = next(data_iterator)
+        lengths = data["lengths"].numpy()
+        if torch.is_grad_enabled() and not vp_stage:
+            _count(lengths[lengths > 0])
+        if args.packed:
+            packed = _packed_seq_params(data["position_ids"].numpy())
+        # What says whether a token is trained says whether it is padding too, and is cut once.
+        data["loss_mask"].numpy()[padding_of(lengths)] = -1
+        batch = {key: device.move(data[key]) for key in _KEYS}
+    else:
+        batch = _text(data_iterator, args)
+    if packed is not None:
+        batch |= {"cu_seqlens": packed.cu_seqlens_q.unsqueeze(0), "cu_seqlens_padded": None}
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    batch = {key: batch[key] for key in _KEYS} | {"packed_seq_params": packed, "padding_mask": None}
+    if args.sft_rows:
+        batch |= {"padding_mask": batch["loss_mask"] < 0, "loss_mask": batch["loss_mask"].clamp(min=0)}
+    return batch
+
+
+def _text(data_iterator: Iterator | None, args) -> dict[str, torch.Tensor]:
     micro_batch_size = args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
-    keys = _KEYS_OF_ROWS if args.sft_rows else _KEYS
     if is_reader():
         data = next(data_iterator)
-        together = torch.stack([device.move(data[key]).long() for key in keys])
+        together = torch.stack([device.move(data[key]).long() for key in _KEYS])
     else:
-        together = torch.empty(len(keys), micro_batch_size, args.seq_length, dtype=torch.int64, device=device.current())
+        together = torch.empty(
+            len(_KEYS), micro_batch_size, args.seq_length, dtype=torch.int64, device=device.current()
+        )
     if args.tensor_model_parallel_size > 1:
         source, group = (
             parallel_state.get_tensor_model_parallel_src_rank(),
             parallel_state.get_tensor_model_parallel_group(),
         )
         torch.distributed.broadcast(together, source, group=group)
-    batch = dict(zip(keys, together, strict=True))
-    lengths = batch.pop("lengths", None)
-    if lengths is not None and torch.is_grad_enabled() and not vp_stage:
-        _count(lengths)
-    batch["loss_mask"] = batch["loss_mask"].float()
-    packed = _packed_seq_params(batch["position_ids"]) if args.packed else None
-    if packed is not None:
-        batch |= {"cu_seqlens": packed.cu_seqlens_q.unsqueeze(0), "cu_seqlens_padded": None}
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-    return {key: batch[key] for key in _KEYS} | {"packed_seq_params": packed}
+    batch = dict(zip(_KEYS, together, strict=True))
+    return batch | {"loss_mask": batch["loss_mask"].float()}
 
 
-def _count(lengths: torch.Tensor) -> None:
+def padding_of(lengths: np.ndarray) -> np.ndarray:
+    """Which positions belong to no conversation, bool `[b, s]`; `lengths` `[b, s]`: where one begins, its tokens."""
+    samples, starts = lengths.nonzero()
+    steps = np.zeros((len(lengths), lengths.shape[1] + 1), np.int8)
+    steps[samples, starts] += 1
+    steps[samples, starts + lengths[samples, starts]] -= 1
+    return steps[:, :-1].cumsum(axis=1) == 0
+
+
+def _count(lengths: np.ndarray) -> None:
     """Tell Megatron, whose log counts the tokens and FLOPs of conversations without their padding."""
     from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-    update_seqlen_stats_from_cu_seqlens(torch.nn.functional.pad(lengths[lengths > 0].cumsum(0), (1, 0)))
+    update_seqlen_stats_from_cu_seqlens(device.move(torch.from_numpy(np.cumsum([0, *lengths]))))
 
 
-def _packed_seq_params(position_ids: torch.Tensor) -> PackedSeqParams:
+def _packed_seq_params(position_ids: np.ndarray) -> PackedSeqParams:
     """Where the conversations of `position_ids` `[1, s]` begin and end. Padding belongs to the conversation before it:
     it follows, so nothing that is trained attends to it."""
-    starts = (position_ids[0] == 0).nonzero().squeeze(1)
-    cu_seqlens = torch.cat([starts, starts.new_tensor([position_ids.size(1)])]).to(torch.int32)
-    longest = int(cu_seqlens.diff().max())
+    (positions,) = position_ids
+    boundaries = np.append(np.flatnonzero(positions == 0), len(positions)).astype(np.int32)
+    longest = int(np.diff(boundaries).max())
+    cu_seqlens = device.move(torch.from_numpy(boundaries))
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
     )

@@ -2,17 +2,21 @@
 experts.
 """
 
+import contextlib
+import functools
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops, peak_tflops, training_flops
-from hymeg.platform import device
+from hymeg.platform import device, megatron
 
-_ELAPSED = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+) \|")
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
 
 
@@ -55,19 +59,40 @@ def expert_load(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> di
     # Ranks of one layer see different tokens, ranks of different stages different layers: the sum over the world is the
     # sum over both.
     torch.distributed.all_reduce(counts)
-    counts = counts.double()
-    return {layer: (row.max() / row.mean()).item() for layer, row in enumerate(counts) if row.sum() > 0}
+    return {layer: max(row) * len(row) / sum(row) for layer, row in enumerate(counts.tolist()) if any(row)}
+
+
+@contextlib.contextmanager
+def logging(args, config: HyConfig, model_config) -> Iterator[None]:
+    """While the context is open, Megatron's log counts by our formula, and its line, TensorBoard and Weights & Biases
+    say more.
+    """
+    line = LogLine(args, config, device.name())
+    model_config.post_wrap_hooks = [*(model_config.post_wrap_hooks or []), line.watch]
+    with megatron.flops_formula(functools.partial(step_flops, config, args.seq_length)), megatron.log_line(line):
+        yield
 
 
 class LogLine:
-    """Extends the line that Megatron prints at every log interval, and writes the same to TensorBoard."""
+    """Extends the line that Megatron prints at every log interval, and writes the same to TensorBoard and Weights &
+    Biases.
 
-    def __init__(self, args, config: HyConfig, device_name: str, writer: Callable):
-        self.args, self.config, self.writer = args, config, writer
+    Attributes:
+        seconds: of an iteration, since the last line.
+    """
+
+    def __init__(self, args, config: HyConfig, device_name: str):
+        self.args, self.config = args, config
         self.peak = peak_tflops(device_name)
         self.model_chunks: list[torch.nn.Module] = []
         self.load: dict[int, float] = {}
         self.packed: list[tuple[float, float]] = []
+        self.seconds = math.nan
+
+    def watch(self, model_chunks: list) -> list:
+        """Called once the model is built and wrapped."""
+        self.model_chunks = model_chunks
+        return model_chunks
 
     def before(
         self,
@@ -88,12 +113,8 @@ class LogLine:
             self.iteration = iteration
 
     def extended(self, line: str) -> str:
-        """`line` with our figures; any other text that Megatron prints is returned as it is."""
-        elapsed = _ELAPSED.search(line)
-        if elapsed is None:
-            return line
-        seconds = float(elapsed.group(1)) / 1e3
-        batch_size = int(re.search(r"global batch size: +(\d+)", line).group(1))
+        """`line` with our figures."""
+        seconds, batch_size = self.seconds, get_current_global_batch_size()
         num_tokens, squared_lengths = (
             (sum(of) / len(self.packed) for of in zip(*self.packed, strict=True)) if self.packed else (None, None)
         )
@@ -117,9 +138,12 @@ class LogLine:
             line += f" MFU: {tflops / self.peak:.1%} |"
             scalars["mfu"] = tflops / self.peak
         if self.load:
-            line += f" expert load max/mean: {max(self.load.values()):.2f} (by layer {' '.join(f'{n}:{v:.2f}' for n, v in self.load.items())}) |"
-            scalars |= {f"expert-load/layer-{n}": v for n, v in self.load.items()}
-        if (writer := self.writer()) is not None:
+            by_layer = " ".join(f"{layer}:{load:.2f}" for layer, load in self.load.items())
+            line += f" expert load max/mean: {max(self.load.values()):.2f} (by layer {by_layer}) |"
+            scalars |= {f"expert-load/layer-{layer}": load for layer, load in self.load.items()}
+        if (tensorboard := get_tensorboard_writer()) is not None:
             for name, value in scalars.items():
-                writer.add_scalar(name, value, self.iteration)
+                tensorboard.add_scalar(name, value, self.iteration)
+        if (wandb := get_wandb_writer()) is not None:
+            wandb.log(scalars, self.iteration)
         return line

@@ -14,7 +14,6 @@ from hymeg.data.row_index import RowIndex, index_folder, is_built
 from hymeg.data.text_files import check_given_once, check_row_file
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.training.batch import is_reader
 from hymeg.training.data_paths import check_split, check_writable, choose_split, parse_blend
 from hymeg.training.flag_names import flag
 from hymeg.training.once import once_per_node
@@ -149,12 +148,10 @@ class RowData:
 
     def datasets(self, args: argparse.Namespace, num_samples: tuple[int, int | None, int]) -> tuple:
         """What Megatron's loop is given for training, validation and test: None for a split without rows, a list where
-        validation has several. Only ranks that read for others are given any."""
+        validation has several."""
         from megatron.core.datasets.utils import Split
 
         train, valid, test = self.sources
-        if not is_reader():
-            return None, [None] * len(valid) if args.full_validation else None, None
         if args.full_validation:
             validation = [
                 ConversationDataset([source], None, Split.valid, multiple_of=args.eval_global_batch_size)

@@ -16,12 +16,10 @@ from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
 from hymeg.launch import rank
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
-from hymeg.platform import device
-from hymeg.platform import megatron as megatron_patches
+from hymeg.training import metrics
 from hymeg.training.arguments import parse
 from hymeg.training.batch import is_reader, takes_data
 from hymeg.training.data_record import compare_and_keep, text_record
-from hymeg.training.metrics import LogLine, step_flops
 from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
 from hymeg.training.step import forward_step
@@ -83,7 +81,7 @@ def _stand_alone() -> None:
 def train(args, config: HyConfig) -> None:
     """Run Megatron's `pretrain` on checked but not yet validated `args`."""
     from megatron.core.enums import ModelType
-    from megatron.training import get_tensorboard_writer, get_tokenizer, pretrain
+    from megatron.training import get_tokenizer, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
@@ -103,8 +101,6 @@ def train(args, config: HyConfig) -> None:
         settings = pretrain_cfg_container_from_args(args, model_config)
     if rows is None:
         by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
-    log_line = LogLine(args, config, device.name(), get_tensorboard_writer)
-    model_config.post_wrap_hooks = [functools.partial(_watch_model, log_line=log_line)]
 
     def datasets(num_samples, vp_stage=None):
         if rows is not None:
@@ -115,10 +111,7 @@ def train(args, config: HyConfig) -> None:
         )
 
     datasets.is_distributed = True
-    with (
-        megatron_patches.flops_formula(functools.partial(step_flops, config, args.seq_length)),
-        megatron_patches.log_line(log_line),
-    ):
+    with metrics.logging(args, config, model_config):
         pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(forward_step, args))
 
 
@@ -138,12 +131,6 @@ def model_config_from_args(args) -> HyModelConfig:
     model_config = gpt_config_from_args(args, transformer, HyModelConfig)
     args.padded_vocab_size = padded_vocab_size
     return model_config
-
-
-def _watch_model(model_chunks: list, log_line: LogLine) -> list:
-    """Called once the model is built and wrapped."""
-    log_line.model_chunks = model_chunks
-    return model_chunks
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def forward_step(
         data_iterator, args, config.pipeline_model_parallel_layout, get_attr_wrapped_model(model, "vp_stage")
     )
     timers("batch-generator").stop()
-    inputs = {key: batch[key] for key in ("labels", "loss_mask", "packed_seq_params")}
+    inputs = {key: batch[key] for key in ("labels", "loss_mask", "packed_seq_params", "padding_mask")}
     if return_schedule_plan:
         plan = get_attr_wrapped_model(model, "build_schedule_plan")
         return plan(batch["tokens"], batch["position_ids"], None, **inputs), functools.partial(

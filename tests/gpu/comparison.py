@@ -41,9 +41,9 @@ SHAPES = {
 }
 BATCH = {"tiny": (2, 64), "mid": (2, 512)}
 
-LOCAL = "--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-masked-softmax-fusion --no-gradient-accumulation-fusion"
-LOCAL += " --no-moe-grouped-gemm"
-TE = "--transformer-impl transformer_engine --no-gradient-accumulation-fusion"
+LOCAL = "--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-masked-softmax-fusion"
+LOCAL += " --no-gradient-accumulation-fusion --no-moe-grouped-gemm"
+TE = "--transformer-impl transformer_engine"
 TE_SEQUENTIAL = f"{TE} --no-moe-grouped-gemm"
 
 
@@ -74,6 +74,10 @@ def tokens_of(folder: str, batch: tuple[int, int]) -> torch.Tensor:
 def ours(folder: str, flags: str, tokens: torch.Tensor) -> Outcome:
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     wrapped = build(folder, *flags.split(), seq_length=inputs.shape[1]).train()
+    for parameter in wrapped.parameters():
+        # What Transformer Engine's fused products add to, as Megatron's DDP lays it out.
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_added_to_main_grad = False
     with torch.no_grad():
         logits = wrapped(inputs, positions(inputs), None)
     losses = wrapped(
@@ -89,8 +93,8 @@ def gradients_of(wrapped: torch.nn.Module, config: HyConfig) -> dict[str, torch.
     """By Hugging Face name: the adapter moves what lies in the parameters, and here the gradients do."""
     model = unwrap_model(wrapped)
     for parameter in model.parameters():
-        gradient = parameter.grad
-        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
+        gradient = parameter.main_grad if parameter.grad_added_to_main_grad else parameter.grad
+        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
     found = HyStateDictAdapter(config).gather_from([model], layout="fused")
     return {name: _plain(tensor) for name, tensor in found.items() if "e_score_correction_bias" not in name}
 

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(
                     pytest.mark.skip(
-                        reason="torch sees no CUDA device (or HYMEG_PLATFORM=cpu): run on a GPU machine, see docs/gpu.md"
+                        reason="torch sees no CUDA device (or HYMEG_PLATFORM=cpu): run on a GPU, see docs/gpu.md"
                     )
                 )
 

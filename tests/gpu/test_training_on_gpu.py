@@ -1,7 +1,7 @@
 """pretrain_hy.py on a GPU: ten steps under either layer spec, the same bits twice, weights that cross between CPU and
 GPU unchanged.
 
-On CPU the same commands run with the local spec, shorter.
+On a CPU tests/distributed, tests/end_to_end and tests/unit hold the same promises for the local spec.
 """
 
 import os
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 
 ROOT = Path(__file__).parents[2]
-GPU = pytest.mark.gpu
+pytestmark = pytest.mark.gpu
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FIXED = (
     "--mock-data --seq-length 64 --micro-batch-size 2 --global-batch-size 2 --eval-iters 0 --log-interval 1 --lr 1e-3"
@@ -26,7 +26,7 @@ FIXED = (
 
 
 def train(folder: str, flags: str, on: str | None = None) -> list[str]:
-    """The logged losses, as printed: `7.123456E+00`. The second one is the mean of two steps (FACTS, trap 8)."""
+    """The logged losses, as printed: `7.123456E+00`."""
     command = [sys.executable, str(ROOT / "pretrain_hy.py"), "--hf-model", folder, *FIXED.split(), *flags.split()]
     # The other tests' world of one process stands in this process's environment.
     environment = {name: value for name, value in os.environ.items() if name not in WORLD} | (
@@ -42,7 +42,6 @@ def weights(dist: Path, target: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(target.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@GPU
 @pytest.mark.parametrize("precision", ["", "--bf16"])
 def test_ten_steps_under_both_specs(checkpoints, precision):
     folder = checkpoints("tiny")
@@ -58,7 +57,7 @@ def test_ten_steps_under_both_specs(checkpoints, precision):
     assert losses[0][0] - losses[0][-1] > 0.1, "it must have learned"
 
 
-@pytest.mark.parametrize("flags", [pytest.param(LOCAL, id="local"), pytest.param(TE, id="te", marks=GPU)])
+@pytest.mark.parametrize("flags", [pytest.param(LOCAL, id="local"), pytest.param(TE, id="te")])
 def test_deterministic_mode_gives_the_same_losses_twice(checkpoints, flags):
     folder = checkpoints("tiny")
     first, second = (
@@ -67,20 +66,14 @@ def test_deterministic_mode_gives_the_same_losses_twice(checkpoints, flags):
     assert len(first) == 4 and first == second
 
 
-def places() -> list:
-    """Where the checkpoint is made, and where it is loaded."""
-    here = [pytest.param(("cpu", "cpu"), id="cpu-cpu")]
-    return here + [pytest.param(pair, id="-".join(pair), marks=GPU) for pair in (("cpu", "cuda"), ("cuda", "cpu"))]
-
-
-@pytest.mark.parametrize("path", places())
+@pytest.mark.parametrize("path", [("cpu", "cuda"), ("cuda", "cpu")], ids="-".join)
 def test_weights_cross_unchanged(checkpoints, tmp_path, path):
     """Saved by one, loaded by the other, trained a step at a learning rate that has decayed to 0 and saved again: every
     bit; and the optimizer's state was accepted."""
     folder = checkpoints("tiny", num_nextn_predict_layers=1)
     spec = {"cpu": LOCAL, "cuda": TE}
-    common = "--bf16 --use-distributed-optimizer --weight-decay 0 --lr-decay-style linear --lr-decay-iters 2 --min-lr 0 --train-iters 3"
-    common += f" --exit-interval {{}} --save {tmp_path}/{{}}"
+    common = "--bf16 --use-distributed-optimizer --weight-decay 0 --lr-decay-style linear --lr-decay-iters 2"
+    common += f" --min-lr 0 --train-iters 3 --exit-interval {{}} --save {tmp_path}/{{}}"
     train(folder, f"{spec[path[0]]} --load {folder} {common.format(2, 'first')}", on=path[0])
     train(folder, f"{spec[path[1]]} --load {tmp_path}/first {common.format(3, 'second')}", on=path[1])
     first, second = (weights(tmp_path / name, tmp_path / f"{name}-hf") for name in ("first", "second"))
@@ -90,7 +83,7 @@ def test_weights_cross_unchanged(checkpoints, tmp_path, path):
     assert not torch.equal(first["lm_head.weight"].float(), original["lm_head.weight"]), "the first must have trained"
 
 
-@pytest.mark.parametrize("flags", [pytest.param(LOCAL, id="local"), pytest.param(TE, id="te", marks=GPU)])
+@pytest.mark.parametrize("flags", [pytest.param(LOCAL, id="local"), pytest.param(TE, id="te")])
 def test_the_converters_output_trains_as_the_files_do(checkpoints, tmp_path, flags):
     folder = checkpoints("tiny")
     hf_to_dist(Path(folder), tmp_path / "dist")

@@ -5,25 +5,19 @@ Transformer Engine is its own Python sources over a stand-in for the compiled pa
 constructed, loaded and saved by the trainer, and cannot run.
 """
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from building import LOCAL, SPECS, TE, work
 from safetensors.torch import load_file
 
 from hymeg.checkpoint.mapping import distributed_shapes
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
-HERE = Path(__file__).parent
-TE_SITE = Path(sys.prefix) / "te-site"
-LOCAL, TE = SPECS = ("local", "transformer_engine")
 MOE_LAYERS = [*(f"decoder.layers.{layer}" for layer in (1, 2, 3)), "mtp.layers.0.mtp_model_layer"]
 RANKS = (
     1,
@@ -36,21 +30,6 @@ TE_TO_LOCAL = (
     (r"mlp\.linear_fc1\.layer_norm_weight$", "pre_mlp_layernorm.weight"),
     (r"mlp\.experts\.linear_(fc1|fc2)\.weight(\d+)$", r"mlp.experts.local_experts.\2.linear_\1.weight"),
 )
-
-
-@pytest.fixture(scope="module")
-def te_site() -> Path:
-    """Transformer Engine's sources, beside the packages of this interpreter's environment; installed when they are not
-    there.
-    """
-    command = ["bash", str(HERE / "environment.sh"), str(TE_SITE), sys.executable]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"Transformer Engine's sources cannot be installed into {TE_SITE}: pip took more than 300 s")
-    if result.returncode != 0:
-        pytest.skip(f"Transformer Engine's sources cannot be installed into {TE_SITE}: {result.stderr.strip()[-300:]}")
-    return TE_SITE
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +53,8 @@ def made(te_site, hf_folder, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("specs")
     common = f"--hf-model {hf_folder} --bf16 --mock-data --seq-length 32 --train-iters 2 --lr 1e-3"
     one = f"{common} --global-batch-size 1 --eval-iters 0 --use-distributed-optimizer"
-    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+    layout += " --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
     fresh = f"{common} --global-batch-size 2 --init-from-scratch"
     ranks = {f"rank {rank}": {"argv": f"{fresh} {layout}", "rank": rank, "world_size": 8} for rank in RANKS}
     fp8 = {
@@ -83,7 +63,7 @@ def made(te_site, hf_folder, tmp_path_factory) -> dict[str, dict]:
     }
     of_local, of_te = folder / "of_local", folder / "of_te"
 
-    results = _work(
+    results = work(
         LOCAL,
         {"trained": {"argv": f"{one} --load {hf_folder} --save {of_local} --save-interval 1000"}, **ranks},
         folder,
@@ -93,39 +73,9 @@ def made(te_site, hf_folder, tmp_path_factory) -> dict[str, dict]:
         "frozen": {"argv": f"{one} --load {hf_folder} --skip-train --mtp-loss-scaling-factor 0"},
         "from local": {"argv": f"{one} --load {of_local} --save {of_te} --save-interval 1000"},
     }
-    results |= _work(TE, jobs | ranks | fp8, folder, te_site)
-    results |= _work(LOCAL, {"from te": {"argv": f"{one} --load {of_te}"}}, folder)
+    results |= work(TE, jobs | ranks | fp8, folder, te_site)
+    results |= work(LOCAL, {"from te": {"argv": f"{one} --load {of_te}"}}, folder)
     return results
-
-
-def _work(spec: str, jobs: dict[str, dict], folder: Path, *python_path: Path) -> dict[str, dict]:
-    """Run worker.py on the jobs (name -> job); `{"spec name": what it wrote}`, and as "spec log" what it printed."""
-    listed = [
-        {**job, "argv": job["argv"].split(), "out": str(folder / f"{spec} {name}.pt")} for name, job in jobs.items()
-    ]
-    jobs_file, log = folder / f"{spec}.json", folder / f"{spec}.log"
-    jobs_file.write_text(json.dumps(listed))
-    world = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
-    }
-    environment = (
-        os.environ
-        | world
-        | {"PYTHONPATH": os.pathsep.join(map(str, python_path)), "HYMEG_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
-    )
-    with open(log, "w") as output:
-        command = [sys.executable, str(HERE / "worker.py"), spec, str(jobs_file)]
-        result = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=300)
-    assert result.returncode == 0, f"{spec}:\n{log.read_text()[-6000:]}"
-    results = {
-        f"{spec} {name}": torch.load(job["out"], weights_only=False) for name, job in zip(jobs, listed, strict=True)
-    }
-    return results | {f"{spec} log": log.read_text()}
 
 
 def local_name(name: str) -> str:
@@ -270,7 +220,7 @@ def test_the_te_spec_is_transformer_engines_with_our_router(made):
 
 
 def test_te_experts_are_reduced_over_their_own_group(made):
-    """Exactly the grouped experts' weights carry `allreduce = False`, although EP is 1 (FACTS, traps 3 and 4)."""
+    """Exactly the grouped experts' weights carry `allreduce = False`, although EP is 1."""
     expected = {
         f"{layer}.mlp.experts.linear_{fc}.weight{expert}"
         for layer in MOE_LAYERS
@@ -282,7 +232,10 @@ def test_te_experts_are_reduced_over_their_own_group(made):
 
 def test_the_te_specs_head_computes_fp32_logits(made):
     """config.json says enable_lm_head_fp32, and the weights are bf16."""
-    assert made[f"{TE} from hf"]["head"] == "_fp32_logits"
+    head = made[f"{TE} from hf"]["head"]
+    assert head["weight"].dtype == torch.bfloat16
+    exact = head["hidden"].double() @ head["weight"].double().T
+    assert (head["logits"] - exact).abs().max() < 1e-5 < (exact.bfloat16() - exact).abs().max()
 
 
 def test_mtp_is_frozen_under_the_te_spec_when_its_loss_does_not_count(made):

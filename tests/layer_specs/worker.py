@@ -3,9 +3,11 @@ local|transformer_engine JOBS.json.
 
 A job is `{"argv": [...], "out": FILE}`: the trainer's command line, run in a world of one process, and the file for
 torch.save. With `"rank"` and `"world_size"` it is one rank of a larger world that does not exist, of which the model is
-constructed and no more; `"gpu"` then holds flags that are set although a CPU cannot serve them. For Transformer
-Engine's spec its sources must be on PYTHONPATH; nothing can run there, so that such a job must have no iteration left
-to train.
+constructed and no more; `"gpu"` then holds settings that the command line does not let through. A job with `"what":
+"construct"` says what came of it, an error included.
+
+For Transformer Engine's spec its sources must be on PYTHONPATH, and flags have the defaults of a machine with CUDA, but
+for the backend. Nothing can run there, so that such a job must have no iteration left to train.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import gc
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 IMPL = sys.argv[1]
@@ -38,6 +41,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from hymeg.checkpoint.adapter import HyStateDictAdapter  # noqa: E402
 from hymeg.models import hy  # noqa: E402
+from hymeg.platform.flags import for_gpus  # noqa: E402
 from hymeg.platform.patches import patched  # noqa: E402
 from hymeg.training.arguments import parse  # noqa: E402
 from hymeg.training.preflight import preflight  # noqa: E402
@@ -47,11 +51,11 @@ LOST = "mtp.layers.0.enorm.weight"
 
 
 def parsed(argv: list[str], gpu: dict | None = None):
-    args, config = parse(argv)
-    preflight(args, config, lambda note: None)
-    if IMPL == "transformer_engine":
-        # The two defaults of a GPU that decide about modules.
-        vars(args).update({"transformer_impl": IMPL, "moe_grouped_gemm": True, **(gpu or {})})
+    with for_gpus() if IMPL == "transformer_engine" else contextlib.nullcontext():
+        args, config = parse(argv)
+        preflight(args, config, lambda note: None)
+    assert args.transformer_impl == IMPL
+    vars(args).update({"distributed_backend": "gloo", **(gpu or {})})
     return args, config
 
 
@@ -62,9 +66,9 @@ def pretended_cuda() -> Iterator[None]:
     """
     construct = hy.construct
 
-    def pretending(*args):
+    def pretending(*args, **kwargs):
         with patched(torch.cuda, "is_available", lambda: True, "module/base.py:895"):
-            return construct(*args)
+            return construct(*args, **kwargs)
 
     with patched(hy, "construct", pretending if IMPL == "transformer_engine" else construct, "module/base.py:895"):
         yield
@@ -111,8 +115,15 @@ def described(model: GPTModel) -> dict:
         "missed": model.load_state_dict(
             {name: tensors[name] for name in tensors if name != LOST}, strict=False
         ).missing_keys,
-        "head": getattr(model.output_layer._forward_impl, "__qualname__", None),
+        "head": head_products(model.output_layer),
     }
+
+
+def head_products(head: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The one product that can run under Transformer Engine's spec: hymeg's own."""
+    hidden = torch.randn(3, 2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
+    with torch.no_grad():
+        return {"hidden": hidden, "weight": head.weight.detach().clone(), "logits": head(hidden)[0]}
 
 
 def stored(state_dict) -> list[dict]:
@@ -141,31 +152,57 @@ def optimizer_states(models, optimizer) -> dict[str, dict[str, torch.Tensor]]:
     return states
 
 
-def one_rank(argv: list[str], rank: int, world_size: int, gpu: dict | None = None) -> list[dict]:
-    """What one rank of a layout stores."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+def constructed(argv: list[str], rank: int, world_size: int, gpu: dict | None = None) -> list[GPTModel]:
+    """The chunks of the model that one rank of a layout holds."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": "1"}
     args, _ = parsed(argv, gpu)
     validate_args(args)
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    virtual = args.virtual_pipeline_model_parallel_size
     with pretended_cuda():
-        model = hy.construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups())
+        config = model_config_from_args(args)
+        return [hy.construct(config, groups, vp_stage=stage) for stage in (range(virtual) if virtual else [None])]
+
+
+def one_rank(argv: list[str], rank: int, world_size: int, gpu: dict | None = None) -> list[dict]:
+    """What one rank of a layout stores."""
+    (model,) = constructed(argv, rank, world_size, gpu)
     return stored(model.sharded_state_dict(metadata={}))
+
+
+def construct(argv: list[str], rank: int, world_size: int) -> dict:
+    """Whether a rank's part of the model can be constructed, and which of its classes add weight gradients into the
+    fp32 buffers inside their products.
+    """
+    try:
+        modules = [module for chunk in constructed(argv, rank, world_size) for module in chunk.modules()]
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    fuses = {m: getattr(m, "fuse_wgrad_accumulation", None) for m in modules}
+    return {
+        "classes": {type(module).__name__ for module in modules},
+        "fusing": {type(module).__name__ for module, fused in fuses.items() if fused},
+        "not fusing": {type(module).__name__ for module, fused in fuses.items() if fused is False},
+    }
 
 
 def main(jobs_path: str) -> None:
     with open(jobs_path) as file:
         jobs = json.load(file)
     for job in jobs:
-        out = job.pop("out")
-        print("===", job, flush=True)
-        torch.save(one_rank(**job) if "rank" in job else run(**job), out)
+        out, what = job.pop("out"), job.pop("what", "one_rank" if "rank" in job else "run")
+        print("===", what, job, flush=True)
+        torch.save({"run": run, "one_rank": one_rank, "construct": construct}[what](**job), out)
         training.destroy_global_state()
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():

@@ -2,6 +2,8 @@
 against Megatron's.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,23 +11,20 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.utils import unwrap_model
 from single_process import build, ensure_world, positions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
-from hymeg.models import linear_cross_entropy as module
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
+from hymeg.platform import kernels
 
 TOKENS, HIDDEN, VOCAB, PADDED = 37, 48, 1000, 1024
 CONFIDENT = 7
 
 
-@pytest.fixture(autouse=True)
-def many_slices(monkeypatch):
-    """128 entries a slice, the last one cut: 8 slices of the 1000."""
-    monkeypatch.setattr(module, "SLICE_ELEMENTS", 1)
-
-
 def shard(**changes) -> VocabShard:
+    """128 entries a slice, the last one cut: 8 slices of the 1000."""
     ensure_world()
     fields = {
         "start": 0,
@@ -33,6 +32,7 @@ def shard(**changes) -> VocabShard:
         "fp32_logits": True,
         "recompute": False,
         "group": torch.distributed.group.WORLD,
+        "slice_elements": 1,
     }
     return VocabShard(**fields | changes)
 
@@ -189,7 +189,9 @@ class TestModel:
     @pytest.mark.parametrize("flags", [(), ("--recompute-logits",)], ids=["kept", "recomputed"])
     def test_losses_gradients_and_mtp_equal_megatrons(self, folder, monkeypatch, flags):
         model = build(folder, *flags).train()
-        assert model.vocab_shard.recompute is bool(flags)
+        head = model.output_layer
+        assert head.shard.recompute is bool(flags)
+        head.shard = dataclasses.replace(head.shard, slice_elements=1)
         calls = []
         whole = tensor_parallel.vocab_parallel_cross_entropy
         monkeypatch.setattr(
@@ -238,3 +240,32 @@ class TestModel:
 def multi_head(model_class):
     """The class whose `_postprocess` is ours."""
     return next(base for base in model_class.__mro__ if "_postprocess" in vars(base))
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that work on elements: on a GPU each is a kernel at least."""
+
+    NONE = "t slice select unsqueeze view expand detach alias as_strided empty empty_like lift_fresh prim::device"
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator._schema.name.removeprefix("aten::") not in self.NONE.split()
+        return operator(*args, **(kwargs or {}))
+
+
+def test_launches_of_a_micro_batch_on_a_gpu(monkeypatch):
+    """8,192 tokens over 120,832 rows: 15 slices, forward and backward. Small slices would be bound by launches: 236 of
+    the CPU's size took 9,223.
+    """
+    # One kernel, as cuBLAS with fp32 output.
+    monkeypatch.setattr(VocabShard, "logits", lambda shard, hidden, weight: torch.zeros(len(hidden), len(weight)))
+    with FakeTensorMode(), Launches() as launches:
+        hidden, weight = (torch.empty(n, 2048, dtype=torch.bfloat16, requires_grad=True) for n in (8192, 120832))
+        labels = torch.empty(8192, dtype=torch.int64)
+        on_a_gpu = shard(num_rows=120832, slice_elements=kernels.SLICE_ELEMENTS["cuda"])
+        losses, _ = linear_cross_entropy(hidden, weight, labels, on_a_gpu)
+        losses.sum().backward()
+    assert 15 * 10 < launches.count <= 430, launches.count

@@ -67,7 +67,6 @@ CANDIDATES = (
 )
 FP8 = (
     "--fp8-format hybrid --fp8-recipe blockwise",
-    "--fp8-format hybrid --fp8-recipe delayed",
     "--fp8-format hybrid --fp8-recipe tensorwise",
 )
 TINY_CANDIDATES = ("--recompute-logits", "--cross-entropy-loss-fusion")

@@ -26,7 +26,8 @@ from hymeg.platform import device  # noqa: E402
 
 SKIPPED = 3
 """Steps before the first that counts: they compile, allocate and tune."""
-FIXED = "--mock-data --init-from-scratch --eval-iters 0 --log-interval 1000 --lr 1e-5 --lr-decay-style constant --bf16 --use-distributed-optimizer"
+FIXED = "--mock-data --init-from-scratch --eval-iters 0 --log-interval 1000 --lr 1e-5 --lr-decay-style constant"
+FIXED += " --bf16 --use-distributed-optimizer"
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -94,7 +95,8 @@ def hymeg(job: dict) -> dict:
     from hymeg.training.run import _stand_alone, train
 
     _stand_alone()
-    batch = f"--seq-length {job['seq_length']} --micro-batch-size {job['micro_batch_size']} --global-batch-size {job['micro_batch_size']}"
+    batch = f"--seq-length {job['seq_length']} --micro-batch-size {job['micro_batch_size']}"
+    batch += f" --global-batch-size {job['micro_batch_size']}"
     argv = [*f"--hf-model {job['folder']} --train-iters {job['steps']} {batch} {FIXED} {job['flags']}".split()]
     args, config = parse(argv)
     preflight(args, config, lambda note: None)

@@ -41,10 +41,9 @@ def with_logits(cross_entropy: Callable) -> Way:
 
 
 def without_logits(vocab: int, recompute: bool, slice_elements: int) -> Way:
-    shard = linear_cross_entropy.VocabShard(0, vocab, fp32_logits=True, recompute=recompute, group=dist.group.WORLD)
+    shard = linear_cross_entropy.VocabShard(0, vocab, True, recompute, dist.group.WORLD, slice_elements)
 
     def losses(hidden, weight, labels):
-        linear_cross_entropy.SLICE_ELEMENTS = slice_elements
         return linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, shard)[0]
 
     return losses

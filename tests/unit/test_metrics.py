@@ -1,0 +1,53 @@
+"""What the log line says, and to whom."""
+
+import math
+import types
+
+import pytest
+import torch
+from single_process import ensure_world
+
+from hymeg.hf.config import HyConfig
+from hymeg.hf.tiny_checkpoint import TINY_CONFIG
+from hymeg.models.router import Router
+from hymeg.planning.flops import packed_training_flops
+from hymeg.training import metrics
+
+CONFIG = HyConfig.from_dict(TINY_CONFIG)
+
+
+class Counted(Router):
+    """What has been counted in a layer, and nothing else of a router."""
+
+    def __init__(self, layer: int, counts: list[int]):
+        torch.nn.Module.__init__(self)
+        self.layer_number, self.is_mtp_layer, self.expert_load = layer, False, torch.tensor(counts)
+
+
+def test_expert_load_is_busiest_over_mean_and_starts_again():
+    ensure_world()
+    chunk = torch.nn.ModuleList([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4]), Counted(3, [1] * 8)])
+    assert metrics.expert_load([chunk], CONFIG) == {1: 4.0, 2: 1.0}
+    assert metrics.expert_load([chunk], CONFIG) == {}
+
+
+def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
+    ensure_world()
+    written, logged = {}, {}
+    tensorboard = types.SimpleNamespace(add_scalar=lambda name, value, iteration: written.update({name: value}))
+    wandb = types.SimpleNamespace(log=lambda scalars, iteration: logged.update(scalars))
+    monkeypatch.setattr(metrics, "get_tensorboard_writer", lambda: tensorboard)
+    monkeypatch.setattr(metrics, "get_wandb_writer", lambda: wandb)
+    monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
+    args = types.SimpleNamespace(seq_length=64, world_size=2, log_interval=1)
+    line = metrics.LogLine(args, CONFIG, "NVIDIA H100 80GB HBM3")
+    assert line.watch([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4])]) == line.model_chunks
+    line.before(1, False, 192.0, 12288.0)
+    line.seconds = 0.5
+    text = line.extended("| throughput per GPU (TFLOP/s/GPU): 0.0 | loss: 1 |")
+    tflops = packed_training_flops(CONFIG, 192, 12288) / 0.5 / 2 / 1e12
+    assert f"(TFLOP/s/GPU): {tflops:.4g} |" in text and "tokens/s: 384 |" in text and "full: 75.0% |" in text
+    assert "expert load max/mean: 4.00 (by layer 1:4.00) |" in text
+    assert written == logged and written["tokens-per-second"] == 384 and written["full"] == 0.75
+    assert math.isclose(written["model-tflops-per-gpu"], tflops) and written["expert-load/layer-1"] == 4
+    assert written["mfu"] == pytest.approx(tflops / 989)
