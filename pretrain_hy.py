@@ -3,8 +3,10 @@
 import sys
 
 from hymeg.errors import exit_on_user_error
+from hymeg.platform.connections import set_connections
 
 if __name__ == "__main__":
+    set_connections(sys.argv[1:])
     with exit_on_user_error():
         from hymeg.training.run import main
     main(sys.argv[1:])
