@@ -125,7 +125,7 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
     source = [*(["--hf-model", own.hf] if own.hf else []), *(["--config", own.config] if own.config else [])]
     try:
         with for_gpus():
-            args, config = parse([*source, *rest])
+            args, config = parse([*source, *rest], is_whole=False)
     except UserError as error:
         raise UserError(str(error).replace("--hf-model", "--hf") if own.hf else str(error)) from error
     if args.fp16:

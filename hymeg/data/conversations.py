@@ -18,8 +18,6 @@ from hymeg.data.row_index import RowIndex
 from hymeg.data.text_files import place
 from hymeg.errors import UserError
 
-TRUNCATIONS = ("error", "left", "right", "drop")
-
 
 class Shape(NamedTuple):
     """What a sample looks like."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW = 16384  # rows
+TRUNCATIONS = ("error", "left", "right", "drop")
+"""What may happen to a conversation that is too long: stop, lose its beginning or its end, be left out."""
 _MAX_OPEN = 4096  # sequences
 
 

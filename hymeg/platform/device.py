@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from hymeg import platform
 from hymeg.platform.patches import patched
 
 
@@ -21,6 +22,11 @@ def count() -> int:
 def name() -> str:
     """The GPU's name as its driver gives it, or "cpu"."""
     return torch.cuda.get_device_name()
+
+
+def has_block_scaled_fp8() -> bool:
+    """Whether the GPU multiplies FP8 numbers with a scale for every block: from Hopper on. True where there is none."""
+    return platform.is_cpu() or torch.cuda.get_device_capability() >= (9, 0)
 
 
 def move(tensor: torch.Tensor) -> torch.Tensor:

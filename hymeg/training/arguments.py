@@ -12,17 +12,18 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments, parse_args
 
-from hymeg.data.conversations import TRUNCATIONS
+from hymeg.data.packing import TRUNCATIONS
 from hymeg.errors import UserError
+from hymeg.flag_table import ALWAYS, ON_CPU, TABLE, WITH_SFT, WITHOUT, Row, cpu_values
 from hymeg.hf.config import HyConfig
 from hymeg.models.flags import architecture_flags, default_flags
+from hymeg.platform import device
 from hymeg.platform import flags as platform_flags
-from hymeg.training import refused_flags
 from hymeg.training.flag_names import add_opposites, hint, opposite
 from hymeg.training.yaml_file import read_settings
 
@@ -40,8 +41,12 @@ _DEFAULTS = {
     # A mean over micro-batches or ranks, each with its own number of trained tokens, would make the loss depend on the
     # layout.
     "calculate_per_token_loss": True,
-    # The optimizer's state can then be resumed in any layout.
+    # The optimizer's state can then be resumed in any layout. By default every rank would gather, over NCCL and in its
+    # GPU's memory, the state of all ranks that hold the same parameters; so only the first of them does, over gloo.
     "dist_ckpt_optim_fully_reshardable": True,
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    # Transformer Engine refuses to load the state of Megatron's default, delayed.
+    "fp8_recipe": "blockwise",
 }
 """Where hymeg's default differs from Megatron's."""
 
@@ -54,7 +59,8 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--config",
         metavar="FILE.yaml",
-        help="recipe: these flags as keys of a flat YAML file; the command line wins, and undoes a switch with --no-SWITCH",
+        help="recipe: these flags as keys of a flat YAML file; the command line wins, and undoes a switch with "
+        "--no-SWITCH",
     )
     group.add_argument(
         "--hf-model",
@@ -68,7 +74,8 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--recompute-logits",
         dest="hy_recompute_logits",
         action="store_true",
-        help="compute the logits a second time in the backward pass: saves 2 bytes a token and vocabulary entry, costs a third more time in the head",
+        help="compute the logits a second time in the backward pass: saves 2 bytes a token and vocabulary entry, costs "
+        "a third more time in the head",
     )
     group.add_argument(
         "--no-sft-packing", dest="sft_packing", action="store_false", help="--sft: one conversation a sequence, padded"
@@ -77,24 +84,28 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--sft-truncation",
         choices=TRUNCATIONS,
         default="error",
-        help="--sft: what to do with conversations longer than --seq-length: stop, cut their beginning or their end, leave them out",
+        help="--sft: what to do with conversations longer than --seq-length: stop, cut their beginning or their end, "
+        "leave them out",
     )
     group.add_argument(
         "--sft-bad-rows",
         choices=("stop", "skip"),
         default="stop",
-        help="--sft: what to do with rows that cannot be trained on: stop at the first, or count them and leave them out",
+        help="--sft: what to do with rows that cannot be trained on: stop at the first, or count and leave them out",
     )
     add_opposites(parser)
     return parser
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
+def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespace, HyConfig]:
     """Parse `argv` (without the program's name) into Megatron's args, not validated yet, and the model's configuration.
 
     The args have further attributes: `explicit`, what recipe and command line have set (`Sources`); `said`, its values
     by the option as it was typed, without dashes, True for every switch; `sft_rows`, whether `--sft` was given;
     `packed`, whether samples are packed conversations.
+
+    Args:
+        is_whole: a flag that has no effect without another is refused; a plan's command line is completed later.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, a flag that contradicts config.json, or one that
@@ -106,8 +117,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
         # What parsing finds is then what was said, and nothing else.
         action.default = argparse.SUPPRESS
     said, sources, words = _read(parser, list(argv))
+    defaults |= _DEFAULTS
+    cases = {ALWAYS}
+    if platform_flags.judged_for_cpu():
+        cases.add(ON_CPU)
+    if said.get("sft"):
+        cases.add(WITH_SFT)
     with naming_lines(sources):
-        _refuse(said, sources, defaults)
+        _refuse(parser, said, sources, defaults, {}, [row for row in TABLE if row.when in cases])
         with _program_arguments(words):
             try:
                 args = parse_args(add_hymeg_arguments)
@@ -128,9 +145,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, HyConfig]:
         }
         _fix(args, said, sources, architecture)
         _default(args, said, _DEFAULTS | default_flags(config))
-        required, refused, refused_values = platform_flags.here()
-        _refuse_on_platform(said, sources, required | refused, refused_values)
-        vars(args).update({dest: value for dest, (value, _) in required.items()})
+        if not platform_flags.judged_for_cpu() and not device.has_block_scaled_fp8():
+            _default(args, said, {"fp8_recipe": "tensorwise"})
+        if is_whole:
+            _refuse(parser, said, sources, defaults, vars(args), [row for row in TABLE if row.when == WITHOUT])
+        if platform_flags.judged_for_cpu():
+            _default(args, said, cpu_values())
     args.explicit = sources
     args.said = {
         sources[dest][0].lstrip("-"): True if isinstance(value, bool) else value for dest, value in said.items()
@@ -174,10 +194,7 @@ def _error(message: str) -> NoReturn:
     message = message.removeprefix("argument ")
     flag = message.partition(":")[0].split("/")[0]
     if value := re.search(r"ignored explicit argument '(.*)'", message):
-        raise UserError(
-            f"{flag} is a switch and takes no value, found {value[1]!r}; write {flag} alone, or {opposite(flag)} to "
-            "undo it"
-        )
+        raise UserError(_takes_no_value(flag, value[1]))
     if "expected" in message:
         raise UserError(f"{flag} needs a value, found none; write it after {flag}")
     raise UserError(message)
@@ -226,8 +243,18 @@ def _unknown(parser: argparse.ArgumentParser, words: list[str], wrong: str) -> s
     for before, after in itertools.pairwise(words):
         action = parser._option_string_actions.get(before)
         if after == wrong and action is not None and action.nargs == 0:
-            return f"{before} is a switch and takes no value, found {wrong!r}; write {before} alone, or {opposite(before)} to undo it"
-    return f"{wrong!r} belongs to no flag; a flag takes one value unless --help says otherwise, and a recipe is given with --config FILE.yaml"
+            return _takes_no_value(before, wrong)
+    return (
+        f"{wrong!r} belongs to no flag; a flag takes one value unless --help says otherwise, and a recipe is given "
+        "with --config FILE.yaml"
+    )
+
+
+def _takes_no_value(option: str, found: str) -> str:
+    return (
+        f"{option} is a switch and takes no value, found {found!r}; write {option} alone, or {opposite(option)} to "
+        "undo it"
+    )
 
 
 @contextlib.contextmanager
@@ -241,40 +268,64 @@ def _program_arguments(words: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _refuse(said: dict[str, Any], sources: Sources, defaults: dict[str, Any]) -> None:
-    for dest, value in said.items():
-        flag = _shown(sources[dest][0], value)
-        if value == defaults.get(dest):
-            continue
-        if dest in refused_flags.OTHER_MODEL:
-            raise UserError(
-                f"{flag} makes another model than Hy-MT2 or Hy3, whose checkpoints could not be used; leave "
-                f"{sources[dest][0]} out"
-            )
-        if dest in refused_flags.UNSUPPORTED:
-            raise UserError(f"{flag} is not supported: {refused_flags.UNSUPPORTED[dest]}")
-        if (why := refused_flags.UNSUPPORTED_VALUES.get((dest, str(_name(value))))) is not None:
-            raise UserError(f"{flag} is not supported: {why}")
-
-
-def _refuse_on_platform(
-    said: dict[str, Any], sources: Sources, only: platform_flags.Only, values: platform_flags.Values
+def _refuse(
+    parser: argparse.ArgumentParser,
+    said: dict[str, Any],
+    sources: Sources,
+    defaults: Mapping[str, Any],
+    args: Mapping[str, Any],
+    rows: Iterable[Row],
 ) -> None:
-    where = "HYMEG_PLATFORM=cpu chose it" if os.environ.get("HYMEG_PLATFORM") == "cpu" else "torch sees no GPU"
-    for dest, (allowed, why) in only.items():
-        if dest in said and said[dest] != allowed:
-            option = sources[dest][0]
-            raise UserError(f"{_shown(option, said[dest])} cannot work on CPU ({where}): {why}; leave {option} out")
-    for (dest, value), why in values.items():
-        if dest in said and value in (said[dest] if isinstance(said[dest], list) else [_name(said[dest])]):
-            raise UserError(f"{sources[dest][0]} {value} cannot work on CPU ({where}): {why}")
+    """Refuse what was said where one of `rows` does. `args` are what all flags have become, for rows that ask for
+    another flag.
+    """
+    for dest, value in said.items():
+        option = sources[dest][0]
+        for row in rows:
+            if not row.names(dest) or (refused := row.refused(_names(value), _names(defaults.get(dest)))) is None:
+                continue
+            instead = row.instead or f"leave {option} out"
+            if row.when == WITHOUT:
+                if any(_is_set(args, need) for need in row.needs.split()):
+                    continue
+                reason, instead = f"{WITHOUT} {_needed(parser, row.needs)}", f"add that, or {instead}"
+            elif row.when == ON_CPU:
+                where = (
+                    "HYMEG_PLATFORM=cpu chose it" if os.environ.get("HYMEG_PLATFORM") == "cpu" else "torch sees no GPU"
+                )
+                reason = f"{ON_CPU} ({where}): {row.why}"
+            else:
+                reason = f"{row.when}: {row.why}"
+            raise UserError(f"{_shown(option, refused)} {reason}; {instead}")
+
+
+def _is_set(args: Mapping[str, Any], need: str) -> bool:
+    """Whether `args` are such that one word of `Row.needs` holds."""
+    dest, sign, wanted = re.fullmatch(r"(\w+)([=>]?)(.*)", need).groups()
+    found = _names(args[dest])
+    if sign == ">":
+        return found > int(wanted)
+    if sign == "=":
+        return not set(found if isinstance(found, list) else [found]).isdisjoint(wanted.split(","))
+    return bool(found)
+
+
+def _needed(parser: argparse.ArgumentParser, needs: str) -> str:
+    """The flags of `Row.needs`, for a message."""
+    flags = []
+    for need in needs.split():
+        dest, sign, wanted = re.fullmatch(r"(\w+)([=>]?)(.*)", need).groups()
+        option = next(action.option_strings[-1] for action in parser._actions if action.dest == dest)
+        above = {"": "", "=": f" {wanted.split(',')[0]}", ">": f" above {wanted}"}[sign]
+        flags.append(f"{option}{above}")
+    return " or ".join(flags)
 
 
 def _fix(args: argparse.Namespace, said: dict[str, Any], sources: Sources, architecture: dict[str, Any]) -> None:
     for dest, value in architecture.items():
         if dest in said and not _same(dest, said[dest], value):
             option = sources[dest][0]
-            says = "the opposite" if isinstance(value, bool) else "none" if value is None else _cut(value)
+            says = "the opposite" if isinstance(value, bool) else "none" if value is None else shown_value(value)
             raise UserError(
                 f"{_shown(option, said[dest])} contradicts --hf-model {args.hf_model}, which says {says}; leave "
                 f"{option} out"
@@ -294,11 +345,14 @@ def _same(dest: str, found: Any, fixed: Any) -> bool:
 
 def _default(args: argparse.Namespace, said: dict[str, Any], defaults: dict[str, Any]) -> None:
     for dest, value in defaults.items():
-        if dest not in said:
+        if dest not in said and getattr(args, dest) != value:
             setattr(args, dest, value)
 
 
-def _name(value: Any) -> Any:
+def _names(value: Any) -> Any:
+    """`value`, an enum's members by their names."""
+    if isinstance(value, list | tuple):
+        return [_names(item) for item in value]
     return value.name if isinstance(value, enum.Enum) else value
 
 
@@ -306,9 +360,11 @@ def _shown(option: str, value: Any) -> str:
     """The flag as the user gave it."""
     if isinstance(value, bool):
         return option
-    return f"{option} {_cut(value)}"
+    return f"{option} {shown_value(value)}"
 
 
-def _cut(value: Any) -> str:
-    text = " ".join(str(_name(item)) for item in value) if isinstance(value, list | tuple) else str(_name(value))
+def shown_value(value: Any) -> str:
+    """A flag's value as a user would type it, cut where it is long."""
+    names = _names(value)
+    text = " ".join(map(str, names)) if isinstance(names, list) else str(names)
     return text if len(text) <= 40 else text[:37] + "..."

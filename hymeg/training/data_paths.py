@@ -42,12 +42,6 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str],
         raise UserError(
             f"{flags[one]} fails in Megatron 0.19 without {flags[other]}; add that, or leave {flags[one]} out"
         )
-    for dest in ("sft_packing", "sft_truncation", "sft_bad_rows"):
-        if dest in args.explicit:
-            raise UserError(
-                f"{args.explicit[dest][0]} is about conversations and needs --sft; add that, or leave "
-                f"{args.explicit[dest][0]} out"
-            )
     given = [
         dest
         for dest in ("mock_data", "data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path")

@@ -12,12 +12,15 @@ _ELSEWHERE = {
     "context-parallel-size": "cp context-model-parallel ring-attention",
     "expert-model-parallel-size": "ep expert-parallel moe-parallel",
     "expert-tensor-parallel-size": "etp expert-tensor-model-parallel",
-    "num-virtual-stages-per-pipeline-rank": "vpp vp virtual-pipeline-model-parallel virtual-pipeline-parallel interleave",
+    "num-virtual-stages-per-pipeline-rank": "vpp vp virtual-pipeline-model-parallel "
+    "virtual-pipeline-parallel interleave",
     "sequence-parallel": "sp",
     "micro-batch-size": "mbs micro-batch per-device-train-batch train-micro-batch train-micro-batch-size-per-gpu",
-    "global-batch-size": "gbs global-batch train-batch total-batch gradient-accumulation gradient-accumulation-steps grad-accum",
+    "global-batch-size": "gbs global-batch train-batch total-batch gradient-accumulation "
+    "gradient-accumulation-steps grad-accum",
     "seq-length": "seq-len sequence-length max-seq-len max-seq-length max-length model-max-length context-length",
-    "train-iters": "steps max-steps train-steps num-steps iters num-iters total-steps iterations epochs num-epochs num-train-epochs",
+    "train-iters": "steps max-steps train-steps num-steps iters num-iters total-steps iterations epochs num-epochs "
+    "num-train-epochs",
     "lr": "learning-rate max-lr peak-lr",
     "min-lr": "end-lr final-lr lr-min",
     "lr-warmup-iters": "warmup-steps warmup-iters num-warmup-steps lr-warmup-steps",
@@ -27,8 +30,10 @@ _ELSEWHERE = {
     "adam-beta1": "beta1 betas adam-betas",
     "adam-beta2": "beta2",
     "weight-decay": "wd",
-    "hf-model": "model model-path model-name model-name-or-path pretrained-model hf-path hf-checkpoint hf tokenizer tokenizer-path tokenizer-name",
-    "load": "resume resume-from resume-from-checkpoint checkpoint ckpt checkpoint-dir load-dir load-path init-checkpoint",
+    "hf-model": "model model-path model-name model-name-or-path pretrained-model hf-path hf-checkpoint hf tokenizer "
+    "tokenizer-path tokenizer-name",
+    "load": "resume resume-from resume-from-checkpoint checkpoint ckpt checkpoint-dir load-dir load-path "
+    "init-checkpoint",
     "save": "output output-dir out save-dir save-path checkpoint-save-dir",
     "save-interval": "save-steps save-every checkpoint-interval ckpt-interval",
     "log-interval": "logging-steps log-every log-steps",
@@ -46,7 +51,10 @@ _ELSEWHERE = {
     "init-from-scratch": "from-scratch random-init scratch random-weights",
 }
 _BY_NAME = {name: right for right, names in _ELSEWHERE.items() for name in names.split()}
-_TORCHRUN = "nproc-per-node nproc nnodes node-rank master-addr master-port rdzv-endpoint rdzv-backend rdzv-id standalone max-restarts num-gpus gpus"
+_TORCHRUN = (
+    "nproc-per-node nproc nnodes node-rank master-addr master-port rdzv-endpoint rdzv-backend rdzv-id standalone "
+    "max-restarts num-gpus gpus"
+)
 
 
 def hint(wrong: str, options: Iterable[str]) -> str:

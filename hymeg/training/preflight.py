@@ -11,19 +11,19 @@ import os
 import shutil
 from collections.abc import Callable
 
+from hymeg import platform
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.planning import layout as layouts
 from hymeg.planning.settings import settings_of
-from hymeg.platform import device
-from hymeg.training.arguments import naming_lines
+from hymeg.platform import connections, device
+from hymeg.training.arguments import naming_lines, shown_value
 from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
-from hymeg.training.row_data import settle_rows
 from hymeg.training.schedule import check_schedule
 from hymeg.training.weights import check_weights, is_distributed_checkpoint
 
-_RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
+_NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
 
 
 def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
@@ -38,14 +38,15 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
     with naming_lines(args.explicit):
         check_schedule(args)
         _check_devices()
-        _check_packages(args)
         layout = layout_of(args)
         layouts.check(config, layout, settings_of(args))
         _check_evaluation(args, layout)
-        _check_recompute(args)
-        _check_overlap(args)
+        _check_combinations(args)
+        _check_packages(args)
         _check_files(args)
         if args.sft_rows:
+            from hymeg.training.row_data import settle_rows  # imports transformers, which takes a second
+
             settle_rows(args)
         else:
             settle_data(args, config, say)
@@ -121,65 +122,61 @@ def _check_evaluation(args: argparse.Namespace, layout: layouts.Layout) -> None:
         )
 
 
-def _check_recompute(args: argparse.Namespace) -> None:
-    full = args.recompute_granularity == "full"
-    if full and args.recompute_method is None:
+def _check_combinations(args: argparse.Namespace) -> None:
+    """Each of these Megatron takes, and fails later."""
+    if args.async_save and not args.use_persistent_ckpt_worker:
         raise UserError(
-            "--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers"
+            "--async-save needs --use-persistent-ckpt-worker: without it Megatron saves as if it were not given; add "
+            "that, or leave --async-save out"
         )
-    if full and args.recompute_num_layers is None:
+    if args.optimizer == "sgd" and args.save is not None and not args.no_save_optim:
         raise UserError(
-            "--recompute-granularity full needs --recompute-num-layers: how many layers a recomputed piece holds, 1 "
-            "saves most"
+            "--optimizer sgd: Megatron 0.19 saves its state, and cannot load it again; use --optimizer adam, or add "
+            "--no-save-optim"
         )
-    for name in ("recompute_method", "recompute_num_layers"):
-        if not full and getattr(args, name) is not None:
-            raise UserError(
-                f"{flag(name)} {getattr(args, name)} goes with --recompute-granularity full only; leave it out or add "
-                "that"
-            )
-    if args.recompute_modules is None:
-        return
-    said = f"--recompute-modules {' '.join(args.recompute_modules)}"
-    if args.recompute_granularity != "selective":
-        raise UserError(f"{said} goes with --recompute-granularity selective only; leave it out or add that")
-    if wrong := [name for name in args.recompute_modules if name not in _RECOMPUTE_MODULES]:
-        raise UserError(f"{said}: there is no {wrong[0]!r}; allowed are {', '.join(_RECOMPUTE_MODULES)}")
-
-
-def _check_overlap(args: argparse.Namespace) -> None:
-    for name, needed in (
-        ("overlap_param_gather", "use_distributed_optimizer"),
-        ("overlap_param_gather", "overlap_grad_reduce"),
-    ):
-        if getattr(args, name) and not getattr(args, needed):
-            raise UserError(f"{flag(name)} needs {flag(needed)}; add it, or leave {flag(name)} out")
+    on_gpu = args.transformer_impl == "transformer_engine"
+    if on_gpu and args.context_parallel_size > 1 and not (args.bf16 or args.fp16):
+        raise UserError(
+            f"--context-parallel-size {args.context_parallel_size} in fp32: Transformer Engine's attention has context "
+            "parallelism in 16 bits only; add --bf16"
+        )
 
 
 def _check_packages(args: argparse.Namespace) -> None:
-    for name, needs_it, package, install in (
-        ("transformer_impl", args.transformer_impl == "transformer_engine", "transformer_engine", "'hymeg[gpu]'"),
-        ("num_distributed_optimizer_instances", args.num_distributed_optimizer_instances > 1, "einops", "einops"),
-        ("optimizer", args.optimizer not in ("adam", "sgd"), "emerging_optimizers", "emerging-optimizers"),
+    deep_ep = ("deep_ep", "build it from github.com/deepseek-ai/DeepEP")
+    for name, needs_it, (package, install) in (
         (
-            "async_strategy",
+            "transformer_impl",
+            args.transformer_impl == "transformer_engine",
+            ("transformer_engine", "pip install 'hymeg[gpu]'"),
+        ),
+        ("moe_token_dispatcher_type", args.moe_token_dispatcher_type == "flex", deep_ep),
+        ("moe_enable_deepep", args.moe_enable_deepep, deep_ep),
+        (
+            "num_distributed_optimizer_instances",
+            args.num_distributed_optimizer_instances > 1,
+            ("einops", "pip install 'hymeg[optimizers]'"),
+        ),
+        (
+            "optimizer",
+            args.optimizer not in ("adam", "sgd"),
+            ("emerging_optimizers", "pip install 'hymeg[optimizers]'"),
+        ),
+        (
+            "async_save",
             args.async_save and args.async_strategy == "nvrx",
-            "nvidia_resiliency_ext",
-            "nvidia-resiliency-ext",
+            (_NVRX[0], f"{_NVRX[1]}, or give --async-strategy mcore"),
         ),
-        (
-            "non_persistent_ckpt_type",
-            args.non_persistent_ckpt_type == "local",
-            "nvidia_resiliency_ext",
-            "nvidia-resiliency-ext",
-        ),
-        ("wandb_project", bool(args.wandb_project), "wandb", "wandb"),
+        ("non_persistent_ckpt_type", args.non_persistent_ckpt_type == "local", _NVRX),
+        ("enable_ft_package", args.enable_ft_package, _NVRX),
+        ("fault_injector_ranks", args.fault_injector_ranks is not None, _NVRX),
+        ("fault_injector_num_ranks", args.fault_injector_num_ranks is not None, _NVRX),
+        ("wandb_project", bool(args.wandb_project), ("wandb", "pip install 'hymeg[wandb]'")),
     ):
         if needs_it and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{flag(name)} {getattr(args, name)} needs {package}, which is not installed: run pip install "
-                f"{install}, or choose another"
-            )
+            value = getattr(args, name)
+            said = flag(name) if value is True else f"{flag(name)} {shown_value(value)}"
+            raise UserError(f"{said} needs {package}, which is not installed: {install}, or leave {flag(name)} out")
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -235,8 +232,5 @@ def _correct(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or max(1, args.train_samples // (args.global_batch_size or 1))
         say(f"--save-interval {args.save_interval} set: one checkpoint, at the end")
-    parallel = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
-    if parallel and not args.overlap_moe_expert_parallel_comm and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
-        # Read by CUDA when the first context is made, which is later than this.
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if connections.were_set and not platform.is_cpu():
         say("CUDA_DEVICE_MAX_CONNECTIONS=1 set: tensor and context parallelism need it on GPUs before Blackwell")

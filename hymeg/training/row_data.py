@@ -19,15 +19,6 @@ from hymeg.training.flag_names import flag
 from hymeg.training.once import once_per_node
 
 _SPLITS = ("training", "validation", "test")
-_IGNORED = {
-    **dict.fromkeys(("mock_data", "data_args_path", "per_split_data_args_path"), "give the files with --data-path"),
-    "eod_mask_loss": "exactly the assistant's tokens are trained",
-    "create_attention_mask_in_dataloader": "attention knows where conversations begin",
-    "dataloader_type": "the order is hymeg's own, seeded by epoch",
-    "sft_tokenizer_prompt_format": "the format is the checkpoint's own chat template",
-    "full_validation": "without --eval-iters all validation data is used",
-    "multiple_validation_sets": "several --valid-data-path have a loss each",
-}
 _DEFAULT_SPLITS = ("97, 3, 0", "90, 10, 0", "100, 0, 0")
 
 
@@ -45,14 +36,6 @@ def settle_rows(args: argparse.Namespace) -> None:
         UserError: a flag that contradicts it or would be ignored, no data, a file that is missing, empty, unreadable or
             of an unknown kind, a cache that cannot be written.
     """
-    for dest, why in _IGNORED.items():
-        if dest in args.explicit and getattr(args, dest) not in (False, "single"):
-            raise UserError(f"{args.explicit[dest][0]} has no place with --sft: {why}; leave it out")
-    if not args.calculate_per_token_loss:
-        raise UserError(
-            "--sft needs --calculate-per-token-loss: conversations differ in how many tokens they train; leave the "
-            "opposite out"
-        )
     if args.packed and args.micro_batch_size != 1:
         raise UserError(
             f"--micro-batch-size {args.micro_batch_size}: packed conversations need 1; for more tokens at once raise "

@@ -36,7 +36,6 @@ def main(argv: Sequence[str]) -> None:
         args, config = parse(argv)
         notes: list[str] = []
         preflight(args, config, notes.append)
-        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # pretrain_hy.py's, for so long
         notes = [*platform.announcement(), *notes]
         if int(os.environ.get("RANK", "0")) == 0:
             for note in notes:

@@ -65,11 +65,6 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 """Destination -> the lowest and the highest value."""
 
-_SAVE_INTERVALS = (
-    "save_interval",
-    *(f"save_{what}_interval" for what in ("params", "activations", "tokens_per_expert", "wgrads", "dgrads")),
-)
-
 _ADVICE = {
     "eval_interval": "; to evaluate never, give --eval-iters 0",
     "save_interval": "; to save never, leave --save out",
@@ -120,14 +115,12 @@ def check_schedule(args: argparse.Namespace) -> None:
             f"{args.save_interval}; "
             f"with {2 * args.save_interval} every second checkpoint is kept"
         )
-    for dest in _SAVE_INTERVALS:
-        # From a recipe that several runs share it is only noted.
-        typed = args.explicit.get(dest, ("", "in a recipe"))[1] == ""
-        if args.save is None and getattr(args, dest) is not None and (typed or dest != "save_interval"):
-            raise UserError(
-                f"{flag(dest)} {getattr(args, dest)} without --save would save nothing; add --save FOLDER, or leave it "
-                "out"
-            )
+    # From a recipe that several runs share it is only noted.
+    if args.save is None and args.save_interval is not None and not args.explicit["save_interval"][1]:
+        raise UserError(
+            f"--save-interval {args.save_interval} without --save would save nothing; add --save FOLDER, or leave it "
+            "out"
+        )
 
 
 def _allowed(lowest: float, highest: float, value: float) -> str:

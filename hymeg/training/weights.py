@@ -58,6 +58,12 @@ def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str
         return
     dest, folder = chosen
     if is_distributed_checkpoint(folder):
+        if args.ckpt_step is not None and args.save is not None and _same_folder(folder, args.save):
+            raise UserError(
+                f"--ckpt-step {args.ckpt_step}: a job that is started again would go back there each time, since "
+                f"--load is its --save folder; write {args.ckpt_step} into {os.path.join(folder, TRACKER)}, or save "
+                "elsewhere"
+            )
         _check_distributed(args, dest, folder, config, say)
         args.exit_on_missing_checkpoint = True
     else:
@@ -66,7 +72,8 @@ def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str
                 f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no "
                 "iterations; leave it out"
             )
-        _check_hf_folder(f"{flag(dest)} {folder}", folder, config)
+        if args.local_rank == 0:  # one look a node: every rank's would be thousands of opened files
+            _check_hf_folder(f"{flag(dest)} {folder}", folder, config)
         args.hf_weights, args.load, args.pretrained_checkpoint = folder, None, None
 
 
@@ -80,7 +87,7 @@ def _choose(args: argparse.Namespace) -> tuple[str, str] | None:
             continue
         if is_distributed_checkpoint(folder) or is_hf_folder(folder):
             return dest, folder
-        own = dest == "load" and args.save is not None and os.path.realpath(folder) == os.path.realpath(args.save)
+        own = dest == "load" and args.save is not None and _same_folder(folder, args.save)
         if own and not args.init_from_scratch and args.pretrained_checkpoint is None:
             raise UserError(
                 f"--load {folder} is this run's own --save folder and holds no checkpoint yet: say with "
@@ -92,6 +99,10 @@ def _choose(args: argparse.Namespace) -> tuple[str, str] | None:
     return None
 
 
+def _same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def _nothing_in(folder: str) -> str:
     """Why nothing can be loaded from `folder`, and what could."""
     needed = f"a folder with a checkpoint ({TRACKER}) or a Hugging Face model (config.json) is needed"
@@ -101,7 +112,8 @@ def _nothing_in(folder: str) -> str:
     if not os.path.exists(folder):
         siblings = os.listdir(parent) if os.access(parent, os.R_OK | os.X_OK) else []
         near = difflib.get_close_matches(name, siblings, n=1)
-        return f"no such folder; {f'did you mean {os.path.join(parent, near[0])}? ' if near else ''}{needed}, or --init-from-scratch for random weights"
+        guess = f"did you mean {os.path.join(parent, near[0])}? " if near else ""
+        return f"no such folder; {guess}{needed}, or --init-from-scratch for random weights"
     if not os.path.isdir(folder):
         return f"a file, not a folder; {needed}"
     if not os.access(folder, os.R_OK | os.X_OK):
@@ -112,7 +124,7 @@ def _nothing_in(folder: str) -> str:
 def _check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | None) -> None:
     if args.save is None or not is_distributed_checkpoint(args.save):
         return
-    if chosen is None or os.path.realpath(chosen[1]) != os.path.realpath(args.save):
+    if chosen is None or not _same_folder(chosen[1], args.save):
         start = f"{flag(chosen[0])} {chosen[1]}" if chosen else "--init-from-scratch"
         keep = f"--pretrained-checkpoint {chosen[1]}" if chosen else start
         raise UserError(

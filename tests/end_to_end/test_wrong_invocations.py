@@ -97,5 +97,6 @@ def test_a_recipe_is_refused_with_its_line(model, tmp_path):
     assert done.returncode == 2
     assert (
         done.stderr
-        == f"error: {recipe}, line 3: unknown key 'learning_rate'; did you mean lr? (keys are the flags of pretrain_hy.py, without --)\n"
+        == f"error: {recipe}, line 3: unknown key 'learning_rate'; did you mean lr? "
+        "(keys are the flags of pretrain_hy.py, without --)\n"
     )

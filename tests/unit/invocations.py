@@ -69,8 +69,16 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "--rotary-interleaved",
         ("--rotary-interleaved", "another model", "leave --rotary-interleaved out"),
     ),
-    "from the checkpoint": (1, "--use-checkpoint-args", ("--use-checkpoint-args", "config.json", "leave it out")),
-    "positions reset": (1, "--reset-position-ids", ("--reset-position-ids", "would change nothing", "leave it out")),
+    "from the checkpoint": (
+        1,
+        "--use-checkpoint-args",
+        ("--use-checkpoint-args", "config.json", "leave --use-checkpoint-args out"),
+    ),
+    "positions reset": (
+        1,
+        "--reset-position-ids",
+        ("--reset-position-ids", "would change nothing", "leave --reset-position-ids out"),
+    ),
     # ---- the model's folder
     "no folder": (1, "--hf-model {tmp}/hff", ("--hf-model {tmp}/hff", "no such folder", "hf download")),
     "a name on the hub": (
@@ -259,7 +267,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "saves gradients without a folder": (
         1,
         "--save-wgrads-interval 1",
-        ("--save-wgrads-interval 1", "without --save", "add --save FOLDER"),
+        ("--save-wgrads-interval 1", "no effect without --save", "add that"),
     ),
     "for clusters of others": (
         1,
@@ -269,35 +277,15 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "dropout": (1, "--hidden-dropout 1.5", ("--hidden-dropout 1.5", "below 1")),
     "workers": (1, "--num-workers -1", ("--num-workers -1", "at least 0")),
     # ---- recomputation and overlap
-    "recompute how": (
-        1,
-        "--recompute-granularity full",
-        ("--recompute-granularity full", "--recompute-method uniform"),
-    ),
-    "recompute how much": (
-        1,
-        "--recompute-granularity full --recompute-method block",
-        ("--recompute-granularity full", "--recompute-num-layers"),
-    ),
     "recompute selectively": (
         1,
         "--recompute-granularity selective --recompute-num-layers 1",
-        ("--recompute-num-layers 1", "full only", "leave it out"),
-    ),
-    "recompute what": (
-        1,
-        "--recompute-granularity selective --recompute-modules attn",
-        ("--recompute-modules attn", "core_attn, moe_act"),
+        ("--recompute-num-layers 1", "without --recompute-granularity full", "leave --recompute-num-layers out"),
     ),
     "recompute for nothing": (
         1,
         "--recompute-modules moe",
-        ("--recompute-modules moe", "--recompute-granularity selective", "leave it out"),
-    ),
-    "overlap of nothing": (
-        1,
-        "--overlap-param-gather",
-        ("--overlap-param-gather", "--use-distributed-optimizer", "add it"),
+        ("--recompute-modules moe", "--recompute-granularity selective", "leave --recompute-modules out"),
     ),
     # ---- data
     "no data": (1, DATA, ("--data-path PREFIX", "--mock-data")),
@@ -418,17 +406,17 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "conversations by micro-batch": (
         1,
         f"{SFT} --data-path {{rows}} --no-calculate-per-token-loss",
-        ("--sft", "--calculate-per-token-loss", "leave the opposite out"),
+        ("--no-calculate-per-token-loss", "--sft", "leave --no-calculate-per-token-loss out"),
     ),
     "conversations and masks": (
         1,
         f"{SFT} --data-path {{rows}} --eod-mask-loss",
-        ("--eod-mask-loss", "no place with --sft", "leave it out"),
+        ("--eod-mask-loss", "no place with --sft", "leave --eod-mask-loss out"),
     ),
     "conversations in cycles": (
         1,
         f"{SFT} --data-path {{rows}} --dataloader-type cyclic",
-        ("--dataloader-type", "seeded by epoch", "leave it out"),
+        ("--dataloader-type", "seeded by epoch", "leave --dataloader-type out"),
     ),
     "conversations split twice": (
         1,
@@ -439,7 +427,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "Megatron's prompt formats": (
         1,
         f"{SFT} --data-path {{rows}} --sft-tokenizer-prompt-format identity",
-        ("--sft-tokenizer-prompt-format", "chat template", "leave it out"),
+        ("--sft-tokenizer-prompt-format", "chat template", "leave --sft-tokenizer-prompt-format out"),
     ),
     "no such truncation": (
         1,
@@ -462,7 +450,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{SFT} --data-path {{rows}} --data-cache-path {{rows}}/x",
         ("--data-cache-path {rows}/x", "is a file", "folder"),
     ),
-    "packing of text": (1, "--no-sft-packing", ("--no-sft-packing", "--sft")),
+    "packing of text": (1, "--no-sft-packing", ("--no-sft-packing", "no effect without --sft", "add that")),
     "truncation of text": (1, "--sft-truncation left", ("--sft-truncation", "--sft")),
     "evaluation on nothing": (
         1,
@@ -623,7 +611,64 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{LOAD} --load {{hf}} --save {{ckpt}}",
         ("--save {ckpt}", "--load {ckpt} --pretrained-checkpoint {hf}", "another --save"),
     ),
-    "other format": (1, "--ckpt-format torch", ("--ckpt-format torch", "torch_dist", "leave it out")),
+    "optimizer that cannot be resumed": (
+        1,
+        "--optimizer sgd --save {tmp}/new",
+        ("--optimizer sgd", "cannot load it again", "--no-save-optim"),
+    ),
+    "back to a step in every life": (
+        1,
+        f"{LOAD} --load {{ckpt}} --save {{ckpt}} --ckpt-step 10",
+        ("--ckpt-step 10", "write 10 into {ckpt}/latest_checkpointed_iteration.txt", "save elsewhere"),
+    ),
+    # ---- flags that Megatron takes, and that would do nothing or something else
+    "frozen": (1, "--freeze-all-layers", ("--freeze-all-layers", "does not take", "leave --freeze-all-layers out")),
+    "group for gathering": (1, "--create-all-gather-group", ("--create-all-gather-group", "does not take")),
+    "weights on the CPU": (1, "--use-cpu-initialization", ("--use-cpu-initialization", "leave the model on the CPU")),
+    "weights of the memory": (
+        1,
+        "--init-model-with-meta-device",
+        ("--init-model-with-meta-device", "whatever the memory held", "leave --init-model-with-meta-device out"),
+    ),
+    "another chat template": (
+        1,
+        f"{SFT} --data-path {{rows}} --chat-template {{tmp}}/none.jinja",
+        ("--chat-template ", "those in --hf-model", "leave --chat-template out"),
+    ),
+    "masks that nobody reads": (
+        1,
+        "--create-attention-mask-in-dataloader",
+        ("--create-attention-mask-in-dataloader", "unread"),
+    ),
+    "another head": (1, "--fp8-output-proj", ("--fp8-output-proj", "16 bits or fp32", "leave --fp8-output-proj out")),
+    "embedding's gradient later": (
+        1,
+        "--defer-embedding-wgrad-compute",
+        ("--defer-embedding-wgrad-compute", "leave --defer-embedding-wgrad-compute out"),
+    ),
+    "FSDP": (1, "--use-megatron-fsdp", ("--use-megatron-fsdp", "FSDP", "shard with --use-distributed-optimizer")),
+    "the other FSDP": (1, "--use-torch-fsdp2", ("--use-torch-fsdp2", "FSDP", "shard with --use-distributed-optimizer")),
+    "a switch's companion alone": (
+        1,
+        "--profile-step-start 3",
+        ("--profile-step-start 3", "no effect without --profile", "add that"),
+    ),
+    "a companion of one choice": (
+        1,
+        "--muon-momentum 0.9 --muon-num-ns-steps 7",
+        ("--muon-num-ns-steps 7", "no effect without --optimizer muon", "leave --muon-num-ns-steps out"),
+    ),
+    "a companion of a size": (
+        1,
+        "--account-for-loss-in-pipeline-split",
+        ("--account-for-loss-in-pipeline-split", "without --pipeline-model-parallel-size above 1"),
+    ),
+    "reinforcement learning": (
+        1,
+        "--rl-default-temperature 0.5",
+        ("--rl-default-temperature 0.5", "not part of hymeg"),
+    ),
+    "other format": (1, "--ckpt-format torch", ("--ckpt-format torch", "torch_dist", "leave --ckpt-format out")),
     "no configuration file": (
         1,
         "--te-precision-config-file {tmp}/no.yaml",
@@ -637,30 +682,49 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "optimizer from a package": (
         1,
         "--optimizer muon",
-        ("--optimizer muon", "not installed", "pip install emerging-optimizers"),
-    ),
-    "asynchronous saves": (
-        1,
-        "--async-save",
-        ("--async-strategy nvrx", "not installed", "pip install nvidia-resiliency-ext"),
+        ("--optimizer muon", "not installed", "pip install 'hymeg[optimizers]'"),
     ),
     "local checkpoints": (
         1,
         "--non-persistent-ckpt-type local",
-        ("--non-persistent-ckpt-type local", "not installed", "nvidia-resiliency-ext"),
+        ("--non-persistent-ckpt-type local", "not installed", "pip install 'hymeg[resiliency]'"),
     ),
     "instances of the optimizer": (
         2,
         "--num-distributed-optimizer-instances 2",
-        ("--num-distributed-optimizer-instances 2", "not installed", "einops"),
+        ("--num-distributed-optimizer-instances 2", "not installed", "pip install 'hymeg[optimizers]'"),
     ),
     "kept too seldom": (
         1,
         "--save {tmp}/new --save-interval 2 --save-retain-interval 3",
         ("--save-retain-interval 3", "--save-interval 2", "with 4 every"),
     ),
-    "wandb": (1, "--wandb-project x", ("--wandb-project x", "not installed", "pip install wandb")),
+    "wandb": (1, "--wandb-project x", ("--wandb-project x", "not installed", "pip install 'hymeg[wandb]'")),
 }
+
+WRONG_ON_GPU: dict[str, tuple[str, ...]] = {
+    "--async-save --save {tmp}/new": ("--async-save", "needs --use-persistent-ckpt-worker", "add that"),
+    "--async-save --use-persistent-ckpt-worker --save {tmp}/new": (
+        "--async-save",
+        "not installed",
+        "pip install 'hymeg[resiliency]', or give --async-strategy mcore",
+    ),
+    "--moe-token-dispatcher-type flex": ("--moe-token-dispatcher-type flex", "needs deep_ep", "deepseek-ai/DeepEP"),
+    "--moe-enable-deepep": ("--moe-enable-deepep", "needs deep_ep", "leave --moe-enable-deepep out"),
+    "--enable-ft-package": ("--enable-ft-package", "not installed", "pip install 'hymeg[resiliency]'"),
+    "--fp8-format hybrid --fp8-recipe delayed": ("--fp8-recipe delayed", "no run could be resumed", "use blockwise"),
+    "--fp8-amax-history-len 1024": ("--fp8-amax-history-len 1024", "--fp8-recipe delayed, which is not supported"),
+    "--context-parallel-size 2": ("--context-parallel-size 2 in fp32", "16 bits only", "add --bf16"),
+}
+
+WRONG_FOR_MEGATRON: dict[str, tuple[str, ...]] = {
+    "--recompute-granularity full": ("recompute_method",),
+    "--recompute-granularity full --recompute-method block": ("recompute_num_layers",),
+    "--recompute-granularity selective --recompute-modules attn": ("recompute_modules", "attn"),
+    "--overlap-param-gather": ("--overlap-param-gather only supported with distributed optimizer",),
+    "--overlap-param-gather --use-distributed-optimizer": ("--overlap-grad-reduce",),
+}
+"""What Megatron's own validation refuses, in words that need nothing added."""
 
 WRONG_ON_CPU: dict[str, tuple[str, ...]] = {
     "--fp8-format hybrid": ("--fp8-format hybrid", "Transformer Engine", "leave --fp8-format out"),
@@ -697,7 +761,6 @@ WRONG_ON_CPU: dict[str, tuple[str, ...]] = {
         "leave --use-precision-aware-optimizer out",
     ),
     "--optimizer-cpu-offload": ("--optimizer-cpu-offload", "on the CPU already", "leave --optimizer-cpu-offload out"),
-    "--use-megatron-fsdp": ("--use-megatron-fsdp", "CUDA", "leave --use-megatron-fsdp out"),
     "--tp-comm-overlap": ("--tp-comm-overlap", "Transformer Engine", "leave --tp-comm-overlap out"),
     "--fp32-residual-connection --bf16": (
         "--fp32-residual-connection",
@@ -710,5 +773,8 @@ WRONG_ON_CPU: dict[str, tuple[str, ...]] = {
         "out of the list",
     ),
     "--no-dist-ckpt-optim-fully-reshardable": ("--no-dist-ckpt-optim-fully-reshardable", "cannot be resumed", "out"),
+    "--async-save --save {tmp}/new": ("--async-save", "wait for ever", "leave --async-save out"),
+    "--cp-comm-type a2a --context-parallel-size 2": ("--cp-comm-type a2a", "gathers", "leave --cp-comm-type out"),
+    "--save-tokens-per-expert-interval 2 --save {tmp}/new": ("--save-tokens-per-expert-interval 2", "do not count"),
     "--log-energy": ("--log-energy", "a GPU's power", "leave --log-energy out"),
 }

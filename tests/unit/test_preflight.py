@@ -15,7 +15,16 @@ from hymeg import platform
 
 platform.install()
 
-from invocations import DATA, LOAD, NEEDED, PP2, WRONG, WRONG_ON_CPU  # noqa: E402
+from invocations import (  # noqa: E402
+    DATA,
+    LOAD,
+    NEEDED,
+    PP2,
+    WRONG,
+    WRONG_FOR_MEGATRON,
+    WRONG_ON_CPU,
+    WRONG_ON_GPU,
+)
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator  # noqa: E402
 from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
 from megatron.training.arguments import validate_args  # noqa: E402
@@ -24,12 +33,12 @@ from places import make_places  # noqa: E402
 from hymeg.errors import UserError  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.models.hy import HyTransformerConfig  # noqa: E402
-from hymeg.platform import flags as cpu_flags  # noqa: E402
-from hymeg.training import refused_flags, schedule  # noqa: E402
-from hymeg.training.arguments import _parser, parse  # noqa: E402
+from hymeg.platform import connections  # noqa: E402
+from hymeg.training.arguments import parse  # noqa: E402
 from hymeg.training.preflight import preflight  # noqa: E402
+from hymeg.training.run import _megatron_refusals  # noqa: E402
 
-OPTIONAL = ("einops", "emerging_optimizers", "nvidia_resiliency_ext", "wandb")
+OPTIONAL = ("deep_ep", "einops", "emerging_optimizers", "nvidia_resiliency_ext", "wandb")
 """Packages that a test must not find, whether they are installed or not."""
 
 on_cpu = pytest.mark.skipif(not platform.is_cpu(), reason="the CPU's own refusals")
@@ -87,6 +96,64 @@ def test_what_the_cpu_cannot_do_is_refused_by_name(checked, added):
     said = told(checked, added)
     for word in (*WRONG_ON_CPU[added], "cannot work on CPU"):
         assert word in said, said
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """As on a machine with two Hopper GPUs and Transformer Engine."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "transformer_engine" or find_spec(name))
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.parametrize("added", WRONG_ON_GPU)
+def test_what_fails_on_gpus_is_told_before(checked, on_gpus, added):
+    said = told(checked, added, 2)
+    for word in WRONG_ON_GPU[added]:
+        assert word in said, said
+
+
+@pytest.mark.parametrize("added", WRONG_FOR_MEGATRON)
+def test_what_megatron_refuses_is_told_in_its_words(checked, added):
+    args, _ = checked(added)
+    destroy_num_microbatches_calculator()
+    with pytest.raises(UserError) as raised, _megatron_refusals():
+        validate_quietly(args)
+    for word in (*WRONG_FOR_MEGATRON[added], "Megatron refuses"):
+        assert word in str(raised.value)
+
+
+def validate_quietly(args) -> None:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        validate_args(args)
+        core_transformer_config_from_args(args, HyTransformerConfig)
+
+
+@pytest.mark.parametrize(
+    ("capability", "said", "recipe"),
+    [((9, 0), "", "blockwise"), ((8, 9), "", "tensorwise"), ((8, 9), " --fp8-recipe mxfp8", "mxfp8")],
+)
+def test_fp8_has_a_recipe_that_can_be_resumed(checked, on_gpus, monkeypatch, capability, said, recipe):
+    """Megatron's own default, delayed, keeps a state that Transformer Engine refuses to load."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert checked(f"--bf16 --fp8-format hybrid{said}")[0].fp8_recipe == recipe
+
+
+def test_muon_with_overlaps_is_right(checked, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    validate_quietly(checked("--bf16 --optimizer dist_muon --overlap-param-gather --overlap-grad-reduce", 2)[0])
+
+
+def test_only_the_first_rank_of_a_node_opens_the_weights(checked, places, monkeypatch):
+    opened = []
+    monkeypatch.setattr("hymeg.training.weights.open_checkpoint", lambda folder: opened.append(folder) or {})
+    monkeypatch.setattr("hymeg.training.weights.match_hf_tensors", lambda *args: None)
+    for local_rank in ("0", "1", "7"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert checked(f"{LOAD} --load {{hf}}")[0].hf_weights == places["hf"]
+    assert opened == [places["hf"]]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +296,7 @@ def test_a_right_invocation_passes_and_megatron_takes_it(checked, monkeypatch, c
     world_size, added = RIGHT[case]
     args, _ = checked(added, world_size)
     destroy_num_microbatches_calculator()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        validate_args(args)
-        core_transformer_config_from_args(args, HyTransformerConfig)
+    validate_quietly(args)
 
 
 def test_samples_instead_of_iterations(checked):
@@ -319,37 +384,41 @@ def test_nothing_is_said_of_what_needs_no_correction(checked):
     assert checked("--tensor-model-parallel-size 2 --sequence-parallel", 2)[1] == []
 
 
-def test_connections_are_set_for_tensor_parallelism_on_cuda_unless_set(checked, monkeypatch):
-    monkeypatch.setattr(platform, "is_cpu", lambda: False)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    for before, after, said in ((None, "1", True), ("32", "32", False)):
-        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-        if before:
-            monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", before)
-        notes = checked("--tensor-model-parallel-size 2", 2)[1]
-        assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == after
-        assert any("CUDA_DEVICE_MAX_CONNECTIONS" in note for note in notes) is said
+@pytest.mark.parametrize(
+    ("line", "recipe", "gpu", "before", "after"),
+    [
+        ("--tensor-model-parallel-size 2", "", "H100", None, "1"),
+        ("--tensor-model-parallel-size=2", "", "H100", None, "1"),
+        ("--config {recipe}", "context_parallel_size: 4", "H100", None, "1"),
+        ("--config={recipe}", "context-parallel-size: 4  # of 8", "H100", None, "1"),
+        ("--config {recipe} --context-parallel-size 1", "context-parallel-size: 4", "H100", None, None),
+        ("--config {recipe}", "# tensor-model-parallel-size: 2", "H100", None, None),
+        ("--tensor-model-parallel-size 1", "", "H100", None, None),
+        ("--pipeline-model-parallel-size 2", "", "H100", None, None),
+        ("--tensor-model-parallel-size 2 --overlap-moe-expert-parallel-comm", "", "H100", None, None),
+        ("--tensor-model-parallel-size 2", "", "GB200", None, None),
+        ("--tensor-model-parallel-size 2", "", "RTX PRO 6000 Blackwell", None, None),
+        ("--tensor-model-parallel-size 2", "", "H100", "32", "32"),
+    ],
+)
+def test_connections_are_set_where_needed_before_torch_is_there(
+    tmp_path, monkeypatch, line, recipe, gpu, before, after
+):
+    """The driver reads the variable once, and importing Megatron asks the driver for its GPUs."""
+    (tmp_path / "recipe.yaml").write_text(f"bf16: true\n{recipe}\n")
+    (tmp_path / "information").write_text(f"Model: \t\t NVIDIA {gpu}\nIRQ: 16\n")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", before or "")
+    if before is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(connections, "were_set", False)
+    connections.set_connections(line.format(recipe=tmp_path / "recipe.yaml").split(), str(tmp_path / "info*"))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == after
+    assert connections.were_set is (after == "1")
 
 
-# ---- the tables of flags
-
-
-def test_every_flag_in_our_tables_is_one_of_megatrons():
-    """An upgrade that renames a flag must not leave a check without effect."""
-    dests = {action.dest: action for action in _parser()._actions}
-    ours = [
-        *refused_flags.OTHER_MODEL,
-        *refused_flags.UNSUPPORTED,
-        *cpu_flags.REQUIRED,
-        *cpu_flags.REFUSED,
-        *schedule._RANGES,
-    ]
-    ours += [dest for dest, _ in (*refused_flags.UNSUPPORTED_VALUES, *cpu_flags.REFUSED_VALUES)]
-    assert not [dest for dest in ours if dest not in dests]
-    for dest, value in (*refused_flags.UNSUPPORTED_VALUES, *cpu_flags.REFUSED_VALUES):
-        choices = dests[dest].choices
-        assert choices is None or value in [getattr(choice, "name", choice) for choice in choices], (dest, value)
+def test_connections_that_were_set_are_said(checked, on_gpus, monkeypatch):
+    monkeypatch.setattr(connections, "were_set", True)
+    assert [note for note in checked("--bf16")[1] if note.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 set")]
 
 
 def test_checking_twice_finds_the_same(places, monkeypatch):

@@ -222,7 +222,7 @@ def test_a_wrong_line_is_named_with_what_is_wrong_in_it(parser, recipe, text, li
         ),
         ("swiglu: false", ["--no-swiglu contradicts", "leave --no-swiglu out", "recipe.yaml, line 1)"]),
         ("\nbatch-size: 4", ["--batch-size 4 is not supported", "--micro-batch-size", "recipe.yaml, line 2)"]),
-        ("rotary-interleaved: true", ["--rotary-interleaved makes another model", "recipe.yaml, line 1)"]),
+        ("rotary-interleaved: true", ["it makes another model", "recipe.yaml, line 1)"]),
     ],
 )
 def test_what_only_shows_later_still_names_the_line(args, text, words):
