@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 from hymeg.checkpoint.compare import compare_checkpoints, describe
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
-from hymeg.checkpoint.dist_files import TRACKER, open_dist_checkpoint
+from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.sinks import new_folder, transfer
+from hymeg.checkpoint.sources import open_dist
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import SafetensorsFile
@@ -111,7 +113,7 @@ WRONG_HF = {
     "truncated shard": (lambda folder: truncate(first_shard(folder)), "truncated"),
     "corrupt header": (
         lambda folder: overwrite_bytes(first_shard(folder), 20, b"\xff\xff"),
-        "header is not valid JSON",
+        "the header is damaged",
     ),
     "endless header": (lambda folder: overwrite_bytes(first_shard(folder), 0, b"\xff" * 8), "not a safetensors file"),
     "wrong shape": (
@@ -260,7 +262,7 @@ def test_damaged_metadata_never_run_anything_nor_end_in_a_traceback(dist_checkpo
             damaged[choose.randrange(len(data))] = choose.randrange(256)
         path.write_bytes(damaged)
         with contextlib.suppress(UserError):
-            open_dist_checkpoint(tmp_path / "dist")
+            open_dist(tmp_path / "dist")
 
 
 # ---- the target
@@ -312,9 +314,7 @@ def test_a_full_or_read_only_disk_is_said_and_nothing_is_left(hf_checkpoint, dis
     for convert, given in ((hf_to_dist, hf_checkpoint), (dist_to_hf, dist_checkpoint)):
         with pytest.raises(UserError, match=r"GB are needed and .* are free on that disk"):
             convert(given, small_disk / "target")
-        monkeypatch.setattr(
-            "hymeg.checkpoint.conversion_plan.check_target", lambda *_: None
-        )  # the disk fills up while it works
+        monkeypatch.setattr(new_folder, "check_target", lambda *_: None)  # the disk fills up while it works
         (small_disk / "more").write_bytes(bytes((small_disk / "filler").stat().st_size and (1 << 20) - 300_000))
         with pytest.raises(UserError, match="No space left on device"):
             convert(given, small_disk / "target")
@@ -372,22 +372,21 @@ def test_killed_at_any_moment_nothing_is_accepted_and_the_next_run_starts_anew(t
 
 
 def test_a_shard_is_none_until_all_its_tensors_are_written(dist_checkpoint, tmp_path, monkeypatch):
-    from hymeg.checkpoint import convert
-
     seen = []
 
-    def write(folder, *args):
-        peak = transfer_write(folder, *args)
+    def run(*args):
+        outcome = real_run(*args)
+        folder = tmp_path / "out.partial"
         for path in folder.glob("*.safetensors"):
             with pytest.raises(UserError):
                 SafetensorsFile(path)
             with pytest.raises(SafetensorError):
                 load_file(path)
             seen.append(path)
-        return peak
+        return outcome
 
-    transfer_write = convert.write
-    monkeypatch.setattr(convert, "write", write)
+    real_run = transfer.run
+    monkeypatch.setattr(transfer, "run", run)  # the tensors are written, the headers not yet
     dist_to_hf(dist_checkpoint, tmp_path / "out", max_shard_bytes=200_000)
     assert len(seen) > 2 and compare_checkpoints(dist_checkpoint, tmp_path / "out") == []
 
@@ -404,8 +403,6 @@ def _accepted(folder: Path) -> bool:
 def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_the_same(
     hf_checkpoint, tmp_path, monkeypatch
 ):
-    from hymeg.checkpoint import folders
-
     partial = tmp_path / "dist.partial"
     (partial / "release").mkdir(parents=True)
     (partial / "release" / "__0_0.distcp").write_bytes(bytes(10))
@@ -413,8 +410,8 @@ def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_
     (partial / ".unfinished").touch()
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         removals = iter([lambda path: shutil.os.unlink(path)])
-        killed.setattr(folders.Path, "unlink", lambda path, **_: next(removals, _killed)(path))
-        folders._remove(partial)
+        killed.setattr(new_folder.Path, "unlink", lambda path, **_: next(removals, _killed)(path))
+        new_folder._remove(partial)
     assert partial.is_dir()
     hf_to_dist(hf_checkpoint, tmp_path / "dist")
     assert os.listdir(tmp_path) == ["dist"]
@@ -425,11 +422,9 @@ def _killed(_: Path) -> None:
 
 
 def test_the_second_of_two_conversions_to_one_folder_is_refused(hf_checkpoint, tmp_path, monkeypatch):
-    from hymeg.checkpoint import folders
-
-    monkeypatch.setattr(folders, "_SECONDS_TO_WAIT", 0.2)
+    monkeypatch.setattr(new_folder, "_SECONDS_TO_WAIT", 0.2)
     with (
-        folders.built_beside(tmp_path / "dist", print),
+        new_folder.new_folder(tmp_path / "dist", 0, False, {}, print),
         pytest.raises(UserError, match="another conversion is writing there"),
     ):
         hf_to_dist(hf_checkpoint, tmp_path / "dist")

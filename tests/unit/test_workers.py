@@ -7,8 +7,10 @@ import signal
 
 import pytest
 
-from hymeg.checkpoint import transfer, workers
+from hymeg.checkpoint import row_tensors, workers
+from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.sinks import transfer
 from hymeg.checkpoint.workers import Progress, run
 from hymeg.errors import UserError
 
@@ -103,7 +105,7 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(
     def killed(reader, task, *rest):
         assert os.getpid() != parent
         write_task(reader, task, *rest)
-        if task.name.startswith(("decoder.layers.3", "model.layers.3")):
+        if task.tensor.key.startswith("decoder.layers.3"):
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
 
     monkeypatch.setattr(transfer, "_write_task", killed)
@@ -125,7 +127,7 @@ def test_parts_are_dealt_to_whoever_asks_each_once():
 @pytest.mark.parametrize(("num_files", "num_workers", "expected"), [(8, 2, 8), (7, 2, 2), (1, 3, 3), (12, 1, 12)])
 def test_whole_files_are_dealt_where_there_are_several_for_each_worker(num_files, num_workers, expected):
     tasks = [
-        transfer.Task(f"{file} {i}", None, [], "BF16", 10, f"file{file}", 10 * i)
+        transfer.Task(row_tensors.RowTensor("key", "BF16", (1, 5), ()), [(0, 1)], "BF16", f"file{file}", 10 * i)
         for file in range(num_files)
         for i in range(6)
     ]
@@ -136,10 +138,7 @@ def test_whole_files_are_dealt_where_there_are_several_for_each_worker(num_files
 
 
 def test_no_more_files_are_open_than_a_process_may_have(hf_checkpoint, tmp_path, monkeypatch):
-    from hymeg.checkpoint import rows
-    from hymeg.checkpoint.compare import compare_checkpoints
-
-    monkeypatch.setattr(rows, "_MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(row_tensors, "_MAX_OPEN_FILES", 1)
     monkeypatch.setattr(transfer, "_MAX_FLUSHES", 1)
     monkeypatch.setattr(transfer, "_MIN_FILE_BYTES", 1)
     hf_to_dist(hf_checkpoint, tmp_path / "dist", workers=5, verify=True)

@@ -22,15 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from hymeg.checkpoint.chunks import plan_dist
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
-from hymeg.checkpoint.dist_metadata import metadata_files
-from hymeg.checkpoint.mapping import match_hf_tensors, plan
-from hymeg.checkpoint.rows import rows_of_hf
+from hymeg.checkpoint.mapping import hf_entries
+from hymeg.checkpoint.sinks.dist_folder import files_of_dist
+from hymeg.checkpoint.sources import open_hf
 from hymeg.errors import UserError, exit_on_user_error
+from hymeg.files import read_json
 from hymeg.hf.config import HyConfig
-from hymeg.hf.files import read_json
-from hymeg.hf.safetensors_files import INDEX_FILE, TensorSpec, open_checkpoint, plan_shards, shard_header, write_index
+from hymeg.hf.safetensors_files import INDEX_FILE, TensorSpec, index_files, into_shards, shard_header
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = ROOT / "tools" / "convert_checkpoint.py"
@@ -238,14 +237,15 @@ class Bench:
         config.save(folder)
         specs = [
             TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else "BF16", entry.hf_shape)
-            for entry in plan(config, "hub")
+            for entry in hf_entries(config, "hub")
         ]
-        shards = plan_shards(specs)
+        shards = into_shards(specs)
         for shard in shards:
             header = shard_header(shard)
             (folder / shard.file_name).write_bytes(header)
             os.truncate(folder / shard.file_name, len(header) + sum(tensor.nbytes for tensor in shard.tensors))
-        write_index(folder, shards)
+        for name, data in index_files(shards).items():
+            (folder / name).write_bytes(data)
 
     def _make_hy3(self, hf: Path, dist: Path) -> None:
         self._make_holes(hf, HyConfig.from_dict(HY3))
@@ -253,25 +253,16 @@ class Bench:
 
     def _make_holes_dist(self, hf: Path, dist: Path) -> None:
         """The distributed checkpoint that `hf` would become, its files holes."""
-        config, stored = HyConfig.from_dir(hf), open_checkpoint(hf)
-        entries = match_hf_tensors(config, {name: entry.shape for name, entry in stored.items()}).entries
-        _, tensors = plan_dist(
-            config,
-            rows_of_hf(entries, stored),
-            list(dict.fromkeys(str(entry.file) for entry in stored.values())),
-            self.workers,
-        )
+        source = open_hf(hf)
+        files = files_of_dist(source.config, source.tensors, None, self.workers)
         folder = dist / RELEASE
         folder.mkdir(parents=True)
-        ends: dict[str, int] = {}
-        for chunk in (chunk for tensor in tensors.values() for chunk in tensor.chunks):
-            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.position + chunk.length)
-        for name, end in ends.items():
+        for name, size in files.sizes.items():
             (folder / name).touch()
-            os.truncate(folder / name, end)
-        for name, data in metadata_files(tensors, {}).items():
+            os.truncate(folder / name, size)
+        for name, data in (files.beside | files.last).items():
             (folder / name).write_bytes(data)
-        config.save(dist)
+        source.config.save(dist)
         (dist / TRACKER).write_text(RELEASE)
 
     def _clear(self) -> None:
