@@ -157,7 +157,7 @@ def dist_to_hf(
     def planned() -> _Conversion:
         source = _completed(open_dist(dist, iteration), dist, base, drop_mtp)
         beside = [dist, source.folder, source.folder.parent]
-        _check_apart(hf, [source.folder, base], beside)
+        _check_apart(hf, [source.folder, base], [dist, source.folder.parent])
         carried = companions(dict.fromkeys([*beside, *([base] if base else [])]))
         of_base = [name for name, path in carried.items() if base in path.parents]
         uses_base = of_base or not config_folder(*beside)
@@ -284,11 +284,11 @@ def _surplus_rows(source: Source, may_be_cut: bool) -> list[str]:
 
 def _check_apart(target: Path, sources: Iterable[Path | None], beside: Iterable[Path] = ()) -> None:
     """`target` may lie in folders of which only small files are read (`beside`), but not be or hold one."""
-    a = target.resolve()
-    for source in filter(None, [*sources, *beside]):
-        b = source.resolve()
-        if a == b or a in b.parents or (b in a.parents and source not in beside):
-            raise UserError(f"{target}: is, holds or lies in {source}, which is read; give a folder elsewhere")
+    place = target.resolve()
+    inside = [folder.resolve() for folder in sources if folder]
+    for folder in [*inside, *(folder.resolve() for folder in beside)]:
+        if folder == place or place in folder.parents or (folder in inside and folder in place.parents):
+            raise UserError(f"{target}: is, holds or lies in {folder}, which is read; give a folder elsewhere")
 
 
 def _folders_of(tensor: RowTensor) -> set[Path]:

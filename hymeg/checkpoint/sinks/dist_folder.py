@@ -1,7 +1,8 @@
 """A distributed checkpoint as a sink: into which chunks, and into which files, its tensors go.
 
 Megatron reads whole chunks, whatever part of one a rank needs. So they are cut where tensor and expert parallelism cut
-too: between experts, between gate and up projections, between KV groups; and no chunk is larger than MAX_CHUNK_BYTES.
+too: between experts, between gate and up projections, between KV groups; and no chunk of several rows, or KV
+groups, is larger than MAX_CHUNK_BYTES.
 """
 
 import json
@@ -47,15 +48,15 @@ def _chunks(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | Non
 
 def _cut(entry: Entry, item_size: int) -> Iterator[Range]:
     """The rows of the chunks that hold a hub tensor; with q those of the whole tensor, in which k and v lie too."""
-    (start, stop), num_units = entry.rows[0], None
+    (start, stop), unit = entry.rows[0], 1
     if len(entry.rows) > 1:
         if start > 0:
             return
-        stop, num_units = num_rows(entry.dist_shape), len(entry.rows)  # KV groups
-    height = stop - start
-    unit = height // (num_units or height)
-    num_chunks = math.ceil(height * entry.dist_shape[-1] * item_size / MAX_CHUNK_BYTES)
-    step = math.ceil(height // unit / num_chunks) * unit
+        stop = num_rows(entry.dist_shape)
+        unit = stop // len(entry.rows)  # a KV group
+    num_units = (stop - start) // unit
+    most = max(MAX_CHUNK_BYTES // (unit * entry.dist_shape[-1] * item_size), 1)
+    step = math.ceil(num_units / math.ceil(num_units / most)) * unit
     for row in range(start, stop, step):
         yield row, min(row + step, stop)
 
