@@ -43,11 +43,12 @@ class Summary(NamedTuple):
     num_tensors: int
     num_bytes: int
     seconds: float
-    peak_bytes: int  # of resident memory, all processes together; what they share counts once
+    peak_bytes: int  # of resident memory, all processes together, what they share counted once; while rows are moved,
+    planning_bytes: int  # and before that
 
     def __str__(self) -> str:
         rate = self.num_bytes / max(self.seconds, 1e-6) / 1e9
-        memory = f"{self.peak_bytes / 1e6:,.0f} MB of memory"
+        memory = f"{self.peak_bytes / 1e6:,.0f} MB of memory ({self.planning_bytes / 1e6:,.0f} MB to plan)"
         return (
             f"{self.num_tensors:,} tensors, {self.num_bytes:,} bytes, {self.seconds:.1f} s, {rate:.2f} GB/s, {memory}"
         )
@@ -193,22 +194,23 @@ def _run(
     say: Say,
 ) -> Summary:
     started = time.monotonic()
-    made, peak = aside(planned)
+    made, planning_bytes = aside(planned)
     for note in made.notes:
         say(note)
-    others = [*made.files.beside.values(), *made.files.last.values()]
-    small = sum(map(len, others)) + sum(path.stat().st_size for path in made.carried.values()) + _SPARE_BYTES
+    small = sum(len(data) for data in (*made.files.beside.values(), *made.files.last.values()))
+    small += sum(path.stat().st_size for path in made.carried.values()) + _SPARE_BYTES
     with new_folder(target, sum(made.files.sizes.values()) + small, overwrite, made.record, say) as partial:
         folder = partial / made.subfolder
         folder.mkdir(exist_ok=True)
-        peak = max(peak, write(folder, made.files, workers, Progress(what, made.files.num_bytes)).peak_bytes)
+        peak = write(folder, made.files, workers, Progress(what, made.files.num_bytes)).peak_bytes
         if verify:
             peak = max(peak, _verify(made, folder, workers))
         carry(made.carried, partial)
         made.config.save(partial)
         for name, data in made.tracker.items():
             write_whole(partial / name, data)
-    return Summary(made.num_tensors, made.files.num_bytes, time.monotonic() - started, peak)
+    seconds = time.monotonic() - started
+    return Summary(made.num_tensors, made.files.num_bytes, seconds, peak, planning_bytes)
 
 
 def _verify(made: _Conversion, folder: Path, workers: int) -> int:

@@ -282,7 +282,7 @@ def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
             dropped.append(entry.hf_name)
         else:
             found[place] = entry
-    wanted = hf_entries(config, layout)
+    wanted = [entry for row, entry in candidates if not row.is_older and row.dist != DROPPED]
     missing = [entry.hf_name for entry in wanted if (entry.dist_key, entry.rows[0]) not in found]
     accounted_for = {entry.hf_name for entry in found.values()}.union(dropped)
     _complain(

@@ -259,7 +259,8 @@ def _checked_entries(path: Path, header: dict[str, Any], data_start: int, file_s
         position = end
     if data_start + position != file_size:
         problem = "truncated" if file_size < data_start + position else "bytes after the last tensor"
-        raise ValueError(f"{problem}: {file_size} bytes where it describes {data_start + position}")
+        found = f"{file_size} bytes where the header describes {data_start + position}"
+        raise UserError(f"{path}: {problem}: {found}; fetch the file again")
     return entries
 
 

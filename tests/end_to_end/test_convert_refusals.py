@@ -332,7 +332,7 @@ def test_killed_at_any_moment_nothing_is_accepted_and_the_next_run_starts_anew(t
             partial = tmp_path / f"{name}.partial"
             while process.poll() is None and not partial.exists():
                 time.sleep(0.002)
-            time.sleep(choose.random() * 0.5)
+            time.sleep(choose.random() * 0.2)
             process.send_signal(signal.SIGKILL)
             process.communicate()
             if (tmp_path / name).exists():  # it was done before

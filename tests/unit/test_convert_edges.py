@@ -450,7 +450,7 @@ def test_a_hugging_face_folder_without_its_mtp_layers_takes_them_from_a_base_or_
 ):
     write_tiny_checkpoint(tmp_path / "hf", seed=5)
     shutil.copy(hf_checkpoint / "config.json", tmp_path / "hf")
-    with pytest.raises(UserError, match=r"num_nextn_predict_layers = 1\); convert it with --base-hf .*--drop-mtp"):
+    with pytest.raises(UserError, match=r"num_nextn_predict_layers = 1\); convert with --base-hf .*--drop-mtp"):
         hf_to_dist(tmp_path / "hf", tmp_path / "dist")
     hf_to_dist(tmp_path / "hf", tmp_path / "dist", base_hf=hf_checkpoint, verify=True, say=said.append)
     assert said == [f"taken from {hf_checkpoint}: the MTP layers, 16 tensors, which {tmp_path / 'hf'} does not hold"]

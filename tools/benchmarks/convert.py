@@ -132,15 +132,17 @@ class Bench:
     def memory(self, small_gb: float, large_gb: float) -> list[Row]:
         rows = []
         peaks: dict[str, list[int]] = {"hf-to-dist": [], "dist-to-hf": []}
+        planning = 0
         for num_gb in (small_gb, large_gb):
             self._make_holes(self.folder / "hf", _config(num_gb))
             for name, given, target in (("hf-to-dist", "hf", "dist"), ("dist-to-hf", "dist", "back")):
-                peaks[name].append(
-                    self._convert(name, self.folder / given, self.folder / target, sync=False)["peak_bytes"]
-                )
+                summary = self._convert(name, self.folder / given, self.folder / target, sync=False)
+                peaks[name].append(summary["peak_bytes"])
+                planning = max(planning, summary["planning_bytes"])
             self._clear()
         for name, (small, large) in peaks.items():
-            found = f"{small / 1e6:,.1f} MB at {small_gb:g} GB, {large / 1e6:,.1f} MB at {large_gb:g} GB: {large / small - 1:+.1%}"
+            found = f"{small / 1e6:,.1f} MB at {small_gb:g} GB, {large / 1e6:,.1f} MB at {large_gb:g} GB: "
+            found += f"{large / small - 1:+.1%} (to plan: {planning / 1e6:,.0f} MB)"
             rows.append(
                 Row(
                     f"memory, {name}", found, "<= 600 MB, within 10 %", large <= 600e6 and abs(large / small - 1) <= 0.1

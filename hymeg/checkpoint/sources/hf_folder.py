@@ -77,9 +77,9 @@ def settle_mtp(folder: Path, config: HyConfig, held: Sequence[str], base_hf: Pat
         return Mtp(config, config, {}, [])
     if base_hf is None:
         raise UserError(
-            f"{folder}: no tensor of the MTP layers that {CONFIG_FILE} counts (num_nextn_predict_layers = "
-            f"{config.num_nextn_predict_layers}); convert it with --base-hf FOLDER, to take them from there, or with "
-            "--drop-mtp"
+            f"{folder}: all tensors of MTP layers are missing, of which {CONFIG_FILE} counts some "
+            f"(num_nextn_predict_layers = {config.num_nextn_predict_layers}); convert with --base-hf FOLDER, to take "
+            "them from there, or with --drop-mtp"
         )
     base = open_hf(base_hf)
     ours, theirs = distributed_shapes(config), distributed_shapes(base.config)
