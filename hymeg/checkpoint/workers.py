@@ -76,7 +76,9 @@ def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> 
     try:
         for number, share in enumerate(shares):
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(work, share, done, number, send, os.getpid()), daemon=True)
+            inherited = [*waiting, receive]
+            arguments = (work, share, done, number, send, inherited, os.getpid())
+            process = context.Process(target=_worker, args=arguments, daemon=True)
             process.start()
             send.close()
             processes.append(process)
@@ -147,7 +149,12 @@ def _own_peak_bytes() -> int:
     return private + memory_of_process("status", "VmHWM") - memory_of_process("status", "VmRSS")
 
 
-def _worker(work: Work, share: Any, done: Any, number: int, send: Connection, parent: int) -> None:
+def _worker(
+    work: Work, share: Any, done: Any, number: int, send: Connection, inherited: list[Connection], parent: int
+) -> None:
+    for receive in inherited:
+        receive.close()  # else sending to a parent that is gone would wait for ever
+
     def report(num_bytes: int) -> None:
         done[number] += num_bytes
         if os.getppid() != parent:

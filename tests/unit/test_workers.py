@@ -2,8 +2,11 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +118,28 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(
     ):
         convert(given, tmp_path / "target")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_worker_whose_parent_is_killed_ends_though_its_result_is_large(tmp_path):
+    def work(share, report):
+        parent = os.getppid()
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        return bytes(10 << 20)
+
+    context = multiprocessing.get_context("fork")
+    parent = context.Process(target=lambda: run(work, [1, 2]))
+    parent.start()
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.01)
+    worker = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists() and "Z (zombie)" not in Path(f"/proc/{worker}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_parts_are_dealt_to_whoever_asks_each_once():
