@@ -52,16 +52,39 @@ print(time.monotonic() - start)
 SHARD_BYTES = 10**9
 # 0.2 GB a layer: 64 experts of 3 x 1024 x 512 in bf16.
 SHAPE = {
-    "model_type": "hy_v3", "architectures": ["HYV3ForCausalLM"], "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 64, "num_experts_per_tok": 8, "num_shared_experts": 1,
-    "moe_intermediate_size": 512, "first_k_dense_replace": 1, "router_scaling_factor": 2.826, "rms_norm_eps": 1e-5, "initializer_range": 0.02,
-    "rope_theta": 11158840.0, "max_position_embeddings": 4096, "dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "hy_v3",
+    "architectures": ["HYV3ForCausalLM"],
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 512,
+    "first_k_dense_replace": 1,
+    "router_scaling_factor": 2.826,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "rope_theta": 11158840.0,
+    "max_position_embeddings": 4096,
+    "dtype": "bfloat16",
+}
 # Hy3's, as published: 80 layers of 192 experts and one for multi-token prediction.
 HY3 = SHAPE | {
-    "vocab_size": 120832, "hidden_size": 4096, "intermediate_size": 13312, "head_dim": 128, "num_attention_heads": 64, "num_key_value_heads": 8,
-    "num_experts": 192, "moe_intermediate_size": 1536, "num_hidden_layers": 80, "num_nextn_predict_layers": 1,
-}  # fmt: skip
+    "vocab_size": 120832,
+    "hidden_size": 4096,
+    "intermediate_size": 13312,
+    "head_dim": 128,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_experts": 192,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 80,
+    "num_nextn_predict_layers": 1,
+}
 NUM_HY3_TENSORS = 47_138
 
 
