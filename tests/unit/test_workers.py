@@ -1,5 +1,6 @@
 """Several processes at one job: what they return, how one that dies is told, what is shown meanwhile."""
 
+import contextlib
 import errno
 import io
 import multiprocessing
@@ -137,9 +138,13 @@ def test_a_worker_whose_parent_is_killed_ends_though_its_result_is_large(tmp_pat
     parent.kill()
     parent.join()
     deadline = time.monotonic() + 60
-    while Path(f"/proc/{worker}").exists() and "Z (zombie)" not in Path(f"/proc/{worker}/status").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    try:
+        while Path(f"/proc/{worker}").exists() and "Z (zombie)" not in Path(f"/proc/{worker}/status").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_parts_are_dealt_to_whoever_asks_each_once():
