@@ -4,6 +4,7 @@ any difference.
 """
 
 import argparse
+import signal
 import sys
 
 from hymeg.checkpoint.compare import compare_checkpoints
@@ -19,13 +20,14 @@ def main() -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="absolute difference that is none; dtypes may differ then (default: 0)",
+        help="absolute difference that is none; dtypes may differ then: compared in fp32 (default: 0)",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
     args = parser.parse_args()
 
     with exit_on_user_error():
         differences = compare_checkpoints(args.a, args.b, args.tolerance, args.workers)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`
         for difference in differences:
             print(f"{difference.name}: {difference.what}")
         print(f"{len(differences)} differences" if differences else "no difference")

@@ -2,12 +2,15 @@
 """Convert checkpoints between Hugging Face and Megatron's distributed format, streaming: no GPU, no model in memory."""
 
 import argparse
+import functools
+import signal
 
 from hymeg.checkpoint.compare import describe
-from hymeg.checkpoint.convert import DTYPES, dist_to_hf, hf_to_dist
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.mapping import HF_LAYOUTS
 from hymeg.errors import UserError, exit_on_user_error
-from hymeg.hf.files import parse_bytes
+from hymeg.files import parse_bytes
+from hymeg.hf.dtypes import ROUNDED_TO
 
 
 def main() -> None:
@@ -31,14 +34,23 @@ def main() -> None:
         "--shard-size", default="5GB", metavar="BYTES", help="largest safetensors file, such as 500MB (default: 5GB)"
     )
     to_hf.add_argument(
-        "--dtype", choices=DTYPES, default="keep", help="of all tensors but the fp32 expert bias (default: keep)"
-    )
-    to_hf.add_argument(
-        "--base-hf",
-        metavar="DIR",
-        help="Hugging Face folder that training began with: for what the checkpoint does not hold",
+        "--cut-vocabulary",
+        action="store_true",
+        help="lose rows of the vocabulary beyond config.json's even where they are not zero",
     )
     for command in (to_dist, to_hf):
+        command.add_argument(
+            "--dtype",
+            choices=ROUNDED_TO,
+            default="keep",
+            help="of all but the fp32 expert bias (default: keep)",
+        )
+        command.add_argument(
+            "--base-hf",
+            metavar="DIR",
+            help="Hugging Face folder that training began with: for what is missing, such as MTP layers",
+        )
+        command.add_argument("--drop-mtp", action="store_true", help="leave multi-token-prediction layers out")
         command.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
         command.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
         command.add_argument(
@@ -52,30 +64,20 @@ def main() -> None:
 
     with exit_on_user_error():
         if args.command == "inspect":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect | head`
             print("\n".join(describe(args.folder, args.iteration)))
             return
-        if not 1 <= args.workers <= 256:
-            raise UserError(f"--workers {args.workers}: 1 to 256 are possible")
         shared = {
-            "workers": args.workers,
-            "overwrite": args.overwrite,
-            "verify": args.verify,
-            "say": lambda line: print(line, flush=True),
+            name: getattr(args, name) for name in ("dtype", "base_hf", "drop_mtp", "workers", "overwrite", "verify")
         }
+        shared["say"] = functools.partial(print, flush=True)
         try:
             if args.command == "hf-to-dist":
                 target, summary = args.dist, hf_to_dist(args.hf, args.dist, **shared)
             else:
-                options = {
-                    "iteration": args.iteration,
-                    "layout": args.layout,
-                    "dtype": args.dtype,
-                    "base_hf": args.base_hf,
-                }
-                target, summary = (
-                    args.hf,
-                    dist_to_hf(args.dist, args.hf, max_shard_bytes=parse_bytes(args.shard_size), **options, **shared),
-                )
+                only_here = {name: getattr(args, name) for name in ("iteration", "layout", "cut_vocabulary")}
+                size = parse_bytes(args.shard_size)
+                target, summary = args.hf, dist_to_hf(args.dist, args.hf, max_shard_bytes=size, **only_here, **shared)
         except KeyboardInterrupt:
             raise UserError("interrupted; nothing was left behind") from None
         print(f"{target}: {summary}{', verified' if args.verify else ''}")

@@ -24,7 +24,7 @@ from hymeg.data.row_index import RowIndex, index_folder
 from hymeg.data.rows import RowReader
 from hymeg.data.text_files import check_given_once, check_row_file
 from hymeg.errors import UserError, exit_on_user_error
-from hymeg.hf.files import shown
+from hymeg.files import shown
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 BAR_WIDTH = 40

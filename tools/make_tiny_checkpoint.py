@@ -6,11 +6,12 @@ gives.
 import argparse
 import time
 
+from hymeg.checkpoint.mapping import HF_LAYOUTS
 from hymeg.errors import exit_on_user_error
+from hymeg.files import parse_bytes
 from hymeg.hf.config import HyConfig
-from hymeg.hf.files import parse_bytes
 from hymeg.hf.safetensors_files import open_checkpoint
-from hymeg.hf.tiny_checkpoint import DTYPES, LAYOUTS, write_tiny_checkpoint
+from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
 
 def main() -> None:
@@ -21,12 +22,15 @@ def main() -> None:
     )
     parser.add_argument(
         "--layout",
-        choices=LAYOUTS,
+        choices=HF_LAYOUTS,
         default="hub",
         help="tensor names: as published, or as in transformers' memory (default: hub)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bf16", help="of all tensors but the fp32 expert bias (default: bf16)"
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of all but the fp32 expert bias (default: bf16)",
     )
     parser.add_argument(
         "--shard-size", default="5GB", metavar="BYTES", help="largest safetensors file, such as 500MB (default: 5GB)"

@@ -2,44 +2,34 @@
 distributed on either side.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.checkpoint.dist_files import open_dist_checkpoint
-from hymeg.checkpoint.mapping import fits, match_hf_tensors, num_parameters, plan
-from hymeg.checkpoint.rows import (
-    Range,
-    RowReader,
-    RowTensor,
-    block_height,
-    converted,
-    row_ranges,
-    rows_of_dist,
-    rows_of_hf,
-)
-from hymeg.checkpoint.transfer import shares
-from hymeg.checkpoint.workers import Outcome, Progress, run
+from hymeg.checkpoint.mapping import Range, fits, hf_entries, num_parameters
+from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, block_height, converted
+from hymeg.checkpoint.sinks.transfer import shares
+from hymeg.checkpoint.sources import open_any
+from hymeg.checkpoint.workers import Outcome, Progress, check_num_workers, run
 from hymeg.errors import UserError
-from hymeg.hf.config import CONFIG_FILE, HyConfig
-from hymeg.hf.safetensors_files import ITEM_SIZES, open_checkpoint
+from hymeg.hf.config import CONFIG_FILE
+from hymeg.hf.dtypes import ITEM_SIZES
 
 
 class Pair(NamedTuple):
-    """The same rows in two checkpoints; `a` is converted to `dtype` before it is compared with `b`, which has it."""
+    """The same rows in two checkpoints, both converted to `dtype` before they are compared."""
 
     name: str
     a: RowTensor
     b: RowTensor
-    ranges: list[Range]
+    rows: Sequence[Range]
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        return sum(stop - start for start, stop in self.ranges) * self.a.row_bytes
+        return sum(stop - start for start, stop in self.rows) * self.a.row_bytes
 
 
 class Difference(NamedTuple):
@@ -47,7 +37,7 @@ class Difference(NamedTuple):
     what: str  # in words
 
 
-def compare_rows(shares: Sequence[Iterable[Pair]], progress: Progress, tolerance: float = 0.0) -> Outcome:
+def compare_pairs(shares: Sequence[Iterable[Pair]], progress: Progress, tolerance: float = 0.0) -> Outcome:
     """Every pair whose bits differ (with a `tolerance`: whose numbers differ by more), share by share, each compared in
     a process of its own.
 
@@ -56,23 +46,22 @@ def compare_rows(shares: Sequence[Iterable[Pair]], progress: Progress, tolerance
     """
 
     def work(share: Iterable[Pair], report: Callable[[int], None]) -> list[Difference]:
-        with RowReader() as reader_a, RowReader() as reader_b:
+        with TensorReader() as reader_a, TensorReader() as reader_b:
             return [found for pair in share if (found := _difference(pair, reader_a, reader_b, tolerance, report))]
 
     return run(work, shares, progress)
 
 
 def _difference(
-    pair: Pair, reader_a: RowReader, reader_b: RowReader, tolerance: float, report: Callable[[int], None]
+    pair: Pair, reader_a: TensorReader, reader_b: TensorReader, tolerance: float, report: Callable[[int], None]
 ) -> Difference | None:
     height = min(block_height(pair.a), block_height(pair.b))
     count = position = 0
     first, largest = "", 0.0
-    for raw, b in zip(
-        reader_a.blocks(pair.a, pair.ranges, height), reader_b.blocks(pair.b, pair.ranges, height), strict=True
-    ):
-        report(len(raw))
-        a = converted(raw, pair.a.dtype, pair.dtype)
+    blocks_a, blocks_b = reader_a.blocks(pair.a, pair.rows, height), reader_b.blocks(pair.b, pair.rows, height)
+    for raw_a, raw_b in zip(blocks_a, blocks_b, strict=True):
+        report(len(raw_a))
+        a, b = converted(raw_a, pair.a.dtype, pair.dtype), converted(raw_b, pair.b.dtype, pair.dtype)
         if a != b:
             numbers_a, numbers_b = _numbers(a, pair.dtype), _numbers(b, pair.dtype)
             unsigned = f"<u{ITEM_SIZES[pair.dtype]}"
@@ -96,46 +85,6 @@ def _numbers(data: memoryview, dtype: str) -> np.ndarray:
     return np.frombuffer(converted(data, dtype, "F32"), "<f4").astype(np.float64)
 
 
-class Checkpoint(NamedTuple):
-    """What a folder holds, seen as distributed tensors."""
-
-    kind: str  # in words
-    config: HyConfig | None  # None: a distributed checkpoint without config.json
-    tensors: dict[str, RowTensor]
-    iteration: int | None
-    has_optimizer: bool
-
-
-def open_any(folder: str | Path, iteration: int | None = None) -> Checkpoint:
-    """The Hugging Face or distributed checkpoint in `folder`.
-
-    Raises:
-        UserError: it holds neither, or one that is incomplete or broken.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a Hugging Face or a distributed checkpoint")
-    if any(folder.glob("*.safetensors")):
-        if iteration is not None:
-            raise UserError(
-                f"--iteration {iteration}: {folder} is a Hugging Face folder, which has no iterations; leave it out"
-            )
-        config, stored = HyConfig.from_dir(folder), open_checkpoint(folder)
-        try:
-            match = match_hf_tensors(config, {name: entry.shape for name, entry in stored.items()})
-            return Checkpoint(
-                f"Hugging Face, {match.layout} layout", config, rows_of_hf(match.entries, stored), None, False
-            )
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
-    found = open_dist_checkpoint(folder, iteration)
-    config_folder = next(
-        (place for place in (folder, found.folder, found.folder.parent) if (place / CONFIG_FILE).is_file()), None
-    )
-    config = HyConfig.from_dir(config_folder) if config_folder else None
-    return Checkpoint("distributed (torch_dist)", config, rows_of_dist(found), found.iteration, found.has_optimizer)
-
-
 def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, workers: int = 2) -> list[Difference]:
     """All that differs between two checkpoints: tensors that one of them lacks, shapes, dtypes, elements. Names are
     those of the hub layout.
@@ -145,22 +94,20 @@ def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, wo
     Raises:
         UserError: one of them cannot be read, or neither has a config.json.
     """
+    check_num_workers(workers)
     left, right = open_any(a), open_any(b)
     config = left.config or right.config
     if config is None:
         raise UserError(f"neither {a} nor {b} has a {CONFIG_FILE}; copy the model's into one of them")
     differences, pairs, known = [], [], set()
-    if left.config and right.config and left.config != right.config:
-        fields = [
-            name
-            for name in vars(left.config)
-            if name not in ("raw", "dtype") and getattr(left.config, name) != getattr(right.config, name)
-        ]
+    if left.config and right.config:
+        fields_a, fields_b = ({**vars(side.config), "raw": None, "dtype": None} for side in (left, right))
         differences += [
-            Difference(CONFIG_FILE, f"{name}: {getattr(left.config, name)} and {getattr(right.config, name)}")
-            for name in fields
+            Difference(CONFIG_FILE, f"{name}: {value} and {fields_b[name]}")
+            for name, value in fields_a.items()
+            if value != fields_b[name]
         ]
-    for entry in plan(config, "hub"):
+    for entry in hf_entries(config, "hub"):
         known.add(entry.dist_key)
         of_a, of_b = left.tensors.get(entry.dist_key), right.tensors.get(entry.dist_key)
         if of_a is None or of_b is None:
@@ -168,19 +115,18 @@ def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, wo
                 differences.append(Difference(entry.hf_name, f"only in {a if of_b is None else b}"))
             continue
         if not all(fits(entry.dist_key, tensor.shape, entry.dist_shape) for tensor in (of_a, of_b)):
-            differences.append(
-                Difference(entry.hf_name, f"shapes: {list(of_a.shape)} and {list(of_b.shape)} as {entry.dist_key}")
-            )
-        elif of_a.dtype != of_b.dtype and tolerance == 0:
+            shapes = f"{list(of_a.shape)} and {list(of_b.shape)}"
+            differences.append(Difference(entry.hf_name, f"shapes: {shapes} as {entry.dist_key}"))
+        elif tolerance == 0 and of_a.dtype != of_b.dtype:
             differences.append(Difference(entry.hf_name, f"dtypes: {of_a.dtype} and {of_b.dtype}"))
         else:
-            pairs.append(Pair(entry.hf_name, of_a, of_b, row_ranges(entry), of_b.dtype))
-    for folder, tensors in ((a, left.tensors), (b, right.tensors)):
-        differences += [
-            Difference(key, f"only in {folder}, and unknown to config.json") for key in tensors if key not in known
-        ]
-    outcome = compare_rows(shares(pairs, workers), Progress("comparing", sum(pair.nbytes for pair in pairs)), tolerance)
-    return [*differences, *itertools.chain(*outcome.results)]
+            pairs.append(Pair(entry.hf_name, of_a, of_b, entry.rows, of_a.dtype if tolerance == 0 else "F32"))
+    for folder, side in ((a, left), (b, right)):
+        unknown = [key for key in (*side.tensors, *side.unknown) if key not in known]
+        differences += [Difference(key, f"only in {folder}, and unknown to config.json") for key in unknown]
+    progress = Progress("comparing", sum(pair.nbytes for pair in pairs))
+    outcome = compare_pairs(shares(pairs, workers), progress, tolerance)
+    return differences + [found for of_worker in outcome.results for found in of_worker]
 
 
 def describe(folder: str | Path, iteration: int | None = None) -> list[str]:
@@ -191,8 +137,8 @@ def describe(folder: str | Path, iteration: int | None = None) -> list[str]:
     for key, tensor in found.tensors.items():
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + elements[key]
     config = found.config
-    lines = {"format": found.kind}
-    if found.kind.startswith("distributed"):
+    lines = {"format": found.what}
+    if found.what.startswith("distributed"):
         lines["iteration"] = "release (no training)" if found.iteration is None else str(found.iteration)
         lines["optimizer state"] = "yes" if found.has_optimizer else "no"
     if config is not None:
@@ -209,6 +155,8 @@ def describe(folder: str | Path, iteration: int | None = None) -> list[str]:
         )
         lines["parameters"] = f"{num_parameters(config):,} by config.json"
     lines["tensors"] = f"{len(found.tensors):,} distributed tensors, {sum(elements.values()):,} elements"
+    if found.unknown:
+        lines["not known"] = f"{len(found.unknown):,} tensors, such as {found.unknown[0]}"
     lines["bytes"] = f"{sum(count * ITEM_SIZES[dtype] for dtype, count in dtypes.items()):,}"
     lines["dtypes"] = ", ".join(f"{dtype}: {count:,}" for dtype, count in sorted(dtypes.items()))
     return [f"{name}: {value}" for name, value in lines.items()]

@@ -1,37 +1,38 @@
 """Hugging Face checkpoints to distributed ones and back: streaming, in several processes, without a model, a GPU or a
 process group.
 
-Everything is checked and planned to the byte before anything is written (`conversion_plan`); then rows are moved
-(`transfer`), into a folder that appears whole or not at all (`folders`). Names and places come from `mapping`.
+A source is opened and checked (`sources`), the table says which rows of it go where (`mapping`), a sink plans its files
+to the byte (`sinks`), workers move the rows (`sinks.transfer`), and the folder appears (`sinks.new_folder`).
 """
 
-import functools
-import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hymeg.checkpoint.compare import compare_rows
-from hymeg.checkpoint.conversion_plan import (
-    DTYPES,
-    Pairs,
-    Plan,
-    pairs_with_dist,
-    pairs_with_hf,
-    plan_to_dist,
-    plan_to_hf,
-)
-from hymeg.checkpoint.dist_files import RELEASE, TRACKER
-from hymeg.checkpoint.folders import built_beside, carry
-from hymeg.checkpoint.spool import Spool
-from hymeg.checkpoint.transfer import write
-from hymeg.checkpoint.workers import Progress, aside
+import numpy as np
+
+from hymeg.checkpoint.companions import carried_files, carry, companions, config_folder, has_tokenizer
+from hymeg.checkpoint.compare import Pair, compare_pairs
+from hymeg.checkpoint.dist_files import MODEL_KEYS, RELEASE, TRACKER
+from hymeg.checkpoint.mapping import VOCABULARY_KEYS, check_distributed_tensors, is_mtp
+from hymeg.checkpoint.row_tensors import RowTensor, Source, TensorReader, converted
+from hymeg.checkpoint.sinks.dist_folder import files_of_dist
+from hymeg.checkpoint.sinks.hf_folder import files_of_hf
+from hymeg.checkpoint.sinks.new_folder import new_folder
+from hymeg.checkpoint.sinks.transfer import FilesToWrite, unpacked, write
+from hymeg.checkpoint.sources import open_dist, open_hf
+from hymeg.checkpoint.sources.hf_folder import settle_mtp
+from hymeg.checkpoint.workers import Progress, aside, check_num_workers
 from hymeg.errors import UserError
-from hymeg.hf.files import overwrite_start, write_whole
+from hymeg.files import drop_from_cache, write_whole
+from hymeg.hf.config import CONFIG_FILE, HyConfig
+from hymeg.hf.dtypes import ROUNDED_TO
 from hymeg.hf.safetensors_files import MAX_SHARD_BYTES
 
-__all__ = ["DTYPES", "Summary", "dist_to_hf", "hf_to_dist"]
+__all__ = ["ROUNDED_TO", "Summary", "dist_to_hf", "hf_to_dist"]
+
+_SPARE_BYTES = 16 << 20  # for small files
 
 Say = Callable[[str], None]
 
@@ -42,20 +43,39 @@ class Summary(NamedTuple):
     num_tensors: int
     num_bytes: int
     seconds: float
-    peak_bytes: int  # resident memory of all processes at a time, added up
+    peak_bytes: int  # of resident memory, all processes together, what they share counted once; while rows are moved,
+    planning_bytes: int  # and before that
 
     def __str__(self) -> str:
         rate = self.num_bytes / max(self.seconds, 1e-6) / 1e9
-        memory = f"{self.peak_bytes / 1e6:,.0f} MB of memory"
+        memory = f"{self.peak_bytes / 1e6:,.0f} MB of memory ({self.planning_bytes / 1e6:,.0f} MB to plan)"
         return (
             f"{self.num_tensors:,} tensors, {self.num_bytes:,} bytes, {self.seconds:.1f} s, {rate:.2f} GB/s, {memory}"
         )
+
+
+class _Conversion(NamedTuple):
+    """All that is decided before anything is written, in a process of its own: of what it takes to decide only this
+    stays in memory.
+    """
+
+    files: FilesToWrite
+    subfolder: str  # of the target, for the files
+    num_tensors: int
+    config: HyConfig
+    carried: dict[str, Path]
+    tracker: dict[str, bytes]
+    record: dict[str, Any]
+    notes: list[str]  # for the user
 
 
 def hf_to_dist(
     hf: str | Path,
     dist: str | Path,
     *,
+    dtype: str = "keep",
+    base_hf: str | Path | None = None,
+    drop_mtp: bool = False,
     workers: int = 2,
     overwrite: bool = False,
     verify: bool = False,
@@ -64,32 +84,39 @@ def hf_to_dist(
     """Convert the Hugging Face checkpoint in folder `hf` to a distributed one in `dist`, with all that training needs
     beside the weights.
 
-    dtypes are kept, but for the expert bias, which becomes fp32.
-
     Args:
+        dtype: "bf16", "fp32" or "keep". The expert bias is always fp32.
+        base_hf: a Hugging Face folder from which MTP layers come that `hf` does not hold.
+        drop_mtp: leave the MTP layers out.
         workers: number of processes.
         overwrite: replace what an earlier conversion wrote to `dist`.
-        verify: read everything back and compare it, before `dist` appears.
+        verify: read everything back from the disk and compare it, before `dist` appears.
         say: is given lines for the user.
 
     Raises:
-        UserError: the checkpoint is broken, incomplete or not that of its config.json; `dist` cannot be written.
-            Nothing is left behind.
+        UserError: the checkpoint is broken, incomplete or not that of its config.json; `dist` cannot be written, or
+            holds what no conversion wrote. Nothing is left behind.
     """
-    started, hf, dist, spool = time.monotonic(), Path(hf), Path(dist), Spool()
-    plan, peak = aside(lambda: plan_to_dist(spool, hf, dist, workers, overwrite))
-    for note in plan.notes:
-        say(note)
-    with built_beside(dist, say) as partial:
-        folder = partial / RELEASE
-        folder.mkdir()
-        peak = max(peak, _move(plan, spool, folder, workers, "to distributed"))
-        if verify:
-            peak = max(peak, _verify(spool, lambda: pairs_with_dist(spool, plan, folder, workers)))
-        carry(plan.carried, partial)
-        plan.config.save(partial)
-        write_whole(partial / TRACKER, RELEASE.encode())
-    return Summary(plan.num_tensors, plan.num_bytes, time.monotonic() - started, peak)
+    hf, dist, base = Path(hf), Path(dist), _path(base_hf)
+    check_num_workers(workers)
+
+    def planned() -> _Conversion:
+        source = open_hf(hf, base_hf=base, drop_mtp=drop_mtp, mixed_dtypes=ROUNDED_TO[dtype] is not None)
+        _check_apart(dist, [hf, base])
+        uses_base = any(base in _folders_of(tensor) for tensor in source.tensors.values())
+        read = {"from": str(hf.resolve()), "base_hf": base_hf and str(base)}
+        return _Conversion(
+            files=files_of_dist(source.config, source.tensors, ROUNDED_TO[dtype], workers),
+            subfolder=RELEASE,
+            num_tensors=len(source.tensors),
+            config=source.config,
+            carried=carried_files(hf),
+            tracker={TRACKER: RELEASE.encode()},
+            record={"command": "hf-to-dist", **read, "dtype": dtype},
+            notes=[*source.notes, *_unused(base, uses_base)],
+        )
+
+    return _run(planned, dist, "to distributed", workers, overwrite, verify, say)
 
 
 def dist_to_hf(
@@ -101,6 +128,8 @@ def dist_to_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: str = "keep",
     base_hf: str | Path | None = None,
+    drop_mtp: bool = False,
+    cut_vocabulary: bool = False,
     workers: int = 2,
     overwrite: bool = False,
     verify: bool = False,
@@ -113,54 +142,164 @@ def dist_to_hf(
         iteration: which one; None: the one that the tracker names.
         layout: "hub", the published names, or "fused", transformers' names in memory.
         max_shard_bytes: for each safetensors file.
-        dtype: "bf16", "fp32" or "keep". The expert bias is always fp32.
         base_hf: the Hugging Face folder that training began with. From it come MTP layers that training did not hold,
-            and, where `dist` has no config.json, that and the tokenizer.
-        workers, overwrite, verify, say: as for `hf_to_dist`.
+            and, where `dist` has none, config.json and the tokenizer.
+        cut_vocabulary: rows of embedding and output layer beyond the config's vocabulary may hold numbers, which are
+            lost. (Zeros are padding, and always cut.)
+        dtype, drop_mtp, workers, overwrite, verify, say: as for `hf_to_dist`.
 
     Raises:
-        UserError: the checkpoint is broken, incomplete or not that of the config.json; `hf` cannot be written. Nothing
-            is left behind.
+        UserError: the checkpoint is broken, incomplete or not that of the config.json; `hf` cannot be written, or
+            holds what no conversion wrote. Nothing is left behind.
     """
-    started, dist, hf, spool = time.monotonic(), Path(dist), Path(hf), Spool()
-    base = Path(base_hf) if base_hf is not None else None
-    choices = {"iteration": iteration, "max_shard_bytes": max_shard_bytes, "dtype": dtype, "overwrite": overwrite}
-    shared = {"layout": layout, "base_hf": base, "workers": workers}
-    plan, peak = aside(lambda: plan_to_hf(spool, dist, hf, **choices, **shared))
-    for note in plan.notes:
+    dist, hf, base = Path(dist), Path(hf), _path(base_hf)
+    check_num_workers(workers)
+
+    def planned() -> _Conversion:
+        source = _completed(open_dist(dist, iteration), dist, base, drop_mtp)
+        beside = [dist, source.folder, source.folder.parent]
+        _check_apart(hf, [source.folder, base], [dist, source.folder.parent])
+        carried = companions(dict.fromkeys([*beside, *([base] if base else [])]))
+        of_base = [name for name, path in carried.items() if base in path.parents]
+        uses_base = of_base or not config_folder(*beside)
+        uses_base = uses_base or any(base in _folders_of(tensor) for tensor in source.tensors.values())
+        notes = [*source.notes, *_surplus_rows(source, cut_vocabulary)]
+        if of_base:
+            notes.append(f"taken from {base}: {', '.join(of_base)}")
+        if not has_tokenizer(carried):
+            notes.append(f"no tokenizer in {dist}{f' nor in {base}' if base else ': --base-hf says where one is'}")
+        files, config = files_of_hf(source.config, source.tensors, layout, max_shard_bytes, ROUNDED_TO[dtype], workers)
+        read = {"from": str(source.folder.resolve()), "iteration": source.iteration, "base_hf": base_hf and str(base)}
+        return _Conversion(
+            files=files,
+            subfolder="",
+            num_tensors=files.num_tasks,
+            config=config,
+            carried=carried,
+            tracker={},
+            record={"command": "dist-to-hf", **read, "dtype": dtype, "layout": layout},
+            notes=[*notes, *_unused(base, uses_base)],
+        )
+
+    return _run(planned, hf, "to Hugging Face", workers, overwrite, verify, say)
+
+
+def _run(
+    planned: Callable[[], _Conversion],
+    target: Path,
+    what: str,
+    workers: int,
+    overwrite: bool,
+    verify: bool,
+    say: Say,
+) -> Summary:
+    started = time.monotonic()
+    made, planning_bytes = aside(planned)
+    for note in made.notes:
         say(note)
-    with built_beside(hf, say) as partial:
-        peak = max(peak, _move(plan, spool, partial, workers, "to Hugging Face"))
+    small = sum(len(data) for data in (*made.files.beside.values(), *made.files.last.values()))
+    small += sum(path.stat().st_size for path in made.carried.values()) + _SPARE_BYTES
+    with new_folder(target, sum(made.files.sizes.values()) + small, overwrite, made.record, say) as partial:
+        folder = partial / made.subfolder
+        folder.mkdir(exist_ok=True)
+        peak = write(folder, made.files, workers, Progress(what, made.files.num_bytes)).peak_bytes
         if verify:
-            peak = max(peak, _verify(spool, lambda: pairs_with_hf(spool, plan, partial, **shared)))
-        carry(plan.carried, partial)
-        plan.config.save(partial)
-    return Summary(plan.num_tensors, plan.num_bytes, time.monotonic() - started, peak)
+            peak = max(peak, _verify(made, folder, workers))
+        carry(made.carried, partial)
+        made.config.save(partial)
+        for name, data in made.tracker.items():
+            write_whole(partial / name, data)
+    seconds = time.monotonic() - started
+    return Summary(made.num_tensors, made.files.num_bytes, seconds, peak, planning_bytes)
 
 
-def _move(plan: Plan, spool: Spool, folder: Path, workers: int, what: str) -> int:
-    """Write all that is planned; the peak resident memory of all processes, in bytes."""
-    shares = [functools.partial(spool.read, part) for part in plan.shares]
-    peak = write(folder, plan.sizes, shares, workers, Progress(what, plan.num_bytes))
-    for name, data in spool.read(plan.headers):  # after the tensors: a file that was not finished is none
-        overwrite_start(folder / name, data)
-    for name, data in spool.read(plan.after):
-        write_whole(folder / name, data)
-    return peak
+def _verify(made: _Conversion, folder: Path, workers: int) -> int:
+    """Read all back from the disk, through the files' own headers, and compare; the peak memory."""
+    written = (open_dist(folder) if made.tracker else open_hf(folder, made.config)).tensors
+    for name in made.files.sizes:
+        drop_from_cache(folder / name)
+    packed = [some for turn in made.files.turns for some in turn]
 
+    def pairs(some_at_a_time: Iterable[bytes]) -> Iterator[Pair]:
+        for task in unpacked(some_at_a_time):
+            b = written[task.tensor.key]
+            yield Pair(f"{b.key}, rows from {task.rows[0][0]}", task.tensor, b, task.rows, b.dtype)
 
-def _verify(spool: Spool, make_pairs: Callable[[], Pairs]) -> int:
-    """Read back and compare; the peak resident memory of all processes, in bytes."""
-    pairs, planning = aside(make_pairs)
-    results, comparing = compare_rows(
-        [spool.read(part) for part in pairs.shares], Progress("verifying", pairs.num_bytes)
-    )
-    differences = list(itertools.chain(*results))
+    progress = Progress("verifying", made.files.num_bytes)
+    outcome = compare_pairs([pairs(packed[i::workers]) for i in range(workers)], progress)
+    differences = [difference for of_worker in outcome.results for difference in of_worker]
     if differences:
         first = differences[0]
         raise UserError(
-            f"{len(differences)} of {pairs.num_pairs} tensors were not written as they were read, the first "
-            f"{first.name} ({first.what}); "
-            f"disk or memory is faulty, or the source was changed: convert again"
+            f"{len(differences)} of {made.files.num_tasks} pieces were not written as they were read, the first "
+            f"{first.name} ({first.what}); disk or memory is faulty, or the source was changed: convert again"
         )
-    return max(planning, comparing)
+    return outcome.peak_bytes
+
+
+def _completed(source: Source, dist: Path, base: Path | None, drop_mtp: bool) -> Source:
+    """With a config, and with the MTP layers that training did not hold; all tensors accounted for."""
+    if source.config is None and base is None:
+        raise UserError(
+            f"{dist}: no {CONFIG_FILE} in it; give --base-hf, the Hugging Face folder that training began with"
+        )
+    config = source.config or HyConfig.from_dir(base)
+    if source.unknown:
+        names = f"{', '.join(source.unknown[:3])}{', ...' if len(source.unknown) > 3 else ''}"
+        raise UserError(
+            f"{source.folder}: {len(source.unknown)} tensors that hymeg does not know ({names}); the names of a "
+            f"GPTModel are needed, which begin with {', '.join(MODEL_KEYS)}"
+        )
+    held = [key for key in source.tensors if is_mtp(config, key)]
+    mtp = settle_mtp(source.folder, config, held, base, drop_mtp)
+    tensors = {key: tensor for key, tensor in source.tensors.items() if not (drop_mtp and key in held)} | mtp.of_base
+    try:
+        check_distributed_tensors(mtp.written, {key: tensor.shape for key, tensor in tensors.items()})
+    except UserError as error:
+        raise UserError(f"{source.folder}: {error}") from None
+    return source._replace(config=mtp.written, tensors=tensors, notes=(*source.notes, *mtp.notes))
+
+
+def _surplus_rows(source: Source, may_be_cut: bool) -> list[str]:
+    """What to say of rows that stand for no token of the config's vocabulary.
+
+    Raises:
+        UserError: they hold numbers other than zero, which Megatron's padding does when a run begins from scratch, and
+            a vocabulary that was extended.
+    """
+    notes = []
+    for tensor in (source.tensors[key] for key in VOCABULARY_KEYS):
+        first, num = source.config.vocab_size, tensor.shape[0]
+        with TensorReader() as reader:
+            blocks = reader.blocks(tensor, [(first, num)]) if num > first else []
+            has_numbers = any(np.frombuffer(converted(b, tensor.dtype, "F32"), "<f4").any() for b in blocks)
+        if has_numbers and not may_be_cut:
+            raise UserError(
+                f"{source.folder}: {tensor.key} has {num} rows, {CONFIG_FILE} a vocabulary of {first}, and the surplus "
+                "is not zero: if the vocabulary was extended, export with its own config.json; if the run began from "
+                "scratch, whose padding is random, with --cut-vocabulary"
+            )
+        if num > first:
+            notes.append(f"cut off: {num - first} rows of {tensor.key} beyond the vocabulary of {first}")
+    return notes
+
+
+def _check_apart(target: Path, sources: Iterable[Path | None], beside: Iterable[Path] = ()) -> None:
+    """`target` may lie in folders of which only small files are read (`beside`), but not be or hold one."""
+    place = target.resolve()
+    inside = [folder.resolve() for folder in sources if folder]
+    for folder in [*inside, *(folder.resolve() for folder in beside)]:
+        if folder == place or place in folder.parents or (folder in inside and folder in place.parents):
+            raise UserError(f"{target}: is, holds or lies in {folder}, which is read; give a folder elsewhere")
+
+
+def _folders_of(tensor: RowTensor) -> set[Path]:
+    return {Path(piece.file).parent for band in tensor.bands for piece in band.pieces}
+
+
+def _unused(base: Path | None, is_used: Any) -> list[str]:
+    return [f"--base-hf {base}: nothing was taken from it, all is there already"] if base and not is_used else []
+
+
+def _path(folder: str | Path | None) -> Path | None:
+    return None if folder is None else Path(folder)

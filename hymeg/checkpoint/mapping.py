@@ -9,6 +9,7 @@ of a layer stacked. Distributed keys are those of a GPTModel whose `moe_layer_fr
 megatron-core 0.19.2 stores them.
 """
 
+import functools
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,24 +23,40 @@ HF_LAYOUTS = ("hub", "fused")
 NUM_LISTED = 10  # tensors that a message names, of each kind
 
 Shape = tuple[int, ...]
+Range = tuple[int, int]
 
 
 class Place(NamedTuple):
-    """Where a tensor of `hf_shape` lies in one of `dist_shape`: reshape the latter to `view`, and the block of `extent`
-    at `offset` is the former.
+    """Where a tensor of `hf_shape` lies in one of `dist_shape`, which is seen as a matrix [rows, columns] (a vector as
+    one row): its elements are those of the row ranges [start, stop), in this order.
     """
 
     hf_shape: Shape
     dist_shape: Shape
-    view: Shape
-    offset: Shape
-    extent: Shape
+    rows: tuple[Range, ...]
 
     def in_stack(self, index: int, count: int) -> "Place":
         """The same in slice `index` of `count` such distributed tensors, stacked along a new first axis."""
-        return Place(
-            self.hf_shape, (count, *self.dist_shape), (count, *self.view), (index, *self.offset), (1, *self.extent)
-        )
+        first = index * num_rows(self.dist_shape)
+        rows = tuple((first + start, first + stop) for start, stop in self.rows)
+        return Place(self.hf_shape, (count, *self.dist_shape), rows)
+
+
+def num_rows(shape: Shape) -> int:
+    return math.prod(shape[:-1])
+
+
+def row_ranges(shape: Shape, offset: Shape, extent: Shape) -> list[Range]:
+    """The rows of the block of `extent` at `offset`, where shape is [columns], [rows, columns] or [slices, rows,
+    columns].
+    """
+    if len(shape) == 1:
+        return [(0, 1)]
+    height, (first, length) = (shape[-2], (offset[-2], extent[-2]))
+    slices = range(offset[0], offset[0] + extent[0]) if len(shape) == 3 else (0,)
+    if length == height:
+        return [(slices[0] * height, (slices[-1] + 1) * height)]
+    return [(i * height + first, i * height + first + length) for i in slices]
 
 
 # ---- how: the ways a Hugging Face tensor can lie in a distributed one. A size is a field of HyConfig or a product of
@@ -58,7 +75,7 @@ class Whole:
 
     def place(self, config: HyConfig) -> Place:
         shape = tuple(_size(config, name) for name in self.shape)
-        return Place(shape, shape, shape, (0,) * len(shape), shape)
+        return Place(shape, shape, ((0, num_rows(shape)),))
 
 
 class Fp32Buffer(Whole):
@@ -74,29 +91,23 @@ class GateUp:
 
     def place(self, config: HyConfig) -> Place:
         width, hidden = _size(config, self.width), config.hidden_size
-        return Place((width, hidden), (2 * width, hidden), (2 * width, hidden), (self.half * width, 0), (width, hidden))
+        return Place((width, hidden), (2 * width, hidden), ((self.half * width, (self.half + 1) * width),))
 
 
 @dataclass(frozen=True)
 class QKV:
     """The query, key or value heads in Megatron's `linear_qkv` [(heads + 2 * kv_heads) * head_dim, hidden], whose rows
-    are, for each KV head, those of its query heads, its key, its value. Seen as [kv_heads, rows per KV head, hidden],
-    each part is a range of the middle axis."""
+    are, for each KV head, those of its query heads, its key, its value."""
 
     part: str  # "q", "k" or "v"
 
     def place(self, config: HyConfig) -> Place:
         groups, head, hidden = config.num_key_value_heads, config.head_dim, config.hidden_size
         q = config.num_attention_heads // groups * head
-        start, length = {"q": (0, q), "k": (q, head), "v": (q + head, head)}[self.part]
-        rows = q + 2 * head
-        return Place(
-            (groups * length, hidden),
-            (groups * rows, hidden),
-            (groups, rows, hidden),
-            (0, start, 0),
-            (groups, length, hidden),
-        )
+        first, length = {"q": (0, q), "k": (q, head), "v": (q + head, head)}[self.part]
+        height = q + 2 * head  # rows for each KV head
+        rows = tuple((start, start + length) for start in range(first, groups * height, height))
+        return Place((groups * length, hidden), (groups * height, hidden), rows)
 
 
 # ---- the table
@@ -104,74 +115,74 @@ class QKV:
 
 class Row(NamedTuple):
     layouts: tuple[str, ...]
-    hf: str  # below the scope's prefix; {expert} runs over the experts, which the distributed tensor holds stacked along its first axis
+    hf: str  # below the scope's prefix; {e}: over the experts, which the distributed tensor holds as its first axis
     dist: str  # below the scope's prefix; DROPPED: accepted on reading, not imported
     how: Whole | GateUp | QKV
-    alias: bool = False  # an older name of another row's tensor: accepted on reading, never written
     when: str = ""  # the field of HyConfig without which there is no such tensor
+    is_older: bool = False  # an older name of another row's tensor: accepted on reading, never written
 
 
-BOTH, HUB, FUSED = HF_LAYOUTS, HF_LAYOUTS[:1], HF_LAYOUTS[1:]
+both, hub, fused = (functools.partial(Row, layouts) for layouts in (HF_LAYOUTS, HF_LAYOUTS[:1], HF_LAYOUTS[1:]))
+older = functools.partial(both, is_older=True)
 DROPPED = ""
 VOCAB, HIDDEN, HEAD, HEADS = "vocab_size", "hidden_size", "head_dim", "num_attention_heads*head_dim"
-FFN, SHARED_FFN, EXPERT_FFN = "intermediate_size", "shared_expert_intermediate_size", "moe_intermediate_size"
-EXPERTS, EXPERT_BIAS = "num_experts", "moe_router_enable_expert_bias"
+FFN, SHARED, EXPERT = "intermediate_size", "shared_expert_intermediate_size", "moe_intermediate_size"
+E, GATE_UP, BIAS = "num_experts", "2*moe_intermediate_size", "moe_router_enable_expert_bias"
 
 # fmt: off
-TABLE = {
-    "model": (  # no prefix
-        Row(BOTH,  "model.embed_tokens.weight",             "embedding.word_embeddings.weight",            Whole(VOCAB, HIDDEN)),
-        Row(BOTH,  "model.norm.weight",                     "decoder.final_layernorm.weight",              Whole(HIDDEN)),
-        Row(BOTH,  "lm_head.weight",                        "output_layer.weight",                         Whole(VOCAB, HIDDEN)),
-    ),
-    "layer": (  # model.layers.{l}, decoder.layers.{l}
-        Row(BOTH,  "input_layernorm.weight",                "self_attention.linear_qkv.layer_norm_weight", Whole(HIDDEN)),
-        Row(BOTH,  "self_attn.q_proj.weight",               "self_attention.linear_qkv.weight",            QKV("q")),
-        Row(BOTH,  "self_attn.k_proj.weight",               "self_attention.linear_qkv.weight",            QKV("k")),
-        Row(BOTH,  "self_attn.v_proj.weight",               "self_attention.linear_qkv.weight",            QKV("v")),
-        Row(BOTH,  "self_attn.q_norm.weight",               "self_attention.q_layernorm.weight",           Whole(HEAD)),
-        Row(BOTH,  "self_attn.k_norm.weight",               "self_attention.k_layernorm.weight",           Whole(HEAD)),
-        Row(BOTH,  "self_attn.o_proj.weight",               "self_attention.linear_proj.weight",           Whole(HIDDEN, HEADS)),
-    ),
-    "dense": (  # as "layer"
-        Row(BOTH,  "post_attention_layernorm.weight",       "mlp.linear_fc1.layer_norm_weight",            Whole(HIDDEN)),
-        Row(BOTH,  "mlp.gate_proj.weight",                  "mlp.linear_fc1.weight",                       GateUp(0, FFN)),
-        Row(BOTH,  "mlp.up_proj.weight",                    "mlp.linear_fc1.weight",                       GateUp(1, FFN)),
-        Row(BOTH,  "mlp.down_proj.weight",                  "mlp.linear_fc2.weight",                       Whole(HIDDEN, FFN)),
-    ),
-    "moe": (  # as "layer"
-        Row(BOTH,  "post_attention_layernorm.weight",       "pre_mlp_layernorm.weight",                    Whole(HIDDEN)),
-        Row(HUB,   "mlp.router.gate.weight",                "mlp.router.weight",                           Whole(EXPERTS, HIDDEN)),
-        Row(FUSED, "mlp.gate.weight",                       "mlp.router.weight",                           Whole(EXPERTS, HIDDEN)),
-        Row(BOTH,  "mlp.gate.wg.weight",                    "mlp.router.weight",                           Whole(EXPERTS, HIDDEN), alias=True),
-        Row(HUB,   "mlp.expert_bias",                       "mlp.router.expert_bias",                      Fp32Buffer(EXPERTS), when=EXPERT_BIAS),
-        Row(FUSED, "mlp.e_score_correction_bias",           "mlp.router.expert_bias",                      Fp32Buffer(EXPERTS), when=EXPERT_BIAS),
-        Row(HUB,   "mlp.shared_mlp.gate_proj.weight",       "mlp.shared_experts.linear_fc1.weight",        GateUp(0, SHARED_FFN)),
-        Row(HUB,   "mlp.shared_mlp.up_proj.weight",         "mlp.shared_experts.linear_fc1.weight",        GateUp(1, SHARED_FFN)),
-        Row(HUB,   "mlp.shared_mlp.down_proj.weight",       "mlp.shared_experts.linear_fc2.weight",        Whole(HIDDEN, SHARED_FFN)),
-        Row(FUSED, "mlp.shared_experts.gate_proj.weight",   "mlp.shared_experts.linear_fc1.weight",        GateUp(0, SHARED_FFN)),
-        Row(FUSED, "mlp.shared_experts.up_proj.weight",     "mlp.shared_experts.linear_fc1.weight",        GateUp(1, SHARED_FFN)),
-        Row(FUSED, "mlp.shared_experts.down_proj.weight",   "mlp.shared_experts.linear_fc2.weight",        Whole(HIDDEN, SHARED_FFN)),
-        Row(HUB,   "mlp.experts.{expert}.gate_proj.weight", "mlp.experts.experts.linear_fc1.weight",       GateUp(0, EXPERT_FFN)),
-        Row(HUB,   "mlp.experts.{expert}.up_proj.weight",   "mlp.experts.experts.linear_fc1.weight",       GateUp(1, EXPERT_FFN)),
-        Row(HUB,   "mlp.experts.{expert}.down_proj.weight", "mlp.experts.experts.linear_fc2.weight",       Whole(HIDDEN, EXPERT_FFN)),
-        Row(FUSED, "mlp.experts.gate_up_proj",              "mlp.experts.experts.linear_fc1.weight",       Whole(EXPERTS, "2*" + EXPERT_FFN, HIDDEN)),
-        Row(FUSED, "mlp.experts.down_proj",                 "mlp.experts.experts.linear_fc2.weight",       Whole(EXPERTS, HIDDEN, EXPERT_FFN)),
-    ),
-    # An MTP layer is also a "layer" and a "moe", those two under mtp.layers.{i}.transformer_layer: its attribute is
-    # mtp_model_layer, but a GPTModel stores it under the older name (multi_token_prediction.py:1551). What is dropped,
-    # the publisher's own reader (vLLM's hy_v3_mtp) skips as well: the trunk's embedding and lm_head are used, and the
-    # norm before the head is final_layernorm.
-    "mtp": (  # model.layers.{num_hidden_layers + i}, mtp.layers.{i}
-        Row(BOTH,  "enorm.weight",                          "enorm.weight",                                Whole(HIDDEN)),
-        Row(BOTH,  "hnorm.weight",                          "hnorm.weight",                                Whole(HIDDEN)),
-        Row(BOTH,  "eh_proj.weight",                        "eh_proj.weight",                              Whole(HIDDEN, "2*" + HIDDEN)),
-        Row(BOTH,  "final_layernorm.weight",                "final_layernorm.weight",                      Whole(HIDDEN)),
-        Row(BOTH,  "embed_tokens.weight",                   DROPPED,                                       Whole(VOCAB, HIDDEN)),
-        Row(BOTH,  "shared_head.head.weight",               DROPPED,                                       Whole(VOCAB, HIDDEN)),
-        Row(BOTH,  "shared_head.norm.weight",               DROPPED,                                       Whole(HIDDEN)),
-    ),
-}
+TABLE: dict[str, tuple[Row, ...]] = {}
+TABLE["model"] = (  # no prefix
+    both("model.embed_tokens.weight", "embedding.word_embeddings.weight", Whole(VOCAB, HIDDEN)),
+    both("model.norm.weight",         "decoder.final_layernorm.weight",   Whole(HIDDEN)),
+    both("lm_head.weight",            "output_layer.weight",              Whole(VOCAB, HIDDEN)),
+)
+TABLE["layer"] = (  # model.layers.{l}, decoder.layers.{l}
+    both("input_layernorm.weight",  "self_attention.linear_qkv.layer_norm_weight", Whole(HIDDEN)),
+    both("self_attn.q_proj.weight", "self_attention.linear_qkv.weight",            QKV("q")),
+    both("self_attn.k_proj.weight", "self_attention.linear_qkv.weight",            QKV("k")),
+    both("self_attn.v_proj.weight", "self_attention.linear_qkv.weight",            QKV("v")),
+    both("self_attn.q_norm.weight", "self_attention.q_layernorm.weight",           Whole(HEAD)),
+    both("self_attn.k_norm.weight", "self_attention.k_layernorm.weight",           Whole(HEAD)),
+    both("self_attn.o_proj.weight", "self_attention.linear_proj.weight",           Whole(HIDDEN, HEADS)),
+)
+TABLE["dense"] = (  # as "layer"
+    both("post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight", Whole(HIDDEN)),
+    both("mlp.gate_proj.weight",            "mlp.linear_fc1.weight",            GateUp(0, FFN)),
+    both("mlp.up_proj.weight",              "mlp.linear_fc1.weight",            GateUp(1, FFN)),
+    both("mlp.down_proj.weight",            "mlp.linear_fc2.weight",            Whole(HIDDEN, FFN)),
+)
+TABLE["moe"] = (  # as "layer"
+    both( "post_attention_layernorm.weight",     "pre_mlp_layernorm.weight",              Whole(HIDDEN)),
+    hub(  "mlp.router.gate.weight",              "mlp.router.weight",                     Whole(E, HIDDEN)),
+    fused("mlp.gate.weight",                     "mlp.router.weight",                     Whole(E, HIDDEN)),
+    older("mlp.gate.wg.weight",                  "mlp.router.weight",                     Whole(E, HIDDEN)),
+    hub(  "mlp.expert_bias",                     "mlp.router.expert_bias",                Fp32Buffer(E), BIAS),
+    fused("mlp.e_score_correction_bias",         "mlp.router.expert_bias",                Fp32Buffer(E), BIAS),
+    hub(  "mlp.shared_mlp.gate_proj.weight",     "mlp.shared_experts.linear_fc1.weight",  GateUp(0, SHARED)),
+    hub(  "mlp.shared_mlp.up_proj.weight",       "mlp.shared_experts.linear_fc1.weight",  GateUp(1, SHARED)),
+    hub(  "mlp.shared_mlp.down_proj.weight",     "mlp.shared_experts.linear_fc2.weight",  Whole(HIDDEN, SHARED)),
+    fused("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.linear_fc1.weight",  GateUp(0, SHARED)),
+    fused("mlp.shared_experts.up_proj.weight",   "mlp.shared_experts.linear_fc1.weight",  GateUp(1, SHARED)),
+    fused("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight",  Whole(HIDDEN, SHARED)),
+    hub(  "mlp.experts.{e}.gate_proj.weight",    "mlp.experts.experts.linear_fc1.weight", GateUp(0, EXPERT)),
+    hub(  "mlp.experts.{e}.up_proj.weight",      "mlp.experts.experts.linear_fc1.weight", GateUp(1, EXPERT)),
+    hub(  "mlp.experts.{e}.down_proj.weight",    "mlp.experts.experts.linear_fc2.weight", Whole(HIDDEN, EXPERT)),
+    fused("mlp.experts.gate_up_proj",            "mlp.experts.experts.linear_fc1.weight", Whole(E, GATE_UP, HIDDEN)),
+    fused("mlp.experts.down_proj",               "mlp.experts.experts.linear_fc2.weight", Whole(E, HIDDEN, EXPERT)),
+)
+# An MTP layer is also a "layer" and a "moe", those two under mtp.layers.{i}.transformer_layer: its attribute is
+# mtp_model_layer, but a GPTModel stores it under the older name (multi_token_prediction.py:1551). What is dropped,
+# the publisher's own reader (vLLM's hy_v3_mtp) skips as well: the trunk's embedding and lm_head are used, and the
+# norm before the head is final_layernorm.
+TABLE["mtp"] = (  # model.layers.{num_hidden_layers + i}, mtp.layers.{i}
+    both("enorm.weight",            "enorm.weight",           Whole(HIDDEN)),
+    both("hnorm.weight",            "hnorm.weight",           Whole(HIDDEN)),
+    both("eh_proj.weight",          "eh_proj.weight",         Whole(HIDDEN, "2*" + HIDDEN)),
+    both("final_layernorm.weight",  "final_layernorm.weight", Whole(HIDDEN)),
+    both("embed_tokens.weight",     DROPPED,                  Whole(VOCAB, HIDDEN)),
+    both("shared_head.head.weight", DROPPED,                  Whole(VOCAB, HIDDEN)),
+    both("shared_head.norm.weight", DROPPED,                  Whole(HIDDEN)),
+)
 # fmt: on
 
 # Megatron pads their rows to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size; the surplus rows
@@ -179,13 +190,10 @@ TABLE = {
 VOCABULARY_KEYS = tuple(row.dist for row in TABLE["model"] if isinstance(row.how, Whole) and row.how.shape[0] == VOCAB)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One Hugging Face tensor and its place. The distributed tensor, reshaped to `view`, holds it as the block of
-    `extent` at `offset`.
+class Entry(NamedTuple):
+    """One Hugging Face tensor and its place: the elements of these rows of the distributed tensor, in this order.
 
-    Only for q, k and v is `view` another shape than `dist_shape`; elsewhere `offset` and `extent` are those of a chunk
-    of the distributed tensor (with a leading 1 for one expert). `dist_shape` counts the vocabulary without padding.
+    `dist_shape` counts the vocabulary without padding. Only q, k and v are more than one range of rows.
     """
 
     hf_name: str
@@ -193,20 +201,7 @@ class Entry:
     is_fp32_buffer: bool  # expert_bias: kept in fp32 whatever the training dtype, and no parameter
     hf_shape: Shape
     dist_shape: Shape
-    view: Shape
-    offset: Shape
-    extent: Shape
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """The block, as an index into the reshaped distributed tensor."""
-        return tuple(slice(start, start + length) for start, length in zip(self.offset, self.extent, strict=True))
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether the Hugging Face tensor's elements lie in one run, in their order, in the distributed tensor."""
-        first_long = next((axis for axis, length in enumerate(self.extent) if length > 1), len(self.extent))
-        return self.extent[first_long + 1 :] == self.view[first_long + 1 :]
+    rows: tuple[Range, ...]
 
 
 class HFMatch(NamedTuple):
@@ -219,23 +214,18 @@ class HFMatch(NamedTuple):
     dropped: list[str]
 
 
-def plan(config: HyConfig, layout: str) -> list[Entry]:
+def hf_entries(config: HyConfig, layout: str) -> list[Entry]:
     """Every Hugging Face tensor of `layout` ("hub" or "fused") with its place. Together they fill every distributed
     tensor exactly once.
     """
-    return [entry for row, entry in _expand(config, layout) if not row.alias and row.dist != DROPPED]
-
-
-def hf_shapes(config: HyConfig, layout: str) -> dict[str, Shape]:
-    """Shape of every Hugging Face tensor of `layout`, by name."""
-    return {entry.hf_name: entry.hf_shape for entry in plan(config, layout)}
+    return [entry for row, entry in _expand(config, layout) if not row.is_older and row.dist != DROPPED]
 
 
 def distributed_shapes(config: HyConfig, padded_vocab_size: int | None = None) -> dict[str, Shape]:
     """Global shape of every distributed tensor, by key; the vocabulary's rows unpadded unless `padded_vocab_size` is
     given.
     """
-    shapes = {entry.dist_key: entry.dist_shape for entry in plan(config, "fused")}
+    shapes = {entry.dist_key: entry.dist_shape for entry in hf_entries(config, "fused")}
     for key in VOCABULARY_KEYS:
         shapes[key] = (padded_vocab_size or config.vocab_size, *shapes[key][1:])
     return shapes
@@ -248,7 +238,7 @@ def num_parameters(config: HyConfig, include_mtp: bool = True, include_expert_bi
     295,033,528,320 for the trunk is without it (as transformers counts parameters); 298,786,155,776 with MTP is every
     element in the checkpoint, the 15,360 biases included.
     """
-    entries = (entry for entry in plan(config, "fused") if include_mtp or not entry.dist_key.startswith("mtp."))
+    entries = (entry for entry in hf_entries(config, "fused") if include_mtp or not entry.dist_key.startswith("mtp."))
     return sum(math.prod(entry.hf_shape) for entry in entries if include_expert_bias or not entry.is_fp32_buffer)
 
 
@@ -279,12 +269,11 @@ def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
             kind, and the first ten).
     """
     layout = detect_layout(shapes)
-    candidates = sorted(
-        _expand(config, layout), key=lambda pair: pair[0].alias
-    )  # an alias only where the name itself is absent
+    # An older name only where today's is absent.
+    candidates = sorted(_expand(config, layout), key=lambda pair: pair[0].is_older)
     found, dropped, misshapen = {}, [], []
     for row, entry in candidates:
-        place = entry.dist_key, entry.offset
+        place = entry.dist_key, entry.rows[0]
         if entry.hf_name not in shapes or place in found:
             continue
         if tuple(shapes[entry.hf_name]) != entry.hf_shape:
@@ -293,13 +282,13 @@ def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
             dropped.append(entry.hf_name)
         else:
             found[place] = entry
-    wanted = plan(config, layout)
-    missing = [entry.hf_name for entry in wanted if (entry.dist_key, entry.offset) not in found]
+    wanted = [entry for row, entry in candidates if not row.is_older and row.dist != DROPPED]
+    missing = [entry.hf_name for entry in wanted if (entry.dist_key, entry.rows[0]) not in found]
     accounted_for = {entry.hf_name for entry in found.values()}.union(dropped)
     _complain(
         "the Hugging Face tensors", config, missing, [name for name in shapes if name not in accounted_for], misshapen
     )
-    return HFMatch(layout, [found[entry.dist_key, entry.offset] for entry in wanted], dropped)
+    return HFMatch(layout, [found[entry.dist_key, entry.rows[0]] for entry in wanted], dropped)
 
 
 def check_distributed_tensors(
@@ -356,33 +345,21 @@ def _expand(config: HyConfig, layout: str) -> Iterator[tuple[Row, Entry]]:
         for row in TABLE[scope]:
             if layout not in row.layouts or (row.when and not getattr(config, row.when)):
                 continue
-            hf, dist, is_fp32_buffer, place = (
-                hf_prefix + row.hf,
-                dist_prefix + row.dist,
-                isinstance(row.how, Fp32Buffer),
-                row.how.place(config),
-            )
-            if "{expert}" not in hf:
+            hf, dist, place = hf_prefix + row.hf, dist_prefix + row.dist, row.how.place(config)
+            is_fp32_buffer = isinstance(row.how, Fp32Buffer)
+            if "{e}" not in hf:
                 yield row, Entry(hf, dist, is_fp32_buffer, *place)
                 continue
             for expert in range(config.num_experts):
-                yield (
-                    row,
-                    Entry(
-                        hf.replace("{expert}", str(expert)),
-                        dist,
-                        is_fp32_buffer,
-                        *place.in_stack(expert, config.num_experts),
-                    ),
-                )
+                stacked = place.in_stack(expert, config.num_experts)
+                yield row, Entry(hf.replace("{e}", str(expert)), dist, is_fp32_buffer, *stacked)
 
 
 def _marks(layout: str) -> re.Pattern:
     """Matches the names that only `layout` has."""
     rows = (row for scope in TABLE if scope != "model" for row in TABLE[scope] if row.layouts == (layout,))
-    return re.compile(
-        r"model\.layers\.\d+\.(?:" + "|".join(re.escape(row.hf).replace(r"\{expert\}", r"\d+") for row in rows) + ")"
-    )
+    names = "|".join(re.escape(row.hf).replace(r"\{e\}", r"\d+") for row in rows)
+    return re.compile(rf"model\.layers\.\d+\.(?:{names})")
 
 
 _MARKS = {layout: _marks(layout) for layout in HF_LAYOUTS}
@@ -400,8 +377,11 @@ def _complain(
         return
     told = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names]
     advice = ""
-    if not misshapen and all(_is_mtp(config, name) for name in missing + unexpected):
-        advice = f". All belong to MTP layers: make num_nextn_predict_layers ({config.num_nextn_predict_layers} in config.json) agree with them"
+    if not misshapen and all(is_mtp(config, name) for name in missing + unexpected):
+        advice = (
+            ". All belong to MTP layers: make num_nextn_predict_layers "
+            f"({config.num_nextn_predict_layers} in config.json) agree with them"
+        )
     raise UserError(f"{what} are not those of config.json: {'; '.join(told)}{advice}")
 
 
@@ -409,6 +389,7 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:NUM_LISTED]) + (f", and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else "")
 
 
-def _is_mtp(config: HyConfig, name: str) -> bool:
+def is_mtp(config: HyConfig, name: str) -> bool:
+    """Whether a Hugging Face tensor or a distributed one belongs to a multi-token-prediction layer."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return name.startswith("mtp.") or (layer is not None and int(layer[1]) >= config.num_hidden_layers)

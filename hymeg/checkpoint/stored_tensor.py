@@ -20,17 +20,11 @@ import zipfile
 import zlib
 from typing import Any, NamedTuple
 
+from hymeg.checkpoint.mapping import Shape
 from hymeg.errors import UserError
-from hymeg.hf.files import shown
-from hymeg.hf.safetensors_files import ITEM_SIZES
+from hymeg.files import shown
+from hymeg.hf.dtypes import ITEM_SIZES, WEIGHTS
 
-Shape = tuple[int, ...]
-
-STORAGES = {
-    "BF16": "BFloat16Storage",
-    "F16": "HalfStorage",
-    "F32": "FloatStorage",
-}  # dtype, as in ITEM_SIZES -> torch's class
 MAX_STORED_BYTES = 2**32 - 2**20  # beyond, a zip needs the 64-bit form of its headers
 _ALIGNMENT = 64
 _MAX_RECORDS, _MAX_PICKLE_BYTES, _MAX_PREFIX_BYTES = 64, 65536, 2**20
@@ -53,9 +47,7 @@ class Envelope(NamedTuple):
 
 @functools.cache
 def envelope(dtype: str, shape: Shape) -> Envelope:
-    """What surrounds the elements of a contiguous tensor. `dtype` as in STORAGES; the tensor takes at most
-    MAX_STORED_BYTES.
-    """
+    """What surrounds the elements of a contiguous tensor. The tensor takes at most MAX_STORED_BYTES."""
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     assert nbytes <= MAX_STORED_BYTES, "cut the tensor into smaller chunks"
     out = _Zip()
@@ -124,30 +116,12 @@ def plain(value: Any) -> bytes:
 def _pickled(dtype: str, shape: Shape) -> bytes:
     """data.pkl: a call of torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks),
     written out by hand because a pickler would import torch to look the names up."""
-
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    storage = (
-        b"("
-        + plain("storage")
-        + b"ctorch\n"
-        + STORAGES[dtype].encode()
-        + b"\n"
-        + plain("0")
-        + plain("cpu")
-        + plain(math.prod(shape))
-        + b"tQ"
-    )
+    torch_class = b"ctorch\n" + WEIGHTS[dtype].storage.encode() + b"\n"
+    storage = [b"(", plain("storage"), torch_class, plain("0"), plain("cpu"), plain(math.prod(shape)), b"tQ"]
     hooks = b"ccollections\nOrderedDict\n)R"
-    return (
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
-        + storage
-        + plain(0)
-        + plain(shape)
-        + plain(strides)
-        + plain(False)
-        + hooks
-        + b"tR."
-    )
+    arguments = [*storage, plain(0), plain(shape), plain(strides), plain(False), hooks]
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + b"".join(arguments) + b"tR."
 
 
 class ElementFinder:
@@ -248,7 +222,7 @@ class _Description(pickle.Unpickler):
             return lambda *arguments: arguments
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name in STORAGES.values():
+        if module == "torch" and name in (names.storage for names in WEIGHTS.values()):
             return name
         raise ValueError(f"data.pkl names {shown(f'{module}.{name}')}, which has no place in a plain tensor")
 
@@ -258,7 +232,7 @@ class _Description(pickle.Unpickler):
 
 def _check_description(data: bytes, dtype: str, shape: Shape) -> None:
     storage, offset, size, strides, *_ = _Description(io.BytesIO(data)).load()
-    if storage[1] != STORAGES[dtype]:
+    if storage[1] != WEIGHTS[dtype].storage:
         raise ValueError(f"it holds a {shown(storage[1])}")
     if tuple(size) != shape:
         raise ValueError(f"its shape is {shown(size)}")

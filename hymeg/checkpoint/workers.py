@@ -18,13 +18,19 @@ from hymeg.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 10
 _SECONDS_BETWEEN_REDRAWS = 0.2
+_MAX_WORKERS = 256
 
 Work = Callable[[Any, Callable[[int], None]], Any]
 
 
+def check_num_workers(workers: int) -> None:
+    if not 1 <= workers <= _MAX_WORKERS:
+        raise UserError(f"--workers {workers}: 1 to {_MAX_WORKERS} are possible")
+
+
 class Outcome(NamedTuple):
     results: list  # what `work` returned, share by share
-    peak_bytes: int  # peak resident memory of the workers and of this process, added up
+    peak_bytes: int  # of resident memory, of the workers and this process together; what they share counts once
 
 
 class Progress:
@@ -51,22 +57,6 @@ class Progress:
         print(text, end="" if self.is_terminal else "\n", file=self.stream, flush=True)
 
 
-def aside(function: Callable[[], Any]) -> tuple[Any, int]:
-    """What `function()` returns, called in a process that then ends, and with it the memory that the call took; and the
-    peak, as `Outcome` has it.
-
-    Raises:
-        UserError, RuntimeError: as `run` does.
-    """
-
-    def work(share: None, report: Callable[[int], None]) -> Any:
-        gc.disable()  # it would look through all that is planned again and again; what it could free is gone with the process
-        return function()
-
-    outcome = run(work, [None])
-    return outcome.results[0], outcome.peak_bytes
-
-
 def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> Outcome:
     """Call `work(share, report)` for every share, each in a process of its own, forked from this one; `report(n)` tells
     that n more bytes are done.
@@ -86,7 +76,9 @@ def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> 
     try:
         for number, share in enumerate(shares):
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(work, share, done, number, send, os.getpid()), daemon=True)
+            inherited = [*waiting, receive]
+            arguments = (work, share, done, number, send, inherited, os.getpid())
+            process = context.Process(target=_worker, args=arguments, daemon=True)
             process.start()
             send.close()
             processes.append(process)
@@ -99,13 +91,29 @@ def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> 
                 progress.show(sum(done))
         if progress:
             progress.show(sum(done), at_end=True)
-        return Outcome(results, sum(peaks) + _peak_bytes())
+        return Outcome(results, sum(peaks) + memory_of_process("status", "VmRSS"))
     finally:
         gc.unfreeze()
         for process in processes:
-            if process.is_alive():
-                process.kill() if waiting else None
+            if waiting:
+                process.kill()
             process.join()
+
+
+def aside[T](function: Callable[[], T]) -> tuple[T, int]:
+    """What `function()` returns, called in a process that then ends, and with it the memory that the call took; and the
+    peak, as `Outcome` has it.
+
+    Raises:
+        UserError, RuntimeError: as `run` does.
+    """
+
+    def work(share: None, report: Callable[[int], None]) -> T:
+        gc.disable()  # it would look through all that is made again and again, and the process ends soon
+        return function()
+
+    outcome = run(work, [None])
+    return outcome.results[0], outcome.peak_bytes
 
 
 def dealt[Part](parts: Sequence[Part]) -> Iterator[Part]:
@@ -125,22 +133,39 @@ def dealt[Part](parts: Sequence[Part]) -> Iterator[Part]:
     return deal()
 
 
-def _peak_bytes() -> int:
-    """Of this process. getrusage would count what the program that started it had held as well."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+def memory_of_process(file: str, *names: str) -> int:
+    """Bytes, added up, of these lines of /proc/self/`file`; 0 where the system has no such file."""
+    try:
+        with open(f"/proc/self/{file}") as lines:
+            fields = [line.split() for line in lines]
+    except OSError:
+        return 0
+    return sum(int(words[1]) * 1024 for words in fields if words[0].rstrip(":") in names)
 
 
-def _worker(work: Work, share: Any, done: Any, number: int, send: Connection, parent: int) -> None:
+def _own_peak_bytes() -> int:
+    """Of a forked worker: what it shares with no other process, and what it had at most beyond what it has now."""
+    private = memory_of_process("smaps_rollup", "Private_Clean", "Private_Dirty")
+    return private + memory_of_process("status", "VmHWM") - memory_of_process("status", "VmRSS")
+
+
+def _worker(
+    work: Work, share: Any, done: Any, number: int, send: Connection, inherited: list[Connection], parent: int
+) -> None:
+    for receive in inherited:
+        receive.close()  # else sending to a parent that is gone would wait for ever
+
     def report(num_bytes: int) -> None:
         done[number] += num_bytes
         if os.getppid() != parent:
             os._exit(1)
 
+    for signal_number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, signal.SIG_DFL)  # whatever the parent does about them
     with contextlib.suppress(BrokenPipeError):
         try:
             result = work(share, report)
-            send.send(("done", result, _peak_bytes()))
+            send.send(("done", result, _own_peak_bytes()))
         except UserError as error:
             send.send(("user", str(error), 0))
         except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from hymeg.data.chat_template import ChatTemplate, Form
 from hymeg.data.rows import Conversation
 from hymeg.errors import UserError
-from hymeg.hf.files import shown
+from hymeg.files import shown
 from hymeg.hf.tokenizer import load_tokenizer
 
 _VERSION = 2  # of what this module makes of the same row, tokenizer and template

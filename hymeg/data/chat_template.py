@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hymeg.data.rows import Conversation
 from hymeg.errors import UserError
-from hymeg.hf.files import shown
+from hymeg.files import shown
 
 _MARK = secrets.token_hex(8)  # that no row can hold
 _MARKER = re.compile(f"<{_MARK}-([0-9]{{6}})>")

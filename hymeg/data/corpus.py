@@ -19,7 +19,7 @@ from hymeg import platform
 from hymeg.data.text_files import Batch, check_given_once, check_name, is_text, place, read_batches
 from hymeg.data.workers import encode_all
 from hymeg.errors import UserError
-from hymeg.hf.files import fsync_folder, parse_row, shown
+from hymeg.files import fsync_folder, parse_row, shown
 from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer, text_tokenizer
 
 

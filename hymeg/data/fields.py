@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from hymeg.errors import UserError
-from hymeg.hf.files import parse_row, shown
+from hymeg.files import parse_row, shown
 
 
 def decoded(where: str, text: str, *needed: str) -> Any:

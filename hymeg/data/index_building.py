@@ -29,7 +29,7 @@ from hymeg.data.rows import Conversation, RowReader
 from hymeg.data.text_files import Batch, read_batches
 from hymeg.data.workers import encode_all
 from hymeg.errors import UserError
-from hymeg.hf.files import write_whole
+from hymeg.files import write_whole
 from hymeg.progress import Progress
 
 _BYTES_PER_WORKER = 20_000_000  # of the files: less is not worth a process

@@ -9,7 +9,7 @@ from typing import Any
 
 from hymeg.data.fields import decoded, found
 from hymeg.errors import UserError
-from hymeg.hf.files import shown
+from hymeg.files import shown
 
 ROLES = ("system", "user", "assistant", "tool")
 IS_TRAINED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from hymeg.errors import UserError
-from hymeg.hf.files import shown
+from hymeg.files import shown
 
 _ROWS_AT_ONCE = 256
 

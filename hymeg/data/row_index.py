@@ -23,7 +23,7 @@ import numpy as np
 
 from hymeg.data.chat import Tokens
 from hymeg.errors import UserError
-from hymeg.hf.files import fsync_folder, read_json, write_whole
+from hymeg.files import fsync_folder, read_json, write_whole
 
 SUMMARY = "index.json"
 _VERSION = 2

@@ -22,7 +22,7 @@ from hymeg.data.fields import decoded, found, one_of, text_of
 from hymeg.data.messages import IS_TRAINED, read_functions, read_messages
 from hymeg.data.text_files import place
 from hymeg.errors import UserError
-from hymeg.hf.files import shown
+from hymeg.files import shown
 
 REASONING_EFFORTS = ("no_think", "low", "high")
 _THINKING = ("thinking", "enable_thinking")

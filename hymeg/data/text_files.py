@@ -20,7 +20,7 @@ import zstandard
 
 from hymeg.data import parquet_files
 from hymeg.errors import UserError
-from hymeg.hf.files import shown
+from hymeg.files import shown
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (".txt",)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from hymeg.data.fields import found, text_of
 from hymeg.errors import UserError
-from hymeg.hf.files import shown
+from hymeg.files import shown
 
 NEEDED = ("source", "target", "source_lang", "target_lang")
 _FIELDS = {  # placeholder, but for those of languages: the row's key

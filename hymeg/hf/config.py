@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hymeg.errors import UserError
-from hymeg.hf.files import read_json, shown, write_whole
+from hymeg.files import read_json, shown, write_whole
 
 MODEL_TYPE = "hy_v3"
 ARCHITECTURES = ("HYV3ForCausalLM", "HyMT2ForCausalLM")
@@ -209,6 +209,10 @@ class HyConfig:
                 "fetches one)"
             )
         return cls.from_file(Path(directory) / CONFIG_FILE)
+
+    def without_mtp(self) -> "HyConfig":
+        """The same model without its multi-token-prediction layers."""
+        return self.from_dict(self.raw | {"num_nextn_predict_layers": 0})
 
     def to_dict(self) -> dict[str, Any]:
         """config.json as it was read: the same keys, order and values."""

@@ -22,14 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hymeg.errors import UserError
-from hymeg.hf.files import read_json, shown, write_whole, written_whole
+from hymeg.files import read_json, shown, write_whole, written_whole
+from hymeg.hf.dtypes import ITEM_SIZES
 
-ITEM_SIZES = {  # bytes for one element
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
@@ -40,7 +35,7 @@ class TensorEntry(NamedTuple):
     """Where a stored tensor lies."""
 
     file: Path
-    dtype: str  # as in ITEM_SIZES
+    dtype: str
     shape: tuple[int, ...]
     offset: int  # of the first byte, from the start of the file
     nbytes: int
@@ -50,7 +45,7 @@ class TensorSpec(NamedTuple):
     """A tensor to be written."""
 
     name: str
-    dtype: str  # as in ITEM_SIZES
+    dtype: str
     shape: tuple[int, ...]
 
     @property
@@ -95,9 +90,14 @@ class SafetensorsFile:
                 text = file.read(header_bytes)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-        header = _parse_header(path, text)
-        self.metadata = _checked_metadata(path, header.pop("__metadata__", {}))
-        self.tensors = _checked_entries(self.path, header, 8 + header_bytes, size)
+        try:
+            header = json.loads(text.decode(), object_pairs_hook=_without_twins)
+            self.metadata = _checked_metadata(header.pop("__metadata__", {}))
+            self.tensors = _checked_entries(self.path, header, 8 + header_bytes, size)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: the header is damaged: {error or type(error).__name__}; fetch the file again"
+            ) from None
 
 
 def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
@@ -147,7 +147,7 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
     return tensors
 
 
-def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+def into_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
     """Distribute `tensors`, in order, over files of at most `max_shard_bytes` bytes of tensors; a tensor above that
     gets a file of its own.
 
@@ -162,11 +162,8 @@ def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_
             group_bytes = 0
         groups[-1].append(tensor)
         group_bytes += tensor.nbytes
-    names = (
-        [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-        if len(groups) > 1
-        else [SINGLE_FILE]
-    )
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else [SINGLE_FILE]
     by_width = [sorted(group, key=lambda tensor: -ITEM_SIZES[tensor.dtype]) for group in groups]
     return [Shard(name, tuple(group)) for name, group in zip(names, by_width, strict=True)]
 
@@ -183,49 +180,18 @@ def shard_header(shard: Shard) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(directory: str | os.PathLike, shard: Shard, read: Callable[[TensorSpec], Iterable[Buffer]]) -> None:
-    """Write one file, whole or not at all.
-
-    Args:
-        directory: an existing folder.
-        shard: from `plan_shards`.
-        read: called once for each tensor, in the shard's order; gives its bytes in one or more buffers, `tensor.nbytes`
-            in all.
-
-    Raises:
-        UserError: the file cannot be written.
-        ValueError: `read` gave too few or too many bytes.
-    """
-    with written_whole(Path(directory) / shard.file_name) as file:
-        file.write(shard_header(shard))
-        for tensor in shard.tensors:
-            num_bytes = sum(file.write(buffer) for buffer in read(tensor))
-            if num_bytes != tensor.nbytes:
-                raise ValueError(
-                    f"tensor {tensor.name}: {num_bytes} bytes given for {tensor.dtype} {list(tensor.shape)}, which "
-                    f"takes {tensor.nbytes}"
-                )
-
-
-def index_of(shards: list[Shard]) -> bytes:
-    """The text of INDEX_FILE: which tensor lies in which file."""
+def index_files(shards: list[Shard]) -> dict[str, bytes]:
+    """INDEX_FILE, which says which tensor lies in which file; it makes the checkpoint valid. One shard has none."""
+    if len(shards) == 1:
+        return {}
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     metadata = {
         "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "total_size": sum(tensor.nbytes for tensor in tensors),
     }
     weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
-    return (
-        json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
-    ).encode()
-
-
-def write_index(directory: str | os.PathLike, shards: list[Shard]) -> None:
-    """Write the index of `shards`, which are all written: it makes the checkpoint valid. One shard alone needs none,
-    and none is written.
-    """
-    if len(shards) > 1:
-        write_whole(Path(directory) / INDEX_FILE, index_of(shards))
+    text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    return {INDEX_FILE: text.encode()}
 
 
 def write_checkpoint(
@@ -234,90 +200,68 @@ def write_checkpoint(
     read: Callable[[TensorSpec], Iterable[Buffer]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Shard]:
-    """Write `tensors` into `directory` (which exists and holds no other checkpoint) and return its files. See
-    `plan_shards` and `write_shard`.
+    """Write `tensors` into `directory`, an existing folder without a checkpoint, each file whole or not at all and the
+    index last; the files.
+
+    Args:
+        read: called once for each tensor, in the order of the files; gives its bytes in one or more buffers,
+            `tensor.nbytes` in all.
+
+    Raises:
+        UserError: a file cannot be written.
+        ValueError: `read` gave too few or too many bytes.
     """
-    shards = plan_shards(tensors, max_shard_bytes)
+    shards = into_shards(tensors, max_shard_bytes)
     for shard in shards:
-        write_shard(directory, shard, read)
-    write_index(directory, shards)
+        with written_whole(Path(directory) / shard.file_name) as file:
+            file.write(shard_header(shard))
+            for tensor in shard.tensors:
+                num_bytes = sum(file.write(buffer) for buffer in read(tensor))
+                if num_bytes != tensor.nbytes:
+                    raise ValueError(f"tensor {tensor.name}: {num_bytes} bytes given, {tensor.nbytes} are needed")
+    for name, data in index_files(shards).items():
+        write_whole(Path(directory) / name, data)
     return shards
 
 
-def _parse_header(path: str | os.PathLike, text: bytes) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise UserError(f"{path}: the header names {shown(twice)} twice; the file is damaged")
-        return made
-
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: the header is not valid JSON ({error}): the file is damaged or not a safetensors file"
-        ) from error
-    if type(header) is not dict:
-        raise UserError(f"{path}: the header is not a JSON object: the file is damaged or not a safetensors file")
-    return header
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"it names {shown(twice)} twice")
+    return made
 
 
-def _checked_metadata(path: str | os.PathLike, metadata: Any) -> dict[str, str]:
+def _checked_metadata(metadata: Any) -> dict[str, str]:
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-        raise UserError(f"{path}: __metadata__ in the header must map strings to strings; the file is damaged")
+        raise ValueError("__metadata__ must map strings to strings")
     return metadata
 
 
 def _checked_entries(path: Path, header: dict[str, Any], data_start: int, file_size: int) -> dict[str, TensorEntry]:
+    """(safetensors' own `safe_open` would map the whole file, which a limit on address space does not allow.)"""
     spans = []
     for name, fields in header.items():
-        if type(fields) is not dict or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-            raise UserError(
-                f"{path}: tensor {shown(name)}: the header must give its dtype, shape and data_offsets; the file is "
-                "damaged"
+        dtype, shape, offsets = (fields[key] for key in ("dtype", "shape", "data_offsets"))
+        if dtype not in ITEM_SIZES:
+            raise ValueError(f"tensor {shown(name)}: dtype is {shown(dtype)}; one of {', '.join(ITEM_SIZES)} is needed")
+        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64):
+            raise ValueError(
+                f"tensor {shown(name)}: shape {shown(shape)} and data_offsets {shown(offsets)} are no sizes"
             )
-        dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-        if type(dtype) is not str or dtype not in ITEM_SIZES:
-            raise UserError(
-                f"{path}: tensor {shown(name)}: dtype is {shown(dtype)}; one of {', '.join(ITEM_SIZES)} is needed"
-            )
-        if not _are_sizes(shape) or len(shape) > 64:
-            raise UserError(
-                f"{path}: tensor {shown(name)}: shape is {shown(shape)}; a list of sizes is needed; the file is damaged"
-            )
-        if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise UserError(
-                f"{path}: tensor {shown(name)}: data_offsets is {shown(offsets)}; [begin, end] is needed; the file is "
-                "damaged"
-            )
-        begin, end = offsets
-        if math.prod(shape) * ITEM_SIZES[dtype] != end - begin:
-            raise UserError(
-                f"{path}: tensor {shown(name)}: {dtype} {shown(shape)} does not take the {end - begin} bytes that "
-                "data_offsets gives it"
-            )
-        spans.append((begin, end, name, dtype, tuple(shape)))
-    spans.sort(key=lambda span: span[:2])
-    position = 0
-    for begin, end, name, _, _ in spans:
-        if begin != position:
-            problem = "overlaps the tensor before it" if begin < position else "leaves a gap after the one before it"
-            raise UserError(
-                f"{path}: tensor {shown(name)}: begins at {begin}, {problem}, which ends at {position}; the file is "
-                "damaged"
-            )
+        spans.append((*offsets, name, dtype, tuple(shape)))
+    position, entries = 0, {}
+    for begin, end, name, dtype, shape in sorted(spans):
+        if begin != position or end - begin != math.prod(shape) * ITEM_SIZES[dtype]:
+            place = f"{dtype} {shown(list(shape))} cannot lie at [{begin}, {end})"
+            raise ValueError(f"tensor {shown(name)}: {place}, behind the {position} bytes of those before it")
+        entries[name] = TensorEntry(path, dtype, shape, data_start + begin, end - begin)
         position = end
     if data_start + position != file_size:
         problem = "truncated" if file_size < data_start + position else "bytes after the last tensor"
-        raise UserError(
-            f"{path}: {problem}: {file_size} bytes where the header describes {data_start + position}; fetch the file "
-            "again"
-        )
-    return {
-        name: TensorEntry(path, dtype, shape, data_start + begin, end - begin)
-        for begin, end, name, dtype, shape in spans
-    }
+        found = f"{file_size} bytes where the header describes {data_start + position}"
+        raise UserError(f"{path}: {problem}: {found}; fetch the file again")
+    return entries
 
 
 def _are_sizes(value: Any) -> bool:

@@ -12,18 +12,18 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from hymeg.checkpoint.mapping import HF_LAYOUTS, Entry, hf_entries
+from hymeg.checkpoint.row_tensors import converted
 from hymeg.errors import UserError
+from hymeg.files import write_whole
 from hymeg.hf import tokenizer as tok
 from hymeg.hf.config import HyConfig
-from hymeg.hf.files import write_whole
+from hymeg.hf.dtypes import ROUNDED_TO, WEIGHTS
 from hymeg.hf.safetensors_files import MAX_SHARD_BYTES, TensorSpec, write_checkpoint
-
-LAYOUTS = ("hub", "fused")
-DTYPES = {"bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32")}  # ours -> safetensors', config.json's
 
 # Hy-MT2-30B-A3B in small. With a standard deviation of 0.006 a hidden size of 64 would give every expert the same
 # score.
@@ -64,29 +64,11 @@ TINY_CONFIG: dict[str, Any] = {
     "rope_scaling": None,
 }
 
+_TOKENS = {"bos": tok.BOS, "eos": tok.EOS, "pad": tok.PAD}
+
 # Above this many elements a tensor repeats itself, shifted: at hundreds of MB/s there is no time for more random
 # numbers.
 _BLOCK = 2**18
-
-_FUSED_NAMES = (
-    ("mlp.router.gate.", "mlp.gate."),
-    ("mlp.expert_bias", "mlp.e_score_correction_bias"),
-    ("mlp.shared_mlp.", "mlp.shared_experts."),
-)
-
-
-class _Part(NamedTuple):
-    """A tensor of the hub layout."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-class _Stored(NamedTuple):
-    """A tensor of the checkpoint: its parts' numbers, one part after the other."""
-
-    spec: TensorSpec
-    parts: tuple[_Part, ...]
 
 
 def write_tiny_checkpoint(
@@ -122,24 +104,27 @@ def write_tiny_checkpoint(
     Raises:
         UserError: `directory` is not empty or cannot be written, or the vocabulary is too small for a tokenizer.
     """
-    assert layout in LAYOUTS and dtype in DTYPES
+    assert layout in HF_LAYOUTS and ROUNDED_TO[dtype]
     directory = Path(directory)
     config = config or HyConfig.from_dict(TINY_CONFIG, source="the built-in tiny config")
     tokenizer = _tiny_tokenizer(config.vocab_size)
-    stored_dtype, config_dtype = DTYPES[dtype]
-    written = _with_tokens(config, tokenizer.get_vocab(), config_dtype, num_mtp_layers)
-    stored = {tensor.spec.name: tensor for tensor in _stored_tensors(written, layout, stored_dtype)}
+    written = _with_tokens(config, tokenizer.get_vocab(), WEIGHTS[ROUNDED_TO[dtype]].torch, num_mtp_layers)
+    specs, parts = [], {}
+    for entry, of_hub in _with_hub_parts(written, layout):
+        specs.append(TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else ROUNDED_TO[dtype], entry.hf_shape))
+        parts[entry.hf_name] = of_hub
 
     _make_folder(directory)
     tokenizer.save_pretrained(directory)
     written.save(directory)
     write_whole(directory / "generation_config.json", _generation_config(written).encode())
 
-    def read(spec: TensorSpec) -> Iterator[np.ndarray]:
-        for part in stored[spec.name].parts:
-            yield from _random_numbers(part, spec.dtype, config.initializer_range, seed)
+    def read(spec: TensorSpec) -> Iterator[memoryview]:
+        for part in parts[spec.name]:
+            for numbers in _random_numbers(part, config.initializer_range, seed):
+                yield converted(memoryview(numbers).cast("B"), "F32", spec.dtype)
 
-    write_checkpoint(directory, [tensor.spec for tensor in stored.values()], read, max_shard_bytes)
+    write_checkpoint(directory, specs, read, max_shard_bytes)
     return written
 
 
@@ -154,10 +139,11 @@ def _make_folder(directory: Path) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _tiny_tokenizer(vocab_size: int) -> "tok.PreTrainedTokenizerFast":
-    """Trained on the example data of the repository, or, where that is not there, on the package's own sources."""
-    root = Path(__file__).resolve().parents[2]
-    files = sorted(path for path in (root / "examples" / "data").rglob("*") if path.suffix in (".txt", ".jsonl"))
-    files = files or sorted((root / "hymeg").rglob("*.py"))
+    """Trained on the example data of the repository."""
+    examples = Path(__file__).resolve().parents[2] / "examples" / "data"
+    files = sorted(path for path in examples.rglob("*") if path.suffix in (".txt", ".jsonl"))
+    if not files:
+        raise UserError(f"{examples}: no texts there to train a tiny tokenizer on; run hymeg from its repository")
     return tok.train_tiny_tokenizer(
         (path.read_text(encoding="utf-8", errors="replace")[:200_000] for path in files), vocab_size
     )
@@ -166,124 +152,47 @@ def _tiny_tokenizer(vocab_size: int) -> "tok.PreTrainedTokenizerFast":
 def _with_tokens(config: HyConfig, vocab: dict[str, int], dtype: str, num_mtp_layers: int | None) -> HyConfig:
     raw = config.to_dict()
     raw.pop("torch_dtype", None)
-    raw |= {
-        "dtype": dtype,
-        "bos_token_id": vocab[tok.BOS],
-        "eos_token_id": vocab[tok.EOS],
-        "pad_token_id": vocab[tok.PAD],
-    }
-    raw |= {
-        key: vocab[token]
-        for key, token in (("eod_token_id", tok.END_OF_DOCUMENT), ("sep_token_id", tok.ASSISTANT))
-        if key in raw
-    }
+    raw |= {"dtype": dtype, **{f"{name}_token_id": vocab[token] for name, token in _TOKENS.items()}}
+    optional = {"eod_token_id": tok.END_OF_DOCUMENT, "sep_token_id": tok.ASSISTANT}
+    raw |= {key: vocab[token] for key, token in optional.items() if key in raw}
     if num_mtp_layers is not None:
         raw["num_nextn_predict_layers"] = num_mtp_layers
     return HyConfig.from_dict(raw)
 
 
 def _generation_config(config: HyConfig) -> str:
-    token_ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    token_ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in _TOKENS}
     return json.dumps({**token_ids, "do_sample": True, "temperature": 0.7, "top_p": 1.0}, indent=2) + "\n"
 
 
-def _stored_tensors(config: HyConfig, layout: str, dtype: str) -> Iterator[_Stored]:
-    """Every tensor of the checkpoint, in the model's order; but stacked experts come last, since nothing may count on a
-    layer lying in one file.
+def _with_hub_parts(config: HyConfig, layout: str) -> list[tuple[Entry, list[Entry]]]:
+    """Every tensor of the layout with those of the hub layout that it is made of, one after the other. Stacked experts
+    come last, since nothing may count on a layer lying in one file.
     """
-    experts: dict[str, list[_Part]] = {}
-    for part in _hub_tensors(config):
-        prefix, is_expert, projection = part.name.partition(".mlp.experts.")
-        if layout == "hub":
-            yield _Stored(
-                TensorSpec(part.name, "F32" if part.name.endswith("expert_bias") else dtype, part.shape), (part,)
-            )
-        elif is_expert:
-            experts.setdefault(
-                f"{prefix}.mlp.experts.{'down_proj' if 'down_proj' in projection else 'gate_up_proj'}", []
-            ).append(part)
-        else:
-            name = functools.reduce(lambda text, rename: text.replace(*rename), _FUSED_NAMES, part.name)
-            yield _Stored(TensorSpec(name, "F32" if part.name.endswith("expert_bias") else dtype, part.shape), (part,))
-    for name, parts in experts.items():
-        rows, columns = parts[0].shape
-        rows_of_expert = rows * len(parts) // config.num_experts  # [2I, H] of gate and up, [H, I] of down
-        yield _Stored(TensorSpec(name, dtype, (config.num_experts, rows_of_expert, columns)), tuple(parts))
+    hub: dict[str, list[Entry]] = {}
+    for entry in hf_entries(config, "hub"):
+        hub.setdefault(entry.dist_key, []).append(entry)
+    made = []
+    for entry in hf_entries(config, layout):
+        same = [part for part in hub[entry.dist_key] if part.rows == entry.rows]
+        made.append((entry, same or sorted(hub[entry.dist_key], key=lambda part: part.rows)))
+    return sorted(made, key=lambda tensor: len(tensor[1]) > 1)
 
 
-def _hub_tensors(config: HyConfig) -> Iterator[_Part]:
-    hidden = config.hidden_size
-    yield _Part("model.embed_tokens.weight", (config.vocab_size, hidden))
-    for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
-        for name, shape in _layer_tensors(config, layer):
-            yield _Part(f"model.layers.{layer}.{name}", shape)
-    yield _Part("model.norm.weight", (hidden,))
-    yield _Part("lm_head.weight", (config.vocab_size, hidden))
-
-
-def _layer_tensors(config: HyConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, query, key_value = (
-        config.hidden_size,
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
-    if layer in config.mtp_layer_indices:
-        yield from {
-            "enorm.weight": (hidden,),
-            "hnorm.weight": (hidden,),
-            "eh_proj.weight": (hidden, 2 * hidden),
-        }.items()
-    yield "input_layernorm.weight", (hidden,)
-    yield from (
-        (f"self_attn.{name}_proj.weight", (size, hidden))
-        for name, size in (("q", query), ("k", key_value), ("v", key_value))
-    )
-    yield "self_attn.o_proj.weight", (hidden, query)
-    yield from ((f"self_attn.{name}_norm.weight", (config.head_dim,)) for name in "qk")
-    yield "post_attention_layernorm.weight", (hidden,)
-    if config.is_moe_layer(layer):
-        yield "mlp.router.gate.weight", (config.num_experts, hidden)
-        if config.moe_router_enable_expert_bias:
-            yield "mlp.expert_bias", (config.num_experts,)
-        for expert in range(config.num_experts):
-            yield from _mlp_tensors(f"mlp.experts.{expert}.", hidden, config.moe_intermediate_size)
-        yield from _mlp_tensors("mlp.shared_mlp.", hidden, config.shared_expert_intermediate_size)
-    else:
-        yield from _mlp_tensors("mlp.", hidden, config.intermediate_size)
-    if layer in config.mtp_layer_indices:
-        yield "final_layernorm.weight", (hidden,)
-
-
-def _mlp_tensors(prefix: str, hidden: int, intermediate: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, shape in (
-        ("gate", (intermediate, hidden)),
-        ("up", (intermediate, hidden)),
-        ("down", (hidden, intermediate)),
-    ):
-        yield f"{prefix}{name}_proj.weight", shape
-
-
-def _random_numbers(part: _Part, dtype: str, initializer_range: float, seed: int) -> Iterator[np.ndarray]:
-    """The numbers of one hub tensor, a block at a time, as the bytes of `dtype` ("BF16" or "F32")."""
-    if part.name.endswith("norm.weight"):
+def _random_numbers(part: Entry, initializer_range: float, seed: int) -> Iterator[np.ndarray]:
+    """The numbers of one hub tensor in fp32, a block at a time."""
+    if part.hf_name.endswith("norm.weight"):
         mean, std = 1.0, 0.1
-    elif part.name.endswith("expert_bias"):
+    elif part.is_fp32_buffer:
         mean, std = 0.0, 0.05
     else:
         mean, std = 0.0, initializer_range
-    digest = hashlib.blake2b(f"{seed} {part.name}".encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(f"{seed} {part.hf_name}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
-    remaining = math.prod(part.shape)
+    remaining = math.prod(part.hf_shape)
     block = generator.standard_normal(min(remaining, _BLOCK), dtype=np.float32) * np.float32(std) + np.float32(mean)
-    block = block.astype("<f4") if dtype == "F32" else _to_bf16(block)
     yield block
     doubled = np.concatenate((block, block))
     while (remaining := remaining - _BLOCK) > 0:
         shift = int(generator.integers(_BLOCK // 2)) * 2 + 1  # odd, so that rows of an even length do not recur
         yield doubled[shift : shift + min(remaining, _BLOCK)]
-
-
-def _to_bf16(numbers: np.ndarray) -> np.ndarray:
-    """fp32 to the bits of bf16, rounded to the nearest, ties to even."""
-    bits = numbers.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hymeg.errors import UserError
+from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
-from hymeg.hf.files import read_json, shown
 
 BOS = "<｜hy_begin▁of▁sentence｜>"
 PAD = "<｜hy_▁pad▁｜>"
@@ -26,17 +26,8 @@ END_OF_DOCUMENT = "<｜hy_place▁holder▁no▁8｜>"
 THINK = "<think>"
 END_OF_THINK = "</think>"
 REASONING_MODE = "<｜reasoning_mode｜>"
-SPECIAL_TOKENS = (
-    BOS,
-    PAD,
-    USER,
-    ASSISTANT,
-    EOS,
-    END_OF_DOCUMENT,
-    THINK,
-    END_OF_THINK,
-    REASONING_MODE,
-)  # in the order of their ids
+# In the order of their ids.
+SPECIAL_TOKENS = (BOS, PAD, USER, ASSISTANT, EOS, END_OF_DOCUMENT, THINK, END_OF_THINK, REASONING_MODE)
 SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Reasoning of turns before the last question is dropped unless training, and only training closes the last answer with

@@ -14,7 +14,7 @@ from typing import Any
 
 from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.errors import UserError
-from hymeg.hf.files import read_json, shown, write_whole
+from hymeg.files import read_json, shown, write_whole
 from hymeg.training.weights import is_distributed_checkpoint
 
 RECORD = "data.json"

@@ -20,7 +20,7 @@ from typing import Any
 from hymeg import __version__
 from hymeg.checkpoint.convert import hf_to_dist
 from hymeg.checkpoint.dist_files import SOURCE_FILE, TRACKER
-from hymeg.checkpoint.folders import partial_of
+from hymeg.checkpoint.sinks.new_folder import partial_of
 from hymeg.errors import UserError
 from hymeg.hf.config import CONFIG_FILE
 from hymeg.hf.safetensors_files import INDEX_FILE

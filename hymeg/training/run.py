@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hymeg import platform
-from hymeg.checkpoint.folders import carried_files, carry
+from hymeg.checkpoint.companions import carried_files, carry
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
 from hymeg.launch import rank

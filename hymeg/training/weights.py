@@ -8,12 +8,12 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from hymeg.checkpoint.dist_files import MODEL_KEYS, TRACKER, stored_shapes
-from hymeg.checkpoint.mapping import check_distributed_tensors, match_hf_tensors
-from hymeg.checkpoint.stored_tensor import STORAGES
+from hymeg.checkpoint.dist_files import MODEL_KEYS, TRACKER
+from hymeg.checkpoint.mapping import check_distributed_tensors
+from hymeg.checkpoint.sources import open_hf
+from hymeg.checkpoint.sources.dist_folder import stored_shapes
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.safetensors_files import open_checkpoint
 from hymeg.training.flag_names import flag
 from hymeg.training.hf_weights import converted
 
@@ -226,14 +226,7 @@ def _check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) 
 
 def _check_hf_folder(label: str, folder: str, config: HyConfig) -> None:
     try:
-        tensors = open_checkpoint(folder)
-        for name, entry in tensors.items():
-            if entry.dtype not in STORAGES:
-                raise UserError(
-                    f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(STORAGES)}: dequantise the "
-                    "checkpoint first"
-                )
-        match_hf_tensors(config, {name: entry.shape for name, entry in tensors.items()})
+        open_hf(folder, config)
     except UserError as error:
         raise UserError(f"{label}: {error}") from error
 

@@ -12,9 +12,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from megatron.training.arguments import validate_args
+from model_weights import load_into
 from safetensors.torch import load_file
 
-from hymeg.checkpoint.adapter import HyStateDictAdapter
 from hymeg.models.attention import _chunk_spans
 from hymeg.models.hy import construct
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
@@ -36,7 +36,7 @@ def _build(argv: list[str]):
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups())
-    HyStateDictAdapter(config).load_into([model], load_file(f"{args.hf_model}/model.safetensors"))
+    load_into(config, [model], load_file(f"{args.hf_model}/model.safetensors"))
     return model
 
 

@@ -27,6 +27,8 @@ SAVED = {
     # Experts cut otherwise than the rest: whole in each of TP's ranks, or in two where the rest is whole.
     "TP2 EP2 ETP1 saved": (f"{TP2} {EP2} {ETP.format(1)}", "mtp"),
     "EP2 ETP2 saved": (f"{EP2} {ETP.format(2)} {DISTRIBUTED}", "trunk"),
+    # From the second save on every rank's plan is in .metadata.
+    "TP2 PP2 saved twice": (f"{TP2} {PP2} --ckpt-assume-constant-structure --save-interval 1", "trunk"),
 }
 COMBINED = f"{TP2} {PP2} {EP2} {ETP.format(1)}"
 # name -> flags, checkpoint, what is loaded. "{node}": nodes without a common disk have a conversion each, maybe by
@@ -59,7 +61,10 @@ def world(converted, command):
         cases[name] = command(layout, checkpoint=checkpoint, load=str(converted / f"dist-{checkpoint}"), steps=2)
     for name, (layout, checkpoint) in SAVED.items():
         cases[name] = command(
-            layout, f"--lr 0 --save {converted / 'exports' / name.replace(' ', '-')}", checkpoint=checkpoint, steps=1
+            layout,
+            f"--lr 0 --save {converted / 'exports' / name.replace(' ', '-')}",
+            checkpoint=checkpoint,
+            steps=2 if name.endswith("twice") else 1,
         )
     for name, (layout, checkpoint, load) in UNTRAINED.items():
         save = f"--save {converted / 'exports' / name.replace(' ', '-')} --save-interval 2"

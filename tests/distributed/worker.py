@@ -11,6 +11,9 @@ import gc
 import json
 import os
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all rooms of the tests use
 
 from hymeg import platform
 

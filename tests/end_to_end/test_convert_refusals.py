@@ -2,7 +2,6 @@
 behind.
 """
 
-import contextlib
 import json
 import os
 import pickle
@@ -21,7 +20,9 @@ from safetensors.torch import load_file
 
 from hymeg.checkpoint.compare import compare_checkpoints, describe
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
-from hymeg.checkpoint.dist_files import TRACKER, open_dist_checkpoint
+from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.sinks import new_folder, transfer
+from hymeg.checkpoint.sources import open_dist
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import SafetensorsFile
@@ -73,11 +74,6 @@ def overwrite_bytes(path: Path, position: int, data: bytes) -> None:
         file.write(data)
 
 
-def twice(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").unlink()
-    shutil.copy(first_shard(folder), folder / "again.safetensors")
-
-
 def rename_tensor(folder: Path, old: str, new: str) -> None:
     def change(header):
         if old in header:
@@ -97,10 +93,6 @@ def quantise(header: dict) -> None:
     fields["dtype"], fields["shape"] = "F8_E4M3", [fields["shape"][0], 2 * fields["shape"][1]]
 
 
-def point_outside(index: dict) -> None:
-    index["weight_map"]["lm_head.weight"] = "../../etc/passwd"
-
-
 def set_config(**changes):
     return lambda folder: edit_json(folder / "config.json", lambda config: config.update(changes))
 
@@ -108,12 +100,6 @@ def set_config(**changes):
 EXPERT_3 = r"model\.layers\.2\.mlp\.experts\.3\..*"
 WRONG_HF = {
     "missing shard": (lambda folder: first_shard(folder).unlink(), r"1 of 4 files .* are missing"),
-    "truncated shard": (lambda folder: truncate(first_shard(folder)), "truncated"),
-    "corrupt header": (
-        lambda folder: overwrite_bytes(first_shard(folder), 20, b"\xff\xff"),
-        "header is not valid JSON",
-    ),
-    "endless header": (lambda folder: overwrite_bytes(first_shard(folder), 0, b"\xff" * 8), "not a safetensors file"),
     "wrong shape": (
         lambda folder: edit_header(first_shard(folder), reshape_tensor),
         r"1 misshapen \(model\.embed_tokens\.weight is \[64, 1024\]",
@@ -127,18 +113,10 @@ WRONG_HF = {
         lambda folder: rename_tensor(folder, "model.norm.weight", "model.norm.bias"),
         r"1 missing .*1 unexpected \(model\.norm\.bias\)",
     ),
-    "twice": (twice, "which .* holds too"),
     "config of another model": (set_config(num_hidden_layers=3), "not those of config.json: .*missing.*unexpected"),
     "config against the tensors": (set_config(intermediate_size=256), r"3 misshapen \(model\.layers\.0\.mlp"),
     "config without MTP": (set_config(num_nextn_predict_layers=0), "All belong to MTP layers"),
-    "config of another architecture": (set_config(model_type="llama"), "model_type"),
     "quantised": (lambda folder: edit_header(first_shard(folder), quantise), "F8_E4M3; allowed are .*dequantise"),
-    "quantised by config": (set_config(quantization_config={"quant_method": "fp8"}), "dequantise"),
-    "no config.json": (lambda folder: (folder / "config.json").unlink(), r"config\.json: cannot be read"),
-    "index out of its folder": (
-        lambda folder: edit_json(folder / "model.safetensors.index.json", point_outside),
-        "a file in this folder is needed",
-    ),
     "mixed layouts": (
         lambda folder: rename_tensor(folder, "model.layers.1.mlp.router.gate.weight", "model.layers.1.mlp.gate.weight"),
         "mix two layouts",
@@ -250,17 +228,21 @@ def test_a_wrong_distributed_checkpoint_is_refused(hf_checkpoint, dist_checkpoin
     assert os.listdir(tmp_path) == ["dist"]
 
 
-def test_damaged_metadata_never_run_anything_nor_end_in_a_traceback(dist_checkpoint, tmp_path):
+def test_damaged_metadata_never_end_in_a_traceback(dist_checkpoint, tmp_path):
+    """That nothing in them is run, the hostile ones above show."""
     shutil.copytree(dist_checkpoint, tmp_path / "dist")
     path = tmp_path / "dist" / "release" / ".metadata"
-    data, choose = path.read_bytes(), random.Random(1)
+    data, choose, refused = path.read_bytes(), random.Random(1), 0
     for _ in range(150):
         damaged = bytearray(data)
         for _ in range(choose.randint(1, 5)):
             damaged[choose.randrange(len(data))] = choose.randrange(256)
         path.write_bytes(damaged)
-        with contextlib.suppress(UserError):
-            open_dist_checkpoint(tmp_path / "dist")
+        try:
+            open_dist(tmp_path / "dist")
+        except UserError:
+            refused += 1
+    assert refused > 75
 
 
 # ---- the target
@@ -312,9 +294,7 @@ def test_a_full_or_read_only_disk_is_said_and_nothing_is_left(hf_checkpoint, dis
     for convert, given in ((hf_to_dist, hf_checkpoint), (dist_to_hf, dist_checkpoint)):
         with pytest.raises(UserError, match=r"GB are needed and .* are free on that disk"):
             convert(given, small_disk / "target")
-        monkeypatch.setattr(
-            "hymeg.checkpoint.conversion_plan.check_target", lambda *_: None
-        )  # the disk fills up while it works
+        monkeypatch.setattr(new_folder, "check_target", lambda *_: None)  # the disk fills up while it works
         (small_disk / "more").write_bytes(bytes((small_disk / "filler").stat().st_size and (1 << 20) - 300_000))
         with pytest.raises(UserError, match="No space left on device"):
             convert(given, small_disk / "target")
@@ -352,7 +332,7 @@ def test_killed_at_any_moment_nothing_is_accepted_and_the_next_run_starts_anew(t
             partial = tmp_path / f"{name}.partial"
             while process.poll() is None and not partial.exists():
                 time.sleep(0.002)
-            time.sleep(choose.random() * 0.5)
+            time.sleep(choose.random() * 0.2)
             process.send_signal(signal.SIGKILL)
             process.communicate()
             if (tmp_path / name).exists():  # it was done before
@@ -362,32 +342,29 @@ def test_killed_at_any_moment_nothing_is_accepted_and_the_next_run_starts_anew(t
             assert (
                 not _accepted(partial) or compare_checkpoints(tmp_path / "hf", partial) == []
             )  # killed when only the rename was left
-        said = []
         convert = hf_to_dist if direction == "hf-to-dist" else dist_to_hf
-        convert(tmp_path / given, tmp_path / name, verify=True, say=said.append)
-        assert not said or "did not finish; starting anew" in said[0]
+        convert(tmp_path / given, tmp_path / name, verify=True)
         assert compare_checkpoints(tmp_path / "hf", tmp_path / name) == []
     assert killed >= 5
     assert sorted(os.listdir(tmp_path)) == ["dist", "hf", "out", "whole"]
 
 
 def test_a_shard_is_none_until_all_its_tensors_are_written(dist_checkpoint, tmp_path, monkeypatch):
-    from hymeg.checkpoint import convert
-
     seen = []
 
-    def write(folder, *args):
-        peak = transfer_write(folder, *args)
+    def run(*args):
+        outcome = real_run(*args)
+        folder = tmp_path / "out.partial"
         for path in folder.glob("*.safetensors"):
             with pytest.raises(UserError):
                 SafetensorsFile(path)
             with pytest.raises(SafetensorError):
                 load_file(path)
             seen.append(path)
-        return peak
+        return outcome
 
-    transfer_write = convert.write
-    monkeypatch.setattr(convert, "write", write)
+    real_run = transfer.run
+    monkeypatch.setattr(transfer, "run", run)  # the tensors are written, the headers not yet
     dist_to_hf(dist_checkpoint, tmp_path / "out", max_shard_bytes=200_000)
     assert len(seen) > 2 and compare_checkpoints(dist_checkpoint, tmp_path / "out") == []
 
@@ -404,8 +381,6 @@ def _accepted(folder: Path) -> bool:
 def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_the_same(
     hf_checkpoint, tmp_path, monkeypatch
 ):
-    from hymeg.checkpoint import folders
-
     partial = tmp_path / "dist.partial"
     (partial / "release").mkdir(parents=True)
     (partial / "release" / "__0_0.distcp").write_bytes(bytes(10))
@@ -413,11 +388,13 @@ def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_
     (partial / ".unfinished").touch()
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         removals = iter([lambda path: shutil.os.unlink(path)])
-        killed.setattr(folders.Path, "unlink", lambda path, **_: next(removals, _killed)(path))
-        folders._remove(partial)
+        killed.setattr(new_folder.Path, "unlink", lambda path, **_: next(removals, _killed)(path))
+        new_folder._remove(partial)
     assert partial.is_dir()
-    hf_to_dist(hf_checkpoint, tmp_path / "dist")
+    said = []
+    hf_to_dist(hf_checkpoint, tmp_path / "dist", say=said.append)
     assert os.listdir(tmp_path) == ["dist"]
+    assert said == [f"{partial}: removed, an earlier conversion did not finish; starting anew"]
 
 
 def _killed(_: Path) -> None:
@@ -425,11 +402,9 @@ def _killed(_: Path) -> None:
 
 
 def test_the_second_of_two_conversions_to_one_folder_is_refused(hf_checkpoint, tmp_path, monkeypatch):
-    from hymeg.checkpoint import folders
-
-    monkeypatch.setattr(folders, "_SECONDS_TO_WAIT", 0.2)
+    monkeypatch.setattr(new_folder, "_SECONDS_TO_WAIT", 0.2)
     with (
-        folders.built_beside(tmp_path / "dist", print),
+        new_folder.new_folder(tmp_path / "dist", 0, False, {}, print),
         pytest.raises(UserError, match="another conversion is writing there"),
     ):
         hf_to_dist(hf_checkpoint, tmp_path / "dist")

@@ -96,7 +96,6 @@ def test_a_recipe_is_refused_with_its_line(model, tmp_path):
     done = start("--hf-model", model, "--config", str(recipe))
     assert done.returncode == 2
     assert (
-        done.stderr
-        == f"error: {recipe}, line 3: unknown key 'learning_rate'; did you mean lr? "
+        done.stderr == f"error: {recipe}, line 3: unknown key 'learning_rate'; did you mean lr? "
         "(keys are the flags of pretrain_hy.py, without --)\n"
     )

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
+from model_weights import gather_from
 from single_process import build, positions
 from transformers import AutoModelForCausalLM
 
-from hymeg.checkpoint.adapter import HyStateDictAdapter
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.platform import device
@@ -90,12 +90,12 @@ def ours(folder: str, flags: str, tokens: torch.Tensor) -> Outcome:
 
 
 def gradients_of(wrapped: torch.nn.Module, config: HyConfig) -> dict[str, torch.Tensor]:
-    """By Hugging Face name: the adapter moves what lies in the parameters, and here the gradients do."""
+    """By Hugging Face name: gather_from takes what lies in the parameters, and here the gradients do."""
     model = unwrap_model(wrapped)
     for parameter in model.parameters():
         gradient = parameter.main_grad if parameter.grad_added_to_main_grad else parameter.grad
         parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
-    found = HyStateDictAdapter(config).gather_from([model], layout="fused")
+    found = gather_from(config, [model], layout="fused")
     return {name: _plain(tensor) for name, tensor in found.items() if "e_score_correction_bias" not in name}
 
 

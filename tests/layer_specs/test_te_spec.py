@@ -187,7 +187,7 @@ def test_only_recipes_that_keep_a_state_store_one(made):
 
 
 def test_the_adapter_fills_and_reads_transformer_engines_model(made, hf_folder):
-    """load_into (--load of a Hugging Face folder) and gather_from, on grouped experts and fused norms: every bit of the
+    """load_into and gather_from of the tests, on grouped experts and fused norms: every bit of the
     files comes back.
     """
     files = {name: tensor for file in hf_folder.glob("*.safetensors") for name, tensor in load_file(file).items()}

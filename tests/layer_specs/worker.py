@@ -17,6 +17,9 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all rooms of the tests use
 
 IMPL = sys.argv[1]
 if IMPL == "transformer_engine":
@@ -37,9 +40,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.utils import unwrap_model  # noqa: E402
 from megatron.training import training  # noqa: E402
 from megatron.training.arguments import validate_args  # noqa: E402
+from model_weights import gather_from  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
-from hymeg.checkpoint.adapter import HyStateDictAdapter  # noqa: E402
 from hymeg.models import hy  # noqa: E402
 from hymeg.platform.flags import for_gpus  # noqa: E402
 from hymeg.platform.patches import patched  # noqa: E402
@@ -94,7 +97,7 @@ def run(argv: list[str]) -> dict:
     models, optimizer, _ = made
     return {
         **described(unwrap_model(models)[0]),
-        "hf": HyStateDictAdapter(config).gather_from(models),
+        "hf": gather_from(config, models),
         "optimizer": optimizer_states(models, optimizer),
     }
 

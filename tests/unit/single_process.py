@@ -13,9 +13,9 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.training.arguments import validate_args  # noqa: E402
+from model_weights import load_into  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from hymeg.checkpoint.adapter import HyStateDictAdapter  # noqa: E402
 from hymeg.models.hy import construct  # noqa: E402
 from hymeg.platform import device  # noqa: E402
 from hymeg.training.arguments import parse  # noqa: E402
@@ -61,7 +61,7 @@ def build(folder: str, *flags: str, seq_length: int = 64, weights: bool = True) 
             if hasattr(module, "_maintain_float32_expert_bias"):
                 module._maintain_float32_expert_bias()
     if weights:
-        HyStateDictAdapter(config).load_into([model], load_file(f"{folder}/model.safetensors"))
+        load_into(config, [model], load_file(f"{folder}/model.safetensors"))
     return model
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from model_weights import gather_from
 from single_process import build, positions
 from transformers import AutoModelForCausalLM
 
-from hymeg.checkpoint.adapter import HyStateDictAdapter
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.models.router import Router
@@ -77,11 +77,11 @@ def test_every_gradient_equal(pair):
     losses.mean().backward()
     assert losses.mean().item() == pytest.approx(expected_loss.item(), rel=1e-6)
 
-    # The adapter moves what lies in the parameters: for a moment the gradients do.
+    # gather_from takes what lies in the parameters: for a moment the gradients do.
     weights = {name: parameter.data for name, parameter in ours.named_parameters()}
     for parameter in ours.parameters():
         parameter.data = parameter.grad
-    found = HyStateDictAdapter(config).gather_from([ours], layout="fused")
+    found = gather_from(config, [ours], layout="fused")
     for name, parameter in ours.named_parameters():
         parameter.data = weights[name]
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}

@@ -4,22 +4,25 @@ import ctypes
 import errno
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
-from hymeg.hf import files
-from hymeg.hf.files import reserve
+from hymeg import files
+from hymeg.files import reserve
 
 
-@pytest.fixture(params=["allotted", "not supported"])
+@pytest.fixture(params=["allotted", errno.EOPNOTSUPP, errno.EINTR, errno.EPERM, "no fallocate"])
 def file_system(request, monkeypatch):
-    if request.param == "not supported":
+    if request.param == "no fallocate":  # as of macOS
+        monkeypatch.setattr(files, "_libc", SimpleNamespace())
+    elif request.param != "allotted":
 
         def fallocate(*_):
-            ctypes.set_errno(errno.EOPNOTSUPP)
+            ctypes.set_errno(request.param)
             return -1
 
-        monkeypatch.setattr(files._libc, "fallocate", fallocate)
+        monkeypatch.setattr(files, "_libc", SimpleNamespace(fallocate=fallocate))
     return request.param
 
 

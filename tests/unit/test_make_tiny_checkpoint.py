@@ -140,9 +140,18 @@ def test_seed_and_size_decide(tmp_path):
 
 def test_shapes_come_from_the_config(tmp_path):
     raw = TINY_CONFIG | {
-        "num_hidden_layers": 3, "first_k_dense_replace": 0, "num_shared_experts": 2, "num_experts": 6, "hidden_size": 48,
-        "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "vocab_size": 300, "eod_token_id": 290, "sep_token_id": 7,
-    }  # fmt: skip
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 0,
+        "num_shared_experts": 2,
+        "num_experts": 6,
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 10,
+        "vocab_size": 300,
+        "eod_token_id": 290,
+        "sep_token_id": 7,
+    }
     raw |= {"mlp_layer_types": ["sparse"] * 3}  # transformers ignores first_k_dense_replace
     config = write_tiny_checkpoint(tmp_path, HyConfig.from_dict(raw), dtype="fp32")
     load(tmp_path, dtype=torch.float32)

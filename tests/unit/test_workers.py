@@ -1,14 +1,20 @@
 """Several processes at one job: what they return, how one that dies is told, what is shown meanwhile."""
 
+import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
-from hymeg.checkpoint import transfer, workers
+from hymeg.checkpoint import row_tensors, workers
+from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.sinks import transfer
 from hymeg.checkpoint.workers import Progress, run
 from hymeg.errors import UserError
 
@@ -103,7 +109,7 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(
     def killed(reader, task, *rest):
         assert os.getpid() != parent
         write_task(reader, task, *rest)
-        if task.name.startswith(("decoder.layers.3", "model.layers.3")):
+        if task.tensor.key.startswith("decoder.layers.3"):
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
 
     monkeypatch.setattr(transfer, "_write_task", killed)
@@ -113,6 +119,32 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_nothing_left(
     ):
         convert(given, tmp_path / "target")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_worker_whose_parent_is_killed_ends_though_its_result_is_large(tmp_path):
+    def work(share, report):
+        parent = os.getppid()
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        return bytes(10 << 20)
+
+    context = multiprocessing.get_context("fork")
+    parent = context.Process(target=lambda: run(work, [1, 2]))
+    parent.start()
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.01)
+    worker = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 60
+    try:
+        while Path(f"/proc/{worker}").exists() and "Z (zombie)" not in Path(f"/proc/{worker}/status").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_parts_are_dealt_to_whoever_asks_each_once():
@@ -125,7 +157,7 @@ def test_parts_are_dealt_to_whoever_asks_each_once():
 @pytest.mark.parametrize(("num_files", "num_workers", "expected"), [(8, 2, 8), (7, 2, 2), (1, 3, 3), (12, 1, 12)])
 def test_whole_files_are_dealt_where_there_are_several_for_each_worker(num_files, num_workers, expected):
     tasks = [
-        transfer.Task(f"{file} {i}", None, [], "BF16", 10, f"file{file}", 10 * i)
+        transfer.Task(row_tensors.RowTensor("key", "BF16", (1, 5), ()), [(0, 1)], "BF16", f"file{file}", 10 * i)
         for file in range(num_files)
         for i in range(6)
     ]
@@ -136,10 +168,7 @@ def test_whole_files_are_dealt_where_there_are_several_for_each_worker(num_files
 
 
 def test_no_more_files_are_open_than_a_process_may_have(hf_checkpoint, tmp_path, monkeypatch):
-    from hymeg.checkpoint import rows
-    from hymeg.checkpoint.compare import compare_checkpoints
-
-    monkeypatch.setattr(rows, "_MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(row_tensors, "_MAX_OPEN_FILES", 1)
     monkeypatch.setattr(transfer, "_MAX_FLUSHES", 1)
     monkeypatch.setattr(transfer, "_MIN_FILE_BYTES", 1)
     hf_to_dist(hf_checkpoint, tmp_path / "dist", workers=5, verify=True)

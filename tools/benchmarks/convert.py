@@ -22,15 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from hymeg.checkpoint.chunks import plan_dist
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
-from hymeg.checkpoint.dist_metadata import metadata_files
-from hymeg.checkpoint.mapping import match_hf_tensors, plan
-from hymeg.checkpoint.rows import rows_of_hf
+from hymeg.checkpoint.mapping import hf_entries
+from hymeg.checkpoint.sinks.dist_folder import files_of_dist
+from hymeg.checkpoint.sources import open_hf
 from hymeg.errors import UserError, exit_on_user_error
+from hymeg.files import read_json
 from hymeg.hf.config import HyConfig
-from hymeg.hf.files import read_json
-from hymeg.hf.safetensors_files import INDEX_FILE, TensorSpec, open_checkpoint, plan_shards, shard_header, write_index
+from hymeg.hf.safetensors_files import INDEX_FILE, TensorSpec, index_files, into_shards, shard_header
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = ROOT / "tools" / "convert_checkpoint.py"
@@ -53,16 +52,39 @@ print(time.monotonic() - start)
 SHARD_BYTES = 10**9
 # 0.2 GB a layer: 64 experts of 3 x 1024 x 512 in bf16.
 SHAPE = {
-    "model_type": "hy_v3", "architectures": ["HYV3ForCausalLM"], "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 64, "num_experts_per_tok": 8, "num_shared_experts": 1,
-    "moe_intermediate_size": 512, "first_k_dense_replace": 1, "router_scaling_factor": 2.826, "rms_norm_eps": 1e-5, "initializer_range": 0.02,
-    "rope_theta": 11158840.0, "max_position_embeddings": 4096, "dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "hy_v3",
+    "architectures": ["HYV3ForCausalLM"],
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 512,
+    "first_k_dense_replace": 1,
+    "router_scaling_factor": 2.826,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "rope_theta": 11158840.0,
+    "max_position_embeddings": 4096,
+    "dtype": "bfloat16",
+}
 # Hy3's, as published: 80 layers of 192 experts and one for multi-token prediction.
 HY3 = SHAPE | {
-    "vocab_size": 120832, "hidden_size": 4096, "intermediate_size": 13312, "head_dim": 128, "num_attention_heads": 64, "num_key_value_heads": 8,
-    "num_experts": 192, "moe_intermediate_size": 1536, "num_hidden_layers": 80, "num_nextn_predict_layers": 1,
-}  # fmt: skip
+    "vocab_size": 120832,
+    "hidden_size": 4096,
+    "intermediate_size": 13312,
+    "head_dim": 128,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_experts": 192,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 80,
+    "num_nextn_predict_layers": 1,
+}
 NUM_HY3_TENSORS = 47_138
 
 
@@ -133,15 +155,17 @@ class Bench:
     def memory(self, small_gb: float, large_gb: float) -> list[Row]:
         rows = []
         peaks: dict[str, list[int]] = {"hf-to-dist": [], "dist-to-hf": []}
+        planning = 0
         for num_gb in (small_gb, large_gb):
             self._make_holes(self.folder / "hf", _config(num_gb))
             for name, given, target in (("hf-to-dist", "hf", "dist"), ("dist-to-hf", "dist", "back")):
-                peaks[name].append(
-                    self._convert(name, self.folder / given, self.folder / target, sync=False)["peak_bytes"]
-                )
+                summary = self._convert(name, self.folder / given, self.folder / target, sync=False)
+                peaks[name].append(summary["peak_bytes"])
+                planning = max(planning, summary["planning_bytes"])
             self._clear()
         for name, (small, large) in peaks.items():
-            found = f"{small / 1e6:,.1f} MB at {small_gb:g} GB, {large / 1e6:,.1f} MB at {large_gb:g} GB: {large / small - 1:+.1%}"
+            found = f"{small / 1e6:,.1f} MB at {small_gb:g} GB, {large / 1e6:,.1f} MB at {large_gb:g} GB: "
+            found += f"{large / small - 1:+.1%} (to plan: {planning / 1e6:,.0f} MB)"
             rows.append(
                 Row(
                     f"memory, {name}", found, "<= 600 MB, within 10 %", large <= 600e6 and abs(large / small - 1) <= 0.1
@@ -238,14 +262,15 @@ class Bench:
         config.save(folder)
         specs = [
             TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else "BF16", entry.hf_shape)
-            for entry in plan(config, "hub")
+            for entry in hf_entries(config, "hub")
         ]
-        shards = plan_shards(specs)
+        shards = into_shards(specs)
         for shard in shards:
             header = shard_header(shard)
             (folder / shard.file_name).write_bytes(header)
             os.truncate(folder / shard.file_name, len(header) + sum(tensor.nbytes for tensor in shard.tensors))
-        write_index(folder, shards)
+        for name, data in index_files(shards).items():
+            (folder / name).write_bytes(data)
 
     def _make_hy3(self, hf: Path, dist: Path) -> None:
         self._make_holes(hf, HyConfig.from_dict(HY3))
@@ -253,25 +278,16 @@ class Bench:
 
     def _make_holes_dist(self, hf: Path, dist: Path) -> None:
         """The distributed checkpoint that `hf` would become, its files holes."""
-        config, stored = HyConfig.from_dir(hf), open_checkpoint(hf)
-        entries = match_hf_tensors(config, {name: entry.shape for name, entry in stored.items()}).entries
-        _, tensors = plan_dist(
-            config,
-            rows_of_hf(entries, stored),
-            list(dict.fromkeys(str(entry.file) for entry in stored.values())),
-            self.workers,
-        )
+        source = open_hf(hf)
+        files = files_of_dist(source.config, source.tensors, None, self.workers)
         folder = dist / RELEASE
         folder.mkdir(parents=True)
-        ends: dict[str, int] = {}
-        for chunk in (chunk for tensor in tensors.values() for chunk in tensor.chunks):
-            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.position + chunk.length)
-        for name, end in ends.items():
+        for name, size in files.sizes.items():
             (folder / name).touch()
-            os.truncate(folder / name, end)
-        for name, data in metadata_files(tensors, {}).items():
+            os.truncate(folder / name, size)
+        for name, data in (files.beside | files.last).items():
             (folder / name).write_bytes(data)
-        config.save(dist)
+        source.config.save(dist)
         (dist / TRACKER).write_text(RELEASE)
 
     def _clear(self) -> None:

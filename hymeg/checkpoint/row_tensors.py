@@ -1,32 +1,28 @@
-"""A checkpoint's tensors as rows, whichever format they are stored in: the one way in which conversion and comparison
-read them.
+"""A checkpoint's tensors as rows, whichever format they are stored in: what sources give and what sinks take.
 
 A distributed tensor of shape [..., columns] is seen as a matrix [rows, columns]; a vector as one row. Every Hugging
 Face tensor is then a few ranges of whole rows of it, in order: gate and up projections and experts one range, the query
 heads one range for each KV group. What is stored may be cut otherwise: one file holds a range of rows, or, saved under
 tensor parallelism, some columns of it. A `RowTensor` knows which bytes of which file hold which rows and columns, a
-`RowReader` reads any range of rows, a block at a time, so that memory does not grow with the checkpoint.
+`TensorReader` reads any range of rows, a block at a time, so that memory does not grow with the checkpoint.
 """
 
-import math
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.checkpoint.dist_files import DistCheckpoint, StoredTensor
-from hymeg.checkpoint.mapping import Entry
-from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, Shape
+from hymeg.checkpoint.mapping import Range, Shape
+from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow
 from hymeg.errors import UserError
-from hymeg.hf.safetensors_files import ITEM_SIZES, TensorEntry
+from hymeg.hf.config import HyConfig
+from hymeg.hf.dtypes import ITEM_SIZES
 
 BLOCK_BYTES = 512 << 10  # read and written at once: inside the cache of a core, which blocks of megabytes are not
 _MAX_OPEN_FILES = 256  # a checkpoint of a thousand ranks has more files than a process may open
-
-Range = tuple[int, int]
 
 
 class Piece(NamedTuple):
@@ -40,6 +36,7 @@ class Piece(NamedTuple):
     row: int
     first_column: int
     num_columns: int
+    dtype: str
 
 
 class Band(NamedTuple):
@@ -54,11 +51,11 @@ class RowTensor(NamedTuple):
     """A distributed tensor and the bytes that hold it; the bands follow each other without a gap."""
 
     key: str
-    dtype: str  # as in safetensors' ITEM_SIZES
+    dtype: str  # that of its pieces, or, where they differ, F32, which holds all of them exactly
     shape: Shape
     bands: tuple[Band, ...]
 
-    def only(self, ranges: list[Range]) -> "RowTensor":
+    def only(self, ranges: Sequence[Range]) -> "RowTensor":
         """With the bands that these rows need and no others: little to hand on."""
         low, high = min(start for start, _ in ranges), max(stop for _, stop in ranges)
         first = bisect_right(self.bands, low, key=lambda band: band.start) - 1
@@ -73,108 +70,39 @@ class RowTensor(NamedTuple):
         return self.num_columns * ITEM_SIZES[self.dtype]
 
 
-def num_rows(shape: Shape) -> int:
-    return math.prod(shape[:-1])
-
-
-def row_ranges(entry: Entry) -> list[Range]:
-    """The rows [start, stop) of the distributed tensor that are the Hugging Face tensor, in its order."""
-    if len(entry.view) == 1:
-        return [(0, 1)]
-    assert entry.offset[-1] == 0 and entry.extent[-1] == entry.view[-1]
-    return _ranges(entry.view, entry.offset, entry.extent)
-
-
-def _ranges(shape: Shape, offset: Shape, extent: Shape) -> list[Range]:
-    """The rows of a block, where shape is [columns], [rows, columns] or [slices, rows, columns]."""
-    if len(shape) == 1:
-        return [(0, 1)]
-    if len(shape) == 2:
-        return [(offset[0], offset[0] + extent[0])]
-    height = shape[1]
-    if extent[1] == height:
-        return [(offset[0] * height, (offset[0] + extent[0]) * height)]
-    return [
-        (i * height + offset[1], i * height + offset[1] + extent[1]) for i in range(offset[0], offset[0] + extent[0])
-    ]
-
-
-def rows_of_dist(checkpoint: DistCheckpoint) -> dict[str, RowTensor]:
-    """The tensors of a distributed checkpoint, by key."""
-    return {key: _of_stored(checkpoint.folder, key, tensor) for key, tensor in checkpoint.tensors.items()}
-
-
-def _of_stored(folder: Path, key: str, tensor: StoredTensor) -> RowTensor:
-    if not 1 <= len(tensor.shape) <= 3:
-        raise UserError(f"{folder}: {key} has shape {list(tensor.shape)}; one to three axes are needed")
-    bands: dict[Range, list[Piece]] = {}
-    for chunk in tensor.chunks:
-        row = 0
-        for start, stop in _ranges(tensor.shape, chunk.offset, chunk.shape):
-            piece = Piece(
-                os.path.join(folder, chunk.file),
-                chunk.position,
-                chunk.length,
-                chunk.shape,
-                row,
-                chunk.offset[-1],
-                chunk.shape[-1],
-            )
-            bands.setdefault((start, stop), []).append(piece)
-            row += stop - start
-    ordered = (Band(*rows, tuple(sorted(bands[rows], key=lambda piece: piece.first_column))) for rows in sorted(bands))
-    return RowTensor(key, tensor.dtype, tensor.shape, tuple(ordered))
-
-
-def rows_of_hf(entries: list[Entry], tensors: Mapping[str, TensorEntry]) -> dict[str, RowTensor]:
-    """The distributed tensors that Hugging Face tensors make up, by key.
-
-    Raises:
-        UserError: tensors that become one differ in dtype.
-    """
-    bands: dict[str, list[Band]] = {}
-    firsts: dict[str, Entry] = {}
-    for entry in entries:
-        stored, first = tensors[entry.hf_name], firsts.setdefault(entry.dist_key, entry)
-        if stored.dtype != tensors[first.hf_name].dtype:
-            both = f"{first.hf_name} is {tensors[first.hf_name].dtype} and {entry.hf_name} is {stored.dtype}"
-            raise UserError(f"{both}, but both are parts of {entry.dist_key}; convert them to one dtype")
-        columns, row = entry.hf_shape[-1], 0
-        for start, stop in row_ranges(entry):
-            piece = Piece(str(stored.file), stored.offset, 0, entry.hf_shape, row, 0, columns)
-            bands.setdefault(entry.dist_key, []).append(Band(start, stop, (piece,)))
-            row += stop - start
-    return {
-        key: RowTensor(
-            key,
-            tensors[firsts[key].hf_name].dtype,
-            firsts[key].dist_shape,
-            tuple(sorted(bands[key], key=lambda band: band.start)),
-        )
-        for key in bands
-    }
-
-
 def block_height(tensor: RowTensor) -> int:
     """How many of its rows are read at once."""
     return max(BLOCK_BYTES // max(tensor.row_bytes, 1), 1)
 
 
-class RowReader:
+class Source(NamedTuple):
+    """A checkpoint opened for reading: its tensors as rows, by distributed key."""
+
+    what: str  # in words
+    folder: Path  # in which the tensors' files are
+    config: HyConfig | None  # None: a distributed checkpoint without config.json
+    tensors: dict[str, RowTensor]
+    notes: tuple[str, ...] = ()  # for the user
+    iteration: int | None = None  # None: no training made it
+    has_optimizer: bool = False
+    unknown: tuple[str, ...] = ()  # stored tensors whose names are neither a model's nor an optimizer's
+
+
+class TensorReader:
     """Reads rows. A context manager: it keeps files open."""
 
     def __init__(self) -> None:
         self._descriptors: dict[str, int] = {}
         self._finder = ElementFinder()
 
-    def __enter__(self) -> "RowReader":
+    def __enter__(self) -> "TensorReader":
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def blocks(self, tensor: RowTensor, ranges: list[Range], height: int | None = None) -> Iterator[memoryview]:
+    def blocks(self, tensor: RowTensor, ranges: Sequence[Range], height: int | None = None) -> Iterator[memoryview]:
         """The bytes of these rows in order, in blocks of at most BLOCK_BYTES or one row; each is gone when the next is
         asked for.
 
@@ -200,31 +128,36 @@ class RowReader:
             band = tensor.bands[at]
             end = min(high, band.stop)
             part, block = block[: (end - low) * tensor.row_bytes], block[(end - low) * tensor.row_bytes :]
-            if len(band.pieces) == 1:
-                self._read_piece(tensor, band.pieces[0], low - band.start, part)
-            else:
-                unsigned = np.dtype(f"u{ITEM_SIZES[tensor.dtype]}")
-                whole = np.frombuffer(part, unsigned).reshape(end - low, tensor.num_columns)
-                for piece in band.pieces:
-                    columns = np.empty((end - low, piece.num_columns), unsigned)
-                    self._read_piece(tensor, piece, low - band.start, memoryview(columns).cast("B"))
-                    whole[:, piece.first_column : piece.first_column + piece.num_columns] = columns
+            for piece in band.pieces:
+                self._read_piece(tensor, piece, low - band.start, end - low, part)
             low, at = end, at + 1
 
-    def _read_piece(self, tensor: RowTensor, piece: Piece, row: int, into: memoryview) -> None:
+    def _read_piece(self, tensor: RowTensor, piece: Piece, row: int, num_rows: int, into: memoryview) -> None:
+        """`num_rows` rows of the piece, from its `row` on, to their columns of the rows `into`."""
+        first = (piece.row + row) * piece.num_columns * ITEM_SIZES[piece.dtype]
+        if piece.dtype == tensor.dtype and piece.num_columns == tensor.num_columns:
+            self._read_bytes(tensor, piece, first, into)
+            return
+        data = memoryview(bytearray(num_rows * piece.num_columns * ITEM_SIZES[piece.dtype]))
+        self._read_bytes(tensor, piece, first, data)
+        unsigned = np.dtype(f"u{ITEM_SIZES[tensor.dtype]}")
+        rows = np.frombuffer(into, unsigned).reshape(num_rows, tensor.num_columns)
+        columns = np.frombuffer(converted(data, piece.dtype, tensor.dtype), unsigned)
+        rows[:, piece.first_column : piece.first_column + piece.num_columns] = columns.reshape(num_rows, -1)
+
+    def _read_bytes(self, tensor: RowTensor, piece: Piece, first: int, into: memoryview) -> None:
         try:
             if piece.file not in self._descriptors:
                 while len(self._descriptors) >= _MAX_OPEN_FILES:
                     os.close(self._descriptors.pop(next(iter(self._descriptors))))
                 self._descriptors[piece.file] = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC)
             descriptor = self._descriptors[piece.file]
-            position = piece.position
+            position = piece.position + first
             if piece.length:
                 window = FileWindow(descriptor, piece.position, piece.length)
                 position += self._finder.find(
-                    window, tensor.dtype, piece.shape, f"{piece.file}: {tensor.key} at byte {piece.position}"
+                    window, piece.dtype, piece.shape, f"{piece.file}: {tensor.key} at byte {piece.position}"
                 )
-            position += (piece.row + row) * piece.num_columns * ITEM_SIZES[tensor.dtype]
             while into:
                 count = os.preadv(descriptor, [into], position)
                 if count == 0:

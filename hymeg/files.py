@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from hymeg.errors import UserError
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems answer that cannot do a thing
 _repr = reprlib.Repr(maxstring=160, maxlist=8, maxtuple=8, maxother=160)
 
 
@@ -46,10 +46,7 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, an integer of thousands of digits, brackets thousands deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, brackets thousands deep
         raise UserError(f"{path}: not valid JSON: {error}") from error
 
 
@@ -111,10 +108,12 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
         file.write(data)
 
 
-def overwrite_start(path: str | os.PathLike, data: bytes) -> None:
-    """`data` over the first bytes of the file `path`, flushed to disk. Raises UserError where it cannot be written."""
+def write_start(path: str | os.PathLike, data: bytes) -> None:
+    """`data` over the first bytes of the file `path`, made if absent, flushed to disk. Raises UserError where it cannot
+    be written.
+    """
     try:
-        with open(path, "r+b") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -130,20 +129,41 @@ def reserve(path: str | os.PathLike, num_bytes: int) -> None:
     Raises:
         OSError: the disk is full, the folder cannot be written.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        if num_bytes and _libc.fallocate(descriptor, 0, 0, num_bytes) != 0:
-            if (code := ctypes.get_errno()) not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        if num_bytes and (code := _allot(descriptor, num_bytes)):
+            if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(code, os.strerror(code), str(path))
-            os.ftruncate(descriptor, num_bytes)
+            os.ftruncate(descriptor, num_bytes)  # room beforehand is a convenience
+    finally:
+        os.close(descriptor)
+
+
+def _allot(descriptor: int, num_bytes: int) -> int:
+    """Linux's fallocate; 0, or why it did not."""
+    fallocate = getattr(_libc, "fallocate", None)
+    if fallocate is None:
+        return errno.ENOSYS
+    done = fallocate(ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(num_bytes))
+    return 0 if done == 0 else ctypes.get_errno()
+
+
+def drop_from_cache(path: str | os.PathLike) -> None:
+    """Have the next reader of the file, which is on disk, get it from there and not from memory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
 
 def fsync_folder(folder: str | os.PathLike) -> None:
-    """Flush a folder's own entries, so that a rename survives a power cut."""
+    """Flush a folder's own entries, where its file system can: a rename then survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)

@@ -1,13 +1,14 @@
 """Moves rows of tensors from one checkpoint's files to another's in several processes; each byte is read once and
 written once.
 
-A transfer is planned to the byte beforehand: every task has its file and position. Workers take shares of consecutive
+A sink plans its files to the byte beforehand: every task has its file and position. Workers take shares of consecutive
 tasks, of about equal bytes.
 """
 
 import collections
 import itertools
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,16 +16,19 @@ from typing import NamedTuple
 
 from isal import isal_zlib
 
-from hymeg.checkpoint.rows import Range, RowReader, RowTensor, converted
-from hymeg.checkpoint.stored_tensor import Shape, envelope
-from hymeg.checkpoint.workers import Progress, dealt, run
+from hymeg.checkpoint.mapping import Range, Shape
+from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, converted
+from hymeg.checkpoint.stored_tensor import envelope
+from hymeg.checkpoint.workers import Outcome, Progress, dealt, run
 from hymeg.errors import UserError
-from hymeg.hf.files import reserve
+from hymeg.files import reserve, write_start, write_whole
+from hymeg.hf.dtypes import ITEM_SIZES
 
 _SYNC_BYTES = 128 << 20  # after so many the disk is set to work; it is waited for at the end
 _MAX_FLUSHES = 64  # that are waited for at a time, each with an open file
 _SEVERAL = 4  # files for each worker: enough to deal them whole
 _MIN_FILE_BYTES = 64 << 20  # of several, where their number is free
+_TASKS_AT_A_TIME = 64
 
 
 class Task(NamedTuple):
@@ -32,48 +36,90 @@ class Task(NamedTuple):
     tensor of that shape.
     """
 
-    name: str  # of what is written, for messages
     tensor: RowTensor
-    ranges: list[Range]
+    rows: Sequence[Range]
     dtype: str  # to write
-    nbytes: int  # of elements, to write
     file: str
     position: int
     stored_shape: Shape | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of elements, to write."""
+        num_rows = sum(stop - start for start, stop in self.rows)
+        return num_rows * self.tensor.num_columns * ITEM_SIZES[self.dtype]
 
-def write(
-    folder: Path,
-    sizes: Mapping[str, int],
-    shares: Sequence[Callable[[], Iterable[Task]]],
-    workers: int,
-    progress: Progress,
-) -> int:
-    """Write all tasks into files of `folder` and flush them to disk.
+    @property
+    def stored_length(self) -> int:
+        """Bytes that the task takes in its file."""
+        if self.stored_shape is None:
+            return self.nbytes
+        around = envelope(self.dtype, self.stored_shape)
+        return len(around.before) + self.nbytes + len(around.after)
 
-    Args:
-        sizes: the bytes that each of the files will have.
-        shares: dealt to so many workers, processes of their own, a share to whichever has time for it.
 
-    Returns:
-        The peak resident memory of the workers and of this process, added up, in bytes.
+class FilesToWrite(NamedTuple):
+    """What a sink puts into a folder, planned to the byte."""
+
+    sizes: dict[str, int]  # of the files that tensors go to
+    turns: list[list[bytes]]  # of tasks, some at a time: what a worker moves when it is its turn
+    beside: dict[str, bytes]  # further files
+    last: dict[str, bytes]  # what makes all of them valid: first bytes of files, written when the rest is on disk
+    num_tasks: int
+    num_bytes: int  # of elements
+
+
+def files_to_write(
+    tasks: Sequence[Task], workers: int, beside: Mapping[str, bytes], last: Mapping[str, bytes]
+) -> FilesToWrite:
+    """`tasks`, those of a file one after the other, made ready for so many workers.
+
+    They are kept pickled, each with no more of its tensor than it needs: as objects the tasks of a large checkpoint
+    would be most of a conversion's memory, and be copied by each worker that looks at them.
+    """
+    sizes = {task.file: task.position + task.stored_length for task in tasks}  # a file's last task ends it
+    ready = [
+        [
+            pickle.dumps([task._replace(tensor=task.tensor.only(task.rows)) for task in some], pickle.HIGHEST_PROTOCOL)
+            for some in itertools.batched(turn, _TASKS_AT_A_TIME)
+        ]
+        for turn in turns(tasks, workers)
+    ]
+    num_bytes = sum(task.nbytes for task in tasks)
+    return FilesToWrite(sizes, ready, dict(beside), dict(last), len(tasks), num_bytes)
+
+
+def unpacked(some_at_a_time: Iterable[bytes]) -> Iterator[Task]:
+    for some in some_at_a_time:
+        yield from pickle.loads(some)
+
+
+def write(folder: Path, files: FilesToWrite, workers: int, progress: Progress) -> Outcome:
+    """Write all files into `folder` and flush them to disk; of `files` what is no task is used up.
 
     Raises:
         UserError: a file cannot be read or written.
     """
 
-    def work(dealt_shares: Iterator[Callable[[], Iterable[Task]]], report: Callable[[int], None]) -> None:
-        with RowReader() as reader, _Writer(folder) as writer:
-            for share in dealt_shares:
-                for task in share():
+    def work(dealt_turns: Iterator[list[bytes]], report: Callable[[int], None]) -> None:
+        with TensorReader() as reader, _Writer(folder) as writer:
+            for turn in dealt_turns:
+                for task in unpacked(turn):
                     _write_task(reader, task, writer, report)
 
-    for name, num_bytes in sizes.items():
+    for name, num_bytes in files.sizes.items():
         try:
             reserve(folder / name, num_bytes)
         except OSError as error:
             raise _unwritable(folder / name, error) from error
-    return run(work, [dealt(shares)] * min(workers, len(shares)), progress).peak_bytes
+    while files.beside:
+        name, data = files.beside.popitem()
+        write_whole(folder / name, data)
+    outcome = run(work, [dealt(files.turns)] * min(workers, len(files.turns)), progress)
+    while files.last:
+        name, data = files.last.popitem()
+        write_start(folder / name, data)
+    return outcome
 
 
 class _Writer:
@@ -154,34 +200,25 @@ def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written: {error.strerror or error}")
 
 
-def _write_task(reader: RowReader, task: Task, writer: _Writer, report: Callable[[int], None]) -> None:
+def _write_task(reader: TensorReader, task: Task, writer: _Writer, report: Callable[[int], None]) -> None:
     position, crc = task.position, 0
     around = envelope(task.dtype, task.stored_shape) if task.stored_shape is not None else None
     pending = [around.before] if around else []
-    start = position + (len(around.before) if around else 0)
     writer.open(task.file)
-    for block in reader.blocks(task.tensor, task.ranges):
+    for block in reader.blocks(task.tensor, task.rows):
         data = converted(block, task.tensor.dtype, task.dtype)
         if around:
             crc = isal_zlib.crc32(data, crc)
         position += writer.write([*pending, data], position)
         pending = []
         report(len(data))
-    assert position - start == task.nbytes, (task.name, position - start, task.nbytes)
     if around:
-        writer.write([*pending, around.closed(crc)], position)
+        position += writer.write([*pending, around.closed(crc)], position)
+    assert position - task.position == task.stored_length, (task.tensor.key, task.rows, position)
 
 
-def stored_length(task: Task) -> int:
-    """Bytes that the task takes in its file."""
-    if task.stored_shape is None:
-        return task.nbytes
-    around = envelope(task.dtype, task.stored_shape)
-    return len(around.before) + task.nbytes + len(around.after)
-
-
-def shares(tasks: Sequence[Task], workers: int) -> list[Sequence[Task]]:
-    """At most `workers` runs of consecutive tasks, of about equal bytes."""
+def shares[T](tasks: Sequence[T], workers: int) -> list[Sequence[T]]:
+    """At most `workers` runs of consecutive tasks, or of whatever has `nbytes`, of about equal bytes."""
     total, done, cuts = sum(task.nbytes for task in tasks), 0, [0]
     for number, task in enumerate(tasks):
         if done * workers >= total * len(cuts) and number > cuts[-1] and len(cuts) < workers:

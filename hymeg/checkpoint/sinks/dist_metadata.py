@@ -1,5 +1,5 @@
-"""Writes what describes a distributed checkpoint: `.metadata`, `metadata.json` and the object beside the tensors.
-`dist_files` says what they hold.
+"""What describes a distributed checkpoint: `.metadata` and the object beside the tensors. `dist_files` says what they
+hold.
 
 The pickle is written out by hand: a pickler would import torch, at a cost of seconds and of half a gigabyte, to look
 the names of its classes up.
@@ -8,12 +8,13 @@ the names of its classes up.
 import argparse
 import functools
 import itertools
-import json
 from collections.abc import Mapping
 
-from hymeg.checkpoint.dist_files import FORMAT, FORMAT_FILE, METADATA, TORCH_DTYPES, StoredTensor
-from hymeg.checkpoint.stored_tensor import Shape, plain, stored_object
+from hymeg.checkpoint.dist_files import StoredTensor
+from hymeg.checkpoint.mapping import Shape
+from hymeg.checkpoint.stored_tensor import plain, stored_object
 from hymeg.hf.config import HyConfig
+from hymeg.hf.dtypes import WEIGHTS
 
 _TORCH = "torch.distributed.checkpoint.metadata"
 
@@ -33,67 +34,47 @@ def common_state(config: HyConfig) -> bytes:
     return stored_object([{"args": flags, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}])
 
 
-def metadata_files(
-    tensors: Mapping[str, StoredTensor], objects: Mapping[str, tuple[str, int, int]]
-) -> dict[str, bytes]:
-    """`.metadata` and `metadata.json`, which comes last, for these tensors and objects (key -> file, position,
-    length).
-    """
+def metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, tuple[str, int, int]]) -> bytes:
+    """`.metadata` for these tensors and objects (key -> file, position, length)."""
     described = [plain(key) + _instance(_TORCH, "BytesStorageMetadata") for key in objects]
-    places = [_place(key, None, *place) for key, place in objects.items()]
+    located = [_location(key, None, *place) for key, place in objects.items()]
+    layout = b"ctorch.serialization\n_get_layout\n(" + plain("torch.strided") + b"tR"
+    contiguous = b"c" + _TORCH.encode() + b"\n_MEM_FORMAT_ENCODING\n(" + plain(0) + b"tR"
     for key, tensor in tensors.items():
         chunks = [
             _instance(_TORCH, "ChunkStorageMetadata", offsets=_size(chunk.offset), sizes=_size(chunk.shape))
             for chunk in tensor.chunks
         ]
-        layout = b"ctorch.serialization\n_get_layout\n(" + plain("torch.strided") + b"tR"
-        contiguous = b"c" + _TORCH.encode() + b"\n_MEM_FORMAT_ENCODING\n(" + plain(0) + b"tR"
-        state = (
-            b"(ctorch\n"
-            + TORCH_DTYPES[tensor.dtype].encode()
-            + b"\n"
-            + layout
-            + plain(False)
-            + contiguous
-            + plain(False)
-            + b"t"
-        )
+        dtype = f"ctorch\n{WEIGHTS[tensor.dtype].torch}\n".encode()
+        state = b"".join([b"(", dtype, layout, plain(False), contiguous, plain(False), b"t"])
         properties = b"c" + _TORCH.encode() + b"\nTensorProperties\n)\x81" + state + b"b"
         listed = b"](" + b"".join(chunks) + b"e"
+        size = _size(tensor.shape)
         described.append(
-            plain(key)
-            + _instance(_TORCH, "TensorStorageMetadata", properties=properties, size=_size(tensor.shape), chunks=listed)
+            plain(key) + _instance(_TORCH, "TensorStorageMetadata", properties=properties, size=size, chunks=listed)
         )
-        places += [_place(key, chunk.offset, chunk.file, chunk.position, chunk.length) for chunk in tensor.chunks]
+        located += [_location(key, chunk.offset, chunk.file, chunk.position, chunk.length) for chunk in tensor.chunks]
+    meta = {name: plain(None) for name in ("checkpoint_id", "save_id", "load_id")}
     # Joined once: the two long lists are most of the file.
     attributes = {
         "state_dict_metadata": [b"}(", *described, b"u"],
         "planner_data": [plain(None)],
-        "storage_data": [b"}(", *places, b"u"],
-        "storage_meta": [
-            _instance(
-                _TORCH, "StorageMeta", checkpoint_id=plain(None), save_id=plain(None), load_id=plain(None), modules=b"]"
-            )
-        ],
+        "storage_data": [b"}(", *located, b"u"],
+        "storage_meta": [_instance(_TORCH, "StorageMeta", **meta, modules=b"]")],
         "version": [plain("1.0.0")],
     }
     named = itertools.chain.from_iterable([plain(name), *pieces] for name, pieces in attributes.items())
-    metadata = b"".join([b"\x80\x02", _instance(_TORCH, "Metadata"), b"}(", *named, b"ub."])
-    return {METADATA: metadata, FORMAT_FILE: json.dumps(FORMAT).encode()}
+    return b"".join([b"\x80\x02", _instance(_TORCH, "Metadata"), b"}(", *named, b"ub."])
 
 
 def _instance(module: str, name: str, **state: bytes) -> bytes:
     """The pickle of an object with these attributes, themselves pickled."""
-    attributes = (
-        b"}(" + b"".join(itertools.chain.from_iterable((_text(key), value) for key, value in state.items())) + b"ub"
-        if state
-        else b""
-    )
-    return b"c" + f"{module}\n{name}\n".encode() + b")\x81" + attributes
+    made = f"c{module}\n{name}\n".encode() + b")\x81"
+    return b"".join([made, b"}(", *(_text(key) + value for key, value in state.items()), b"ub"]) if state else made
 
 
 @functools.cache
-def _text(text: str) -> bytes:
+def _text(text: str | None) -> bytes:
     return plain(text)
 
 
@@ -102,12 +83,9 @@ def _size(shape: Shape) -> bytes:
     return b"ctorch\nSize\n(" + plain(shape) + b"tR"
 
 
-def _place(key: str, offset: Shape | None, file: str, position: int, length: int) -> bytes:
+def _location(key: str, offset: Shape | None, file: str, position: int, length: int) -> bytes:
     """An item of storage_data: where the chunk at `offset` (None: the object) of this key lies."""
     of_chunk = {"offset": _size(offset)} if offset is not None else {}
-    index = _instance(_TORCH, "MetadataIndex", fqn=_text(key), index=_NONE, **of_chunk)
+    index = _instance(_TORCH, "MetadataIndex", fqn=_text(key), index=_text(None), **of_chunk)
     info = {"relative_path": _text(file), "offset": plain(position), "length": plain(length)}
     return index + _instance("torch.distributed.checkpoint.filesystem", "_StorageInfo", **info)
-
-
-_NONE = plain(None)

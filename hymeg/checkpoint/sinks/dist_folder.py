@@ -1,0 +1,102 @@
+"""A distributed checkpoint as a sink: into which chunks, and into which files, its tensors go.
+
+Megatron reads whole chunks, whatever part of one a rank needs. So they are cut where tensor and expert parallelism cut
+too: between experts, between gate and up projections, between KV groups; and no chunk of several rows, or KV
+groups, is larger than MAX_CHUNK_BYTES.
+"""
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+
+from hymeg.checkpoint.dist_files import COMMON_STATE_KEY, FORMAT, FORMAT_FILE, METADATA, StoredChunk, StoredTensor
+from hymeg.checkpoint.mapping import Entry, Range, Shape, hf_entries, num_rows
+from hymeg.checkpoint.row_tensors import RowTensor
+from hymeg.checkpoint.sinks.dist_metadata import common_state, metadata
+from hymeg.checkpoint.sinks.transfer import FilesToWrite, Task, files_to_write, num_files, shares
+from hymeg.hf.config import HyConfig
+from hymeg.hf.dtypes import ITEM_SIZES
+
+MAX_CHUNK_BYTES = 64 << 20
+
+
+def files_of_dist(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None, workers: int) -> FilesToWrite:
+    """An iteration's folder that holds `tensors`, in `dtype` (None: their own; the expert bias is always F32)."""
+    tasks = _in_files(_chunks(config, tensors, dtype), workers)
+    stored = _stored_tensors(tasks)
+    state, state_file = common_state(config), f"__{len({task.file for task in tasks})}_0.distcp"
+    described = metadata(stored, {COMMON_STATE_KEY: (state_file, 0, len(state))})
+    return files_to_write(
+        tasks,
+        workers,
+        beside={state_file: state, METADATA: described},
+        last={FORMAT_FILE: json.dumps(FORMAT).encode()},
+    )
+
+
+def _chunks(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None) -> list[Task]:
+    """Every chunk, without its place, in the order in which the source's files are read from beginning to end."""
+    chunks = []
+    for entry in hf_entries(config, "hub"):
+        tensor = tensors[entry.dist_key]
+        to_write = "F32" if entry.is_fp32_buffer else dtype or tensor.dtype
+        for rows in _cut(entry, ITEM_SIZES[to_write]):
+            chunks.append(Task(tensor, [rows], to_write, "", 0, _block(entry.dist_shape, *rows)[1]))
+    return sorted(chunks, key=_first_byte)
+
+
+def _cut(entry: Entry, item_size: int) -> Iterator[Range]:
+    """The rows of the chunks that hold a hub tensor; with q those of the whole tensor, in which k and v lie too."""
+    (start, stop), unit = entry.rows[0], 1
+    if len(entry.rows) > 1:
+        if start > 0:
+            return
+        stop = num_rows(entry.dist_shape)
+        unit = stop // len(entry.rows)  # a KV group
+    num_units = (stop - start) // unit
+    most = max(MAX_CHUNK_BYTES // (unit * entry.dist_shape[-1] * item_size), 1)
+    step = math.ceil(num_units / math.ceil(num_units / most)) * unit
+    for row in range(start, stop, step):
+        yield row, min(row + step, stop)
+
+
+def _block(shape: Shape, start: int, stop: int) -> tuple[Shape, Shape]:
+    """Offset and extent, in a tensor of `shape`, of rows that lie in one slice of it."""
+    if len(shape) == 1:
+        return (0,), shape
+    in_stack, first = divmod(start, shape[-2])
+    offset, extent = (first, 0), (stop - start, shape[-1])
+    return (offset, extent) if len(shape) == 2 else ((in_stack, *offset), (1, *extent))
+
+
+def _first_byte(task: Task) -> tuple[str, int, int]:
+    low, bands = task.rows[0][0], task.tensor.bands
+    piece = bands[bisect_right(bands, low, key=lambda band: band.start) - 1].pieces[0]
+    return piece.file, piece.position, low
+
+
+def _in_files(chunks: list[Task], workers: int) -> list[Task]:
+    """A file holds what is consecutive in the source's."""
+    placed = []
+    number = num_files(sum(task.nbytes for task in chunks), workers)
+    for i, share in enumerate(shares(chunks, number)):
+        position = 0
+        for task in share:
+            placed.append(task._replace(file=f"__{i}_0.distcp", position=position))
+            position += task.stored_length
+    return placed
+
+
+def _stored_tensors(tasks: list[Task]) -> dict[str, StoredTensor]:
+    chunks: dict[str, list[StoredChunk]] = {}
+    firsts: dict[str, Task] = {}
+    for task in tasks:
+        firsts.setdefault(task.tensor.key, task)
+        offset, extent = _block(task.tensor.shape, *task.rows[0])
+        chunk = StoredChunk(task.file, task.position, task.stored_length, offset, extent)
+        chunks.setdefault(task.tensor.key, []).append(chunk)
+    return {
+        key: StoredTensor(first.dtype, first.tensor.shape, tuple(sorted(chunks[key], key=lambda chunk: chunk.offset)))
+        for key, first in firsts.items()
+    }

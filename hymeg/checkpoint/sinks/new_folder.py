@@ -1,0 +1,218 @@
+"""Folders that appear whole or not at all.
+
+A conversion works in FOLDER.partial beside FOLDER and renames it when everything is on disk. What makes a folder a
+checkpoint, tracker or config.json, is written last there too: nothing accepts a FOLDER.partial that a killed conversion
+left, unless all of it was there and only the rename was not. The next conversion to FOLDER removes it. Nothing else is
+ever removed, but what a conversion wrote, on request: it leaves a RECORD of where it came from and of its files.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hymeg import __version__
+from hymeg.checkpoint.dist_files import SOURCE_FILE
+from hymeg.errors import UserError
+from hymeg.files import fsync_folder, read_json, write_whole
+
+RECORD = "conversion.json"
+_MARK = ".unfinished"
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # as of Lustre mounted without flock
+_SECONDS_TO_WAIT = 10.0  # for the workers of a killed conversion to notice
+
+
+def partial_of(target: Path) -> Path:
+    """Where a conversion to `target` works."""
+    return target.with_name(target.name + ".partial")
+
+
+@contextlib.contextmanager
+def new_folder(
+    target: Path, num_bytes: int, overwrite: bool, record: Mapping[str, Any], say: Callable[[str], None]
+) -> Iterator[Path]:
+    """An empty folder to write to, which becomes `target` on success and is removed on failure, SIGTERM and SIGHUP
+    included.
+
+    Args:
+        num_bytes: that will be written.
+        overwrite: replace a conversion that is there.
+        record: where it came from, to leave in RECORD.
+
+    Raises:
+        UserError: it cannot be made, something else is there, or comes there meanwhile, or another conversion is
+            writing to it.
+    """
+    target = target.resolve() if target.is_symlink() else target.absolute()
+    check_target(target, num_bytes, overwrite)
+    partial = partial_of(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftover(partial, say)
+        partial.mkdir()
+        mark = os.open(partial / _MARK, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise UserError(f"{partial}: cannot be made: {error.strerror or error}; give a folder elsewhere") from error
+    try:
+        with _tidy_end():
+            _lock(mark, 0)
+            check_target(target, 0, overwrite)  # the conversion that was waited for may have finished
+            yield partial
+            files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.name != _MARK)
+            text = json.dumps({"hymeg": __version__, **record, "files": files}, indent=1)
+            write_whole(partial / RECORD, text.encode())
+            fsync_folder(partial)
+            _appear(partial, target, overwrite)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        os.close(mark)
+        with contextlib.suppress(OSError):
+            _remove(partial)
+
+
+def check_target(target: Path, num_bytes: int, overwrite: bool) -> None:
+    """Whether a folder of `num_bytes` can be made at `target`. Raises UserError where it cannot, or must not."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is no folder; give a folder that is empty or does not exist yet")
+    if target.is_dir():
+        names = sorted(os.listdir(target))
+        if names and not overwrite:
+            raise UserError(
+                f"{target}: not empty (it holds {', '.join(names[:3])}); give another folder, or --overwrite to "
+                "replace it"
+            )
+        if names:
+            _check_replaceable(target, target)
+        if os.path.ismount(target):
+            raise UserError(f"{target}: is a mount point, which cannot be replaced as a whole; give a folder inside it")
+    existing = next(folder for folder in (target.parent, *target.absolute().parents) if folder.exists())
+    is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    if not is_writable or os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise UserError(f"{target}: {existing} is not writable; give a folder elsewhere")
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise UserError(
+            f"{target}: {num_bytes / 1e9:,.3f} GB are needed and {free / 1e9:,.3f} GB are free on that disk; make room "
+            "or give a folder elsewhere"
+        )
+
+
+def _check_replaceable(folder: Path, target: Path) -> None:
+    """Whether `folder`, which is or was `target`, holds what a conversion wrote, and nothing else."""
+    try:
+        written = set(read_json(folder / RECORD)["files"])
+    except (UserError, KeyError, TypeError):
+        raise UserError(
+            f"{target}: --overwrite replaces what a conversion wrote, and no {RECORD} in it says that one did; give "
+            "another folder, or remove this one yourself"
+        ) from None
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    if foreign := sorted(found - written - {RECORD, SOURCE_FILE, _MARK}):
+        lost = ", ".join(foreign[:3])
+        raise UserError(f"{target}: --overwrite would lose {lost}, which no conversion wrote; give another folder")
+
+
+def _appear(partial: Path, target: Path, overwrite: bool) -> None:
+    old = None
+    if overwrite and target.is_dir() and any(target.iterdir()):
+        old = Path(tempfile.mkdtemp(prefix=f"{target.name}.old-", dir=target.parent))
+        os.rename(target, old)
+    try:
+        if old is not None:
+            _check_replaceable(old, target)
+        os.rename(partial, target)  # onto nothing or an empty folder: POSIX refuses another
+    except BaseException as error:
+        if old is not None:
+            os.rename(old, target)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(
+                f"{target}: something was written there meanwhile, which was left as it is; convert to another folder"
+            ) from None
+        raise
+    fsync_folder(target.parent)
+    (target / _MARK).unlink()
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftover(partial: Path, say: Callable[[str], None]) -> None:
+    """Remove what a killed conversion left, once its workers are gone too."""
+    if not partial.exists():
+        return
+    if not (partial / _MARK).is_file():
+        if not partial.is_dir() or any(partial.iterdir()):
+            raise UserError(f"{partial}: is in the way, and no conversion made it; move it elsewhere")
+        partial.rmdir()
+        return
+    with open(partial / _MARK) as mark:
+        locked = _lock(mark.fileno(), _SECONDS_TO_WAIT)
+        if locked is None:
+            raise UserError(
+                f"{partial}: there already, and whether another conversion is writing there cannot be told, as this "
+                "file system has no locks; remove it if none is"
+            )
+        if not locked:
+            raise UserError(f"{partial}: another conversion is writing there; wait for it, or give another folder")
+        with contextlib.suppress(FileNotFoundError):  # it has finished meanwhile
+            if os.path.samestat(os.fstat(mark.fileno()), os.stat(partial / _MARK)):
+                _remove(partial)
+                say(f"{partial}: removed, an earlier conversion did not finish; starting anew")
+
+
+def _lock(descriptor: int, seconds: float) -> bool | None:
+    """Whether the file is locked for this process now; None: there are no locks on this file system."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return None
+
+
+def _remove(partial: Path) -> None:
+    """The mark goes last: whoever is killed here leaves a folder that the next conversion still knows for its own."""
+    if not partial.exists():
+        return
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _MARK:
+            path.unlink()
+    (partial / _MARK).unlink(missing_ok=True)
+    partial.rmdir()
+
+
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit in this process, unless it does something about them already."""
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,115 @@
+"""A Hugging Face checkpoint as a source of rows: config.json, every tensor's name, shape and dtype accounted for."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hymeg.checkpoint.mapping import VOCABULARY_KEYS, Entry, distributed_shapes, is_mtp, match_hf_tensors
+from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source
+from hymeg.errors import UserError
+from hymeg.hf.config import CONFIG_FILE, HyConfig
+from hymeg.hf.dtypes import WEIGHTS
+from hymeg.hf.safetensors_files import TensorEntry, open_checkpoint
+
+
+def open_hf(
+    folder: str | Path,
+    config: HyConfig | None = None,
+    *,
+    base_hf: Path | None = None,
+    drop_mtp: bool = False,
+    mixed_dtypes: bool = False,
+) -> Source:
+    """The checkpoint in `folder`, in either layout.
+
+    Args:
+        config: None: that of the folder.
+        base_hf: where MTP layers come from that the folder does not hold.
+        drop_mtp: leave the MTP layers out, those of config.json too.
+        mixed_dtypes: tensors that become one may differ in dtype; they are then read as F32, which holds them exactly.
+
+    Raises:
+        UserError: the checkpoint is broken, incomplete, of another dtype or not that of the config.
+    """
+    folder = Path(folder)
+    config, stored = config or HyConfig.from_dir(folder), open_checkpoint(folder)
+    for name, entry in stored.items():
+        if entry.dtype not in WEIGHTS:
+            allowed = ", ".join(WEIGHTS)
+            raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {allowed}: dequantise it first")
+    of_mtp = [name for name in stored if is_mtp(config, name)]
+    mtp = settle_mtp(folder, config, of_mtp, base_hf, drop_mtp)
+    if drop_mtp:
+        stored = {name: entry for name, entry in stored.items() if name not in of_mtp}
+    try:
+        match = match_hf_tensors(mtp.read, {name: entry.shape for name, entry in stored.items()})
+        tensors = _row_tensors(match.entries, stored, mixed_dtypes)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    notes = list(mtp.notes)
+    if match.dropped:
+        notes.append(f"left out, the trunk's own are used instead: {', '.join(match.dropped)}")
+    what = f"Hugging Face, {match.layout} layout"
+    return Source(what, folder, mtp.written, tensors | mtp.of_base, tuple(notes))
+
+
+class Mtp(NamedTuple):
+    """What becomes of a model's multi-token-prediction layers."""
+
+    read: HyConfig  # of what the checkpoint gives
+    written: HyConfig
+    of_base: dict[str, RowTensor]
+    notes: list[str]
+
+
+def settle_mtp(folder: Path, config: HyConfig, held: Sequence[str], base_hf: Path | None, drop: bool) -> Mtp:
+    """`held` are the names of the tensors of MTP layers in the checkpoint in `folder`. Where there are none, and the
+    config counts some, they are those of `base_hf`.
+
+    Raises:
+        UserError: there is no base, or it is another model's: one with tensors of other shapes. (The vocabulary may
+            differ.)
+    """
+    without = config.without_mtp() if config.num_nextn_predict_layers else config
+    if drop:
+        return Mtp(without, without, {}, [f"left out: the MTP layers, {len(held)} tensors"])
+    if held or without is config:
+        return Mtp(config, config, {}, [])
+    if base_hf is None:
+        raise UserError(
+            f"{folder}: all tensors of MTP layers are missing, of which {CONFIG_FILE} counts some "
+            f"(num_nextn_predict_layers = {config.num_nextn_predict_layers}); convert with --base-hf FOLDER, to take "
+            "them from there, or with --drop-mtp"
+        )
+    base = open_hf(base_hf)
+    ours, theirs = distributed_shapes(config), distributed_shapes(base.config)
+    differing = [key for key in ours | theirs if key not in VOCABULARY_KEYS and theirs.get(key) != ours.get(key)]
+    if differing:
+        shapes = [f"{key} is {theirs.get(key)}, here {ours.get(key)}" for key in differing[:3]]
+        raise UserError(f"--base-hf {base_hf}: another model than {folder}'s: {'; '.join(shapes)}; give its own")
+    of_base = {key: tensor for key, tensor in base.tensors.items() if is_mtp(config, key)}
+    note = f"taken from {base_hf}: the MTP layers, {len(of_base)} tensors, which {folder} does not hold"
+    return Mtp(without, config, of_base, [note])
+
+
+def _row_tensors(entries: list[Entry], tensors: Mapping[str, TensorEntry], mixed: bool) -> dict[str, RowTensor]:
+    """The distributed tensors that Hugging Face tensors make up, by key."""
+    bands: dict[str, list[Band]] = {}
+    firsts: dict[str, Entry] = {}
+    dtypes: dict[str, str] = {}
+    for entry in entries:
+        stored, first = tensors[entry.hf_name], firsts.setdefault(entry.dist_key, entry)
+        if stored.dtype != dtypes.setdefault(entry.dist_key, stored.dtype):
+            if not mixed:
+                both = f"{first.hf_name} is {tensors[first.hf_name].dtype} and {entry.hf_name} is {stored.dtype}"
+                raise UserError(f"{both}, but both are parts of {entry.dist_key}; convert with --dtype bf16 or fp32")
+            dtypes[entry.dist_key] = "F32"
+        file, columns, row = str(stored.file), entry.hf_shape[-1], 0
+        for start, stop in entry.rows:
+            piece = Piece(file, stored.offset, 0, entry.hf_shape, row, 0, columns, stored.dtype)
+            bands.setdefault(entry.dist_key, []).append(Band(start, stop, (piece,)))
+            row += stop - start
+    return {
+        key: RowTensor(key, dtypes[key], first.dist_shape, tuple(sorted(bands[key], key=lambda band: band.start)))
+        for key, first in firsts.items()
+    }
