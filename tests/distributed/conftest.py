@@ -6,7 +6,7 @@ they train.
 
 import numpy as np
 import pytest
-from worlds import launch
+from worlds import Worlds
 
 from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
@@ -45,16 +45,34 @@ def command(folder):
 
     def build(*flags: str, checkpoint: str = "trunk", load: str | None = None, steps: int = 4) -> list[str]:
         model = str(folder / checkpoint)
-        fixed = f"--seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --lr 1e-3 --lr-decay-style constant --eval-iters 0"
+        fixed = f"--seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --eval-iters 0 --num-workers 0"
+        rate = "--lr 1e-3 --lr-decay-style constant"
         batch = [] if "--global-batch-size" in flags else ["--global-batch-size", str(GLOBAL_BATCH)]
         data = ["--data-path", str(folder / "text"), "--split", "100,0,0", "--data-cache-path", str(folder / "cache")]
-        return ["--hf-model", model, "--load", load or model, *data, *fixed.split(), *batch, *" ".join(flags).split()]
+        return [
+            "--hf-model",
+            model,
+            "--load",
+            load or model,
+            *data,
+            *fixed.split(),
+            *rate.split(),
+            *batch,
+            *" ".join(flags).split(),
+        ]
 
     return build
 
 
 @pytest.fixture(scope="session")
-def one_process(folder, command):
+def worlds(tmp_path_factory):
+    started = Worlds(tmp_path_factory.mktemp("forks") / "logs")
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="session")
+def one_process(worlds, command):
     """What one process computes: `{name: steps}`. Everything else is held against it."""
     cases = {
         "trunk": command(steps=6),
@@ -66,4 +84,4 @@ def one_process(folder, command):
         "large micro-batch": command("--micro-batch-size 4"),
         "bias update": command("--moe-router-bias-update-rate 1e-2"),
     }
-    return launch(1, cases, folder / "world-1")
+    return worlds.cases(1, cases)
