@@ -4,11 +4,19 @@ The text holds the padding token here and there, which Megatron's dataset masks:
 they train.
 """
 
-import numpy as np
-import pytest
-from worlds import Worlds
+from hymeg import platform
 
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+platform.install()
+
+import flag_help  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+from worlds import Worlds  # noqa: E402
+
+from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint  # noqa: E402
+
+flag_help.read_once()
 
 SEQ_LENGTH, GLOBAL_BATCH = 32, 4
 
@@ -24,11 +32,6 @@ def folder(tmp_path_factory):
 
 
 def _write_text(prefix, vocab_size: int) -> None:
-    from hymeg import platform
-
-    platform.install()
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     random = np.random.default_rng(0)
     for _ in range(300):

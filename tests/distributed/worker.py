@@ -4,19 +4,33 @@ A training's result are the losses and gradient norms of every step as the train
 sequences of conversations that it drew; the loss of every evaluation; and the bytes that each rank held all the time.
 """
 
+import argparse
+import sys
+from pathlib import Path
+
 import checks
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
-from megatron.training import training
+from megatron.training import arguments, training
 from replaced_names import CALLED
 from static_bytes import static_bytes
 
 from hymeg.data.conversations import ConversationDataset
-from hymeg.platform.patches import patched
+from hymeg.platform.patches import patch, patched
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
 from hymeg.training.run import train
+
+sys.path.append(str(Path(__file__).parents[1]))
+import flag_help
+
+
+def prepare() -> None:
+    """What every rank would do alike, before there is one."""
+    flag_help.read_once()
+    arguments.add_megatron_arguments(argparse.ArgumentParser())
+    patch(arguments, "_print_args", lambda title, args: None, "800 lines a training, which nobody reads here")
 
 
 def run_case(argv: list[str], check: str | None) -> dict:
