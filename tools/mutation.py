@@ -39,7 +39,7 @@ MEGATRON = ("training.training", "core.models.gpt.gpt_model", "core.datasets.gpt
 ELSEWHERE = {
     "hymeg/launch/*": ["tests/slurm_jobs/test_health.py", "tests/slurm_jobs/test_launcher.py"],
     "hymeg/platform/*": ["tests/distributed/test_parts.py"],
-    "hymeg/planning/construction.py": ["tests/end_to_end/test_plan_construction.py"],
+    "hymeg/planning/*": ["tests/end_to_end/test_plan_construction.py"],
 }
 """Package files -> tests that come by them in processes of their own, beside those of tests/unit."""
 

@@ -1,6 +1,6 @@
 """The torch.cuda calls that Megatron makes, answered by the CPU.
 
-Streams and events do nothing (the CPU runs in order), memory is the process's resident memory, the device's random
+Streams do nothing (the CPU runs in order), memory is the process's resident memory, the device's random
 generator is torch's default one, and a tensor asked for on "cuda" is made on the CPU. Line numbers are megatron-core
 0.19.2's.
 """
@@ -9,7 +9,6 @@ import collections
 import contextlib
 import os
 import resource
-import time
 import types
 
 import psutil
@@ -93,28 +92,16 @@ def _install_device() -> None:
         ("set_device", lambda device: None, "initialize.py:282"),
         ("synchronize", lambda *args: None, "timers.py:152"),
         ("empty_cache", lambda: None, "training.py:3060, checkpointing.py:2727"),
-        ("ipc_collect", lambda: None, "optimizer set-up"),
-        ("device", lambda *args: contextlib.nullcontext(), "context manager around device work"),
-        ("get_device_capability", lambda *args: (8, 0), "arguments.py: compute capability"),
         ("get_device_name", lambda *args: "cpu", "logs"),
         ("get_device_properties", lambda *args: properties, "common_utils.py:504, get_device_arch_version"),
-        ("can_device_access_peer", lambda *args: False, "symmetric memory probing"),
-        ("is_current_stream_capturing", lambda: False, "CUDA graph checks"),
-        ("_lazy_init", lambda: None, "tensor_parallel/random.py"),
+        ("is_current_stream_capturing", lambda: False, "router_trace.py:268"),
         ("_lazy_call", lambda callback, **kwargs: callback(), "tensor_parallel/random.py:174"),
-        ("is_initialized", lambda: True, "rng and checkpoint code"),
     ):
         patch(cuda, name, new, reason)
-    for name in ("range_push", "range_pop", "mark"):
-        patch(torch.cuda.nvtx, name, lambda *args, **kwargs: None, "nvtx ranges")
 
 
 class Stream:
-    """A stream on a machine that has none: all work is already done."""
-
-    cuda_stream = 0
-    stream_id = 0
-    device = _CPU
+    """A stream, or an event on it, on a machine that has none: all work is already done."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -122,17 +109,11 @@ class Stream:
     def wait_stream(self, stream):
         pass
 
-    def wait_event(self, event):
-        pass
-
-    def record_event(self, event=None):
-        return event or Event()
+    def record_event(self):
+        return self
 
     def synchronize(self):
         pass
-
-    def query(self):
-        return True
 
     def __eq__(self, other):
         return isinstance(other, Stream)
@@ -141,36 +122,11 @@ class Stream:
         return 0
 
 
-class Event:
-    """An event that is complete when recorded, and tells the time between two of its kind in milliseconds."""
-
-    def __init__(self, *args, **kwargs):
-        self._seconds = 0.0
-
-    def record(self, *args, **kwargs):
-        self._seconds = time.perf_counter()
-
-    def wait(self, *args, **kwargs):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def query(self):
-        return True
-
-    def elapsed_time(self, end: "Event") -> float:
-        return (end._seconds - self._seconds) * 1e3
-
-
 def _install_streams() -> None:
     only = Stream()
     for name, new in (
         ("Stream", Stream),
-        ("Event", Event),
         ("current_stream", lambda *args: only),
-        ("default_stream", lambda *args: only),
-        ("set_stream", lambda stream: None),
         ("stream", lambda stream: contextlib.nullcontext()),
     ):
         patch(
@@ -193,10 +149,6 @@ def _install_memory() -> None:
             int, {"allocated_bytes.all.current": resident(), "allocated_bytes.all.peak": peak()}
         )
 
-    def free_and_total(*args):
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
-
     for name, new in (
         ("memory_allocated", resident),
         ("memory_reserved", resident),
@@ -204,8 +156,6 @@ def _install_memory() -> None:
         ("max_memory_reserved", peak),
         ("device_memory_used", resident),
         ("memory_stats", stats),
-        ("mem_get_info", free_and_total),
-        ("reset_peak_memory_stats", lambda *args: None),
     ):
         patch(
             torch.cuda,
@@ -233,12 +183,11 @@ def _install_random() -> None:
         torch.default_generator.manual_seed(seed)
 
     reason = "tensor_parallel/random.py:118, 305; checkpointing.py:417: the device's generator is torch's default one"
-    for owner in (torch.cuda, torch.cuda.random):
-        for name, new in (
-            ("get_rng_state", get_rng_state),
-            ("set_rng_state", set_rng_state),
-            ("manual_seed", manual_seed),
-            ("manual_seed_all", manual_seed),
-        ):
-            patch(owner, name, new, reason)
-    patch(torch.cuda, "default_generators", _OneGenerator(), reason)
+    for owner, name, new in (
+        (torch.cuda, "get_rng_state", get_rng_state),
+        (torch.cuda.random, "get_rng_state", get_rng_state),
+        (torch.cuda, "set_rng_state", set_rng_state),
+        (torch.cuda, "manual_seed", manual_seed),
+        (torch.cuda, "default_generators", _OneGenerator()),
+    ):
+        patch(owner, name, new, reason)

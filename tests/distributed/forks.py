@@ -77,7 +77,6 @@ def _run(rank: int, request: dict, log: Path, listener: socket.socket) -> dict |
         _run.store = dist.TCPStore(
             address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-    dist.init_process_group("gloo")
     result = run_case(request["argv"], request["check"])
     return result if rank == 0 else None
 

@@ -127,15 +127,6 @@ class TestTorchCuda:
         torch.manual_seed(5)
         assert torch.equal(torch.rand(3), first)
 
-    def test_events_tell_milliseconds(self):
-        import time
-
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        time.sleep(0.02)
-        end.record()
-        assert 19 < start.elapsed_time(end) < 2000
-
     def test_memory_is_the_processs(self):
         before = torch.cuda.memory_allocated()
         held = torch.ones(2**24)
