@@ -12,6 +12,7 @@ import sys
 import warnings
 
 from hymeg.errors import UserError
+from hymeg.platform import connections
 
 CHOICES = ("cpu", "cuda")
 _name: str | None = None
@@ -50,11 +51,11 @@ def is_cpu() -> bool:
 
 def announcement() -> list[str]:
     """What a run is told once, at its start, of where it runs."""
-    return (
-        ["no CUDA: training on CPU over gloo, with --transformer-impl local, fusions off, no grouped GEMM"]
-        if is_cpu()
-        else []
-    )
+    if is_cpu():
+        return ["no CUDA: training on CPU over gloo, with --transformer-impl local, fusions off, no grouped GEMM"]
+    if connections.were_set:
+        return ["CUDA_DEVICE_MAX_CONNECTIONS=1 set: tensor and context parallelism need it on GPUs before Blackwell"]
+    return []
 
 
 def transformer_overrides() -> dict[str, bool]:

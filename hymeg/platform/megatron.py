@@ -165,7 +165,6 @@ def _use_fused_adam() -> None:
 
     patch(optimizer, "Adam", FusedAdam, "optimizer/__init__.py:560")
     patch(optimizer, "USING_PYTORCH_OPTIMIZER", False, "optimizer/__init__.py:556")
-    patch(distrib_optimizer, "Adam", FusedAdam, "distrib_optimizer.py:689")
     patch(
         distrib_optimizer,
         "HAVE_APEX_OR_TE",

@@ -11,12 +11,11 @@ import os
 import shutil
 from collections.abc import Callable
 
-from hymeg import platform
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.planning import layout as layouts
 from hymeg.planning.settings import settings_of
-from hymeg.platform import connections, device
+from hymeg.platform import device
 from hymeg.training.arguments import naming_lines, shown_value
 from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
@@ -232,5 +231,3 @@ def _correct(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or max(1, args.train_samples // (args.global_batch_size or 1))
         say(f"--save-interval {args.save_interval} set: one checkpoint, at the end")
-    if connections.were_set and not platform.is_cpu():
-        say("CUDA_DEVICE_MAX_CONNECTIONS=1 set: tensor and context parallelism need it on GPUs before Blackwell")

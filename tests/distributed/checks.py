@@ -2,69 +2,19 @@
 come to the same collectives.
 """
 
-import contextlib
+import json
 import os
+import time
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
-from megatron.training.arguments import validate_args
-from model_weights import load_into
-from safetensors.torch import load_file
 
-from hymeg.models.attention import _chunk_spans
-from hymeg.models.hy import construct
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
 from hymeg.platform.patches import patched
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
-from hymeg.training.run import model_config_from_args, train
-
-
-def _build(argv: list[str]):
-    args, config = parse(argv)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        validate_args(args)
-    parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    model = construct(model_config_from_args(args), ProcessGroupCollection.use_mpu_process_groups())
-    load_into(config, [model], load_file(f"{args.hf_model}/model.safetensors"))
-    return model
-
-
-def packed_context_parallel(argv: list[str]) -> dict:
-    """Losses and embedding gradient of a packed sample `[1, t]` cut over the context-parallel group, put together again
-    in the sample's order.
-    """
-    model = _build(argv)
-    group = parallel_state.get_context_parallel_group()
-    lengths = [8, 16, 4, 12]
-    boundaries = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    tokens = torch.randint(0, 900, (1, boundaries[-1] + 1), generator=torch.Generator().manual_seed(3))
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    mine = torch.cat(_mine(boundaries, group)) if group.size() > 1 else torch.arange(boundaries[-1])
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=16, max_seqlen_kv=16
-    )
-    losses = model(
-        tokens[:, :-1][:, mine], positions[None, mine], None, labels=tokens[:, 1:][:, mine], packed_seq_params=packed
-    )
-    losses.sum().backward()
-    whole = torch.zeros(boundaries[-1])
-    whole[mine] = losses.detach()[0]
-    gradient = model.embedding.word_embeddings.weight.grad.clone()
-    dist.all_reduce(whole)
-    dist.all_reduce(gradient)
-    return {"losses": whole.tolist(), "gradient": gradient.flatten()[::7].tolist()}
+from hymeg.training.run import train
 
 
 def save_untrained(argv: list[str]) -> dict:
@@ -81,12 +31,6 @@ def save_untrained(argv: list[str]) -> dict:
     ):
         train(args, config)
     return {}
-
-
-def _mine(boundaries: list[int], group) -> list[torch.Tensor]:
-    """The sample's positions on this rank: for each sequence its two chunks, whose keys end where they do."""
-    spans = _chunk_spans(boundaries, group.size(), group.rank())
-    return [torch.arange(keys.stop - (queries.stop - queries.start), keys.stop) for queries, keys in spans]
 
 
 def vocabulary_shards(argv: list[str]) -> dict:
@@ -137,3 +81,11 @@ def gloo_collectives(argv: list[str]) -> dict:
     everyone = [None] * size
     dist.all_gather_object(everyone, found)
     return {"ranks": everyone}
+
+
+def goes_wrong(argv: list[str]) -> dict:
+    """Rank 1 does what `argv` says; the others wait for it in a collective."""
+    if dist.get_rank() == 1:
+        {"raises": json.loads, "dies": lambda _: os._exit(7), "sleeps": lambda _: time.sleep(600)}[argv[0]](argv[0])
+    dist.barrier()
+    return {}

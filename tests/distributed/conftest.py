@@ -4,11 +4,19 @@ The text holds the padding token here and there, which Megatron's dataset masks:
 they train.
 """
 
-import numpy as np
-import pytest
-from worlds import launch
+from hymeg import platform
 
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+platform.install()
+
+import flag_help  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+from worlds import Worlds  # noqa: E402
+
+from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint  # noqa: E402
+
+flag_help.read_once()
 
 SEQ_LENGTH, GLOBAL_BATCH = 32, 4
 
@@ -24,11 +32,6 @@ def folder(tmp_path_factory):
 
 
 def _write_text(prefix, vocab_size: int) -> None:
-    from hymeg import platform
-
-    platform.install()
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     random = np.random.default_rng(0)
     for _ in range(300):
@@ -45,16 +48,34 @@ def command(folder):
 
     def build(*flags: str, checkpoint: str = "trunk", load: str | None = None, steps: int = 4) -> list[str]:
         model = str(folder / checkpoint)
-        fixed = f"--seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --lr 1e-3 --lr-decay-style constant --eval-iters 0"
+        fixed = f"--seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --eval-iters 0 --num-workers 0"
+        rate = "--lr 1e-3 --lr-decay-style constant"
         batch = [] if "--global-batch-size" in flags else ["--global-batch-size", str(GLOBAL_BATCH)]
         data = ["--data-path", str(folder / "text"), "--split", "100,0,0", "--data-cache-path", str(folder / "cache")]
-        return ["--hf-model", model, "--load", load or model, *data, *fixed.split(), *batch, *" ".join(flags).split()]
+        return [
+            "--hf-model",
+            model,
+            "--load",
+            load or model,
+            *data,
+            *fixed.split(),
+            *rate.split(),
+            *batch,
+            *" ".join(flags).split(),
+        ]
 
     return build
 
 
 @pytest.fixture(scope="session")
-def one_process(folder, command):
+def worlds(tmp_path_factory):
+    started = Worlds(tmp_path_factory.mktemp("forks") / "logs")
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="session")
+def one_process(worlds, command):
     """What one process computes: `{name: steps}`. Everything else is held against it."""
     cases = {
         "trunk": command(steps=6),
@@ -66,4 +87,4 @@ def one_process(folder, command):
         "large micro-batch": command("--micro-batch-size 4"),
         "bias update": command("--moe-router-bias-update-rate 1e-2"),
     }
-    return launch(1, cases, folder / "world-1")
+    return worlds.cases(1, cases)

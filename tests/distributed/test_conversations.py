@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from worlds import assert_same_training, largest_difference, launch
+from worlds import assert_same_training, largest_difference
 
 TP2, PP2, CP2, EP2 = (
     f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model")
@@ -91,7 +91,8 @@ def tuning(folder):
         split="100,0,0",
     ) -> list[str]:
         model = str(folder / checkpoint)
-        fixed = f"--sft --seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --lr 1e-3 --lr-decay-style constant --num-workers 0"
+        fixed = f"--sft --seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --num-workers 0"
+        rate = "--lr 1e-3 --lr-decay-style constant"
         paths = [word if word.replace(".", "").isdigit() else str(folder / f"{word}.jsonl") for word in files.split()]
         data = [
             "--data-path",
@@ -108,6 +109,7 @@ def tuning(folder):
             load or model,
             *data,
             *fixed.split(),
+            *rate.split(),
             "--global-batch-size",
             str(batch),
             *words,
@@ -140,7 +142,8 @@ def num_packs(folder, tuning):
 
 
 @pytest.fixture(scope="module")
-def worlds(folder, tuning, num_packs):
+def tuned(worlds, folder, tuning, num_packs):
+    """world size -> name -> what the training recorded."""
     started = {}
 
     sets = f"{EVALUATION} --valid-data-path {folder}/rows2.jsonl {folder}/rows3.jsonl"
@@ -159,11 +162,8 @@ def worlds(folder, tuning, num_packs):
                 cases["several sets"] = tuning(sets, batch=2, split=None)
                 cases["split"] = tuning(EVALUATION, batch=2, split="60,40,0")
                 for kind, files in FILES.items():
-                    cases[f"{kind} whole"] = tuning(batch=2, steps=STEPS, files=files)
-                    for cut in CUTS[kind]:
-                        cases[f"{kind} until {cut}"] = tuning(
-                            f"--save {folder}/cuts/{kind}-{cut}", batch=2, steps=cut, files=files
-                        )
+                    save = f"--save {folder}/saved-{kind} --save-interval 1"
+                    cases[f"{kind} whole"] = tuning(save, batch=2, steps=STEPS, files=files)
             else:
                 cases = {
                     name: tuning(flags, batch=batch(flags), checkpoint=checkpoint)
@@ -175,10 +175,11 @@ def worlds(folder, tuning, num_packs):
                     cases[f"several sets {name}"] = tuning(sets, flags, batch=2, split=None)
                 for kind, files in FILES.items():
                     for cut in CUTS[kind]:
+                        load = f"{folder}/saved-{kind}"
                         cases[f"{kind} from {cut}"] = tuning(
-                            batch=2, steps=STEPS, files=files, load=f"{folder}/cuts/{kind}-{cut}"
+                            f"--ckpt-step {cut}", batch=2, steps=STEPS, files=files, load=load
                         )
-            started[size] = launch(size, cases, folder / f"conversations-{size}")
+            started[size] = worlds.cases(size, cases)
         return started[size]
 
     return results
@@ -189,22 +190,22 @@ def test_the_rows_divide_as_the_layouts_need(num_packs):
 
 
 @pytest.mark.parametrize(("name", "checkpoint"), [("apart", "trunk"), ("apart, micro-batches of 4", "mtp")])
-def test_packing_changes_neither_loss_nor_gradient(worlds, name, checkpoint):
-    assert_same_training(worlds(1)[name]["steps"], worlds(1)[checkpoint]["steps"])
+def test_packing_changes_neither_loss_nor_gradient(tuned, name, checkpoint):
+    assert_same_training(tuned(1)[name]["steps"], tuned(1)[checkpoint]["steps"])
 
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, of_size in LAYOUTS.items() for name in of_size])
-def test_same_as_one_process(worlds, size, name):
-    assert_same_training(worlds(size)[name]["steps"], worlds(1)[LAYOUTS[size][name][1]]["steps"])
+def test_same_as_one_process(tuned, size, name):
+    assert_same_training(tuned(size)[name]["steps"], tuned(1)[LAYOUTS[size][name][1]]["steps"])
 
 
-def test_multi_token_prediction_counts(worlds):
-    assert largest_difference(worlds(1)["mtp"]["steps"], worlds(1)["trunk"]["steps"], "grad_norm") > 1e-3
+def test_multi_token_prediction_counts(tuned):
+    assert largest_difference(tuned(1)["mtp"]["steps"], tuned(1)["trunk"]["steps"], "grad_norm") > 1e-3
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_every_epoch_draws_each_sequence_once_and_in_an_order_of_its_own(worlds, kind):
-    drawn = [tuple(one) for step in worlds(1)[f"{kind} whole"]["steps"] for one in step["drawn"]]
+def test_every_epoch_draws_each_sequence_once_and_in_an_order_of_its_own(tuned, kind):
+    drawn = [tuple(one) for step in tuned(1)[f"{kind} whole"]["steps"] for one in step["drawn"]]
     for source in {source for source, _ in drawn}:
         own = [number for of, number in drawn if of == source]
         size = max(own) + 1
@@ -215,27 +216,27 @@ def test_every_epoch_draws_each_sequence_once_and_in_an_order_of_its_own(worlds,
 
 
 @pytest.mark.parametrize(("kind", "cut"), [(kind, cut) for kind in FILES for cut in CUTS[kind]])
-def test_a_resumed_run_goes_on_with_the_very_next_sample(worlds, kind, cut):
+def test_a_resumed_run_goes_on_with_the_very_next_sample(tuned, kind, cut):
     """Saved by one process, resumed by two: what both lives draw, one after the other, is what the run without
     interruption draws.
     """
-    whole = [sorted(step["drawn"]) for step in worlds(1)[f"{kind} whole"]["steps"]]
-    first, second = worlds(1)[f"{kind} until {cut}"]["steps"], worlds(2)[f"{kind} from {cut}"]["steps"]
-    assert [sorted(step["drawn"]) for step in first + second] == whole
-    assert_same_training(first + second, worlds(1)[f"{kind} whole"]["steps"])
+    whole = tuned(1)[f"{kind} whole"]["steps"]
+    resumed = tuned(2)[f"{kind} from {cut}"]["steps"]
+    assert [sorted(step["drawn"]) for step in resumed] == [sorted(step["drawn"]) for step in whole[cut:]]
+    assert_same_training(resumed, whole[cut:])
 
 
 @pytest.mark.parametrize("name", ["DP2", "TP2", "PP2"])
-def test_evaluation_goes_over_all_data_with_a_loss_for_each_set(worlds, name):
+def test_evaluation_goes_over_all_data_with_a_loss_for_each_set(tuned, name):
     """In between and at the end; the model of rate 0 stays as it is, and so does its loss."""
-    alone, found = worlds(1)["several sets"]["evaluations"], worlds(2)[f"several sets {name}"]["evaluations"]
+    alone, found = tuned(1)["several sets"]["evaluations"], tuned(2)[f"several sets {name}"]["evaluations"]
     assert found == pytest.approx(alone, rel=1e-5)
     assert len(alone) == 4
     assert alone[:2] == pytest.approx(alone[2:], rel=1e-6) and abs(alone[0] - alone[1]) > 1e-4
 
 
-def test_a_split_is_evaluated_whole_each_time(worlds):
-    alone, two = worlds(1)["split"]["evaluations"], worlds(2)["split"]["evaluations"]
+def test_a_split_is_evaluated_whole_each_time(tuned):
+    alone, two = tuned(1)["split"]["evaluations"], tuned(2)["split"]["evaluations"]
     assert len(alone) == 2
     assert alone[1] == pytest.approx(alone[0], rel=1e-6)
     assert two == pytest.approx(alone, rel=1e-5)

@@ -1,46 +1,19 @@
-"""Parts that no training shows alone: packed samples under context parallelism, gloo's stand-ins, what a frozen part
-holds after training.
-"""
+"""Parts that no training shows alone: gloo's stand-ins, what a frozen part holds after training."""
 
-import pytest
 import torch
 from safetensors.torch import load_file
-from worlds import launch
 
-CHECKS = {"packed": "packed_context_parallel", "gloo": "gloo_collectives"}
 FROZEN = "--mtp-loss-scaling-factor 0 --weight-decay 0.5"
 
 
-@pytest.fixture(scope="module")
-def alone(folder, command):
-    cases = {
-        "packed": command(checkpoint="trunk"),
-        "frozen": command(FROZEN, f"--save {folder / 'frozen'}", checkpoint="mtp"),
-        "trunk": command("--weight-decay 0.5"),
-    }
-    return launch(1, cases, folder / "parts-1", CHECKS)
-
-
-@pytest.fixture(scope="module")
-def two(folder, command):
-    return launch(2, {"packed": command("--context-parallel-size 2"), "gloo": command()}, folder / "parts-2", CHECKS)
-
-
-def test_packed_sample_under_context_parallelism(alone, two):
-    for figure in ("losses", "gradient"):
-        found, expected = torch.tensor(two["packed"][figure]), torch.tensor(alone["packed"][figure])
-        assert expected.abs().max() > 0.01
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_gloo_gathers_scatters_and_exchanges_unequal_shards(two):
-    first, second = two["gloo"]["ranks"]
+def test_gloo_gathers_scatters_and_exchanges_unequal_shards(worlds):
+    first, second = worlds.run(2, [], "gloo_collectives")["ranks"]
     assert first["gathered"] == second["gathered"] == [[[0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]]
     assert (first["scattered"], second["scattered"]) == ([1.0], [3.0, 3.0])
     assert (first["received"], second["received"]) == ([0.0, 100.0], [1.0, 2.0, 101.0, 102.0])
 
 
-def test_frozen_multi_token_prediction_is_kept_to_the_bit(alone, folder):
+def test_frozen_multi_token_prediction_is_kept_to_the_bit(worlds, command, folder):
     """Under weight decay 0.5 and with its loss weighed 0, in a checkpoint that the trainer saved; what trains has
     moved.
     """
@@ -48,7 +21,7 @@ def test_frozen_multi_token_prediction_is_kept_to_the_bit(alone, folder):
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-    saved = {}
+    frozen, saved = worlds.run(1, command(FROZEN, f"--save {folder / 'frozen'}", checkpoint="mtp")), {}
     _load_state_dict(
         saved,
         storage_reader=FileSystemReader(folder / "frozen" / "iter_0000004"),
@@ -73,4 +46,4 @@ def test_frozen_multi_token_prediction_is_kept_to_the_bit(alone, folder):
         saved["decoder.layers.3.mlp.router.weight"], original["model.layers.3.mlp.router.gate.weight"]
     )
     # and the trunk trains as if the layer were not there
-    assert alone["frozen"]["steps"] == alone["trunk"]["steps"]
+    assert frozen["steps"] == worlds.run(1, command("--weight-decay 0.5"))["steps"]

@@ -3,7 +3,7 @@ happened.
 """
 
 import pytest
-from worlds import assert_same_training, launch
+from worlds import assert_same_training
 
 TP2, PP2, CP2, EP2 = (
     f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model")
@@ -20,13 +20,13 @@ PAIRS = {  # name -> saved under, resumed under, checkpoint
 
 
 @pytest.fixture(scope="module")
-def resumed(folder, command):
+def resumed(worlds, folder, command):
     cases = {}
     for name, (before, after, checkpoint) in PAIRS.items():
         save = str(folder / "saves" / name.replace(" ", "-"))
         cases[f"save {name}"] = command(before, f"--save {save}", checkpoint=checkpoint, steps=3)
         cases[name] = command(after, checkpoint=checkpoint, load=save, steps=6)
-    return launch(2, cases, folder / "resume-2")
+    return worlds.cases(2, cases)
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -1,7 +1,9 @@
 """What conversion writes, training loads, in every layout; what training saves, conversion exports, to the bit."""
 
+import itertools
+
 import pytest
-from worlds import assert_same_training, launch
+from worlds import assert_same_training
 
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
@@ -55,7 +57,7 @@ def converted(folder):
 
 
 @pytest.fixture(scope="module")
-def world(converted, command):
+def world(worlds, converted, command):
     cases = {}
     for name, (layout, checkpoint) in LOADED.items():
         cases[name] = command(layout, checkpoint=checkpoint, load=str(converted / f"dist-{checkpoint}"), steps=2)
@@ -69,16 +71,16 @@ def world(converted, command):
     for name, (layout, checkpoint, load) in UNTRAINED.items():
         save = f"--save {converted / 'exports' / name.replace(' ', '-')} --save-interval 2"
         cases[name] = command(layout, save, checkpoint=checkpoint, load=str(converted / load))
-    return launch(4, cases, converted / "convert-4", dict.fromkeys(UNTRAINED, "save_untrained"))
+    return worlds.cases(4, cases, dict.fromkeys(UNTRAINED, "save_untrained"))
 
 
 @pytest.fixture(scope="module")
-def alone(converted, command):
+def alone(worlds, converted, command):
     """What one process computes from the same checkpoints; that it is right, tests/unit/test_converted_logits.py
     shows.
     """
     cases = {checkpoint: command(checkpoint=checkpoint, steps=2) for _, checkpoint in LOADED.values()}
-    return launch(1, cases, converted / "convert-1")
+    return worlds.cases(1, cases)
 
 
 @pytest.mark.parametrize("name", LOADED)
@@ -86,10 +88,10 @@ def test_every_layout_computes_the_same_from_the_converted_checkpoint(world, alo
     assert_same_training(world[name]["steps"], alone[LOADED[name][1]]["steps"])
 
 
-@pytest.mark.parametrize("layout", ["hub", "fused"])
-@pytest.mark.parametrize("name", SAVED | UNTRAINED)
+@pytest.mark.parametrize(("name", "layout"), zip(SAVED | UNTRAINED, itertools.cycle(["hub", "fused"]), strict=False))
 def test_what_training_saved_is_exported_to_the_bit(world, folder, tmp_path, name, layout):
     """Saved after a step at learning rate 0, or, by way of the distributed format, after none."""
+    assert world[name] is not None  # it has saved
     original = folder / (SAVED | UNTRAINED)[name][1]
     dist_to_hf(
         folder / "exports" / name.replace(" ", "-"), tmp_path / "hf", base_hf=original, layout=layout, verify=True

@@ -5,16 +5,6 @@ that only pad included.
 import pytest
 import torch
 import torch.nn.functional as F
-from worlds import launch
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    return {
-        size: launch(size, {"shards": []}, folder / str(size), {"shards": "vocabulary_shards"})["shards"]
-        for size in (1, 2)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +30,9 @@ def expected():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("vocab_size", [1024, 1000, 400])
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_equal_to_the_whole_vocabulary(found, expected, num_processes, vocab_size, recompute):
+def test_equal_to_the_whole_vocabulary(worlds, expected, vocab_size, recompute):
     """400 tokens leave the second of two shards without a row of its own."""
-    figures = found[num_processes][f"{vocab_size} recompute={recompute}"]
+    figures = worlds.run(2, [], "vocabulary_shards")[f"{vocab_size} recompute={recompute}"]
     for name, exact in expected[vocab_size].items():
         tensor = torch.tensor(figures[name], dtype=exact.dtype)
         if name == "hits":

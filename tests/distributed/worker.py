@@ -1,40 +1,47 @@
-"""Runs many trainings in one gloo world: python -m torch.distributed.run --nproc-per-node N worker.py CASES.json
-RESULTS.json.
+"""What a rank does with a case: its training recorded, or a function of checks.py called.
 
-A case is `{"name": ..., "argv": [...], "check": None}`; its result the losses and gradient norms of every step as the
-trainer computed them, unrounded, with the sequences of conversations that it drew; the loss of every evaluation; and
-the bytes that each rank held all the time. With a check, the function of that name in checks.py is called instead, and
-its result is the case's.
+A training's result are the losses and gradient norms of every step as the trainer computed them, unrounded, with the
+sequences of conversations that it drew; the loss of every evaluation; and the bytes that each rank held all the time.
 """
 
-import gc
-import json
-import os
+import argparse
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # what all rooms of the tests use
+import checks
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.datasets.utils import Split
+from megatron.training import arguments, training
+from replaced_names import CALLED
+from static_bytes import static_bytes
 
-from hymeg import platform
+from hymeg.data.conversations import ConversationDataset
+from hymeg.platform.patches import patch, patched
+from hymeg.training.arguments import parse
+from hymeg.training.preflight import preflight
+from hymeg.training.run import train
 
-platform.install()
-
-import checks  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.datasets.utils import Split  # noqa: E402
-from megatron.training import training  # noqa: E402
-from static_bytes import static_bytes  # noqa: E402
-
-from hymeg.data.conversations import ConversationDataset  # noqa: E402
-from hymeg.platform.patches import patched  # noqa: E402
-from hymeg.training.arguments import parse  # noqa: E402
-from hymeg.training.preflight import preflight  # noqa: E402
-from hymeg.training.run import train  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1]))
+import flag_help
 
 
-def run(argv: list[str]) -> dict:
+def prepare() -> None:
+    """What every rank would do alike, before there is one."""
+    flag_help.read_once()
+    arguments.add_megatron_arguments(argparse.ArgumentParser())
+    patch(arguments, "_print_args", lambda title, args: None, "800 lines a training, which nobody reads here")
+
+
+def run_case(argv: list[str], check: str | None) -> dict:
+    """A training makes its process groups itself."""
+    if not check:
+        return _train(argv)
+    dist.init_process_group("gloo")
+    return getattr(checks, check)(argv)
+
+
+def _train(argv: list[str]) -> dict:
     """Train as the command line says; on every rank the figures of the last pipeline stage."""
     args, config = parse(argv)
     notes = []
@@ -83,7 +90,8 @@ def run(argv: list[str]) -> dict:
         step["drawn"] = [
             one for steps_of_rank, _, speaks, _ in gathered if speaks for one in steps_of_rank[number]["drawn"]
         ]
-    return {"steps": steps, "evaluations": evaluations, "notes": notes, "static": [static for *_, static in gathered]}
+    static = [static_of_rank for *_, static_of_rank in gathered]
+    return {"steps": steps, "evaluations": evaluations, "notes": notes, "static": static, "called": sorted(CALLED)}
 
 
 def _speaks_for_its_data() -> bool:
@@ -93,35 +101,3 @@ def _speaks_for_its_data() -> bool:
         parallel_state.is_pipeline_first_stage()
         and context_parallel == parallel_state.get_tensor_model_parallel_rank() == 0
     )
-
-
-def clean_up() -> None:
-    """Forget the case: Megatron's globals, and every process group but the world's."""
-    training.destroy_global_state()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()
-
-
-def main(cases_path: str, results_path: str) -> None:
-    with open(cases_path) as file:
-        cases = json.load(file)
-    dist.init_process_group("gloo")
-    results = {}
-    for case in cases:
-        if dist.get_rank() == 0:
-            print(f"=== {case['name']}", flush=True)
-        results[case["name"]] = getattr(checks, case["check"])(case["argv"]) if case["check"] else run(case["argv"])
-        clean_up()
-        if dist.get_rank() == 0:
-            with open(results_path, "w") as file:
-                json.dump(results, file)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    assert not parallel_state.model_parallel_is_initialized()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    main(*sys.argv[1:])

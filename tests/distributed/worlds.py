@@ -1,49 +1,72 @@
-"""Starts a gloo world of N processes once and runs a list of trainings in it."""
+"""Trainings in gloo worlds of 1, 2, 4 and 8 processes, each run when its result is first asked for."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-WORKER = Path(__file__).parent / "worker.py"
+FORKS = Path(__file__).parent / "forks.py"
 
 
-def launch(
-    num_processes: int, cases: dict[str, list[str]], folder: Path, checks: dict[str, str] | None = None
-) -> dict[str, dict]:
-    """Run every case (name -> command line of pretrain_hy.py) in one world of `num_processes`; name -> what worker.py
-    recorded.
+class Worlds:
+    """The process from which all worlds are forked. The same case is run once."""
 
-    Args:
-        checks: for cases that are no training, the function of checks.py to call.
-    """
-    checks = checks or {}
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted, results = folder / "cases.json", folder / "results.json"
-    wanted.write_text(
-        json.dumps([{"name": name, "argv": argv, "check": checks.get(name)} for name, argv in cases.items()])
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_processes),
-        str(WORKER),
-        str(wanted),
-        str(results),
-    ]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode != 0:
-        lines = [line for line in done.stdout.splitlines() if " .... " not in line]
-        raise AssertionError(
-            f"a world of {num_processes} failed with exit code {done.returncode}:\n" + "\n".join(lines[-80:])
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self.said = folder / "said"
+        self.process = subprocess.Popen(
+            [sys.executable, FORKS, folder],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said.open("w"),
+            text=True,
         )
-    return json.loads(results.read_text())
+        self.results = {}
+
+    def run(self, size: int, argv: list[str], check: str | None = None, seconds: float = 300) -> dict:
+        """What worker.py recorded of a training by this command line of pretrain_hy.py; or, with `check`, what that
+        function of checks.py returned.
+
+        Raises:
+            AssertionError: with every failed rank's traceback, or where a rank stands that has not answered in
+                `seconds`.
+        """
+        case = (size, *argv, check)
+        if case not in self.results:
+            request = {"size": size, "argv": argv, "check": check, "seconds": seconds}
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            answer = json.loads(self.process.stdout.readline() or "null")
+            if answer is None:
+                raise AssertionError(f"forks.py has ended:\n{self.said.read_text()}")
+            if "error" in answer:
+                raise AssertionError(f"{check or 'training'} in a world of {size}: {answer['error']}")
+            self.results[case] = answer["result"]
+        return self.results[case]
+
+    def cases(self, size: int, cases: dict[str, list[str]], checks: dict[str, str] | None = None) -> Mapping[str, dict]:
+        """`cases` (name -> command line) by their results."""
+        return _Cases(self, size, cases, checks or {})
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class _Cases(Mapping):
+    def __init__(self, worlds: Worlds, size: int, cases: dict[str, list[str]], checks: dict[str, str]):
+        self.worlds, self.size, self.cases, self.checks = worlds, size, cases, checks
+
+    def __getitem__(self, name: str) -> dict:
+        return self.worlds.run(self.size, self.cases[name], self.checks.get(name))
+
+    def __iter__(self):
+        return iter(self.cases)
+
+    def __len__(self):
+        return len(self.cases)
 
 
 def largest_difference(found: list[dict], expected: list[dict], figure: str) -> float:

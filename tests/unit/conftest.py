@@ -1,26 +1,16 @@
-"""Tests may import Megatron at their top, in any order: the platform comes first. Megatron reads the help of its flags
-from its own sources for every parser; here once for all."""
+"""Tests may import Megatron at their top, in any order: the platform comes first."""
 
 from hymeg import platform
 
 platform.install()
 
+import flag_help  # noqa: E402
 import pytest  # noqa: E402
 from corpora import udhr_texts  # noqa: E402
-from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 
 from hymeg.hf.tokenizer import train_tiny_tokenizer  # noqa: E402
 
-_read, _found = ArgumentGroupFactory._get_field_docstrings, {}
-
-
-def _read_once(factory: ArgumentGroupFactory, source: type) -> dict[str, str]:
-    if source not in _found:
-        _found[source] = _read(factory, source)
-    return _found[source]
-
-
-ArgumentGroupFactory._get_field_docstrings = _read_once
+flag_help.read_once()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def test_every_patch_target_exists_in_the_pinned_megatron():
     """Installing raises when a target is gone; here all are, each once and with its reason."""
     assert importlib.metadata.version("megatron-core") == "0.19.2"
     targets = [(id(p.owner), p.name) for p in INSTALLED]
-    assert len(targets) == len(set(targets)) > 80
+    assert len(targets) == len(set(targets)) > 40
     for p in INSTALLED:
         assert p.reason and getattr(p.owner, p.name) is not p.original, str(p)
 
@@ -40,22 +40,24 @@ def test_a_temporary_patch_is_undone():
     assert json.dumps is before and len(INSTALLED) == count
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+@requires_cpu
+def test_platform_must_come_before_megatron(monkeypatch):
+    """Here Megatron has been imported already."""
+    monkeypatch.setattr(platform, "_installed", False)
+    with pytest.raises(RuntimeError, match="must run before anything imports megatron"):
+        platform.install()
 
 
-def test_platform_must_come_before_megatron():
-    done = run_python("import megatron.core; from hymeg import platform; platform.install()", HYMEG_PLATFORM="cpu")
-    assert done.returncode != 0 and "must run before anything imports megatron" in done.stderr
-
-
-@pytest.mark.parametrize("package", ["transformer_engine", "apex"])
-def test_kernels_for_cuda_that_are_installed_are_not_used_on_the_cpu(tmp_path, package):
+def test_kernels_for_cuda_that_are_installed_are_not_used_on_the_cpu(tmp_path):
     """On the login node of a cluster, in NVIDIA's containers."""
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported where there is no CUDA')")
-    code = "import hymeg.training.run; from megatron.core.transformer import transformer_block as block; print(block.HAVE_TE, block.HAVE_APEX)"
-    done = run_python(code, HYMEG_PLATFORM="cpu", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]]))
+    for package in ("transformer_engine", "apex"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported where there is no CUDA')")
+    code = """from hymeg import platform; platform.install()
+from megatron.core.transformer import transformer_block as block; print(block.HAVE_TE, block.HAVE_APEX)"""
+    path = os.pathsep.join([str(tmp_path), *sys.path[1:]])
+    environment = os.environ | {"HYMEG_PLATFORM": "cpu", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
@@ -85,6 +87,26 @@ class TestTorchCuda:
         ):
             assert tensor.device.type == "cpu"
 
+    def test_so_are_those_that_a_backward_pass_asks_for(self):
+        """Torch leaves a mode for the time of a backward pass, within a recomputed layer's too."""
+        devices = []
+
+        class Noting(torch.autograd.Function):
+            @staticmethod
+            def forward(context, tensor):
+                return tensor * 2
+
+            @staticmethod
+            def backward(context, gradient):
+                devices.append(torch.ones(2, device=torch.cuda.current_device()).device.type)
+                return gradient.cuda() * 2
+
+        parameter = torch.ones(2, requires_grad=True)
+        Noting.apply(parameter).sum().backward()
+        torch.utils.checkpoint.checkpoint(Noting.apply, parameter, use_reentrant=True).sum().backward()
+        torch.autograd.grad(Noting.apply(parameter).sum(), parameter)
+        assert parameter.grad.tolist() == [4, 4] and devices == ["cpu"] * 3
+
     def test_other_devices_and_dtypes_pass(self):
         assert torch.zeros(2, device="meta").device.type == "meta"
         assert torch.ones(2).to(torch.int32).dtype == torch.int32
@@ -104,15 +126,6 @@ class TestTorchCuda:
         assert torch.equal(torch.rand(3), first)
         torch.manual_seed(5)
         assert torch.equal(torch.rand(3), first)
-
-    def test_events_tell_milliseconds(self):
-        import time
-
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        time.sleep(0.02)
-        end.record()
-        assert 19 < start.elapsed_time(end) < 2000
 
     def test_memory_is_the_processs(self):
         before = torch.cuda.memory_allocated()
