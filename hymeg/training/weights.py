@@ -58,12 +58,6 @@ def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str
         return
     dest, folder = chosen
     if is_distributed_checkpoint(folder):
-        if args.ckpt_step is not None and args.save is not None and _same_folder(folder, args.save):
-            raise UserError(
-                f"--ckpt-step {args.ckpt_step}: a job that is started again would go back there each time, since "
-                f"--load is its --save folder; write {args.ckpt_step} into {os.path.join(folder, TRACKER)}, or save "
-                "elsewhere"
-            )
         _check_distributed(args, dest, folder, config, say)
         args.exit_on_missing_checkpoint = True
     else:

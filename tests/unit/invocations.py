@@ -616,11 +616,6 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "--optimizer sgd --save {tmp}/new",
         ("--optimizer sgd", "cannot load it again", "--no-save-optim"),
     ),
-    "back to a step in every life": (
-        1,
-        f"{LOAD} --load {{ckpt}} --save {{ckpt}} --ckpt-step 10",
-        ("--ckpt-step 10", "write 10 into {ckpt}/latest_checkpointed_iteration.txt", "save elsewhere"),
-    ),
     # ---- flags that Megatron takes, and that would do nothing or something else
     "frozen": (1, "--freeze-all-layers", ("--freeze-all-layers", "does not take", "leave --freeze-all-layers out")),
     "group for gathering": (1, "--create-all-gather-group", ("--create-all-gather-group", "does not take")),
