@@ -109,8 +109,8 @@ class Stream:
     def wait_stream(self, stream):
         pass
 
-    def record_event(self):
-        return self
+    def record_event(self, event=None):
+        return event or self
 
     def synchronize(self):
         pass

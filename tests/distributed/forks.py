@@ -18,7 +18,9 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 SECONDS_AFTER_A_FAILURE = 5  # for the other ranks: most only wait for the one that failed
 LINES_OF_LOG = 60
@@ -111,8 +113,12 @@ def answered(request: dict, folder: Path) -> dict:
     return {"error": "\n\n".join(failures)} if failures else {"result": results[0]}
 
 
-def main(folder: Path) -> None:
-    """Answer the requests of stdin until it ends."""
+def main(folder: Path, prepare: Callable[[ModuleType], None] = lambda worker: None) -> None:
+    """Answer the requests of stdin until it ends.
+
+    Args:
+        prepare: called with the module worker.py, before the first case.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print while they are imported is no answer
     import replaced_names
@@ -124,6 +130,7 @@ def main(folder: Path) -> None:
     import worker
 
     worker.prepare()
+    prepare(worker)
     gc.freeze()
     for line in sys.stdin:
         print(json.dumps(answered(json.loads(line), folder)), file=answers, flush=True)

@@ -11,14 +11,21 @@ FORKS = Path(__file__).parent / "forks.py"
 
 
 class Worlds:
-    """The process from which all worlds are forked. The same case is run once."""
+    """The process from which all worlds are forked. The same case is run once.
 
-    def __init__(self, folder: Path):
+    Args:
+        script: forks.py, or one that calls its `main`.
+        python_path: folders to import from first.
+    """
+
+    def __init__(self, folder: Path, script: Path = FORKS, *python_path: Path):
         folder.mkdir()
         self.said = folder / "said"
         self.process = subprocess.Popen(
-            [sys.executable, FORKS, folder],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [sys.executable, script, folder],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(map(str, [*python_path, *filter(None, [os.environ.get("PYTHONPATH")])]))}
+            | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said.open("w"),

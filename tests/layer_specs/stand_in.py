@@ -13,9 +13,18 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 _NAME = "transformer_engine_torch"
+
+_FORMATS = "SBHD BSHD THD BSHD_2SBHD SBHD_2BSHD THD_2BSHD THD_2SBHD BHSD"
+_LAYOUTS = """
+    SB3HD SBH3D SBHD_SB2HD SBHD_SBH2D SBHD_SBHD_SBHD BS3HD BSH3D BSHD_BS2HD BSHD_BSH2D BSHD_BSHD_BSHD T3HD TH3D
+    THD_T2HD THD_TH2D THD_THD_THD SBHD_BSHD_BSHD BSHD_SBHD_SBHD THD_BSHD_BSHD THD_SBHD_SBHD
+    Paged_KV_BSHD_BSHD_BSHD Paged_KV_BSHD_SBHD_SBHD Paged_KV_SBHD_BSHD_BSHD Paged_KV_SBHD_SBHD_SBHD
+    Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD BHSD_BHSD_BHSD
+"""
 
 # As Transformer Engine's C++ headers number them (transformer_engine.h, fused_attn.h, pytorch/csrc/common.h).
 _ENUMERATIONS = {
@@ -37,9 +46,25 @@ _ENUMERATIONS = {
     "FP8BwdTensors": {
         f"GRAD_{part}{gemm + 1}": 2 * gemm + i for gemm in range(3) for i, part in enumerate(("OUTPUT", "INPUT"))
     },
+    "NVTE_QKV_Format": {f"NVTE_{name}": number for number, name in enumerate(_FORMATS.split())}
+    | {"NVTE_QKV_Format_NOT_SET": 8},
+    "NVTE_QKV_Layout": {f"NVTE_{name}": number for number, name in enumerate(_LAYOUTS.split())}
+    | {"NVTE_QKV_Layout_NOT_SET": 26},
+    "NVTE_Mask_Type": {
+        f"NVTE_{name}MASK": number
+        for number, name in enumerate(
+            ("NO_", "PADDING_", "CAUSAL_", "PADDING_CAUSAL_", "CAUSAL_BOTTOM_RIGHT_", "PADDING_CAUSAL_BOTTOM_RIGHT_")
+        )
+    },
+    "NVTE_Bias_Type": {"NVTE_NO_BIAS": 0, "NVTE_PRE_SCALE_BIAS": 1, "NVTE_POST_SCALE_BIAS": 2, "NVTE_ALIBI": 3},
+    "NVTE_Softmax_Type": {"NVTE_VANILLA_SOFTMAX": 0, "NVTE_OFF_BY_ONE_SOFTMAX": 1, "NVTE_LEARNABLE_SOFTMAX": 2},
+    "NVTERoutingMapFormat": {"BYTEMAP": 0, "BITMAP_U8": 1},
     "NVTE_Fused_Attn_Backend": {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2},
 }
 _VERSIONS = {"get_cublasLt_version": 130100, "get_cudnn_version": 92000, "get_num_cublas_streams": 4}
+
+# Not called for our models, but looked up in tables, and imported by `import *`, which asks no `__getattr__`.
+_LOOKED_UP = {"layernorm_fwd", "layernorm_bwd"}
 
 _NUMBERS: dict[str, int] = {}
 
@@ -71,13 +96,17 @@ def _placeholder(name: str) -> type:
     return _Placeholder(name, (), {"__module__": _NAME})
 
 
-def _compiled_part() -> types.ModuleType:
+def _compiled_part(kernels: Mapping[str, Callable]) -> types.ModuleType:
     module = types.ModuleType(_NAME, "Stands in for the compiled part of Transformer Engine.")
     module.__file__ = __file__
     for name, members in _ENUMERATIONS.items():
         setattr(module, name, enum.IntEnum(name, members, module=_NAME))
     for name, version in _VERSIONS.items():
         setattr(module, name, lambda version=version: version)
+
+    vars(module).update(kernels)
+    for name in _LOOKED_UP - kernels.keys():
+        setattr(module, name, _placeholder(name))
 
     def __getattr__(name: str) -> type:
         if name.startswith("__"):
@@ -89,7 +118,7 @@ def _compiled_part() -> types.ModuleType:
     return module
 
 
-def install() -> None:
+def install(kernels: Mapping[str, Callable] = types.MappingProxyType({})) -> None:
     """Make `import transformer_engine.pytorch` work in this process. Before anything imports Megatron, which looks for
     Transformer Engine once.
 
@@ -99,7 +128,7 @@ def install() -> None:
     """
     if "megatron.core" in sys.modules:
         raise RuntimeError("stand_in.install() must run before anything imports megatron")
-    sys.modules[_NAME] = _compiled_part()
+    sys.modules[_NAME] = _compiled_part(kernels)
     # Its own switch for a machine that only builds it: transformer_engine.common then looks for no libraries.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     os.environ.pop("NVTE_RELEASE_BUILD", None)

@@ -1,0 +1,79 @@
+"""Transformer Engine's layers train as the local ones do: its own Python sources, with a GPU's default flags, over
+kernels that are computed plainly (tests/transformer_engine). In every layout, from one loaded checkpoint, in fp32,
+losses and gradient norms of four steps equal one process under the local spec to 1e-5.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_conversations import write_rows
+from test_layouts import LAYOUTS
+from worlds import Worlds, assert_same_training, largest_difference
+
+TESTS = Path(__file__).parents[1]
+TE_SITE = Path(sys.prefix) / "te-site"
+CP2, EP2 = "--context-parallel-size 2", "--expert-model-parallel-size 2"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+MODULES = "--recompute-granularity selective --recompute-modules"
+
+ONE_PROCESS = {  # name -> flags, checkpoint
+    "a GPU's defaults": ("", "mtp"),
+    "fused router and permutation": ("--moe-router-fusion --moe-permute-fusion", "mtp"),
+    "sequential experts": ("--no-moe-grouped-gemm", "trunk"),
+    "all recomputed": (FULL, "mtp"),
+    "modules recomputed": (f"{MODULES} core_attn layernorm moe_act mlp shared_experts", "trunk"),
+    "MoE recomputed": (f"{MODULES} moe", "trunk"),
+    "distributed optimizer": ("--use-distributed-optimizer", "trunk"),
+}
+TWO = ("TP2 SP", "PP2 VPP2", "EP2 alltoall", "ETP2", "CP2", "DP2 distributed optimizer, overlaps")
+FOUR = ("TP2 PP2 EP2 ETP1", "EP2 CP2")
+
+
+@pytest.fixture(scope="module")
+def te_worlds(tmp_path_factory):
+    """Skipped where pip cannot bring Transformer Engine's sources."""
+    command = ["bash", TESTS / "layer_specs" / "environment.sh", TE_SITE, sys.executable]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if result.returncode != 0:
+        pytest.skip(f"Transformer Engine's sources cannot be installed: {result.stderr.strip()[-300:]}")
+    script = TESTS / "transformer_engine" / "te_forks.py"
+    started = Worlds(tmp_path_factory.mktemp("te_forks") / "logs", script, TE_SITE)
+    yield started
+    started.end()
+
+
+@pytest.mark.parametrize("name", ONE_PROCESS)
+def test_one_process_trains_as_under_the_local_spec(te_worlds, one_process, command, name):
+    flags, checkpoint = ONE_PROCESS[name]
+    found = te_worlds.run(1, command(flags, checkpoint=checkpoint))
+    assert_same_training(found["steps"], one_process[checkpoint]["steps"][:4])
+
+
+@pytest.mark.parametrize(("size", "name"), [(2, name) for name in TWO] + [(4, name) for name in FOUR])
+def test_every_layout_trains_as_one_process(te_worlds, one_process, command, size, name):
+    flags, checkpoint = LAYOUTS[size][name]
+    found = te_worlds.run(size, command(flags, checkpoint=checkpoint))
+    assert_same_training(found["steps"], one_process[checkpoint]["steps"][:4])
+
+
+@pytest.mark.parametrize("flags", [CP2, f"{CP2} --no-sft-packing", EP2])
+def test_packed_conversations_train_as_under_the_local_spec(te_worlds, worlds, command, folder, flags):
+    """Under context parallelism through Transformer Engine's own ring."""
+    write_rows(folder / "te_rows.jsonl", 16, seed=2)
+    argv = command(flags, checkpoint="mtp", steps=3)
+    start = argv.index("--data-path")
+    argv[start : start + 2] = ["--sft", "--data-path", str(folder / "te_rows.jsonl")]
+    argv[argv.index("--seq-length") + 1] = "192"
+    found, expected = te_worlds.run(2, argv), worlds.run(2, argv)
+    assert_same_training(found["steps"], expected["steps"])
+
+
+def test_bf16_with_the_precision_aware_optimizer_trains_like_fp32_to_its_precision(te_worlds, one_process, command):
+    """The recipes' numerics: bf16 weights whose fp32 copies are put together from the weight and 16 bits more."""
+    flags = "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer"
+    steps = te_worlds.run(1, command(flags, checkpoint="mtp"))["steps"]
+    plain = te_worlds.run(1, command("--bf16 --use-distributed-optimizer", checkpoint="mtp"))["steps"]
+    assert_same_training(steps, plain, tolerance=1e-6)
+    assert 0 < largest_difference(steps, one_process["mtp"]["steps"][:4], "loss") < 1e-2
