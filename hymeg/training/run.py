@@ -98,7 +98,8 @@ def train(args, config: HyConfig) -> None:
         if int(os.environ["RANK"]) == 0:
             compare_and_keep(args, text_record(args) if rows is None else rows.record(), _say)
         settings = pretrain_cfg_container_from_args(args, model_config)
-    if rows is None:
+    # Where process groups are open, Megatron builds it with all ranks.
+    if rows is None and not torch.distributed.is_initialized():
         by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
 
     def datasets(num_samples, vp_stage=None):
