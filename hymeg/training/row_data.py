@@ -135,6 +135,8 @@ class RowData:
         from megatron.core.datasets.utils import Split
 
         train, valid, test = self.sources
+        if args.eval_iters == 0 and not args.full_validation:  # of no samples Megatron makes no loader: it asserts
+            valid = test = []
         if args.full_validation:
             validation = [
                 ConversationDataset([source], None, Split.valid, multiple_of=args.eval_global_batch_size)

@@ -128,3 +128,12 @@ def test_other_bytes_of_a_file_are_in_the_record(arguments, files, tmp_path):
     before = made(arguments(data_path=[files[0]]))[0].record()
     write(tmp_path / "a.jsonl", *range(1, 21))
     assert made(arguments(data_path=[files[0]]))[0].record() != before
+
+
+def test_without_evaluation_there_is_no_data_set_for_it(arguments, files):
+    """Megatron's loaders refuse a data set of no samples."""
+    args = arguments(data_path=[files[0]], eval_iters=0)
+    args.full_validation = False
+    data, _ = made(args)
+    train, validation, test = data.datasets(args, (4, 0, 0))
+    assert len(train) == 4 and validation is None and test is None
