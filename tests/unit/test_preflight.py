@@ -415,9 +415,12 @@ def test_connections_are_set_where_needed_before_torch_is_there(
     assert connections.were_set is (after == "1")
 
 
-def test_connections_that_were_set_are_said(checked, on_gpus, monkeypatch):
-    monkeypatch.setattr(connections, "were_set", True)
-    assert [note for note in checked("--bf16")[1] if note.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 set")]
+@pytest.mark.parametrize("were_set", [True, False])
+def test_connections_that_were_set_are_said(monkeypatch, were_set):
+    monkeypatch.setattr(connections, "were_set", were_set)
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    said = [note for note in platform.announcement() if note.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 set")]
+    assert bool(said) is were_set
 
 
 def test_checking_twice_finds_the_same(places, monkeypatch):
