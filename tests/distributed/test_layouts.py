@@ -1,8 +1,15 @@
 """Every layout trains as one process does: from one loaded checkpoint, in fp32, four steps, losses and gradient norms
-to 1e-5. And every rank of it holds the bytes that the planner says."""
+to 1e-5. And every rank of it holds the bytes that the planner says, and is given all weights by the others."""
+
+import itertools
 
 import pytest
+from live_weights import digest
+from safetensors.torch import load_file
 from worlds import assert_same_training, largest_difference
+
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.mapping import HF_LAYOUTS
 
 TP2, PP2, CP2, EP2 = (
     f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "context", "expert-model")
@@ -92,6 +99,22 @@ def test_every_rank_holds_the_bytes_that_the_planner_says(trained, command, monk
         expected = static_memory(config, layout, settings, *place)
         for part in ("weights", "gradients", "optimizer", "buffers"):
             assert found[part] == getattr(expected, part), f"{part} of rank {rank}, {place}"
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory):
+    """checkpoint -> layout -> digest of the files that conversion writes, there and back."""
+    out, found = tmp_path_factory.mktemp("exported"), {}
+    for checkpoint, layout in itertools.product(("trunk", "mtp"), HF_LAYOUTS):
+        hf_to_dist(folder / checkpoint, out / "dist", overwrite=True)
+        dist_to_hf(out / "dist", hf := out / f"{checkpoint}-{layout}", layout=layout)
+        found.setdefault(checkpoint, {})[layout] = digest(load_file(hf / "model.safetensors").items())
+    return found
+
+
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, of_size in LAYOUTS.items() for name in of_size])
+def test_live_weights_are_those_of_the_files_to_the_bit_on_every_rank(trained, exported, size, name):
+    assert trained[size][name]["live"] == [exported[LAYOUTS[size][name][1]]] * size
 
 
 def test_multi_token_prediction_counts(one_process):

@@ -1,7 +1,8 @@
 """What a rank does with a case: its training recorded, or a function of checks.py called.
 
 A training's result are the losses and gradient norms of every step as the trainer computed them, unrounded, with the
-sequences of conversations that it drew; the loss of every evaluation; and the bytes that each rank held all the time.
+sequences of conversations that it drew; the loss of every evaluation; the bytes that each rank held all the time; and
+the weights that each was given by all others before the first step.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import checks
 import torch.distributed as dist
+from live_weights import live_digests
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
 from megatron.training import arguments, training
@@ -46,7 +48,7 @@ def _train(argv: list[str]) -> dict:
     args, config = parse(argv)
     notes = []
     preflight(args, config, notes.append)
-    steps, evaluations, held, drawn = [], [], [], []
+    steps, evaluations, held, drawn, live = [], [], [], [], {}
     train_step, set_up, evaluate, sequence = (
         training.train_step,
         training.setup_model_and_optimizer,
@@ -74,6 +76,7 @@ def _train(argv: list[str]) -> dict:
     def watched(*set_up_args, **set_up_kwargs):
         made = set_up(*set_up_args, **set_up_kwargs)
         held.extend(made[:2])
+        live.update(live_digests(made[0], config))
         return made
 
     with (
@@ -84,14 +87,16 @@ def _train(argv: list[str]) -> dict:
     ):
         train(args, config)
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (steps, evaluations, _speaks_for_its_data(), static_bytes(*held)))
+    dist.all_gather_object(gathered, (steps, evaluations, _speaks_for_its_data(), live, static_bytes(*held)))
     steps, evaluations, *_ = gathered[-1]
     for number, step in enumerate(steps):
         step["drawn"] = [
-            one for steps_of_rank, _, speaks, _ in gathered if speaks for one in steps_of_rank[number]["drawn"]
+            one for steps_of_rank, _, speaks, *_ in gathered if speaks for one in steps_of_rank[number]["drawn"]
         ]
     static = [static_of_rank for *_, static_of_rank in gathered]
-    return {"steps": steps, "evaluations": evaluations, "notes": notes, "static": static, "called": sorted(CALLED)}
+    live = [live_of_rank for *_, live_of_rank, _ in gathered]
+    figures = {"steps": steps, "evaluations": evaluations, "static": static, "live": live}
+    return {"notes": notes, "called": sorted(CALLED), **figures}
 
 
 def _speaks_for_its_data() -> bool:

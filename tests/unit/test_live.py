@@ -1,0 +1,105 @@
+"""A model in this process gives its weights as files hold them, and takes them from files; tests/distributed has the
+layouts.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from single_process import build
+
+from hymeg.checkpoint import live
+from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.checkpoint.live import export_weights, load_weights
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
+
+ODD = HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1025})  # padded
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("live")
+    write_tiny_checkpoint(folder / "hub", ODD, dtype="fp32", num_mtp_layers=1)
+    write_tiny_checkpoint(folder / "bf16", ODD, dtype="bf16", num_mtp_layers=1)
+    write_tiny_checkpoint(folder / "trunk", ODD, dtype="fp32")
+    hf_to_dist(folder / "hub", folder / "dist")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return HyConfig.from_dir(folder / "hub")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return build(folder / "hub")
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("batch_bytes", [100, 5000, 1 << 20])
+def test_a_model_gives_what_it_was_loaded_from_in_batches_of_any_size(folder, config, model, monkeypatch, batch_bytes):
+    monkeypatch.setattr(live, "BATCH_BYTES", batch_bytes)
+    given = list(export_weights([model], config))
+    assert_same(dict(given), weights(folder / "hub"))
+    assert len(given) == len(weights(folder / "hub"))
+    batches = live.LiveModel([model], config)._batches(live.hf_entries(config, "hub"))
+    sizes = [sum((stop - start) * entry.hf_shape[-1] * 4 for entry, _, (start, stop), _ in batch) for batch in batches]
+    assert max(sizes) <= max(batch_bytes, 128 * 4)  # one row of the widest matrix
+
+
+def test_weights_come_in_another_dtype_and_the_expert_bias_in_fp32(folder, config, model):
+    expected = {
+        name: tensor if name.endswith("expert_bias") else tensor.bfloat16()
+        for name, tensor in weights(folder / "hub").items()
+    }
+    assert_same(dict(export_weights([model], config, dtype="BF16")), expected)
+
+
+def test_weights_given_away_are_not_the_models_own(config, model):
+    for _, tensor in export_weights([model], config):
+        tensor.zero_()
+    assert all(tensor.any() for name, tensor in export_weights([model], config) if "bias" not in name)
+
+
+@pytest.mark.parametrize("source", ["hub", "dist"])
+def test_a_model_is_filled_from_a_folder_in_place(folder, config, source):
+    model = build(folder / "hub", weights=False)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(buffer for name, buffer in model.named_buffers() if "bias" in name)):
+            tensor.fill_(torch.nan)
+    load_weights([model], config, folder / source)
+    assert_same(dict(export_weights([model], config)), weights(folder / "hub"))
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    assert len(model.embedding.word_embeddings.weight) > 1025
+    assert not model.embedding.word_embeddings.weight[1025:].any()
+
+
+def test_a_bf16_model_takes_fp32_weights_rounded_and_keeps_the_bias(folder, config):
+    model = build(folder / "bf16", "--bf16", weights=False)
+    load_weights([model], config, folder / "hub")
+    expected = {
+        name: tensor if name.endswith("expert_bias") else tensor.bfloat16()
+        for name, tensor in weights(folder / "hub").items()
+    }
+    assert_same(dict(export_weights([model], config)), expected)
+
+
+def test_another_models_config_or_folder_is_refused(folder, config, model):
+    with pytest.raises(UserError, match=r"unexpected \(mtp.layers.0"):
+        next(export_weights([model], HyConfig.from_dir(folder / "trunk")))
+    with pytest.raises(UserError, match=rf"{folder}/trunk: .*missing \(mtp.layers.0"):
+        load_weights([model], config, folder / "trunk")
+    with pytest.raises(UserError, match="no such folder"):
+        load_weights([model], config, folder / "nowhere")
