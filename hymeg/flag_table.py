@@ -279,6 +279,13 @@ _WITH_SFT = (
         "conversations differ in how many tokens they train, and means of means would weigh them unequally",
         WITH_SFT,
     ),
+    Row(
+        "moe_router_load_balancing_type",
+        "its quantile is taken over padding too",
+        WITH_SFT,
+        values=("quantile_balancing",),
+        instead="balance by --moe-router-bias-update-rate, or by a loss such as seq_aux_loss",
+    ),
 )
 
 _EFFECTLESS = (

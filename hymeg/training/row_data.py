@@ -36,12 +36,13 @@ def settle_rows(args: argparse.Namespace) -> None:
         UserError: a flag that contradicts it or would be ignored, no data, a file that is missing, empty, unreadable or
             of an unknown kind, a cache that cannot be written.
     """
-    if args.packed and args.micro_batch_size != 1:
-        raise UserError(
-            f"--micro-batch-size {args.micro_batch_size}: packed conversations need 1; for more tokens at once raise "
-            "--seq-length, or give "
-            f"--no-sft-packing"
-        )
+    for dest in ("micro_batch_size", "eval_micro_batch_size"):
+        size = getattr(args, dest)
+        if args.packed and size not in (1, None):
+            raise UserError(
+                f"{flag(dest)} {size}: packed conversations need 1; for more tokens at once raise --seq-length, or "
+                "give --no-sft-packing"
+            )
     if args.data_path and args.train_data_path:
         raise UserError("--data-path and --train-data-path are both given; keep one")
     if args.split is not None and (args.valid_data_path or args.test_data_path):

@@ -403,6 +403,16 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{SFT} --data-path {{rows}} --micro-batch-size 2",
         ("--micro-batch-size 2", "need 1", "--no-sft-packing"),
     ),
+    "evaluated in twos": (
+        1,
+        f"{SFT} --data-path {{rows}} --eval-micro-batch-size 2 --eval-global-batch-size 2",
+        ("--eval-micro-batch-size 2", "need 1", "--no-sft-packing"),
+    ),
+    "quantiles over padding": (
+        1,
+        f"{SFT} --data-path {{rows}} --moe-router-load-balancing-type quantile_balancing",
+        ("--moe-router-load-balancing-type quantile_balancing", "--sft", "--moe-router-bias-update-rate"),
+    ),
     "conversations by micro-batch": (
         1,
         f"{SFT} --data-path {{rows}} --no-calculate-per-token-loss",
