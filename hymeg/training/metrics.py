@@ -37,11 +37,11 @@ def step_flops(
     return training_flops(config, batch_size, seq_length)
 
 
-def expert_load(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> dict[int, float]:
-    """Per layer (counted from 0, multi-token prediction after the trunk) the tokens of the busiest expert over the
-    mean, since the last call.
+def expert_counts(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> torch.Tensor:
+    """Tokens that each expert was given since the last call, of the whole world: int64 `[layers, experts]` on the CPU,
+    multi-token prediction after the trunk, zeros where a layer has no experts.
 
-    Collective: every rank calls it. 1.0 is perfect balance, experts / top-k the worst there is.
+    Collective: every rank calls it.
     """
     counts = torch.zeros(
         config.num_hidden_layers + config.num_nextn_predict_layers,
@@ -59,7 +59,18 @@ def expert_load(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> di
     # Ranks of one layer see different tokens, ranks of different stages different layers: the sum over the world is the
     # sum over both.
     torch.distributed.all_reduce(counts)
-    return {layer: max(row) * len(row) / sum(row) for layer, row in enumerate(counts.tolist()) if any(row)}
+    return counts.cpu()
+
+
+def busiest_over_mean(counts: torch.Tensor, num_ranks: int) -> dict[int, float]:
+    """Per layer that has experts, the tokens of the busiest of `num_ranks` expert-parallel ranks over their mean; of
+    the busiest expert, where there are as many ranks as experts. 1.0 is perfect balance.
+
+    Args:
+        counts: `[layers, experts]`; each rank holds as many experts, in their order.
+    """
+    by_rank = counts.unflatten(1, (num_ranks, -1)).sum(dim=2)
+    return {layer: max(row) * len(row) / sum(row) for layer, row in enumerate(by_rank.tolist()) if any(row)}
 
 
 @contextlib.contextmanager
@@ -85,7 +96,7 @@ class LogLine:
         self.args, self.config = args, config
         self.peak = peak_tflops(device_name)
         self.model_chunks: list[torch.nn.Module] = []
-        self.load: dict[int, float] = {}
+        self.counts: torch.Tensor | None = None
         self.packed: list[tuple[float, float]] = []
         self.seconds = math.nan
 
@@ -109,7 +120,7 @@ class LogLine:
         if num_tokens is not None:
             self.packed.append((num_tokens, squared_lengths))
         if iteration % self.args.log_interval == 0 or is_first_iteration:
-            self.load = expert_load(self.model_chunks, self.config)
+            self.counts = expert_counts(self.model_chunks, self.config)
             self.iteration = iteration
 
     def extended(self, line: str) -> str:
@@ -137,10 +148,13 @@ class LogLine:
         if self.peak is not None:
             line += f" MFU: {tflops / self.peak:.1%} |"
             scalars["mfu"] = tflops / self.peak
-        if self.load:
-            by_layer = " ".join(f"{layer}:{load:.2f}" for layer, load in self.load.items())
-            line += f" expert load max/mean: {max(self.load.values()):.2f} (by layer {by_layer}) |"
-            scalars |= {f"expert-load/layer-{layer}": load for layer, load in self.load.items()}
+        if self.counts is not None and (loads := busiest_over_mean(self.counts, self.config.num_experts)):
+            by_layer = " ".join(f"{layer}:{load:.2f}" for layer, load in loads.items())
+            line += f" expert load max/mean: {max(loads.values()):.2f} (by layer {by_layer}) |"
+            scalars |= {f"expert-load/layer-{layer}": load for layer, load in loads.items()}
+            by_rank = busiest_over_mean(self.counts, self.args.expert_model_parallel_size).values()
+            scalars["expert-parallel-load"] = sum(by_rank) / len(by_rank)
+            line += f" by expert-parallel rank: {scalars['expert-parallel-load']:.2f} |"
         if (tensorboard := get_tensorboard_writer()) is not None:
             for name, value in scalars.items():
                 tensorboard.add_scalar(name, value, self.iteration)

@@ -26,9 +26,12 @@ class Counted(Router):
 
 def test_expert_load_is_busiest_over_mean_and_starts_again():
     ensure_world()
-    chunk = torch.nn.ModuleList([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4]), Counted(3, [1] * 8)])
-    assert metrics.expert_load([chunk], CONFIG) == {1: 4.0, 2: 1.0}
-    assert metrics.expert_load([chunk], CONFIG) == {}
+    chunk = torch.nn.ModuleList([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4]), Counted(3, [1, 1, 1, 1, 2, 2, 0, 0])])
+    counts = metrics.expert_counts([chunk], CONFIG)
+    assert metrics.busiest_over_mean(counts, 8) == {1: 4.0, 2: 2.0}
+    assert metrics.busiest_over_mean(counts, 4) == {1: 2.0, 2: 2.0}
+    assert metrics.busiest_over_mean(counts, 2) == metrics.busiest_over_mean(counts, 1) == {1: 1.0, 2: 1.0}
+    assert metrics.busiest_over_mean(metrics.expert_counts([chunk], CONFIG), 4) == {}
 
 
 def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
@@ -39,7 +42,7 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     monkeypatch.setattr(metrics, "get_tensorboard_writer", lambda: tensorboard)
     monkeypatch.setattr(metrics, "get_wandb_writer", lambda: wandb)
     monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
-    args = types.SimpleNamespace(seq_length=64, world_size=2, log_interval=1)
+    args = types.SimpleNamespace(seq_length=64, world_size=2, log_interval=1, expert_model_parallel_size=4)
     line = metrics.LogLine(args, CONFIG, "NVIDIA H100 80GB HBM3")
     assert line.watch([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4])]) == line.model_chunks
     line.before(1, False, 192.0, 12288.0)
@@ -47,7 +50,11 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     text = line.extended("| throughput per GPU (TFLOP/s/GPU): 0.0 | loss: 1 |")
     tflops = packed_training_flops(CONFIG, 192, 12288) / 0.5 / 2 / 1e12
     assert f"(TFLOP/s/GPU): {tflops:.4g} |" in text and "tokens/s: 384 |" in text and "full: 75.0% |" in text
-    assert "expert load max/mean: 4.00 (by layer 1:4.00) |" in text
+    assert "expert load max/mean: 4.00 (by layer 1:4.00) | by expert-parallel rank: 2.00 |" in text
     assert written == logged and written["tokens-per-second"] == 384 and written["full"] == 0.75
-    assert math.isclose(written["model-tflops-per-gpu"], tflops) and written["expert-load/layer-1"] == 4
+    assert (
+        math.isclose(written["model-tflops-per-gpu"], tflops)
+        and written["expert-load/layer-1"] == 4
+        and written["expert-parallel-load"] == 2
+    )
     assert written["mfu"] == pytest.approx(tflops / 989)
