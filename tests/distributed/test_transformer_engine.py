@@ -1,18 +1,23 @@
 """Transformer Engine's layers train as the local ones do: its own Python sources, with a GPU's default flags, over
 kernels that are computed plainly (tests/transformer_engine). In every layout, from one loaded checkpoint, in fp32,
-losses and gradient norms of four steps equal one process under the local spec to 1e-5.
+losses and gradient norms of four steps equal one process under the local spec to 1e-5. And every recipe for GPUs
+trains, in a small world of its shape.
 """
 
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_conversations import write_rows
 from test_layouts import LAYOUTS
 from worlds import Worlds, assert_same_training, largest_difference
 
 TESTS = Path(__file__).parents[1]
+EXAMPLES = TESTS.parent / "examples"
 TE_SITE = Path(sys.prefix) / "te-site"
 CP2, EP2 = "--context-parallel-size 2", "--expert-model-parallel-size 2"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -77,3 +82,71 @@ def test_bf16_with_the_precision_aware_optimizer_trains_like_fp32_to_its_precisi
     plain = te_worlds.run(1, command("--bf16 --use-distributed-optimizer", checkpoint="mtp"))["steps"]
     assert_same_training(steps, plain, tolerance=1e-6)
     assert 0 < largest_difference(steps, one_process["mtp"]["steps"][:4], "loss") < 1e-2
+
+
+@pytest.mark.parametrize("direction", ["Transformer Engine's to local", "local to Transformer Engine's"])
+def test_a_checkpoint_of_one_spec_is_resumed_under_the_other(
+    te_worlds, worlds, one_process, command, folder, direction
+):
+    """Optimizer state included, in another layout."""
+    first, then = (te_worlds, worlds) if direction.startswith("Trans") else (worlds, te_worlds)
+    save = str(folder / "saves" / direction.replace(" ", "-"))
+    before, after = (LAYOUTS[2][name][0] for name in ("DP2 distributed optimizer", "TP2 SP"))
+    saved = first.run(2, command(before, f"--save {save}", checkpoint="mtp", steps=3))
+    resumed = then.run(2, command(after, "--use-distributed-optimizer", checkpoint="mtp", load=save, steps=6))
+    assert_same_training(saved["steps"], one_process["mtp"]["steps"][:3])
+    assert_same_training(resumed["steps"], one_process["mtp"]["steps"][3:])
+
+
+def small(recipe: Path) -> tuple[int, list[str]]:
+    """A world in which all that the recipe cuts is cut in two, and the recipe's flags for it."""
+    said, size = yaml.safe_load(recipe.read_text()), 1
+    layout = said.pop("pipeline-model-parallel-layout", None)
+    for name in [name for name in said if name.endswith("parallel-size")]:
+        said[name] = min(said[name], 2)
+    for name in ("tensor", "pipeline", "context"):
+        size *= said.get(f"{name}-{'' if name == 'context' else 'model-'}parallel-size", 1)
+    if layout is not None:
+        said["num-virtual-stages-per-pipeline-rank"] = 2
+    ranks_of_experts = (said.get(f"{name}-parallel-size", 1) for name in ("expert-model", "expert-tensor"))
+    size = max(size, math.prod(ranks_of_experts) * said.get("pipeline-model-parallel-size", 1))
+    for name in ("lr-warmup-iters", "lr-warmup-fraction", "train-iters", "lr", "seq-length", "global-batch-size"):
+        said.pop(name, None)
+    for name in ("log-interval", "eval-interval", "eval-iters", "save-interval", "lr-decay-style", "init-from-scratch"):
+        said.pop(name, None)
+    words = []
+    for name, value in said.items():
+        words += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+    return size, words
+
+
+IN_EVERY_RUN = ("sft_256xh100", "long_context", "continue_16xh100", "sft_8xh100")  # all kinds of flags; the rest: soak
+RECIPES = [
+    pytest.param(
+        path,
+        id=f"{path.parent.name}-{path.stem}",
+        marks=[] if path.stem.startswith(IN_EVERY_RUN) else pytest.mark.soak,
+    )
+    for path in sorted(EXAMPLES.glob("hy*/*.yaml"))
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_as_one_process_to_the_precision_of_bf16(te_worlds, worlds, command, folder, recipe):
+    """Its flags and its kinds of parallelism, at tiny widths; against fp32 in one process under the local spec."""
+    size, words = small(recipe)
+    write_rows(folder / "recipe_rows.jsonl", 64, seed=4)
+    checkpoint = "mtp" if recipe.parent.name == "hy3" else "trunk"
+    sample = ["--global-batch-size 8", *re.findall(r"--micro-batch-size \d", " ".join(words))]
+
+    def on_its_data(*flags: str) -> list[str]:
+        argv = command(*sample, *flags, checkpoint=checkpoint, steps=2)
+        if "--sft" in words:
+            start = argv.index("--data-path")
+            argv[start : start + 2] = ["--data-path", str(folder / "recipe_rows.jsonl")]
+            argv[argv.index("--seq-length") + 1] = "192"
+        return argv
+
+    found = te_worlds.run(size, on_its_data(" ".join(words)))["steps"]
+    alone = worlds.run(1, on_its_data("--sft" if "--sft" in words else ""))["steps"]
+    assert 0 < largest_difference(found, alone, "loss") < 1e-2
