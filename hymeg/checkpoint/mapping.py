@@ -285,7 +285,7 @@ def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
     wanted = [entry for row, entry in candidates if not row.is_older and row.dist != DROPPED]
     missing = [entry.hf_name for entry in wanted if (entry.dist_key, entry.rows[0]) not in found]
     accounted_for = {entry.hf_name for entry in found.values()}.union(dropped)
-    _complain(
+    complain(
         "the Hugging Face tensors", config, missing, [name for name in shapes if name not in accounted_for], misshapen
     )
     return HFMatch(layout, [found[entry.dist_key, entry.rows[0]] for entry in wanted], dropped)
@@ -311,7 +311,7 @@ def check_distributed_tensors(
         for key in wanted
         if key in shapes and not fits(key, tuple(shapes[key]), wanted[key])
     ]
-    _complain("the distributed tensors", config, missing, unexpected, misshapen)
+    complain("the distributed tensors", config, missing, unexpected, misshapen)
 
 
 def fits(key: str, found: Shape, wanted: Shape) -> bool:
@@ -323,7 +323,7 @@ def fits(key: str, found: Shape, wanted: Shape) -> bool:
     return found == wanted
 
 
-def _scopes(config: HyConfig) -> Iterator[tuple[str, str, str]]:
+def scopes(config: HyConfig) -> Iterator[tuple[str, str, str]]:
     """(scope of the table, Hugging Face prefix, distributed prefix) for everything that the model has."""
     yield "model", "", ""
     for layer in range(config.num_hidden_layers):
@@ -341,7 +341,7 @@ def _expand(config: HyConfig, layout: str) -> Iterator[tuple[Row, Entry]]:
     """Every tensor that may stand in a checkpoint of `layout`, with its row."""
     if layout not in HF_LAYOUTS:
         raise ValueError(f"layout is {layout!r}; allowed are {HF_LAYOUTS}")
-    for scope, hf_prefix, dist_prefix in _scopes(config):
+    for scope, hf_prefix, dist_prefix in scopes(config):
         for row in TABLE[scope]:
             if layout not in row.layouts or (row.when and not getattr(config, row.when)):
                 continue
@@ -365,9 +365,15 @@ def _marks(layout: str) -> re.Pattern:
 _MARKS = {layout: _marks(layout) for layout in HF_LAYOUTS}
 
 
-def _complain(
-    what: str, config: HyConfig, missing: list[str], unexpected: list[str], misshapen: list[tuple[str, Shape, Shape]]
+def complain(
+    what: str,
+    config: HyConfig,
+    missing: list[str],
+    unexpected: list[str],
+    misshapen: list[tuple[str, Shape, Shape]],
+    needed_by: str = "config.json",
 ) -> None:
+    """Raise UserError where any is given: one line, how many of each kind, and the first ten."""
     kinds = {
         "missing": missing,
         "unexpected": unexpected,
@@ -382,7 +388,7 @@ def _complain(
             ". All belong to MTP layers: make num_nextn_predict_layers "
             f"({config.num_nextn_predict_layers} in config.json) agree with them"
         )
-    raise UserError(f"{what} are not those of config.json: {'; '.join(told)}{advice}")
+    raise UserError(f"{what} are not those of {needed_by}: {'; '.join(told)}{advice}")
 
 
 def _first(names: list[str]) -> str:
