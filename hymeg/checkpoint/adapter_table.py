@@ -10,9 +10,10 @@ A target is the end of a projection's Hugging Face path, without the layer's and
     mtp.q_proj, mtp.experts.gate_proj, ...          the same in the MTP layers, which other targets leave alone
 
 In a distributed checkpoint the adapter of `model.layers.3.self_attn.q_proj` is that path after `adapter.`, followed by
-`.lora_A` [rank, in] and `.lora_B` [out, rank]; that of a layer's experts is `adapter.model.layers.3.mlp.experts.gate_proj`
-with [experts, rank, in] and [experts, out, rank]. MTP layer i is layer num_hidden_layers + i. A weight's delta is
-scale * B @ A. A parameter trained in full beside the adapters is `adapter.`, its Hugging Face name, `.full`.
+`.lora_A` [rank, in] and `.lora_B` [out, rank]; those of the experts of a layer are one, of
+`model.layers.3.mlp.experts.gate_proj`: [experts, rank, in] and [experts, out, rank]. MTP layer i is layer
+num_hidden_layers + i. A weight's delta is scale * B @ A. A parameter trained in full beside the adapters is `adapter.`,
+its Hugging Face name, `.full`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
