@@ -1,9 +1,9 @@
 """Layer specs: Transformer Engine's on CUDA, local modules elsewhere, the same stored keys from both.
 
-Megatron's own specs are taken and three things changed: the router on every platform; norm and core attention in the
-local spec, whose own refuse sequence parallelism, context parallelism and packing; and the local spec's key for the
-norm before a MoE layer, which it stores under a name of its own, so that checkpoints cross between CPU
-and GPU.
+Megatron's own specs are taken and four things changed: the router on every platform; self-attention, which can also
+attend to generation's cache; norm and core attention in the local spec, whose own refuse sequence parallelism, context
+parallelism and packing; and the local spec's key for the norm before a MoE layer, which it stores under a name of its
+own, so that checkpoints cross between CPU and GPU.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from hymeg.models.attention import CoreAttention
 from hymeg.models.norm import RMSNorm
 from hymeg.models.router import Router
+from hymeg.models.self_attention import SelfAttention
 
 
 def uses_transformer_engine(config: TransformerConfig) -> bool:
@@ -72,14 +73,14 @@ def _adapted(layer: ModuleSpec, use_te: bool) -> ModuleSpec:
         submodules = dataclasses.replace(layer.submodules.mlp.keywords["submodules"], router=Router)
         changes["mlp"] = functools.partial(MoELayer, submodules=submodules)
         keys_map.pop("pre_mlp_layernorm.", None)
+    attention = layer.submodules.self_attention.submodules
     if not use_te:
         attention = dataclasses.replace(
-            layer.submodules.self_attention.submodules,
-            q_layernorm=RMSNorm,
-            k_layernorm=RMSNorm,
-            core_attention=CoreAttention,
+            attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm, core_attention=CoreAttention
         )
-        changes["self_attention"] = dataclasses.replace(layer.submodules.self_attention, submodules=attention)
         changes["input_layernorm"] = changes["pre_mlp_layernorm"] = RMSNorm
+    changes["self_attention"] = dataclasses.replace(
+        layer.submodules.self_attention, module=SelfAttention, submodules=attention
+    )
     submodules = dataclasses.replace(layer.submodules, sharded_state_dict_keys_map=keys_map, **changes)
     return dataclasses.replace(layer, submodules=submodules)
