@@ -62,7 +62,7 @@ class Cache:
         return True
 
     def begin(self, starts: Sequence[int], counts: Sequence[int]) -> None:
-        """Say what the next passes bring: `counts[i]` tokens of the sequence in slot i, from position `starts[i]` on."""
+        """Say what the next passes bring: `counts[i]` tokens of the sequence in slot i, from position `starts[i]`."""
         spans = list(zip(starts, counts, strict=True))
         self._grow(max((start + count for start, count in spans), default=0))
         self.slots = self._index([slot for slot, count in enumerate(counts) for _ in range(count)])
