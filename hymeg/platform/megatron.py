@@ -6,6 +6,7 @@ import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -249,3 +250,40 @@ def log_line(line) -> Iterator[None]:
 
     with patched(training, "training_log", logged, "training.py:3985"):
         yield
+
+
+@contextlib.contextmanager
+def after_steps(act: Callable[[int, list, Any], None]) -> Iterator[None]:
+    """Call `act(iteration, model_chunks, optimizer)` on every rank after every step, once Megatron has saved what it
+    saves then: it has no hook there.
+    """
+    from megatron.training import training
+
+    decide = training.checkpoint_and_decide_exit
+
+    def decided(model_chunks, optimizer, opt_param_scheduler, iteration, *args, **kwargs):
+        exits = decide(model_chunks, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
+        act(iteration, model_chunks, optimizer)
+        return exits
+
+    with patched(training, "checkpoint_and_decide_exit", decided, "training.py:4081: the end of a step"):
+        yield
+
+
+def gather_weights(model_chunks: list, optimizer) -> None:
+    """Where they are gathered as the next step asks for them (`--overlap-param-gather`), now: as for a checkpoint."""
+    from megatron.training import get_args, training
+
+    if training.should_disable_forward_pre_hook(get_args()):
+        training.force_param_sync(model_chunks, optimizer=optimizer)
+
+
+@contextlib.contextmanager
+def not_in_interval_time() -> Iterator[None]:
+    """What is done meanwhile is not part of the time of an iteration in the log, as a checkpoint is not."""
+    from megatron.training import get_timers
+
+    timer = get_timers()("interval-time")
+    timer.stop()
+    yield
+    timer.start(barrier=True)

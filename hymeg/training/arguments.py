@@ -71,6 +71,12 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--init-from-scratch", action="store_true", help="start from random weights where --load holds no checkpoint"
     )
     group.add_argument(
+        "--save-hf",
+        metavar="DIR",
+        help="write the model as a Hugging Face folder, DIR/iter_0000100, after the last iteration, from rank 0",
+    )
+    group.add_argument("--save-hf-interval", type=int, metavar="N", help="--save-hf: and after every N iterations")
+    group.add_argument(
         "--recompute-logits",
         dest="hy_recompute_logits",
         action="store_true",

@@ -19,6 +19,7 @@ from hymeg.platform import device
 from hymeg.training.arguments import naming_lines, shown_value
 from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
+from hymeg.training.hf_folders import check_save_hf
 from hymeg.training.schedule import check_schedule
 from hymeg.training.weights import check_weights, is_distributed_checkpoint
 
@@ -51,6 +52,7 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
             settle_data(args, config, say)
         _check_logs(args)
         _check_save(args)
+        check_save_hf(args, config)
         _correct(args, say)
         check_weights(args, config, say)
         _check_tokenizer(args, config)

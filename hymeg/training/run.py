@@ -20,6 +20,7 @@ from hymeg.training import metrics
 from hymeg.training.arguments import parse
 from hymeg.training.batch import is_reader, takes_data
 from hymeg.training.data_record import compare_and_keep, text_record
+from hymeg.training.hf_folders import saving_hf
 from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
 from hymeg.training.step import forward_step
@@ -111,7 +112,7 @@ def train(args, config: HyConfig) -> None:
         )
 
     datasets.is_distributed = True
-    with metrics.logging(args, config, model_config):
+    with metrics.logging(args, config, model_config), saving_hf(args, config, _say):
         pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(forward_step, args))
 
 

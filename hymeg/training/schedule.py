@@ -28,6 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
             "log_interval",
             "tensorboard_log_interval",
             "save_interval",
+            "save_hf_interval",
             "save_retain_interval",
             "exit_interval",
         ),
@@ -68,6 +69,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _ADVICE = {
     "eval_interval": "; to evaluate never, give --eval-iters 0",
     "save_interval": "; to save never, leave --save out",
+    "save_hf_interval": "; for the last iteration alone, leave it out",
 }
 
 

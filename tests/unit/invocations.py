@@ -615,6 +615,22 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     # ---- where to write
     "save to a file": (1, "--save {file}", ("--save {file}", "is a file", "give a folder")),
     "save below a file": (1, "--save {file}/x", ("--save {file}/x", "{file} is a file", "give a folder")),
+    "Hugging Face folders below a file": (
+        1,
+        "--save-hf {file}/x",
+        ("--save-hf {file}/x", "{file} is a file", "give a folder"),
+    ),
+    "Hugging Face folders among the checkpoints": (
+        1,
+        "--save {tmp}/new --save-hf {tmp}/new",
+        ("--save-hf {tmp}/new", "the same folder as --save", "one of its own"),
+    ),
+    "Hugging Face folders never": (
+        1,
+        "--save-hf {tmp}/new --save-hf-interval 0",
+        ("--save-hf-interval 0", "at least 1", "leave it out"),
+    ),
+    "an interval of no folders": (1, "--save-hf-interval 2", ("--save-hf-interval 2", "without --save-hf", "add that")),
     "save over a run": (1, "--save {ckpt}", ("--save {ckpt}", "--init-from-scratch would overwrite", "another --save")),
     "save over a run again": (
         1,

@@ -212,6 +212,7 @@ def test_missing_permissions_are_told(checked, places, monkeypatch, added, denie
 def test_a_full_disk_is_told(checked, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert "no space left" in told(checked, "--save {tmp}/new")
+    assert "0.002 GB are needed for each folder and 0.000 GB are free" in told(checked, "--save-hf {tmp}/new")
 
 
 def test_more_processes_than_gpus_and_a_missing_package_are_told_on_cuda(checked, monkeypatch):

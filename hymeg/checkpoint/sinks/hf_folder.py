@@ -2,13 +2,56 @@
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from hymeg.checkpoint.mapping import hf_entries
+from hymeg.checkpoint.mapping import Entry, hf_entries
 from hymeg.checkpoint.row_tensors import RowTensor
 from hymeg.checkpoint.sinks.transfer import FilesToWrite, Task, files_to_write
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
-from hymeg.hf.safetensors_files import TensorSpec, index_files, into_shards, shard_header
+from hymeg.hf.safetensors_files import Shard, TensorSpec, index_files, into_shards, shard_header
+
+
+class Place(NamedTuple):
+    """Where a tensor is written: its elements, in `dtype`, at `position` of `file`."""
+
+    entry: Entry
+    dtype: str
+    file: str
+    position: int
+
+
+class Plan(NamedTuple):
+    """A folder planned to the byte, its tensors in the order in which they lie in its files."""
+
+    places: list[Place]
+    shards: list[Shard]
+    headers: dict[str, bytes]  # file -> its first bytes
+    config: HyConfig  # that tells the dtype
+
+
+def planned(
+    config: HyConfig, dtypes: Mapping[str, str], layout: str, max_shard_bytes: int, dtype: str | None = None
+) -> Plan:
+    """A folder under the names of `layout`, in `dtype`.
+
+    Args:
+        dtypes: of the distributed tensors, by key.
+        dtype: None: their own. The expert bias is always F32.
+    """
+    entries = {entry.hf_name: entry for entry in hf_entries(config, layout)}
+    specs = [
+        TensorSpec(name, "F32" if entry.is_fp32_buffer else dtype or dtypes[entry.dist_key], entry.hf_shape)
+        for name, entry in entries.items()
+    ]
+    shards = into_shards(specs, max_shard_bytes)
+    headers, places = {shard.file_name: shard_header(shard) for shard in shards}, []
+    for shard in shards:
+        position = len(headers[shard.file_name])
+        for spec in shard.tensors:
+            places.append(Place(entries[spec.name], spec.dtype, shard.file_name, position))
+            position += spec.nbytes
+    return Plan(places, shards, headers, _with_dtype(config, specs))
 
 
 def files_of_hf(
@@ -19,23 +62,13 @@ def files_of_hf(
     dtype: str | None,
     workers: int,
 ) -> tuple[FilesToWrite, HyConfig]:
-    """A folder that holds `tensors` under the names of `layout`, in `dtype` (None: their own; the expert bias is always
-    F32), and the config that tells that dtype.
-    """
-    entries = {entry.hf_name: entry for entry in hf_entries(config, layout)}
-    specs = [
-        TensorSpec(name, "F32" if entry.is_fp32_buffer else dtype or tensors[entry.dist_key].dtype, entry.hf_shape)
-        for name, entry in entries.items()
+    """A folder that holds `tensors`, and its config; the arguments as for `planned`."""
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    plan = planned(config, dtypes, layout, max_shard_bytes, dtype)
+    tasks = [
+        Task(tensors[entry.dist_key], entry.rows, dtype, file, position) for entry, dtype, file, position in plan.places
     ]
-    shards = into_shards(specs, max_shard_bytes)
-    headers, tasks = {shard.file_name: shard_header(shard) for shard in shards}, []
-    for shard in shards:
-        position = len(headers[shard.file_name])
-        for spec in shard.tensors:
-            entry = entries[spec.name]
-            tasks.append(Task(tensors[entry.dist_key], entry.rows, spec.dtype, shard.file_name, position))
-            position += spec.nbytes
-    return files_to_write(tasks, workers, index_files(shards), headers), _with_dtype(config, specs)
+    return files_to_write(tasks, workers, index_files(plan.shards), plan.headers), plan.config
 
 
 def _with_dtype(config: HyConfig, specs: list[TensorSpec]) -> HyConfig:

@@ -107,6 +107,14 @@ def write(folder: Path, files: FilesToWrite, workers: int, progress: Progress) -
                 for task in unpacked(turn):
                     _write_task(reader, task, writer, report)
 
+    _reserve(folder, files)
+    outcome = run(work, [dealt(files.turns)] * min(workers, len(files.turns)), progress)
+    _complete(folder, files)
+    return outcome
+
+
+def _reserve(folder: Path, files: FilesToWrite) -> None:
+    """Room for the tensors, and what lies beside them."""
     for name, num_bytes in files.sizes.items():
         try:
             reserve(folder / name, num_bytes)
@@ -115,11 +123,28 @@ def write(folder: Path, files: FilesToWrite, workers: int, progress: Progress) -
     while files.beside:
         name, data = files.beside.popitem()
         write_whole(folder / name, data)
-    outcome = run(work, [dealt(files.turns)] * min(workers, len(files.turns)), progress)
+
+
+def _complete(folder: Path, files: FilesToWrite) -> None:
+    """What makes valid what is on disk now."""
     while files.last:
         name, data = files.last.popitem()
         write_start(folder / name, data)
-    return outcome
+
+
+def write_in_order(folder: Path, files: FilesToWrite, pieces: Iterable[tuple[str, int, memoryview]]) -> None:
+    """As `write`, in this process: `pieces` are (file, position, bytes), those of a file one after the other, each used
+    before the next is asked for.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    _reserve(folder, files)
+    with _Writer(folder) as writer:
+        for name, position, data in pieces:
+            writer.open(name)
+            writer.write([data], position)
+    _complete(folder, files)
 
 
 class _Writer:

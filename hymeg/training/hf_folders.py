@@ -1,0 +1,101 @@
+"""`--save-hf DIR`: the run writes Hugging Face folders itself, DIR/iter_0000100, from the model as it is then."""
+
+import argparse
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hymeg.checkpoint.live_folder import save_hf_folder
+from hymeg.checkpoint.mapping import num_parameters
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+from hymeg.platform import megatron
+from hymeg.training.data_paths import check_writable
+
+Say = Callable[[str], None]
+
+
+def check_save_hf(args: argparse.Namespace, config: HyConfig) -> None:
+    """Raises UserError: there is no room for one folder, or the place is another's."""
+    if args.save_hf is None:
+        return
+    check_writable("--save-hf", args.save_hf)
+    for dest in ("save", "hf_model", "load", "pretrained_checkpoint"):
+        other = getattr(args, dest)
+        if other is not None and os.path.realpath(other) == os.path.realpath(args.save_hf):
+            raise UserError(
+                f"--save-hf {args.save_hf}: the same folder as --{dest.replace('_', '-')}; give one of its own"
+            )
+    parent = os.path.abspath(args.save_hf)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    needed = num_parameters(config, include_expert_bias=True) * (2 if args.bf16 or args.fp16 else 4)
+    free = shutil.disk_usage(parent).free
+    if args.rank == 0 and free < needed:  # its disk alone is written to
+        raise UserError(
+            f"--save-hf {args.save_hf}: {needed / 1e9:,.3f} GB are needed for each folder and {free / 1e9:,.3f} GB are "
+            "free on that disk; make room, or give a folder elsewhere"
+        )
+
+
+@contextlib.contextmanager
+def saving_hf(args: argparse.Namespace, config: HyConfig, say: Say) -> Iterator[None]:
+    """While the context is open, folders are written after every `--save-hf-interval` steps and after the last one.
+
+    A folder that cannot be written does not end the training, in which the disk may be mended or another iteration's
+    folder be written.
+
+    Raises:
+        UserError: at the end: some folders could not be written.
+    """
+    if args.save_hf is None:
+        yield
+        return
+    writer = _Writer(args, config, say)
+    with megatron.after_steps(writer.after_step):
+        yield
+    if writer.failures:
+        raise UserError(f"--save-hf: {len(writer.failures)} folders were not written: {writer.failures[0]}")
+    if not writer.num_steps:
+        say(f"--save-hf {args.save_hf}: no step was made, so no folder was written")
+
+
+class _Writer:
+    def __init__(self, args: argparse.Namespace, config: HyConfig, say: Say):
+        self.args, self.config, self.say = args, config, say
+        self.failures: list[str] = []
+        self.num_steps = 0
+
+    def after_step(self, iteration: int, model_chunks: list[torch.nn.Module], optimizer: Any) -> None:
+        """Collective, after each step."""
+        self.num_steps += 1
+        interval = self.args.save_hf_interval
+        if iteration == self.args.train_iters or (interval and iteration % interval == 0):
+            with megatron.not_in_interval_time():
+                megatron.gather_weights(model_chunks, optimizer)
+                self._write(iteration, model_chunks)
+
+    def _write(self, iteration: int, model_chunks: list[torch.nn.Module]) -> None:
+        target, started = Path(self.args.save_hf) / f"iter_{iteration:07d}", time.monotonic()
+        record = {"command": "pretrain_hy.py --save-hf", "hf_model": self.args.hf_model, "iteration": iteration}
+        try:
+            save_hf_folder(
+                model_chunks,
+                self.config,
+                target,
+                companions=Path(self.args.hf_model),
+                overwrite=True,  # of the same iteration, which a resumed run comes to again
+                record=record,
+                say=self.say,
+            )
+        except UserError as error:
+            self.failures.append(str(error))
+            self.say(f"--save-hf: iteration {iteration} is not written, training goes on: {error}")
+        else:
+            self.say(f"wrote {target} in {time.monotonic() - started:.1f} s")
