@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hymeg.checkpoint.mapping import Range, fits, hf_entries, num_parameters
-from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, block_height, converted
+from hymeg.checkpoint.rounding import converted
+from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, block_height
 from hymeg.checkpoint.sinks.transfer import shares
 from hymeg.checkpoint.sources import open_any
 from hymeg.checkpoint.workers import Outcome, Progress, check_num_workers, run

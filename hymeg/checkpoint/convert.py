@@ -16,7 +16,8 @@ from hymeg.checkpoint.companions import carried_files, carry, companions, config
 from hymeg.checkpoint.compare import Pair, compare_pairs
 from hymeg.checkpoint.dist_files import MODEL_KEYS, RELEASE, TRACKER
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, check_distributed_tensors, is_mtp
-from hymeg.checkpoint.row_tensors import RowTensor, Source, TensorReader, converted
+from hymeg.checkpoint.rounding import converted
+from hymeg.checkpoint.row_tensors import RowTensor, Source, TensorReader
 from hymeg.checkpoint.sinks.dist_folder import files_of_dist
 from hymeg.checkpoint.sinks.hf_folder import files_of_hf
 from hymeg.checkpoint.sinks.new_folder import new_folder
@@ -101,7 +102,7 @@ def hf_to_dist(
     check_num_workers(workers)
 
     def planned() -> _Conversion:
-        source = open_hf(hf, base_hf=base, drop_mtp=drop_mtp, mixed_dtypes=ROUNDED_TO[dtype] is not None)
+        source = open_hf(hf, base_hf=base, drop_mtp=drop_mtp, dtype=ROUNDED_TO[dtype])
         _check_apart(dist, [hf, base])
         uses_base = any(base in _folders_of(tensor) for tensor in source.tensors.values())
         read = {"from": str(hf.resolve()), "base_hf": base_hf and str(base)}

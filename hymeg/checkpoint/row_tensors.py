@@ -7,6 +7,7 @@ tensor parallelism, some columns of it. A `RowTensor` knows which bytes of which
 `TensorReader` reads any range of rows, a block at a time, so that memory does not grow with the checkpoint.
 """
 
+import math
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hymeg.checkpoint.mapping import Range, Shape
+from hymeg.checkpoint.rounding import converted, dequantised
 from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -37,6 +39,20 @@ class Piece(NamedTuple):
     first_column: int
     num_columns: int
     dtype: str
+    scales: "Scales | None" = None  # of FP8
+
+
+class Scales(NamedTuple):
+    """Bytes of a file that hold fp32 factors, row-major, one for each block of `rows` x `columns` numbers of a matrix;
+    of `height` rows each is a matrix of a stack, its blocks counted anew. What is scaled counts as `wanted`."""
+
+    file: str
+    position: int
+    dtype: str
+    rows: int
+    columns: int
+    height: int
+    wanted: str  # BF16 or F32
 
 
 class Band(NamedTuple):
@@ -140,10 +156,34 @@ class TensorReader:
             return
         data = memoryview(bytearray(num_rows * piece.num_columns * ITEM_SIZES[piece.dtype]))
         self._read_bytes(tensor, piece, first, data)
+        found = piece.dtype
+        if piece.scales:
+            factors = self._factors(tensor, piece, piece.row + row, num_rows)
+            data, found = dequantised(data, factors, piece.scales.wanted), piece.scales.wanted
         unsigned = np.dtype(f"u{ITEM_SIZES[tensor.dtype]}")
         rows = np.frombuffer(into, unsigned).reshape(num_rows, tensor.num_columns)
-        columns = np.frombuffer(converted(data, piece.dtype, tensor.dtype), unsigned)
+        columns = np.frombuffer(converted(data, found, tensor.dtype), unsigned)
         rows[:, piece.first_column : piece.first_column + piece.num_columns] = columns.reshape(num_rows, -1)
+
+    def _factors(self, tensor: RowTensor, piece: Piece, row: int, num_rows: int) -> np.ndarray:
+        """The scale of each number, [num_rows, columns], or [1] where one is for all, fp32."""
+        scales, size = piece.scales, ITEM_SIZES[piece.scales.dtype]
+        a_row, a_matrix = (
+            math.ceil(n / m) for n, m in ((piece.num_columns, scales.columns), (scales.height, scales.rows))
+        )
+        rows = np.arange(row, row + num_rows)
+        block_rows = rows // scales.height * a_matrix + rows % scales.height // scales.rows
+        first, last = int(block_rows[0]), int(block_rows[-1])
+        data = memoryview(bytearray((last + 1 - first) * a_row * size))
+        place = Piece(scales.file, scales.position, 0, (), 0, 0, a_row, scales.dtype)
+        self._read_bytes(tensor, place, first * a_row * size, data)
+        factors = np.frombuffer(converted(data, scales.dtype, "F32"), "<f4").reshape(-1, a_row)
+        if not np.isfinite(factors).all() or (factors < 0).any():
+            wrong = factors[~np.isfinite(factors) | (factors < 0)][0]
+            raise UserError(f"{scales.file}: a scale of {tensor.key} is {wrong}; a finite number from 0 is needed")
+        if factors.size == 1:
+            return factors.reshape(1)
+        return np.repeat(factors, scales.columns, axis=1)[:, : piece.num_columns][block_rows - first]
 
     def _read_bytes(self, tensor: RowTensor, piece: Piece, first: int, into: memoryview) -> None:
         try:
@@ -168,22 +208,3 @@ class TensorReader:
                 into, position = into[count:], position + count
         except OSError as error:
             raise UserError(f"{piece.file}: cannot be read: {error.strerror or error}") from error
-
-
-def converted(data: memoryview, found: str, wanted: str) -> memoryview:
-    """The numbers in `data` in another dtype, rounded to the nearest, ties to even. dtypes are "BF16", "F16" or
-    "F32".
-    """
-    if found == wanted:
-        return data
-    if found == "BF16":
-        numbers = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    else:
-        numbers = np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[found]).astype("<f4")
-    if wanted == "BF16":
-        bits = numbers.view("<u4")
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        result = np.where(np.isnan(numbers), (bits >> 16) | 0x40, rounded).astype("<u2")
-    else:
-        result = numbers.astype({"F16": "<f2", "F32": "<f4"}[wanted])
-    return memoryview(result).cast("B")

@@ -103,6 +103,10 @@ _FIELDS = {
 _FIRST_K_DENSE = _Field(("first_k_dense_replace",), COUNT, None)
 
 
+_QUANTIZATION = ("quantization_config", "attn_quant_config")
+_FP8_BLOCK = (128, 128)  # where config.json has none; all published checkpoints with scales by block have it
+
+
 class _Fixed(NamedTuple):
     """A field that has one value hymeg can honour (None: the field must be absent or null)."""
 
@@ -113,7 +117,7 @@ class _Fixed(NamedTuple):
 
 _FIXED = (
     _Fixed("model_type", MODEL_TYPE, "only Hy-MT2 and Hy3 checkpoints can be trained"),
-    _Fixed("quantization_config", None, "dequantise the checkpoint to bfloat16 first"),
+    _Fixed("quantization_config.quant_method", "fp8", "only FP8 is read; dequantise the checkpoint to bfloat16 first"),
     _Fixed("rope_scaling", None, "RoPE scaling is not supported"),
     _Fixed("rope_parameters.rope_type", "default", "RoPE scaling is not supported"),
     _Fixed("rope_parameters.type", "default", "RoPE scaling is not supported"),
@@ -183,6 +187,7 @@ class HyConfig:
         for row in _FIXED:
             _check_fixed(d, row, source)
         _check_architectures(d, source)
+        _check_quantization(d, source)
         values = {name: _read(d, row, source) for name, row in _FIELDS.items()}
         values["mlp_layer_types"] = _layer_types(d, values, source)
         _check_together(values, source)
@@ -213,6 +218,17 @@ class HyConfig:
     def without_mtp(self) -> "HyConfig":
         """The same model without its multi-token-prediction layers."""
         return self.from_dict(self.raw | {"num_nextn_predict_layers": 0})
+
+    def without_quantization(self) -> "HyConfig":
+        """The same model in plain weights."""
+        raw = {key: value for key, value in self.raw.items() if key not in _QUANTIZATION}
+        return self if len(raw) == len(self.raw) else self.from_dict(raw)
+
+    @property
+    def fp8_block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale in an FP8 checkpoint with scales by block."""
+        found = (self.raw.get("quantization_config") or {}).get("weight_block_size")
+        return tuple(found) if found else _FP8_BLOCK
 
     def to_dict(self) -> dict[str, Any]:
         """config.json as it was read: the same keys, order and values."""
@@ -291,6 +307,19 @@ def _check_architectures(d: dict[str, Any], source: str) -> None:
         raise UserError(
             f"{source}: architectures is {shown(architectures)}; a list with {' or '.join(ARCHITECTURES)} is needed"
         )
+
+
+def _check_quantization(d: dict[str, Any], source: str) -> None:
+    block = _lookup(d, "quantization_config.weight_block_size", source)
+    is_block = type(block) is list and len(block) == 2 and all(_is_int(size, 1) for size in block)
+    if block is not None and not is_block:
+        raise UserError(
+            f"{source}: quantization_config.weight_block_size is {shown(block)}; a list of two positive integers is "
+            "needed, rows and columns that share a scale"
+        )
+    found = d.get("quantization_config")
+    if found and _lookup(d, "quantization_config.quant_method", source) is None:
+        raise UserError(f"{source}: quantization_config is {shown(found)}; only quant_method fp8 is read")
 
 
 def _layer_types(d: dict[str, Any], values: dict[str, Any], source: str) -> tuple[str, ...]:

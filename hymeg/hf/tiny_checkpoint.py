@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hymeg.checkpoint.mapping import HF_LAYOUTS, Entry, hf_entries
-from hymeg.checkpoint.row_tensors import converted
+from hymeg.checkpoint.rounding import converted
 from hymeg.errors import UserError
 from hymeg.files import write_whole
 from hymeg.hf import tokenizer as tok

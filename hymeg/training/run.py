@@ -56,7 +56,7 @@ def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
     if hf_model.resolve() == save.resolve():
         return
     save.mkdir(parents=True, exist_ok=True)
-    config.save(save)
+    config.without_quantization().save(save)
     carry(carried_files(hf_model), save)
 
 

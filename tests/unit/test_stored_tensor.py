@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hymeg.checkpoint.row_tensors import converted
+from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, envelope
 from hymeg.errors import UserError
 

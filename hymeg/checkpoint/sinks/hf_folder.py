@@ -80,6 +80,6 @@ def _with_dtype(config: HyConfig, specs: list[TensorSpec]) -> HyConfig:
     return HyConfig.from_dict(
         {
             key: dtype if key in ("dtype", "torch_dtype") and value is not None else value
-            for key, value in config.raw.items()
+            for key, value in config.without_quantization().raw.items()
         }
     )

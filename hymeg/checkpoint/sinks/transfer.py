@@ -17,7 +17,8 @@ from typing import NamedTuple
 from isal import isal_zlib
 
 from hymeg.checkpoint.mapping import Range, Shape
-from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, converted
+from hymeg.checkpoint.rounding import converted
+from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.stored_tensor import envelope
 from hymeg.checkpoint.workers import Outcome, Progress, dealt, run
 from hymeg.errors import UserError

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, Entry, distributed_shapes, is_mtp, match_hf_tensors
-from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source
+from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source
 from hymeg.errors import UserError
 from hymeg.hf.config import CONFIG_FILE, HyConfig
-from hymeg.hf.dtypes import WEIGHTS
+from hymeg.hf.fp8 import WeightScale, listed, told_apart
 from hymeg.hf.safetensors_files import TensorEntry, open_checkpoint
+
+DEQUANTISED = "BF16"  # what FP8 becomes unless asked
 
 
 def open_hf(
@@ -18,7 +20,7 @@ def open_hf(
     *,
     base_hf: Path | None = None,
     drop_mtp: bool = False,
-    mixed_dtypes: bool = False,
+    dtype: str | None = None,
 ) -> Source:
     """The checkpoint in `folder`, in either layout.
 
@@ -26,30 +28,37 @@ def open_hf(
         config: None: that of the folder.
         base_hf: where MTP layers come from that the folder does not hold.
         drop_mtp: leave the MTP layers out, those of config.json too.
-        mixed_dtypes: tensors that become one may differ in dtype; they are then read as F32, which holds them exactly.
+        dtype: to which all are going to be rounded; tensors that become one may then differ in dtype, and are read as
+            F32, which holds them exactly. FP8 is read with its scales, as BF16 where `dtype` is None.
 
     Raises:
         UserError: the checkpoint is broken, incomplete, of another dtype or not that of the config.
     """
     folder = Path(folder)
-    config, stored = config or HyConfig.from_dir(folder), open_checkpoint(folder)
-    for name, entry in stored.items():
-        if entry.dtype not in WEIGHTS:
-            allowed = ", ".join(WEIGHTS)
-            raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {allowed}: dequantise it first")
+    own = HyConfig.from_dir(folder) if config is None or (folder / CONFIG_FILE).is_file() else config
+    config = config or own
+    stored, scales, aside = told_apart(open_checkpoint(folder), own.fp8_block)
+    is_promised = own is not own.without_quantization()
+    notes = [f"{CONFIG_FILE} speaks of FP8, but no tensor in {folder} is"] if is_promised and not scales else []
+    config = config.without_quantization()
     of_mtp = [name for name in stored if is_mtp(config, name)]
-    mtp = settle_mtp(folder, config, of_mtp, base_hf, drop_mtp)
+    mtp = settle_mtp(folder, config, of_mtp, base_hf, drop_mtp, dtype)
     if drop_mtp:
         stored = {name: entry for name, entry in stored.items() if name not in of_mtp}
     try:
         match = match_hf_tensors(mtp.read, {name: entry.shape for name, entry in stored.items()})
-        tensors = _row_tensors(match.entries, stored, mixed_dtypes)
+        tensors = _row_tensors(match.entries, stored, scales, dtype)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    notes = list(mtp.notes)
+    notes += mtp.notes
     if match.dropped:
         notes.append(f"left out, the trunk's own are used instead: {', '.join(match.dropped)}")
     what = f"Hugging Face, {match.layout} layout"
+    if scales:
+        what += f", {len(scales):,} weights in FP8"
+        notes.append(f"dequantised: {listed(scales)}, fp32(weight) * scale rounded to {dtype or DEQUANTISED}")
+    if aside:
+        notes.append(f"set aside, scales of inputs and of the KV cache: {listed(aside)}")
     return Source(what, folder, mtp.written, tensors | mtp.of_base, tuple(notes))
 
 
@@ -62,7 +71,9 @@ class Mtp(NamedTuple):
     notes: list[str]
 
 
-def settle_mtp(folder: Path, config: HyConfig, held: Sequence[str], base_hf: Path | None, drop: bool) -> Mtp:
+def settle_mtp(
+    folder: Path, config: HyConfig, held: Sequence[str], base_hf: Path | None, drop: bool, dtype: str | None = None
+) -> Mtp:
     """`held` are the names of the tensors of MTP layers in the checkpoint in `folder`. Where there are none, and the
     config counts some, they are those of `base_hf`.
 
@@ -81,7 +92,7 @@ def settle_mtp(folder: Path, config: HyConfig, held: Sequence[str], base_hf: Pat
             f"(num_nextn_predict_layers = {config.num_nextn_predict_layers}); convert with --base-hf FOLDER, to take "
             "them from there, or with --drop-mtp"
         )
-    base = open_hf(base_hf)
+    base = open_hf(base_hf, dtype=dtype)
     ours, theirs = distributed_shapes(config), distributed_shapes(base.config)
     differing = [key for key in ours | theirs if key not in VOCABULARY_KEYS and theirs.get(key) != ours.get(key)]
     if differing:
@@ -92,24 +103,35 @@ def settle_mtp(folder: Path, config: HyConfig, held: Sequence[str], base_hf: Pat
     return Mtp(without, config, of_base, [note])
 
 
-def _row_tensors(entries: list[Entry], tensors: Mapping[str, TensorEntry], mixed: bool) -> dict[str, RowTensor]:
-    """The distributed tensors that Hugging Face tensors make up, by key."""
+def _row_tensors(
+    entries: list[Entry], tensors: Mapping[str, TensorEntry], scales: Mapping[str, WeightScale], wanted: str | None
+) -> dict[str, RowTensor]:
+    """The distributed tensors that Hugging Face tensors make up, by key; dtypes may be mixed where one is `wanted`."""
     bands: dict[str, list[Band]] = {}
     firsts: dict[str, Entry] = {}
     dtypes: dict[str, str] = {}
     for entry in entries:
         stored, first = tensors[entry.hf_name], firsts.setdefault(entry.dist_key, entry)
-        if stored.dtype != dtypes.setdefault(entry.dist_key, stored.dtype):
-            if not mixed:
+        of_fp8 = _scales(scales.get(entry.hf_name), entry, wanted or DEQUANTISED)
+        dtype = of_fp8.wanted if of_fp8 else stored.dtype
+        if dtype != dtypes.setdefault(entry.dist_key, dtype):
+            if not wanted:
                 both = f"{first.hf_name} is {tensors[first.hf_name].dtype} and {entry.hf_name} is {stored.dtype}"
                 raise UserError(f"{both}, but both are parts of {entry.dist_key}; convert with --dtype bf16 or fp32")
             dtypes[entry.dist_key] = "F32"
         file, columns, row = str(stored.file), entry.hf_shape[-1], 0
         for start, stop in entry.rows:
-            piece = Piece(file, stored.offset, 0, entry.hf_shape, row, 0, columns, stored.dtype)
+            piece = Piece(file, stored.offset, 0, entry.hf_shape, row, 0, columns, stored.dtype, of_fp8)
             bands.setdefault(entry.dist_key, []).append(Band(start, stop, (piece,)))
             row += stop - start
     return {
         key: RowTensor(key, dtypes[key], first.dist_shape, tuple(sorted(bands[key], key=lambda band: band.start)))
         for key, first in firsts.items()
     }
+
+
+def _scales(scale: WeightScale | None, entry: Entry, wanted: str) -> Scales | None:
+    if scale is None:
+        return None
+    stored, height = scale.entry, entry.hf_shape[-2]
+    return Scales(str(stored.file), stored.offset, stored.dtype, *scale.block, height, wanted)

@@ -1,0 +1,77 @@
+"""Numbers as bytes, from one dtype to another. Every way rounds once, to the nearest, ties to even.
+
+FP8 becomes numbers with its scales only, fp32(weight) * scale: `hymeg.hf.fp8` says which scale is whose.
+"""
+
+import functools
+
+import numpy as np
+
+
+def converted(data: memoryview, found: str, wanted: str) -> memoryview:
+    """The numbers in `data` in another dtype. dtypes are "BF16", "F16" or "F32"."""
+    if found == wanted:
+        return data
+    if found == "BF16":
+        numbers = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        numbers = np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[found]).astype("<f4", copy=False)
+    if wanted == "BF16":
+        return memoryview(_bf16_bits(numbers)).cast("B")
+    return memoryview(numbers.astype({"F16": "<f2", "F32": "<f4"}[wanted])).cast("B")
+
+
+def _bf16_bits(numbers: np.ndarray) -> np.ndarray:
+    bits = numbers.view("<u4")
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    upper = rounded.view("<u2")[1::2].copy()
+    if np.isnan(numbers).any():
+        upper = np.where(np.isnan(numbers), (bits >> 16) | 0x40, upper).astype("<u2")
+    return upper
+
+
+@functools.cache
+def e4m3_numbers() -> np.ndarray:
+    """The fp32 number of each byte: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; no infinity, 0x7F and
+    0xFF are NaN. Source: "FP8 Formats for Deep Learning", arXiv 2209.05433, table 1.
+    """
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    magnitude[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, magnitude, -magnitude).astype("<f4")
+
+
+def dequantised(codes: memoryview, scales: np.ndarray, wanted: str) -> memoryview:
+    """fp32(codes) * scales in `wanted`, "BF16" or "F32".
+
+    Args:
+        codes: [rows, columns], F8_E4M3.
+        scales: fp32, [rows, columns] or [1]: the same for all.
+    """
+    if scales.size == 1:
+        return memoryview(_looked_up(codes, scales.item(), wanted)).cast("B")
+    numbers = _looked_up(codes, 1.0, "F32").reshape(scales.shape)
+    np.multiply(numbers, scales, out=numbers)
+    return converted(memoryview(numbers).cast("B"), "F32", wanted)
+
+
+def _looked_up(codes: memoryview, scale: float, wanted: str) -> np.ndarray:
+    pairs = np.frombuffer(bytes(codes) + b"\0" if len(codes) % 2 else codes, "<u2")
+    numbers = np.take(_pairs(scale, wanted), pairs, mode="clip")  # no index is outside; "clip" is the faster way
+    return numbers.view("<u2" if wanted == "BF16" else "<f4")[: len(codes)]
+
+
+@functools.lru_cache(maxsize=4)
+def _pairs(scale: float, wanted: str) -> np.ndarray:
+    """What each two codes become together: to look both up takes hardly longer than one."""
+    with np.errstate(over="ignore"):
+        numbers = e4m3_numbers() * np.float32(scale)
+    if wanted == "BF16":
+        bits = _bf16_bits(numbers).astype("<u4")
+        return (bits[:, None] << 16 | bits[None, :]).ravel()
+    bits = numbers.view("<u4").astype("<u8")
+    return (bits[:, None] << 32 | bits[None, :]).ravel()

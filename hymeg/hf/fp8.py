@@ -1,0 +1,110 @@
+"""FP8 checkpoints as Hugging Face folders hold them: which tensor is which weight's scale.
+
+A weight X.weight of dtype F8_E4M3 stands for fp32(weight) * scale. Tencent's folders (Hy3-FP8, Hy-MT2-30B-A3B-FP8; the
+writer is AngelSlim's tools/fp8_quant_with_vllm_activation.py) have one scale for the tensor, X.weight_scale of one
+element. DeepSeek's form has one for each block of `weight_block_size` rows and columns, X.weight_scale_inv, which in
+spite of its name is multiplied with, too. The scales of activations (X.input_scale) and of the KV cache, measured for
+serving, are beside them and mean nothing to the weights.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from hymeg.errors import UserError
+from hymeg.hf.dtypes import WEIGHTS
+from hymeg.hf.safetensors_files import TensorEntry
+
+E4M3 = "F8_E4M3"
+PER_TENSOR, PER_BLOCK, OF_INPUT = "_scale", "_scale_inv", "input_scale"
+_WEIGHT_SCALE = re.compile(rf"(.*)(?:{PER_TENSOR}|{PER_BLOCK})")
+_INPUT_SCALE = re.compile(rf"(.*\.){OF_INPUT}")
+_KV_SCALE = re.compile(
+    r"model\.layers\.\d+\.self_attn\.(attn\.)?"
+    r"([qkv]_cache\.scale|[qkv]_scale|kv_scale|[kv]_proj\.([kv]_scale|output_scale))"
+)
+
+
+class WeightScale(NamedTuple):
+    """Where a weight's scales lie: one for each block of so many rows and columns, row-major."""
+
+    entry: TensorEntry
+    block: tuple[int, int]
+
+
+class Fp8(NamedTuple):
+    """The tensors of a folder told apart. Without FP8 in it all are weights."""
+
+    weights: dict[str, TensorEntry]
+    scales: dict[str, WeightScale]  # by the name of their weight
+    aside: list[str]  # scales of inputs and of the KV cache
+
+
+def told_apart(stored: Mapping[str, TensorEntry], block: tuple[int, int]) -> Fp8:
+    """The tensors of a Hugging Face folder, `block` being config.json's `weight_block_size`.
+
+    Raises:
+        UserError: an FP8 weight has no scale or two; a scale has no FP8 weight, a wrong shape or dtype; a weight is of
+            another dtype than FP8 (E4M3) and those of `dtypes.WEIGHTS`.
+    """
+    quantised = {name for name, entry in stored.items() if entry.dtype == E4M3}
+    scales: dict[str, WeightScale] = {}
+    aside, orphans = [], []
+    for name, entry in stored.items():
+        if found := _WEIGHT_SCALE.fullmatch(name) if not _is_aside(name) else None:
+            weight = found[1]
+            if weight not in quantised:
+                orphans.append(name)
+            elif weight in scales:
+                raise UserError(f"{entry.file}: {weight} has two scales, {PER_TENSOR} and {PER_BLOCK}; keep one")
+            else:
+                scales[weight] = WeightScale(entry, _block_of(name, entry, stored[weight].shape, block))
+        elif quantised and _is_aside(name):
+            aside.append(name)
+    orphans += [name for name in aside if (found := _INPUT_SCALE.fullmatch(name)) and f"{found[1]}weight" not in stored]
+    if without := sorted(quantised - scales.keys()):
+        raise UserError(
+            f"{stored[without[0]].file}: {listed(without)} in {E4M3} without a scale ({without[0]}{PER_TENSOR} or "
+            f"{PER_BLOCK}), without which their numbers mean nothing; fetch the folder again"
+        )
+    if orphans:
+        raise UserError(
+            f"{stored[orphans[0]].file}: {listed(orphans)} without a weight in {E4M3} that they belong to; fetch the "
+            "folder again"
+        )
+    known = {*aside, *(scale_name for name in scales for scale_name in (name + PER_TENSOR, name + PER_BLOCK))}
+    weights = {name: entry for name, entry in stored.items() if name not in known}
+    for name, entry in weights.items():
+        if entry.dtype not in WEIGHTS and name not in scales:
+            allowed = ", ".join([*WEIGHTS, E4M3])
+            raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {allowed}: dequantise it first")
+    return Fp8(weights, scales, aside)
+
+
+def listed(names: Iterable[str]) -> str:
+    """How many, and the first three."""
+    names = list(names)
+    return f"{len(names):,} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _is_aside(name: str) -> bool:
+    return bool(_INPUT_SCALE.fullmatch(name) or _KV_SCALE.fullmatch(name))
+
+
+def _block_of(name: str, entry: TensorEntry, weight: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    """The rows and columns of a weight of this shape that one scale is for."""
+    if entry.dtype not in WEIGHTS:
+        raise UserError(f"{entry.file}: {name} is {entry.dtype}; a scale in one of {', '.join(WEIGHTS)} is needed")
+    if name.endswith(PER_TENSOR):
+        needed, block = "one number for a matrix", weight[-2:]
+        fits = math.prod(entry.shape) == 1 and len(weight) == 2
+    else:
+        blocks = (*weight[:-2], *(math.ceil(length / size) for length, size in zip(weight[-2:], block, strict=True)))
+        needed = f"{list(blocks)}, one number for each block of {block[0]} x {block[1]}"
+        fits = entry.shape == blocks
+    if not fits:
+        raise UserError(
+            f"{entry.file}: {name} has shape {list(entry.shape)}; a weight of {list(weight)} needs {needed}"
+        )
+    return block
