@@ -30,7 +30,7 @@ from hymeg.training.weights import convert_hf_weights
 def main(argv: Sequence[str]) -> None:
     """`pretrain_hy.py`: everything but the process's own start."""
     with exit_on_user_error():
-        _stand_alone()
+        stand_alone()
         # Megatron unpickles a checkpoint's objects as they come; so PyTorch refuses any that names what has no place in
         # a checkpoint.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -60,7 +60,7 @@ def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
     carry(carried_files(hf_model), save)
 
 
-def _stand_alone() -> None:
+def stand_alone() -> None:
     """Without a launcher this process is a world of its own: `python pretrain_hy.py` is `torchrun --nproc-per-node
     1`.
     """
@@ -90,7 +90,7 @@ def train(args, config: HyConfig) -> None:
     from hymeg.training.row_data import RowData
 
     rank.admit_rerun_state()
-    with _megatron_refusals():
+    with megatron_refusals():
         validate_args(args)
         set_global_variables(args)
         model_config = model_config_from_args(args)
@@ -135,7 +135,7 @@ def model_config_from_args(args) -> HyModelConfig:
 
 
 @contextlib.contextmanager
-def _megatron_refusals():
+def megatron_refusals():
     """Megatron's validators raise assertions, often without a text: say which one, as a user's error."""
     try:
         yield

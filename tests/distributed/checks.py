@@ -8,6 +8,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from generated import generated
 from megatron.training import training
 
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
@@ -31,6 +32,11 @@ def save_untrained(argv: list[str]) -> dict:
     ):
         train(args, config)
     return {}
+
+
+def generation(argv: list[str]) -> dict:
+    """What this layout generates."""
+    return generated(*parse(argv))
 
 
 def vocabulary_shards(argv: list[str]) -> dict:

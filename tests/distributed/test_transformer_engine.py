@@ -98,6 +98,12 @@ def test_a_checkpoint_of_one_spec_is_resumed_under_the_other(
     assert_same_training(resumed["steps"], one_process["mtp"]["steps"][3:])
 
 
+@pytest.mark.parametrize(("size", "flags"), [(1, ""), (2, "--tensor-model-parallel-size 2")])
+def test_the_same_text_as_under_the_local_spec(te_worlds, worlds, command, size, flags):
+    local = worlds.run(1, command(checkpoint="mtp"), "generation")
+    assert te_worlds.run(size, command(flags, checkpoint="mtp"), "generation") == local
+
+
 def small(recipe: Path) -> tuple[int, list[str]]:
     """A world in which all that the recipe cuts is cut in two, and the recipe's flags for it."""
     said, size = yaml.safe_load(recipe.read_text()), 1

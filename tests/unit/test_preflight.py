@@ -36,7 +36,7 @@ from hymeg.models.hy import HyTransformerConfig  # noqa: E402
 from hymeg.platform import connections  # noqa: E402
 from hymeg.training.arguments import parse  # noqa: E402
 from hymeg.training.preflight import preflight  # noqa: E402
-from hymeg.training.run import _megatron_refusals  # noqa: E402
+from hymeg.training.run import megatron_refusals  # noqa: E402
 
 OPTIONAL = ("deep_ep", "einops", "emerging_optimizers", "nvidia_resiliency_ext", "wandb")
 """Packages that a test must not find, whether they are installed or not."""
@@ -119,7 +119,7 @@ def test_what_fails_on_gpus_is_told_before(checked, on_gpus, added):
 def test_what_megatron_refuses_is_told_in_its_words(checked, added):
     args, _ = checked(added)
     destroy_num_microbatches_calculator()
-    with pytest.raises(UserError) as raised, _megatron_refusals():
+    with pytest.raises(UserError) as raised, megatron_refusals():
         validate_quietly(args)
     for word in (*WRONG_FOR_MEGATRON[added], "Megatron refuses"):
         assert word in str(raised.value)

@@ -92,9 +92,9 @@ def hymeg(job: dict) -> dict:
     from hymeg.platform.patches import patched
     from hymeg.training.arguments import parse
     from hymeg.training.preflight import preflight
-    from hymeg.training.run import _stand_alone, train
+    from hymeg.training.run import stand_alone, train
 
-    _stand_alone()
+    stand_alone()
     batch = f"--seq-length {job['seq_length']} --micro-batch-size {job['micro_batch_size']}"
     batch += f" --global-batch-size {job['micro_batch_size']}"
     argv = [*f"--hf-model {job['folder']} --train-iters {job['steps']} {batch} {FIXED} {job['flags']}".split()]

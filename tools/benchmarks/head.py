@@ -25,7 +25,7 @@ from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
 from hymeg.models import head, linear_cross_entropy  # noqa: E402
 from hymeg.platform import device  # noqa: E402
-from hymeg.training.run import _stand_alone  # noqa: E402
+from hymeg.training.run import stand_alone  # noqa: E402
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--slice-elements", type=int, nargs="+", default=[linear_cross_entropy.SLICE_ELEMENTS])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    _stand_alone()
+    stand_alone()
     dist.init_process_group("gloo" if platform.is_cpu() else "nccl")
     print(
         f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, bf16, fp32 logits, on {device.name()}, "

@@ -97,9 +97,9 @@ def bare_loop(folder: str, steps: int) -> None:
     """The trainer's model, DDP and optimizer, without its loop: no data, no logs, no checks."""
     from hymeg.training.arguments import parse
     from hymeg.training.preflight import preflight
-    from hymeg.training.run import _stand_alone, model_config_from_args
+    from hymeg.training.run import model_config_from_args, stand_alone
 
-    _stand_alone()
+    stand_alone()
     args, config = parse(trainer_command(folder, steps)[2:])
     preflight(args, config, lambda note: None)
     import torch

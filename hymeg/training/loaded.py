@@ -1,0 +1,77 @@
+"""A model with a checkpoint's weights in any layout, without a training around it: for generation and judging."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hymeg.checkpoint.live import load_weights
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+from hymeg.training.arguments import parse
+from hymeg.training.preflight import preflight
+from hymeg.training.run import megatron_refusals, model_config_from_args, stand_alone
+
+_NO_TRAINING = ["--mock-data", "--train-iters", "1", "--lr", "0", "--eval-iters", "0", "--no-initialization"]
+
+
+def load_model(
+    checkpoint: str | os.PathLike,
+    flags: Sequence[str] = (),
+    *,
+    max_length: int,
+    hf_model: str | os.PathLike | None = None,
+) -> tuple[list[torch.nn.Module], HyConfig]:
+    """The model in `checkpoint`, as this rank's virtual stages, and its config. Without a launcher this process is a
+    world of its own; otherwise every rank calls it.
+
+    Args:
+        checkpoint: a Hugging Face folder or a distributed checkpoint.
+        flags: pretrain_hy.py's, of layout and precision.
+        max_length: of a sequence, in tokens.
+        hf_model: the folder with config.json and tokenizer, if it is another.
+
+    Raises:
+        UserError: a flag or the checkpoint cannot be used.
+    """
+    stand_alone()
+    hf_model = checkpoint if hf_model is None else hf_model
+    if not (Path(hf_model) / "config.json").is_file():
+        raise UserError(f"{hf_model}: no config.json in it; say with --hf-model where config.json and tokenizer are")
+    args, config = parse(
+        ["--hf-model", str(hf_model), "--load", str(checkpoint), "--seq-length", str(max_length), *_NO_TRAINING, *flags]
+    )
+    preflight(args, config, lambda note: None)
+    model = build_model(args)
+    load_weights(model, config, checkpoint)
+    return model, config
+
+
+def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
+    """This rank's virtual stages of the model of checked but not yet validated `args`, in its process groups, which are
+    made here. Its weights are whatever they are.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.training import initialize_megatron
+
+    from hymeg.models.hy import HyModelBuilder
+
+    with megatron_refusals():
+        validate_args(args)
+        set_global_variables(args, build_tokenizer=False)
+        model_config = model_config_from_args(args)
+        initialize_megatron()
+    return HyModelBuilder(model_config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False, data_parallel_random_init=False
+    )
+
+
+def leave() -> None:
+    """The end of a process that has called `load_model`: without it gloo aborts at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
