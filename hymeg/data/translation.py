@@ -97,15 +97,19 @@ class LanguageNames(NamedTuple):
 def language_names(language: str) -> LanguageNames:
     """The names of a code ("de", "pt-BR") or a name in either language; any other name stands for
     itself. Raises UserError for a code that is not in `LANGUAGES`."""
-    form = _CODE_FORM.fullmatch(language)
-    code = _CODES.get(language.replace("_", "-").casefold()) or (form and _CODES.get(form[1]))
-    if code:
+    if code := language_code(language):
         return LanguageNames(*LANGUAGES[code], code in _CHINESE)
-    if form:
+    if _CODE_FORM.fullmatch(language):
         raise UserError(
             f"{shown(language)} is not among the language codes {', '.join(LANGUAGES)}; give the language's name"
         )
     return LanguageNames(language, language, "chinese" in language.casefold() or "中文" in language)
+
+
+def language_code(language: str) -> str | None:
+    """The code in `LANGUAGES` of a code or name; None for a language that is not there."""
+    form = _CODE_FORM.fullmatch(language)
+    return _CODES.get(language.replace("_", "-").casefold()) or (_CODES.get(form[1]) if form else None)
 
 
 class Prompt:
