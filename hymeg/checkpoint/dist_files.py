@@ -24,6 +24,7 @@ METADATA, FORMAT_FILE = ".metadata", "metadata.json"
 SOURCE_FILE = "source.json"  # beside the tracker: what training converted the checkpoint from, by itself
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.")
+NEMO_WEIGHTS = "weights"  # in a checkpoint of NeMo 2: the folder that is an iteration's elsewhere
 COMMON_STATE_KEY = "common_state/shard_0_1"
 
 
@@ -57,6 +58,8 @@ def iteration_folder(directory: str | os.PathLike, iteration: int | None = None)
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such folder; give the folder of a distributed checkpoint (with {TRACKER})")
+    if not (directory / FORMAT_FILE).is_file() and (directory / NEMO_WEIGHTS / FORMAT_FILE).is_file():
+        directory = directory / NEMO_WEIGHTS
     if (directory / FORMAT_FILE).is_file() and iteration is None:
         named = re.fullmatch(r"iter_(\d+)", directory.resolve().name)
         return directory, int(named[1]) if named else None

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dcp_files import save_in_chunks
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -130,35 +131,12 @@ def test_any_grid_of_chunks_that_torch_saves_can_be_read(hf_checkpoint, tmp_path
     tensors = adapter.from_hf(state_dict(hf_checkpoint), padded_vocab_size=config.vocab_size + 6)
     folder = tmp_path / "dist" / "iter_0000007"
     save_in_chunks(folder, {key: (tensor, min(axis, tensor.dim() - 1)) for key, tensor in tensors.items()})
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     (tmp_path / "dist" / TRACKER).write_text("7")
     with pytest.raises(UserError, match=r"no config\.json in it; give --base-hf"):
         dist_to_hf(tmp_path / "dist", tmp_path / "out")
     for layout in ("hub", "fused"):
         dist_to_hf(tmp_path / "dist", tmp_path / layout, base_hf=hf_checkpoint, layout=layout, verify=True)
         assert_same_tensors(state_dict(tmp_path / layout), adapter.to_hf(tensors, layout=layout))
-
-
-def save_in_chunks(folder: Path, tensors: dict[str, tuple[torch.Tensor, int]]) -> None:
-    """What PyTorch's own classes write: each tensor as two halves of an axis (one, where it has length 1)."""
-    from torch.distributed.checkpoint import metadata as dcp
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    folder.mkdir(parents=True)
-    described, places = {}, {}
-    with open(folder / "__0_0.distcp", "wb") as file:
-        for key, (tensor, axis) in tensors.items():
-            chunks, start = [], 0
-            for half in tensor.chunk(2, dim=axis):
-                offset = [0] * tensor.dim()
-                offset[axis] = start
-                start += half.shape[axis]
-                chunks.append(dcp.ChunkStorageMetadata(torch.Size(offset), half.shape))
-                position = file.tell()
-                torch.save(half.clone(memory_format=torch.contiguous_format), file)
-                places[dcp.MetadataIndex(key, offset)] = _StorageInfo("__0_0.distcp", position, file.tell() - position)
-            described[key] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)
-    (folder / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(described, storage_data=places)))
 
 
 def test_objects_beside_the_tensors_are_passed_over(hf_checkpoint, dist_checkpoint, tmp_path):

@@ -21,13 +21,13 @@ from hymeg.checkpoint.dist_files import (
     FORMAT,
     FORMAT_FILE,
     METADATA,
-    MODEL_KEYS,
     StoredChunk,
     StoredTensor,
     iteration_folder,
 )
 from hymeg.checkpoint.mapping import Range, Shape, row_ranges
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source
+from hymeg.checkpoint.sources.foreign_keys import is_of_model, under_our_keys
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
@@ -62,20 +62,34 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
         tensors = {
             key: _row_tensor(folder, key, _stored_tensor(key, entries[key].state, locations))
             for key in keys
-            if key.startswith(MODEL_KEYS)
+            if is_of_model(key)
         }
+        others = [key for key in keys if key not in tensors]
+        tensors, foreign = under_our_keys(tensors)
         _check_flags(folder, locations.get((COMMON_STATE_KEY, None)))
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    others = [key for key in keys if key not in tensors]
     unknown = tuple(key for key in others if not _OPTIMIZER.fullmatch(key) and not _OTHER_STATE.fullmatch(key))
     has_optimizer = any(_OPTIMIZER.fullmatch(key) for key in entries)
     of_config = config_folder(Path(directory), folder)
     config = HyConfig.from_dir(of_config) if of_config else None
     what = "distributed (torch_dist)"
-    return Source(what, folder, config, tensors, (), iteration, has_optimizer, unknown)
+    notes = []
+    if foreign:
+        notes.append(f"read under another trainer's names: {len(foreign):,} tensors, such as {foreign[0]}")
+    if objects := [key for key in entries if key not in keys and not _is_known_object(key)]:
+        notes.append(
+            f"not taken along, objects of unknown names: {', '.join(objects[:3])}{', ...' * (len(objects) > 3)}"
+        )
+    return Source(what, folder, config, tensors, tuple(notes), iteration, has_optimizer, unknown)
+
+
+def _is_known_object(key: str) -> bool:
+    """Object beside the tensors: Transformer Engine's, the optimizer's, Megatron's own."""
+    of_layer = is_of_model(key) and "_extra_state" in key
+    return of_layer or bool(_OPTIMIZER.fullmatch(key) or _OTHER_STATE.fullmatch(key))
 
 
 def stored_shapes(folder: str | os.PathLike) -> dict[str, Shape | None]:
@@ -217,7 +231,7 @@ def _locations(folder: Path, storage_data: Any) -> Locations:
     locations = {}
     for index, info in storage_data.items():
         key, offset = index.get("fqn"), index.get("offset")
-        if type(key) is not str or not (key == COMMON_STATE_KEY or (offset is not None and key.startswith(MODEL_KEYS))):
+        if type(key) is not str or not (key == COMMON_STATE_KEY or (offset is not None and is_of_model(key))):
             continue
         file, position, length = info.get("relative_path"), info.get("offset"), info.get("length")
         if type(file) is not str or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
