@@ -19,6 +19,7 @@ its Hugging Face name, `.full`.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from hymeg.checkpoint.dist_files import ADAPTER_KEYS
 from hymeg.checkpoint.mapping import TABLE, Shape, complain, hf_entries, scopes
 from hymeg.errors import UserError
 from hymeg.files import shown
@@ -26,7 +27,7 @@ from hymeg.hf.config import HyConfig
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MTP = "mtp."  # begins a target that means the MTP layers
-PREFIX, LORA_A, LORA_B, FULL = "adapter.", ".lora_A", ".lora_B", ".full"
+PREFIX, LORA_A, LORA_B, FULL = ADAPTER_KEYS, ".lora_A", ".lora_B", ".full"
 _WEIGHT, _EXPERT = ".weight", "{e}."
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hymeg.checkpoint.companions import carried_files, carry, companions, config_folder, has_tokenizer
 from hymeg.checkpoint.compare import Pair, compare_pairs
-from hymeg.checkpoint.dist_files import MODEL_KEYS, RELEASE, TRACKER
+from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS, RELEASE, TRACKER
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, check_distributed_tensors, is_mtp
 from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.row_tensors import RowTensor, Source, TensorReader
@@ -55,7 +55,7 @@ class Summary(NamedTuple):
         )
 
 
-class _Conversion(NamedTuple):
+class Conversion(NamedTuple):
     """All that is decided before anything is written, in a process of its own: of what it takes to decide only this
     stays in memory.
     """
@@ -63,7 +63,7 @@ class _Conversion(NamedTuple):
     files: FilesToWrite
     subfolder: str  # of the target, for the files
     num_tensors: int
-    config: HyConfig
+    config: HyConfig | None  # None: the folder holds none
     carried: dict[str, Path]
     tracker: dict[str, bytes]
     record: dict[str, Any]
@@ -98,15 +98,15 @@ def hf_to_dist(
         UserError: the checkpoint is broken, incomplete or not that of its config.json; `dist` cannot be written, or
             holds what no conversion wrote. Nothing is left behind.
     """
-    hf, dist, base = Path(hf), Path(dist), _path(base_hf)
+    hf, dist, base = Path(hf), Path(dist), as_path(base_hf)
     check_num_workers(workers)
 
-    def planned() -> _Conversion:
+    def planned() -> Conversion:
         source = open_hf(hf, base_hf=base, drop_mtp=drop_mtp, dtype=ROUNDED_TO[dtype])
-        _check_apart(dist, [hf, base])
+        check_apart(dist, [hf, base])
         uses_base = any(base in _folders_of(tensor) for tensor in source.tensors.values())
         read = {"from": str(hf.resolve()), "base_hf": base_hf and str(base)}
-        return _Conversion(
+        return Conversion(
             files=files_of_dist(source.config, source.tensors, ROUNDED_TO[dtype], workers),
             subfolder=RELEASE,
             num_tensors=len(source.tensors),
@@ -117,7 +117,7 @@ def hf_to_dist(
             notes=[*source.notes, *_unused(base, uses_base)],
         )
 
-    return _run(planned, dist, "to distributed", workers, overwrite, verify, say)
+    return carry_out(planned, dist, "to distributed", workers, overwrite, verify, say)
 
 
 def dist_to_hf(
@@ -153,13 +153,13 @@ def dist_to_hf(
         UserError: the checkpoint is broken, incomplete or not that of the config.json; `hf` cannot be written, or
             holds what no conversion wrote. Nothing is left behind.
     """
-    dist, hf, base = Path(dist), Path(hf), _path(base_hf)
+    dist, hf, base = Path(dist), Path(hf), as_path(base_hf)
     check_num_workers(workers)
 
-    def planned() -> _Conversion:
+    def planned() -> Conversion:
         source = _completed(open_dist(dist, iteration), dist, base, drop_mtp)
         beside = [dist, source.folder, source.folder.parent]
-        _check_apart(hf, [source.folder, base], [dist, source.folder.parent])
+        check_apart(hf, [source.folder, base], [dist, source.folder.parent])
         carried = companions(dict.fromkeys([*beside, *([base] if base else [])]))
         of_base = [name for name, path in carried.items() if base in path.parents]
         uses_base = of_base or not config_folder(*beside)
@@ -171,7 +171,7 @@ def dist_to_hf(
             notes.append(f"no tokenizer in {dist}{f' nor in {base}' if base else ': --base-hf says where one is'}")
         files, config = files_of_hf(source.config, source.tensors, layout, max_shard_bytes, ROUNDED_TO[dtype], workers)
         read = {"from": str(source.folder.resolve()), "iteration": source.iteration, "base_hf": base_hf and str(base)}
-        return _Conversion(
+        return Conversion(
             files=files,
             subfolder="",
             num_tensors=files.num_tasks,
@@ -182,11 +182,11 @@ def dist_to_hf(
             notes=[*notes, *_unused(base, uses_base)],
         )
 
-    return _run(planned, hf, "to Hugging Face", workers, overwrite, verify, say)
+    return carry_out(planned, hf, "to Hugging Face", workers, overwrite, verify, say)
 
 
-def _run(
-    planned: Callable[[], _Conversion],
+def carry_out(
+    planned: Callable[[], Conversion],
     target: Path,
     what: str,
     workers: int,
@@ -207,14 +207,15 @@ def _run(
         if verify:
             peak = max(peak, _verify(made, folder, workers))
         carry(made.carried, partial)
-        made.config.save(partial)
+        if made.config is not None:
+            made.config.save(partial)
         for name, data in made.tracker.items():
             write_whole(partial / name, data)
     seconds = time.monotonic() - started
     return Summary(made.num_tensors, made.files.num_bytes, seconds, peak, planning_bytes)
 
 
-def _verify(made: _Conversion, folder: Path, workers: int) -> int:
+def _verify(made: Conversion, folder: Path, workers: int) -> int:
     """Read all back from the disk, through the files' own headers, and compare; the peak memory."""
     written = (open_dist(folder) if made.tracker else open_hf(folder, made.config)).tensors
     for name in made.files.sizes:
@@ -245,6 +246,8 @@ def _completed(source: Source, dist: Path, base: Path | None, drop_mtp: bool) ->
             f"{dist}: no {CONFIG_FILE} in it; give --base-hf, the Hugging Face folder that training began with"
         )
     config = source.config or HyConfig.from_dir(base)
+    if any(key.startswith(ADAPTER_KEYS) for key in source.tensors):
+        raise UserError(f"{source.folder}: an adapter, no model; export it with adapter-to-peft, or merge it")
     if source.unknown:
         names = f"{', '.join(source.unknown[:3])}{', ...' if len(source.unknown) > 3 else ''}"
         raise UserError(
@@ -285,7 +288,7 @@ def _surplus_rows(source: Source, may_be_cut: bool) -> list[str]:
     return notes
 
 
-def _check_apart(target: Path, sources: Iterable[Path | None], beside: Iterable[Path] = ()) -> None:
+def check_apart(target: Path, sources: Iterable[Path | None], beside: Iterable[Path] = ()) -> None:
     """`target` may lie in folders of which only small files are read (`beside`), but not be or hold one."""
     place = target.resolve()
     inside = [folder.resolve() for folder in sources if folder]
@@ -295,12 +298,12 @@ def _check_apart(target: Path, sources: Iterable[Path | None], beside: Iterable[
 
 
 def _folders_of(tensor: RowTensor) -> set[Path]:
-    return {Path(piece.file).parent for band in tensor.bands for piece in band.pieces}
+    return {Path(file).parent for file in tensor.files()}
 
 
 def _unused(base: Path | None, is_used: Any) -> list[str]:
     return [f"--base-hf {base}: nothing was taken from it, all is there already"] if base and not is_used else []
 
 
-def _path(folder: str | Path | None) -> Path | None:
+def as_path(folder: str | Path | None) -> Path | None:
     return None if folder is None else Path(folder)

@@ -25,6 +25,7 @@ SOURCE_FILE = "source.json"  # beside the tracker: what training converted the c
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 NEMO_WEIGHTS = "weights"  # in a checkpoint of NeMo 2: the folder that is an iteration's elsewhere
+ADAPTER_KEYS = "adapter."
 COMMON_STATE_KEY = "common_state/shard_0_1"
 
 

@@ -4,15 +4,16 @@ A distributed tensor of shape [..., columns] is seen as a matrix [rows, columns]
 Face tensor is then a few ranges of whole rows of it, in order: gate and up projections and experts one range, the query
 heads one range for each KV group. What is stored may be cut otherwise: one file holds a range of rows, or, saved under
 tensor parallelism, some columns of it. A `RowTensor` knows which bytes of which file hold which rows and columns, a
-`TensorReader` reads any range of rows, a block at a time, so that memory does not grow with the checkpoint.
+`TensorReader` reads any range of rows, a block at a time, so that memory does not grow with the checkpoint. Rows may
+also be made of those of other tensors (`MadeRows`).
 """
 
 import math
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from hymeg.hf.dtypes import ITEM_SIZES
 
 BLOCK_BYTES = 512 << 10  # read and written at once: inside the cache of a core, which blocks of megabytes are not
 _MAX_OPEN_FILES = 256  # a checkpoint of a thousand ranks has more files than a process may open
+_MAX_KEPT_BYTES = 256 << 20
 
 
 class Piece(NamedTuple):
@@ -63,16 +65,55 @@ class Band(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
+class MadeRows(Protocol):
+    """A function of rows: what the rows of a tensor are that no file holds as they are. It can be pickled."""
+
+    @property
+    def sources(self) -> Sequence["RowTensor"]:
+        """What it reads."""
+
+    @property
+    def dtype_kept(self) -> str:
+        """What its rows are written as where dtypes are kept."""
+
+    def only(self, ranges: Sequence[Range]) -> "MadeRows":
+        """With no more of its sources than these rows need."""
+
+    def fill(self, reader: "TensorReader", low: int, high: int, into: memoryview) -> None:
+        """Put rows `low` to `high` into `into`, in the dtype of the tensor that they make up."""
+
+
 class RowTensor(NamedTuple):
     """A distributed tensor and the bytes that hold it; the bands follow each other without a gap."""
 
     key: str
-    dtype: str  # that of its pieces, or, where they differ, F32, which holds all of them exactly
+    dtype: str  # that of its pieces, or, where they differ or the rows are made, F32, which holds all of them exactly
     shape: Shape
     bands: tuple[Band, ...]
+    made: MadeRows | None = None  # then there are no bands
+
+    @property
+    def dtype_kept(self) -> str:
+        """What it is written as where dtypes are kept."""
+        return self.made.dtype_kept if self.made else self.dtype
+
+    def files(self) -> set[str]:
+        """That hold it, or what it is made of."""
+        if self.made:
+            return set().union(*(source.files() for source in self.made.sources))
+        return {piece.file for band in self.bands for piece in band.pieces}
+
+    def first_byte(self, row: int) -> tuple[str, int]:
+        """File and position of what holds the row, or the beginning of what it is made of."""
+        if self.made:
+            return self.made.only([(row, row + 1)]).sources[0].first_byte(row)
+        piece = self.bands[bisect_right(self.bands, row, key=lambda band: band.start) - 1].pieces[0]
+        return piece.file, piece.position
 
     def only(self, ranges: Sequence[Range]) -> "RowTensor":
         """With the bands that these rows need and no others: little to hand on."""
+        if self.made:
+            return self._replace(made=self.made.only(ranges))
         low, high = min(start for start, _ in ranges), max(stop for _, stop in ranges)
         first = bisect_right(self.bands, low, key=lambda band: band.start) - 1
         return self._replace(bands=self.bands[first : bisect_left(self.bands, high, key=lambda band: band.start)])
@@ -110,6 +151,7 @@ class TensorReader:
     def __init__(self) -> None:
         self._descriptors: dict[str, int] = {}
         self._finder = ElementFinder()
+        self._kept: dict[object, np.ndarray] = {}
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -138,7 +180,29 @@ class TensorReader:
                 self._read(tensor, low, high, block)
                 yield block
 
+    def numbers(self, tensor: RowTensor, ranges: Sequence[Range]) -> np.ndarray:
+        """These rows as fp32 [rows, columns], whole: for what is small. Raises UserError as `blocks` does."""
+        height = sum(stop - start for start, stop in ranges)
+        made = np.empty((height, tensor.num_columns), np.float32)
+        row = 0
+        for block in self.blocks(tensor, ranges):
+            rows = np.frombuffer(converted(block, tensor.dtype, "F32"), "<f4").reshape(-1, tensor.num_columns)
+            made[row : row + len(rows)] = rows
+            row += len(rows)
+        return made
+
+    def kept(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `make` gives, or gave when this key was last asked for: the latest are kept, up to _MAX_KEPT_BYTES."""
+        found = self._kept.pop(key, None)
+        self._kept[key] = found if found is not None else make()
+        while len(self._kept) > 1 and sum(array.nbytes for array in self._kept.values()) > _MAX_KEPT_BYTES:
+            del self._kept[next(iter(self._kept))]
+        return self._kept[key]
+
     def _read(self, tensor: RowTensor, low: int, high: int, block: memoryview) -> None:
+        if tensor.made:
+            tensor.made.fill(self, low, high, block)
+            return
         at = bisect_right(tensor.bands, low, key=lambda band: band.start) - 1
         while low < high:
             band = tensor.bands[at]

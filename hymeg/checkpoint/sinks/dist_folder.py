@@ -7,9 +7,9 @@ groups, is larger than MAX_CHUNK_BYTES.
 
 import json
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 
+from hymeg.checkpoint.adapter_settings import ADAPTER_FILE, AdapterSettings
 from hymeg.checkpoint.dist_files import COMMON_STATE_KEY, FORMAT, FORMAT_FILE, METADATA, StoredChunk, StoredTensor
 from hymeg.checkpoint.mapping import Entry, Range, Shape, hf_entries, num_rows
 from hymeg.checkpoint.row_tensors import RowTensor
@@ -23,27 +23,45 @@ MAX_CHUNK_BYTES = 64 << 20
 
 def files_of_dist(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None, workers: int) -> FilesToWrite:
     """An iteration's folder that holds `tensors`, in `dtype` (None: their own; the expert bias is always F32)."""
-    tasks = _in_files(_chunks(config, tensors, dtype), workers)
+    return _files_of_chunks(config, sorted(_chunks(config, tensors, dtype), key=_first_byte), {}, workers)
+
+
+def files_of_adapter(
+    config: HyConfig, settings: AdapterSettings, tensors: Mapping[str, RowTensor], dtype: str | None, workers: int
+) -> FilesToWrite:
+    """An iteration's folder that holds an adapter, a chunk for each expert's A and B."""
+    chunks = []
+    for tensor in tensors.values():
+        height = num_rows(tensor.shape) // (tensor.shape[0] if len(tensor.shape) == 3 else 1)
+        for start in range(0, num_rows(tensor.shape), height):
+            rows = start, start + height
+            chunks.append(Task(tensor, [rows], dtype or tensor.dtype_kept, "", 0, _block(tensor.shape, *rows)[1]))
+    beside = {ADAPTER_FILE: settings.to_bytes()}
+    return _files_of_chunks(config, sorted(chunks, key=lambda task: task.tensor.key), beside, workers)
+
+
+def _files_of_chunks(config: HyConfig, chunks: list[Task], beside: dict[str, bytes], workers: int) -> FilesToWrite:
+    tasks = _in_files(chunks, workers)
     stored = _stored_tensors(tasks)
     state, state_file = common_state(config), f"__{len({task.file for task in tasks})}_0.distcp"
     described = metadata(stored, {COMMON_STATE_KEY: (state_file, 0, len(state))})
     return files_to_write(
         tasks,
         workers,
-        beside={state_file: state, METADATA: described},
+        beside={state_file: state, METADATA: described, **beside},
         last={FORMAT_FILE: json.dumps(FORMAT).encode()},
     )
 
 
 def _chunks(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None) -> list[Task]:
-    """Every chunk, without its place, in the order in which the source's files are read from beginning to end."""
+    """Every chunk, without its place."""
     chunks = []
     for entry in hf_entries(config, "hub"):
         tensor = tensors[entry.dist_key]
-        to_write = "F32" if entry.is_fp32_buffer else dtype or tensor.dtype
+        to_write = "F32" if entry.is_fp32_buffer else dtype or tensor.dtype_kept
         for rows in _cut(entry, ITEM_SIZES[to_write]):
             chunks.append(Task(tensor, [rows], to_write, "", 0, _block(entry.dist_shape, *rows)[1]))
-    return sorted(chunks, key=_first_byte)
+    return chunks
 
 
 def _cut(entry: Entry, item_size: int) -> Iterator[Range]:
@@ -71,9 +89,9 @@ def _block(shape: Shape, start: int, stop: int) -> tuple[Shape, Shape]:
 
 
 def _first_byte(task: Task) -> tuple[str, int, int]:
-    low, bands = task.rows[0][0], task.tensor.bands
-    piece = bands[bisect_right(bands, low, key=lambda band: band.start) - 1].pieces[0]
-    return piece.file, piece.position, low
+    """By which chunks are in the order in which the source's files are read from beginning to end."""
+    low = task.rows[0][0]
+    return *task.tensor.first_byte(low), low
 
 
 def _in_files(chunks: list[Task], workers: int) -> list[Task]:

@@ -63,7 +63,7 @@ def files_of_hf(
     workers: int,
 ) -> tuple[FilesToWrite, HyConfig]:
     """A folder that holds `tensors`, and its config; the arguments as for `planned`."""
-    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    dtypes = {key: tensor.dtype_kept for key, tensor in tensors.items()}
     plan = planned(config, dtypes, layout, max_shard_bytes, dtype)
     tasks = [
         Task(tensors[entry.dist_key], entry.rows, dtype, file, position) for entry, dtype, file, position in plan.places

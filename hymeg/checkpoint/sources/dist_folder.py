@@ -39,7 +39,8 @@ _OTHER_STATE = re.compile(r"(rng_state|rerun_state_machine_state|common_state)\b
 
 
 def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Source:
-    """Where every tensor of the model lies. Optimizer state and objects (`_extra_state`, random states) are left out.
+    """Where every tensor of the model, or of an adapter, lies. Optimizer state and objects (`_extra_state`, random
+    states) are left out.
 
     Raises:
         UserError: as `iteration_folder`; the metadata are broken, hostile or of another format; a file is missing or

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from hymeg.checkpoint.dist_files import MODEL_KEYS
+from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS
 from hymeg.checkpoint.mapping import num_rows
 from hymeg.checkpoint.row_tensors import RowTensor
 from hymeg.errors import UserError
@@ -66,7 +66,8 @@ def unwrapped(key: str) -> str:
 
 
 def is_of_model(key: str) -> bool:
-    return unwrapped(key).startswith(MODEL_KEYS)
+    """Or of an adapter."""
+    return unwrapped(key).startswith((*MODEL_KEYS, ADAPTER_KEYS))
 
 
 def our_parts(keys: Iterable[str]) -> dict[str, Part]:

@@ -1,0 +1,225 @@
+"""What is done with adapters' files: from distributed to peft folders and back, and into the weights of their base.
+Streaming, in several processes, through the one pipe of `convert`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hymeg.checkpoint.adapter_table import FULL, PREFIX
+from hymeg.checkpoint.companions import carried_files
+from hymeg.checkpoint.convert import Conversion, Say, Summary, as_path, carry_out, check_apart
+from hymeg.checkpoint.dist_files import RELEASE, TRACKER
+from hymeg.checkpoint.mapping import Entry, hf_entries
+from hymeg.checkpoint.peft_table import CONFIG_FILE
+from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
+from hymeg.checkpoint.row_tensors import RowTensor
+from hymeg.checkpoint.sinks.dist_folder import files_of_adapter
+from hymeg.checkpoint.sinks.hf_folder import files_of_hf
+from hymeg.checkpoint.sinks.peft_folder import files_of_peft
+from hymeg.checkpoint.sources import open_hf
+from hymeg.checkpoint.sources.adapter_folder import Adapter, open_dist_adapter
+from hymeg.checkpoint.sources.hf_folder import DEQUANTISED
+from hymeg.checkpoint.sources.peft_folder import open_peft
+from hymeg.checkpoint.workers import check_num_workers
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+from hymeg.hf.dtypes import ROUNDED_TO
+from hymeg.hf.safetensors_files import MAX_SHARD_BYTES
+
+
+def adapter_to_peft(
+    dist: str | Path,
+    peft: str | Path,
+    *,
+    layout: str = "peft",
+    iteration: int | None = None,
+    base_hf: str | Path | None = None,
+    dtype: str = "keep",
+    workers: int = 2,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+) -> Summary:
+    """Write the adapter in the distributed checkpoint `dist` as a peft folder.
+
+    Args:
+        layout: "peft", for `PeftModel.from_pretrained`, or "served", for vLLM and SGLang.
+        iteration: which one; None: the one that the tracker names.
+        base_hf: Hugging Face folder of the base model, where `dist` has no config.json.
+        dtype, workers, overwrite, say: as for `convert.hf_to_dist`.
+
+    Raises:
+        UserError: it is broken or incomplete; `peft` cannot be written; a layout cannot hold all of it.
+    """
+    dist, peft, base = Path(dist), Path(peft), as_path(base_hf)
+    check_num_workers(workers)
+
+    def planned() -> Conversion:
+        adapter = open_dist_adapter(dist, HyConfig.from_dir(base) if base else None, iteration)
+        check_apart(peft, [adapter.folder, base], [dist])
+        modules = [module for module in adapter.modules if not module.is_mtp]
+        left_out = len(adapter.modules) - len(modules)
+        if not modules:
+            raise UserError(f"{adapter.folder}: all of it is in MTP layers, which peft folders cannot hold; merge it")
+        if layout == "served" and adapter.full:
+            raise UserError(
+                f"{adapter.folder}: {adapter.full[0]} was trained in full beside the adapters, which vLLM and SGLang "
+                "cannot load with an adapter; merge it"
+            )
+        note = f"left out: the adapters of MTP layers, {left_out}, which no reader of peft folders has"
+        files = files_of_peft(adapter, modules, layout, ROUNDED_TO[dtype], workers)
+        read = {"from": str(adapter.folder.resolve()), "iteration": adapter.iteration, "base_hf": base and str(base)}
+        return Conversion(
+            files=files,
+            subfolder="",
+            num_tensors=files.num_tasks,
+            config=None,
+            carried={},
+            tracker={},
+            record={"command": "adapter-to-peft", **read, "dtype": dtype, "layout": layout},
+            notes=[note] if left_out else [],
+        )
+
+    return carry_out(planned, peft, "to peft", workers, overwrite, False, say)
+
+
+def peft_to_adapter(
+    peft: str | Path,
+    dist: str | Path,
+    *,
+    base_hf: str | Path,
+    dtype: str = "keep",
+    workers: int = 2,
+    overwrite: bool = False,
+    verify: bool = False,
+    say: Say = lambda line: None,
+) -> Summary:
+    """Write the adapter in the peft folder `peft`, in either layout, as a distributed checkpoint, to train on from.
+
+    Args:
+        base_hf: Hugging Face folder of its base model.
+        dtype, workers, overwrite, verify, say: as for `convert.hf_to_dist`.
+
+    Raises:
+        UserError: as `open_peft`; `dist` cannot be written.
+    """
+    peft, dist, base = Path(peft), Path(dist), Path(base_hf)
+    check_num_workers(workers)
+
+    def planned() -> Conversion:
+        adapter = open_peft(peft, HyConfig.from_dir(base))
+        check_apart(dist, [peft, base])
+        return Conversion(
+            files=files_of_adapter(adapter.config, adapter.settings, adapter.tensors, ROUNDED_TO[dtype], workers),
+            subfolder=RELEASE,
+            num_tensors=len(adapter.tensors),
+            config=adapter.config,
+            carried=carried_files(base),
+            tracker={TRACKER: RELEASE.encode()},
+            record={"command": "peft-to-adapter", "from": str(peft.resolve()), "base_hf": str(base), "dtype": dtype},
+            notes=[],
+        )
+
+    return carry_out(planned, dist, "to distributed", workers, overwrite, verify, say)
+
+
+def merge(
+    base_hf: str | Path,
+    adapter: str | Path,
+    hf: str | Path,
+    *,
+    iteration: int | None = None,
+    layout: str = "hub",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: str = "keep",
+    workers: int = 2,
+    overwrite: bool = False,
+    verify: bool = False,
+    say: Say = lambda line: None,
+) -> Summary:
+    """Write the Hugging Face checkpoint in folder `base_hf` with the adapter in its weights: W + scale * B @ A, in fp32
+    and rounded once.
+
+    Args:
+        adapter: a distributed checkpoint or a peft folder.
+        iteration: of a distributed one; None: the one that the tracker names.
+        layout, max_shard_bytes, dtype, workers, overwrite, verify, say: as for `convert.dist_to_hf`.
+
+    Raises:
+        UserError: one of them is broken, or they do not belong together; `hf` cannot be written.
+    """
+    base_hf, adapter, hf = Path(base_hf), Path(adapter), Path(hf)
+    check_num_workers(workers)
+
+    def planned() -> Conversion:
+        base, written = open_hf(base_hf), ROUNDED_TO[dtype]
+        of_config = HyConfig.from_dir(base_hf)
+        if of_config.without_quantization() is not of_config:
+            # FP8 in fp32 as well, for one rounding.
+            base, written = open_hf(base_hf, dtype="F32"), written or DEQUANTISED
+        found = open_adapter(adapter, base.config, iteration)
+        check_apart(hf, [base_hf, found.folder], [adapter])
+        tensors = merged(base.config, base.tensors, found)
+        files, config = files_of_hf(base.config, tensors, layout, max_shard_bytes, written, workers)
+        read = {"base_hf": str(base_hf.resolve()), "from": str(found.folder.resolve()), "iteration": found.iteration}
+        return Conversion(
+            files=files,
+            subfolder="",
+            num_tensors=files.num_tasks,
+            config=config,
+            carried=carried_files(base_hf),
+            tracker={},
+            record={"command": "merge", **read, "dtype": dtype, "layout": layout},
+            notes=[*base.notes, f"adapters of {len(found.modules):,} modules, scale {found.settings.scale:g}"],
+        )
+
+    return carry_out(planned, hf, "merging", workers, overwrite, verify, say)
+
+
+def open_adapter(folder: str | Path, config: HyConfig | None = None, iteration: int | None = None) -> Adapter:
+    """The adapter in `folder`, distributed or of peft. Raises UserError as `open_dist_adapter` and `open_peft` do."""
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        return open_dist_adapter(folder, config, iteration)
+    if iteration is not None:
+        raise UserError(f"--iteration {iteration}: {folder} is a peft folder, which has none; leave it out")
+    if config is None:
+        raise UserError(f"{folder}: a peft folder, which does not say of which model; give its base's folder as well")
+    return open_peft(folder, config)
+
+
+def merged(config: HyConfig, base: dict[str, RowTensor], adapter: Adapter) -> dict[str, RowTensor]:
+    """The tensors of `base`, by key, with the adapter in them."""
+    entries = {entry.hf_name: entry for entry in hf_entries(config, "hub")}
+    parts: dict[str, list[LowRank]] = {}
+    for module in adapter.modules:
+        a, b = adapter.tensors[module.lora_a], adapter.tensors[module.lora_b]
+        rank, scale = adapter.settings.rank, adapter.settings.scale
+        for expert in range(module.num_experts) if module.num_experts else (None,):
+            entry, index = entries[module.weight(expert)], expert or 0
+            for start, stop, row in _ranges(entry):
+                part = LowRank(start, stop, b, index * module.num_out + row, a, index * rank, rank, scale)
+                parts.setdefault(entry.dist_key, []).append(part)
+    for name in adapter.full:
+        entry = entries[name]
+        for start, stop, row in _ranges(entry):
+            part = LowRank(start, stop, adapter.tensors[PREFIX + name + FULL], row)
+            of_key = parts.setdefault(entry.dist_key, [])
+            if any(other.start < stop and start < other.stop for other in of_key):
+                raise UserError(f"{adapter.folder}: {name} was trained in full and has an adapter; one is needed")
+            of_key.append(part)
+    return {
+        key: _plus(tensor, sorted(parts[key], key=lambda part: part.start)) if key in parts else tensor
+        for key, tensor in base.items()
+    }
+
+
+def _ranges(entry: Entry) -> Iterator[tuple[int, int, int]]:
+    """(first row, end, and which row of the Hugging Face tensor the first is)."""
+    row = 0
+    for start, stop in entry.rows:
+        yield start, stop, row
+        row += stop - start
+
+
+def _plus(tensor: RowTensor, parts: list[LowRank]) -> RowTensor:
+    return RowTensor(tensor.key, "F32", tensor.shape, (), PlusLowRank(tensor, tuple(parts)))

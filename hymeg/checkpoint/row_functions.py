@@ -1,0 +1,100 @@
+"""Functions of rows (`row_tensors.MadeRows`): what the rows of tensors are that no file holds as they are."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hymeg.checkpoint.mapping import Range, num_rows
+from hymeg.checkpoint.rounding import converted
+from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
+
+
+class LowRank(NamedTuple):
+    """What is added to rows `start` to `stop`: scale * B @ A, of B the rows from `first_b` on, one for each; of A
+    `rank` rows from `first_a` on. Without an A, B's rows take the place of these rows.
+    """
+
+    start: int
+    stop: int
+    b: RowTensor
+    first_b: int
+    a: RowTensor | None = None
+    first_a: int = 0
+    rank: int = 0
+    scale: float = 1.0
+
+    def only(self) -> "LowRank":
+        b = self.b.only([(self.first_b, self.first_b + self.stop - self.start)])
+        return self._replace(b=b, a=self.a and self.a.only([(self.first_a, self.first_a + self.rank)]))
+
+
+class PlusLowRank(NamedTuple):
+    """The rows of `base`, with what each of `parts` adds to some of them; the parts in order, none over another. In
+    fp32, and rounded, if at all, by whoever writes them.
+    """
+
+    base: RowTensor
+    parts: tuple[LowRank, ...]
+
+    @property
+    def sources(self) -> Sequence[RowTensor]:
+        adapters = [tensor for part in self.parts for tensor in (part.a, part.b) if tensor]
+        return [self.base, *adapters]
+
+    @property
+    def dtype_kept(self) -> str:
+        return self.base.dtype_kept
+
+    def only(self, ranges: Sequence[Range]) -> "PlusLowRank":
+        needed = [part.only() for low, high in ranges for part in self._between(low, high)]
+        return PlusLowRank(self.base.only(ranges), tuple(dict.fromkeys(needed)))
+
+    def _between(self, low: int, high: int) -> Sequence[LowRank]:
+        first = bisect_right(self.parts, low, key=lambda part: part.stop)
+        return self.parts[first : bisect_left(self.parts, high, key=lambda part: part.start)]
+
+    def fill(self, reader: TensorReader, low: int, high: int, into: memoryview) -> None:
+        rows = np.frombuffer(into, np.float32).reshape(high - low, -1)
+        [block] = reader.blocks(self.base, [(low, high)], high - low)
+        rows[:] = np.frombuffer(converted(block, self.base.dtype, "F32"), np.float32).reshape(rows.shape)
+        for part in self._between(low, high):
+            start, stop = max(low, part.start), min(high, part.stop)
+            shift = part.first_b - part.start
+            b = reader.numbers(part.b, [(start + shift, stop + shift)])
+            changed = rows[start - low : stop - low]
+            if part.a is None:
+                changed[:] = b
+            else:
+                a = part.a
+                of_a = [(part.first_a, part.first_a + part.rank)]
+                numbers = reader.kept(
+                    ("A", a.key, a.first_byte(part.first_a), part.first_a, part.rank),
+                    lambda a=a, of_a=of_a: reader.numbers(a, of_a),
+                )
+                b *= np.float32(part.scale)
+                changed += b @ numbers
+
+
+class Rearranged(NamedTuple):
+    """The rows of what `arrange` makes of its sources, read whole: for tensors of an adapter, which are small."""
+
+    name: str  # unlike any other's
+    sources: tuple[RowTensor, ...]
+    arrange: Callable[..., np.ndarray]  # of fp32 [rows, columns] each, to fp32 [rows, columns]; can be pickled
+
+    @property
+    def dtype_kept(self) -> str:
+        kinds = {source.dtype_kept for source in self.sources}
+        return kinds.pop() if len(kinds) == 1 else "F32"
+
+    def only(self, ranges: Sequence[Range]) -> "Rearranged":
+        return self
+
+    def fill(self, reader: TensorReader, low: int, high: int, into: memoryview) -> None:
+        def make() -> np.ndarray:
+            return self.arrange(*(reader.numbers(s, [(0, num_rows(s.shape))]) for s in self.sources))
+
+        rows = np.frombuffer(into, np.float32).reshape(high - low, -1)
+        rows[:] = reader.kept(("arranged", self.name), make)[low:high]
