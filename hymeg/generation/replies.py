@@ -14,7 +14,7 @@ from hymeg.generation.sampling import Sampling, choose
 from hymeg.generation.stages import Stages
 from hymeg.platform import device
 
-Stream = Callable[[int, list[int]], None]
+Stream = Callable[[int, list[int], bool], None]
 
 _TOKENS_AT_A_TIME = 8192
 """Of prompts that begin in one pass, more only where a single one is longer."""
@@ -87,7 +87,7 @@ def generate(
         sampling: how tokens are drawn.
         batch_size: sequences at a time; where one ends, the next prompt takes its place.
         numbers: of the prompts, by which their random numbers are drawn; their places in the list by default.
-        stream: is told a prompt's place in the list and its new tokens, as they come.
+        stream: is told a prompt's place in the list, its new tokens, and whether they are the last; as they come.
 
     Raises:
         ValueError: a prompt is empty.
@@ -111,10 +111,10 @@ def generate(
             if length == 0:
                 return answers
             for sequence, token in zip(active, _next_tokens(stages, cache, active, length, sampling), strict=True):
-                if sequence.take(token, sampling):
+                if is_last := sequence.take(token, sampling):
                     answers[sequence.place] = sequence.answer()
-                if stream and not sequence.ended:
-                    stream(sequence.place, [token])
+                if stream:
+                    stream(sequence.place, [] if sequence.ended else [token], is_last)
             _dismiss(active, answers, cache)
 
 

@@ -1,12 +1,12 @@
 """A model with a checkpoint's weights in any layout, without a training around it: for generation and judging."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from hymeg.checkpoint.live import load_weights
 from hymeg.errors import UserError
@@ -15,14 +15,16 @@ from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
 from hymeg.training.run import megatron_refusals, model_config_from_args, stand_alone
 
-_NO_TRAINING = ["--mock-data", "--train-iters", "1", "--lr", "0", "--eval-iters", "0", "--no-initialization"]
+_NO_TRAINING = [
+    *("--mock-data", "--train-iters", "1", "--lr", "0", "--eval-iters", "0", "--seq-length", "1024"),
+    "--no-initialization",
+]
 
 
 def load_model(
     checkpoint: str | os.PathLike,
     flags: Sequence[str] = (),
     *,
-    max_length: int,
     hf_model: str | os.PathLike | None = None,
 ) -> tuple[list[torch.nn.Module], HyConfig]:
     """The model in `checkpoint`, as this rank's virtual stages, and its config. Without a launcher this process is a
@@ -31,21 +33,21 @@ def load_model(
     Args:
         checkpoint: a Hugging Face folder or a distributed checkpoint.
         flags: pretrain_hy.py's, of layout and precision.
-        max_length: of a sequence, in tokens.
         hf_model: the folder with config.json and tokenizer, if it is another.
 
     Raises:
         UserError: a flag or the checkpoint cannot be used.
     """
+    if not Path(checkpoint).is_dir():
+        raise UserError(f"{checkpoint}: no such folder; give a Hugging Face folder or a distributed checkpoint")
     stand_alone()
     hf_model = checkpoint if hf_model is None else hf_model
     if not (Path(hf_model) / "config.json").is_file():
         raise UserError(f"{hf_model}: no config.json in it; say with --hf-model where config.json and tokenizer are")
-    args, config = parse(
-        ["--hf-model", str(hf_model), "--load", str(checkpoint), "--seq-length", str(max_length), *_NO_TRAINING, *flags]
-    )
+    args, config = parse(["--hf-model", str(hf_model), "--load", str(checkpoint), *_NO_TRAINING, *flags])
     preflight(args, config, lambda note: None)
-    model = build_model(args)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # standard output is the answers'
+        model = build_model(args)
     load_weights(model, config, checkpoint)
     return model, config
 
@@ -69,9 +71,3 @@ def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
     return HyModelBuilder(model_config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False, data_parallel_random_init=False
     )
-
-
-def leave() -> None:
-    """The end of a process that has called `load_model`: without it gloo aborts at exit."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

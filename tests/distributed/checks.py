@@ -2,9 +2,14 @@
 come to the same collectives.
 """
 
+import contextlib
+import io
 import json
 import os
+import runpy
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -95,3 +100,14 @@ def goes_wrong(argv: list[str]) -> dict:
         {"raises": json.loads, "dies": lambda _: os._exit(7), "sleeps": lambda _: time.sleep(600)}[argv[0]](argv[0])
     dist.barrier()
     return {}
+
+
+def spoken(argv: list[str]) -> dict:
+    """What tools/generate.py prints with this command line, on rank 0."""
+    path = Path(__file__).parents[2] / "tools" / "generate.py"
+    with (
+        patched(sys, "argv", [str(path), *argv], "the command line"),
+        contextlib.redirect_stdout(io.StringIO()) as said,
+    ):
+        runpy.run_path(str(path), run_name="__main__")
+    return {"said": said.getvalue()}

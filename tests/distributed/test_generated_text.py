@@ -2,8 +2,12 @@
 data-parallel and context-parallel ranks; drawn, with the same prompts on all of them.
 """
 
+import json
+
 import pytest
 from test_layouts import CP2, EP2, PP2, TP2, VPP2
+
+from hymeg.checkpoint.convert import hf_to_dist
 
 LAYOUTS = {
     2: {
@@ -38,3 +42,17 @@ def test_answers_differ_in_length_and_end(one):
     assert one["greedy"][:3] != one["drawn"]
     assert {ended for _, ended in one["greedy"]} == {True, False}
     assert len({len(tokens) for tokens, _ in one["greedy"]}) > 2
+
+
+def test_the_command_says_the_same_of_a_hugging_face_folder_and_of_a_distributed_checkpoint_in_another_layout(
+    worlds, folder
+):
+    hf_to_dist(folder / "trunk", folder / "trunk-dist")
+    asked = ["--to", "German", "--text", "Good day", "--text", "Bye", "--max-new-tokens", "5", "--temperature", "0.9"]
+    alone = worlds.run(1, [str(folder / "trunk"), *asked, "--out", str(folder / "alone.jsonl")], "spoken")
+    said = alone["said"]
+    rows = [json.loads(line) for line in (folder / "alone.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["Good day", "Bye"] and all(row["response"] for row in rows)
+    assert said == "".join(f"[{i}] {row['prompt']}\n{row['response']}\n\n" for i, row in enumerate(rows, start=1))
+    place = [str(folder / "trunk-dist"), "--hf-model", str(folder / "trunk"), "--tensor-model-parallel-size", "2"]
+    assert worlds.run(2, [*place, *asked], "spoken")["said"] == said

@@ -104,11 +104,16 @@ def test_drawn_text_depends_on_seed_and_prompt_only(pair):
 
 def test_tokens_come_as_they_are_made(pair):
     model, _ = pair
-    prompts, told = random_prompts([3, 9, 4]), collections.defaultdict(list)
-    answers = generate(
-        model, prompts, Sampling(NUM_NEW, stop_ids=STOP_IDS), stream=lambda place, tokens: told[place].extend(tokens)
-    )
+    prompts, told, ends = random_prompts([3, 9, 4]), collections.defaultdict(list), []
+
+    def stream(place: int, tokens: list[int], is_last: bool) -> None:
+        assert place not in ends
+        told[place].extend(tokens)
+        ends.extend([place] * is_last)
+
+    answers = generate(model, prompts, Sampling(NUM_NEW, stop_ids=STOP_IDS), stream=stream)
     assert [told[place] for place in range(3)] == [answer.tokens for answer in answers]
+    assert sorted(ends) == [0, 1, 2]
 
 
 def test_the_model_is_left_as_it_was(pair):

@@ -1,0 +1,99 @@
+"""What a person asks, as tokens: plain text, a chat, a translation; and how the publisher would have answers drawn."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hymeg.data import translation
+from hymeg.errors import UserError
+from hymeg.files import read_json, shown
+from hymeg.generation.sampling import Sampling
+from hymeg.hf.config import HyConfig
+
+GENERATION_CONFIG = "generation_config.json"
+_HAN, _KANA_HANGUL = re.compile("[\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff\uac00-\ud7af]")
+
+
+def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Text to be continued, behind BOS where the tokenizer has one."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return tokens if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *tokens]
+
+
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    *,
+    tools: list[dict] | None = None,
+    effort: str | None = None,
+    where: str = "",
+) -> list[int]:
+    """Messages by the checkpoint's chat template, up to where the assistant speaks.
+
+    Args:
+        effort: of reasoning: no_think, low, high; None leaves it to the template.
+        where: they stand, for messages to the user.
+
+    Raises:
+        UserError: there is no template, it refuses them, or a message holds one of the tokenizer's special tokens.
+    """
+    at = f"{where}: " if where else ""
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template; continue plain text with --raw instead")
+    for token in tokenizer.all_special_tokens:
+        if any(token in str(message.get("content")) for message in messages):
+            raise UserError(
+                f"{at}a message holds {shown(token)}, a special token: it would open or end a turn; reword it"
+            )
+    given = {} if effort is None else {"reasoning_effort": effort}
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True, **given)
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{at}the chat template cannot render it: {reason}") from error
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def translation_request(text: str, target: str, source: str | None = None) -> str:
+    """What Hy-MT2 is asked, in Chinese where the source is Chinese.
+
+    Args:
+        target, source: codes or names of languages; without a source, text in Chinese characters is Chinese.
+
+    Raises:
+        UserError: there is no such language.
+    """
+    if source is None:
+        source = "zh" if _HAN.search(text) and not _KANA_HANGUL.search(text) else "en"
+    for language in (target, source):
+        translation.language_names(language)
+    return translation.request("", {"source": text, "source_lang": source, "target_lang": target})
+
+
+def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:
+    """As generation_config.json in `folder` has it; greedy, up to EOS, where it says nothing.
+
+    Raises:
+        UserError: a value cannot be.
+    """
+    path = Path(folder) / GENERATION_CONFIG
+    given: dict[str, Any] = read_json(path) if path.is_file() else {}
+    fields = {field.name for field in dataclasses.fields(Sampling)} - {"seed", "stop_ids"}
+    chosen = {name: given[name] for name in fields if given.get(name) is not None}
+    for name, value in chosen.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path}: {name!r} is {shown(value)}; a number is needed")
+    if not given.get("do_sample", "temperature" in chosen):
+        chosen["temperature"] = 0.0
+    elif "temperature" not in chosen:
+        chosen["temperature"] = 1.0
+    stop_ids = given.get("eos_token_id", config.eos_token_id)
+    stop_ids = tuple(stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids])
+    try:
+        return Sampling(**chosen, stop_ids=stop_ids)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None

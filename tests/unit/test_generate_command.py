@@ -1,0 +1,172 @@
+"""tools/generate.py: what is asked becomes the tokens that serving would make, and what cannot be is said at once."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from hymeg.data.translation import PROMPTS
+from hymeg.errors import UserError
+from hymeg.generation.prompts import chat_prompt, published_sampling, text_prompt, translation_request
+from hymeg.generation.sampling import Sampling
+from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.hf.tokenizer import load_tokenizer
+
+TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "generate.py"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    write_tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+def parsed(*argv: str):
+    args, _ = TOOL["_parser"]().parse_known_args(["CHECKPOINT", *argv])
+    TOOL["_check"](args)
+    return args
+
+
+def asked(tokenizer, *argv: str) -> list[tuple[str, list[int]]]:
+    return TOOL["Asked"](parsed(*argv), tokenizer).prompts()
+
+
+def templated(tokenizer, *messages: tuple[str, str], **given) -> list[int]:
+    messages = [{"role": role, "content": content} for role, content in messages]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **given)
+
+
+def test_prompts_go_through_the_chat_template(tokenizer):
+    found = asked(tokenizer, "--prompt", "Who?", "--prompt", "And when?", "--system", "Be brief.", "--effort", "high")
+    expected = [
+        templated(tokenizer, ("system", "Be brief."), ("user", text), reasoning_effort="high")
+        for text in ("Who?", "And when?")
+    ]
+    assert [tokens for _, tokens in found] == expected
+    assert asked(tokenizer, "--prompt", "Who?", "--raw") == [("Who?", text_prompt(tokenizer, "Who?"))]
+    assert tokenizer.decode(text_prompt(tokenizer, "Who?")) == tokenizer.bos_token + "Who?"
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "language"),
+    [("Good day", None, "en"), ("你好", None, "zh"), ("こんにちは世界", None, "en"), ("Hallo", "zh", "zh")],
+)
+def test_translations_are_asked_for_as_hy_mt2_was_trained(tokenizer, text, source, language):
+    """In Chinese where the source is Chinese."""
+    target = {"en": "German", "zh": "德语"}[language]
+    expected = PROMPTS["default"][language].render({"target_lang": target, "source_text": text})
+    assert translation_request(text, "de", source) == expected
+    [(shown, tokens)] = asked(tokenizer, "--to", "German", "--text", text, *(["--from", source] if source else []))
+    assert shown == text and tokens == templated(tokenizer, ("user", expected))
+
+
+def test_rows_of_a_file(tokenizer, tmp_path):
+    rows = [
+        {"prompt": "Who?"},
+        {"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "the reference"}]},
+        {"source": "Bye", "target_lang": "German", "target": "the reference"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    found = asked(tokenizer, "--file", str(tmp_path / "rows.jsonl"))
+    expected = ["Who?", "1?", translation_request("Bye", "German")]
+    assert found == [
+        (shown, templated(tokenizer, ("user", text)))
+        for shown, text in zip(("Who?", "1?", "Bye"), expected, strict=True)
+    ]
+    (tmp_path / "lines.txt").write_text("Who?\n\n1?\n")
+    assert asked(tokenizer, "--file", str(tmp_path / "lines.txt")) == found[:2]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("[1]", "line 1: an object is needed"),
+        ("{", "line 1"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "holds no question"),
+        ('{"messages": [{"role": "nobody", "content": "a"}]}', "line 1: the chat template cannot render it"),
+        ('{"source": "a"}', "'source' and 'target_lang' are needed"),
+        ('{"prompt": " "}', "is empty"),
+        ('{"prompt": "a<｜hy_User｜>b"}', "special token"),
+        ('{"source": "a", "target_lang": "xx"}', "'xx' is not among the language codes"),
+    ],
+)
+def test_rows_that_cannot_be_asked(tokenizer, tmp_path, row, said):
+    (tmp_path / "rows.jsonl").write_text(row)
+    with pytest.raises(UserError, match=said):
+        asked(tokenizer, "--file", str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--text a", "--to"),
+        ("--from de --prompt a", "--to LANGUAGE is missing"),
+        ("--to de --raw", "--raw"),
+        ("--to de --prompt a", "--text"),
+        ("--raw --system a", "--system"),
+        ("--raw --effort low", "--effort"),
+        ("--greedy --temperature 1", "--greedy"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--file a.csv", "a.csv"),
+        ("--out /no/such/folder/a.jsonl", "--out"),
+    ],
+)
+def test_command_lines_that_cannot_be(argv, said):
+    with pytest.raises(UserError, match=said):
+        parsed(*argv.split())
+
+
+def test_the_publishers_sampling_holds_where_no_flag_says_otherwise(folder, tmp_path):
+    from hymeg.hf.config import HyConfig
+
+    config = HyConfig.from_file(folder / "config.json")
+
+    def published(**given) -> Sampling:
+        (tmp_path / "generation_config.json").write_text(json.dumps(given))
+        return published_sampling(tmp_path, config)
+
+    hy = published(do_sample=True, temperature=0.7, top_p=0.6, top_k=20, repetition_penalty=1.05, eos_token_id=[5, 6])
+    assert hy == Sampling(temperature=0.7, top_p=0.6, top_k=20, repetition_penalty=1.05, stop_ids=(5, 6))
+    assert published(do_sample=True).temperature == 1 and published(temperature=0.5).temperature == 0.5
+    assert published(do_sample=False, temperature=0.7).temperature == 0 == published().temperature
+    assert published().stop_ids == (config.eos_token_id,)
+    for wrong in ({"top_p": "x"}, {"top_k": True}, {"top_p": 0}):
+        with pytest.raises(UserError, match=rf"generation_config.json: '?{next(iter(wrong))}"):
+            published(**wrong)
+    chosen = TOOL["_sampling"](parsed("--greedy", "--top-k", "3", "--seed", "9"), hy)
+    assert (chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed) == (0, 3, 0.6, 9)
+    with pytest.raises(UserError, match="--top-p is 2"):
+        TOOL["_sampling"](parsed("--top-p", "2"), hy)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(folder):
+    from hymeg.hf.config import HyConfig
+
+    config = HyConfig.from_file(folder / "config.json")
+    TOOL["_check_lengths"]([("", [1] * 4000)], 96, config)
+    with pytest.raises(UserError, match="prompt 1 has 4,001 tokens"):
+        TOOL["_check_lengths"]([("", [1] * 4001)], 96, config)
+
+
+def test_text_comes_character_by_character(tokenizer, capsys):
+    """A character of several tokens once it is whole; a broken one at the end is not kept back."""
+    tokens = tokenizer.encode("aé𝄞b", add_special_tokens=False)
+    printed, said = TOOL["Printed"](tokenizer), []
+    for i, token in enumerate([*tokens, tokenizer.encode("𝄞", add_special_tokens=False)[0]]):
+        printed(0, [token], i == len(tokens))
+        said.append(capsys.readouterr().out)
+    assert "".join(said) == "aé𝄞b\ufffd\n" and all("\ufffd" not in text for text in said[:-1])
+
+
+def test_chats_need_a_template(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="--raw"):
+        chat_prompt(tokenizer, [{"role": "user", "content": "a"}])
