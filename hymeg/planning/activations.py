@@ -13,12 +13,13 @@ Widths below are a rank's own (q / TP and so on).
 
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout
-from hymeg.planning.parameters import padded_vocab_size
+from hymeg.planning.parameters import layer_adapters, padded_vocab_size
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk
 
 SLICE_ELEMENTS = {"local": 2**22, "transformer_engine": 2**26}
 """Logits that hymeg.models.linear_cross_entropy computes at a time, on CPU and on CUDA."""
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _RECOMPUTED = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
 
@@ -51,6 +52,9 @@ class Activations:
         self.vocab_parameters = rows * config.hidden_size
         self.vocab = min(config.vocab_size, rows)  # rows that stand for tokens
         self.recomputes = {name: name in settings.recompute_modules for name in _RECOMPUTED}
+        adapted = {kind: layer_adapters(config, settings.lora_targets, kind) for kind in set(config.mlp_layer_types)}
+        # An MTP layer counts as one of the trunk's.
+        self.adapted = {module.target for modules in adapted.values() for module in modules}
 
     # ---- a virtual stage
 
@@ -99,6 +103,22 @@ class Activations:
             per_token += self.a * self.vocab + 4 * -(-self.vocab * self.tokens // self.slice)
         return self.tokens * per_token
 
+    # ---- adapters
+
+    def for_gradient(self, width: float, tokens: float, *targets: str) -> float:
+        """The input of a linear layer: kept for the gradient of its weight or, where that is frozen, of the A of its
+        adapters; without any, not kept."""
+        if self.settings.lora_rank is not None and not self.adapted & set(targets):
+            return 0.0
+        return self.a * width * tokens
+
+    def adapters(self, width: float, tokens: float, after: float, *targets: str) -> float:
+        """What the adapters of a linear layer keep beside its input: what comes out of each A, for `after` tokens; with
+        dropout, its result and its mask."""
+        count = len(self.adapted & set(targets))
+        dropped = (self.a + 1) * width * tokens if count and self.settings.lora_dropout else 0
+        return count * self.a * (self.settings.lora_rank or 0) * after + dropped
+
     # ---- a layer
 
     def layer(self, is_moe: bool) -> float:
@@ -127,7 +147,8 @@ class Activations:
             core = self.a * (self.q + self.kv)  # q and k with RoPE; v is a view of the mixed ones
             result = 0 if self.recomputes["core_attn"] else self.a * self.q + 4 * self.heads
             per_position = 4 * self.a * self.config.head_dim  # cosine and sine, for q and for k
-            result += self.a * self.q  # the projection's input, a copy in another order
+            # The projection's input, a copy in another order.
+            result += self.for_gradient(self.q, 1, "self_attn.o_proj")
         else:
             copied = self.a * self.q if self.groups > 1 else 0  # q out of the mixed q, k, v, where they alternate
             norms = copied + 4 * (self.heads + self.groups)
@@ -136,7 +157,10 @@ class Activations:
                 0 if self.recomputes["core_attn"] else 4 * self.heads
             )  # attention's output is the projection's input
         own = self.tokens * (mixed + norms + core + result) + per_position * self.positions
-        return self.norm(self.config.hidden_size, self.shared_tokens) + self.hidden() + own
+        width, shared = self.config.hidden_size, self.shared_tokens
+        own += self.for_gradient(width, shared, *_QKV) + self.adapters(width, shared, self.tokens, *_QKV)
+        own += self.adapters(self.q, self.tokens, shared, "self_attn.o_proj")
+        return self.norm(width, shared) + own
 
     def dense_mlp(self) -> float:
         """The norm, the gate-up projection's input and output, the down projection's input."""
@@ -144,7 +168,22 @@ class Activations:
         if self.recomputes["mlp"]:
             # Transformer Engine's first linear layer holds the norm, so that the residual stream is what stays.
             return norm + self.hidden() if self.is_local else self.hidden()
-        return norm + self.hidden() + self.a * 3 * self.dense * tokens
+        return norm + self.mlp(self.dense, self.shared_tokens, tokens, "mlp")
+
+    def mlp(self, width: float, before: float, tokens: float, path: str) -> float:
+        """The input of a gate-up projection, for `before` tokens, its output, and the down projection's input."""
+        hidden, gate_up, down = self.config.hidden_size, (f"{path}.gate_proj", f"{path}.up_proj"), f"{path}.down_proj"
+        own = self.for_gradient(hidden, before, *gate_up) + self.for_gradient(width, tokens, down)
+        own += self.adapters(hidden, before, tokens, *gate_up) + self.adapters(width, tokens, before, down)
+        return own + self.a * 2 * width * tokens
+
+    def shared_mlp(self) -> float:
+        """Of the shared experts; their input is what the router keeps as well."""
+        path = "mlp.shared_mlp"
+        own_input = self.for_gradient(
+            self.config.hidden_size, self.shared_tokens, f"{path}.gate_proj", f"{path}.up_proj"
+        )
+        return self.mlp(self.shared, self.shared_tokens, self.tokens, path) - own_input
 
     def moe(self) -> float:
         """The norm, its output (which router, shared experts and dispatcher share), and the parts."""
@@ -153,7 +192,7 @@ class Activations:
             return norm + self.hidden()
         # Recomputed, the norm's output is made again (transformer_layer.py:504); the local norm cannot.
         output = 0 if self.recomputes["layernorm"] and not self.is_local else self.hidden()
-        shared = 0 if self.recomputes["shared_experts"] else self.a * 3 * self.shared * self.tokens
+        shared = 0 if self.recomputes["shared_experts"] else self.shared_mlp()
         return norm + output + shared + self.routing() + self.routed_experts()
 
     def routing(self) -> float:
@@ -166,24 +205,27 @@ class Activations:
     def routed_experts(self) -> float:
         """Tokens as they came out of the all-to-all, k of them for each, more on the busiest rank: H in, 2 I out of the
         gate-up projection, I into the down projection, and the fp32 weight."""
-        activation = 0 if self.recomputes["moe_act"] else self.expert
-        return self.expert_tokens * (self.a * (self.config.hidden_size + 2 * self.expert + activation) + 4)
+        tokens, path = self.expert_tokens, "mlp.experts"
+        again = self.for_gradient(self.expert, tokens, f"{path}.down_proj") if self.recomputes["moe_act"] else 0
+        return self.mlp(self.expert, tokens, tokens, path) - again + 4 * tokens
 
     # ---- what one operation needs for a moment
 
     def working(self, chunk: Chunk) -> float:
         """The largest of: the backward pass of a layer, with what it recomputes; of the head; of the embedding."""
-        kinds = {*chunk.layers, *([True] if chunk.num_mtp_layers else [])}
+        kinds, is_frozen = (
+            {*chunk.layers, *([True] if chunk.num_mtp_layers else [])},
+            self.settings.lora_rank is not None,
+        )
         needs = [self.layer_backward(is_moe) for is_moe in kinds]
         if chunk.has_head:
             # Two slices of fp32 logits, the gradients of the weight and of the input (fp32); with the fused
             # cross-entropy those of all logits too.
             slices = 8 * min(self.slice, self.vocab * self.tokens)
             all_logits = self.a * self.vocab * self.tokens if self.settings.cross_entropy_loss_fusion else 0
-            needs.append(
-                slices + all_logits + self.a * self.vocab_parameters + 4 * self.config.hidden_size * self.tokens
-            )
-        if chunk.has_embedding or chunk.num_mtp_layers:
+            weight = 0 if is_frozen else self.a * self.vocab_parameters
+            needs.append(slices + all_logits + weight + 4 * self.config.hidden_size * self.tokens)
+        if not is_frozen and (chunk.has_embedding or chunk.num_mtp_layers):
             needs.append(self.a * self.vocab_parameters)
         return max(needs, default=0.0)
 
@@ -196,7 +238,7 @@ class Activations:
                 self.settings.recompute_num_layers if self.settings.recompute_method == "uniform" else 1
             )
         elif is_moe and self.recomputes["moe"]:
-            recomputed = self.routing() + self.routed_experts() + self.a * 3 * self.shared * self.tokens
+            recomputed = self.routing() + self.routed_experts() + self.shared_mlp()
         if is_moe:
             return recomputed + self.a * self.expert_tokens * (2 * self.config.hidden_size + 3 * self.expert)
         return recomputed + self.a * self.tokens * 3 * self.dense

@@ -101,11 +101,17 @@ def training_flops(config: HyConfig, batch_size: int, seq_length: int, causal: b
     return packed_training_flops(config, batch_size * seq_length, batch_size * seq_length**2, causal)
 
 
-def packed_training_flops(config: HyConfig, num_tokens: int, squared_length_sum: int, causal: bool = True) -> float:
+def packed_training_flops(
+    config: HyConfig, num_tokens: int, squared_length_sum: int, causal: bool = True, is_frozen: bool = False
+) -> float:
     """FLOPs of one training step on packed documents.
 
     Args:
         num_tokens: tokens in the global batch; leave the padding out, or count it as documents of its own.
         squared_length_sum: sum of len^2 over the documents in it.
+        is_frozen: the weights have no gradients, as beside adapters: their products are then two, forward and for the
+            input's gradient, not three. The adapters' own, some thousandths, are left out.
     """
-    return 3 * sum(forward_flops_by_part(config, num_tokens, squared_length_sum, causal).values())
+    parts = forward_flops_by_part(config, num_tokens, squared_length_sum, causal)
+    scores = parts.pop("attention_scores")
+    return 3 * scores + (2 if is_frozen else 3) * sum(parts.values())

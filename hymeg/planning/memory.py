@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hymeg.hf.config import HyConfig
 from hymeg.planning.activations import Activations
 from hymeg.planning.layout import Layout
-from hymeg.planning.parameters import chunk_numel, dense_ranks, expert_ranks
+from hymeg.planning.parameters import chunk_numel, dense_ranks, expert_ranks, trained_numel
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk, micro_batches_held, stages
 
@@ -63,8 +63,10 @@ def static_memory(config: HyConfig, layout: Layout, settings: Settings, pipeline
     weights = gradients = optimizer = 0.0
     buffers, shards = 0, optimizer_shards(layout, settings)
     for chunk in stages(config, layout)[pipeline_rank]:
-        trained = chunk_numel(config, layout, settings, chunk, without_mtp=not settings.train_mtp)
+        trained = trained_numel(config, layout, settings, chunk)
         weights += settings.element * sum(chunk_numel(config, layout, settings, chunk))
+        if settings.lora_rank is not None:
+            weights += settings.element * sum(trained)
         gradients += settings.gradient * sum(trained)
         optimizer += optimizer_bytes(settings) * sum(
             numel / ranks for numel, ranks in zip(trained, shards, strict=True)
@@ -128,10 +130,7 @@ def host_memory(config: HyConfig, layout: Layout, settings: Settings, gpus_per_n
     Offloaded (hybrid_optimizer.py): beside these three the gradient, 16 bytes.
     """
     shards, pp = (dense_ranks(layout), expert_ranks(layout)), layout.pipeline_model_parallel_size
-    held = [
-        [chunk_numel(config, layout, settings, chunk, without_mtp=not settings.train_mtp) for chunk in chunks]
-        for chunks in stages(config, layout)
-    ]
+    held = [[trained_numel(config, layout, settings, chunk) for chunk in chunks] for chunks in stages(config, layout)]
     whole = [tuple(map(sum, zip(*chunks, strict=True))) for chunks in held]
     shard = [sum(numel / ranks for numel, ranks in zip(of, shards, strict=True)) for of in whole]
     fraction = settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 0.0

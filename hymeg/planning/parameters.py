@@ -6,6 +6,7 @@ some kilobytes a bucket, is left out.
 import functools
 import math
 
+from hymeg.checkpoint.adapter_table import Module, adapter_modules
 from hymeg.checkpoint.mapping import distributed_shapes
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout
@@ -77,6 +78,45 @@ def _part_numel(config: HyConfig, prefix: str, vocab_rows: int, tp: int, ep: int
         if key.startswith(prefix) and (cut := _cut_of(key)) != NO_PARAMETER:
             found[cut == EXPERT_CUT] += math.prod(shape) // ways[cut]
     return found[0], found[1]
+
+
+def trained_numel(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk) -> tuple[int, int]:
+    """Of what a rank holds of `chunk`, the elements that have gradients and an optimizer's state: dense, experts'. With
+    adapters those are theirs alone.
+    """
+    if settings.lora_rank is None:
+        return chunk_numel(config, layout, settings, chunk, without_mtp=not settings.train_mtp)
+    return adapter_numel(config, layout, settings, chunk)
+
+
+def adapter_numel(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk) -> tuple[int, int]:
+    """Elements of the adapters that a rank holds of `chunk`: beside dense parameters, beside experts."""
+    counts = {name: chunk.layers.count(name == "sparse") for name in set(config.mlp_layer_types)}
+    counts["mtp"] = chunk.num_mtp_layers
+    sizes = layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    found = [0, 0]
+    for kind, count in counts.items():
+        for module in layer_adapters(config, settings.lora_targets, kind) if count else ():
+            numel = _adapter_numel(module, settings.lora_rank, *sizes)
+            found[module.num_experts is not None] += count * numel
+    return found[0], found[1]
+
+
+@functools.lru_cache(maxsize=256)
+def layer_adapters(config: HyConfig, targets: tuple[str, ...], kind: str) -> tuple[Module, ...]:
+    """What has an adapter in one layer of a kind: "dense", "sparse" or "mtp"."""
+    layer = config.num_hidden_layers if kind == "mtp" else config.mlp_layer_types.index(kind)
+    modules = adapter_modules(config, targets) if targets else []
+    return tuple(module for module in modules if module.path.startswith(f"model.layers.{layer}."))
+
+
+def _adapter_numel(module: Module, rank: int, tp: int, ep: int, etp: int) -> int:
+    """A is whole and B cut as the weight's rows where those are cut; where its columns are, the other way round
+    (hymeg.models.lora)."""
+    cut, stack = (tp, 1) if module.num_experts is None else (etp, module.num_experts // ep)
+    is_row_parallel = module.path.endswith(("o_proj", "down_proj"))
+    a, b = rank * module.num_in, module.num_out * rank
+    return stack * (a // cut + b if is_row_parallel else a + b // cut)
 
 
 def _cut_of(key: str) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from hymeg.checkpoint.adapter_table import adapter_shapes
+from hymeg.checkpoint.mapping import num_parameters
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import GIB, StageMemory
 from hymeg.planning.search import Found, Machine, Plan, Planner, describe
@@ -86,6 +88,7 @@ def explained(plan: Plan, planner: Planner) -> list[str]:
     lines = [describe(plan)]
     if plan.layout.pipeline_model_parallel_layout:
         lines.append(f"--pipeline-model-parallel-layout {plan.layout.pipeline_model_parallel_layout}")
+    lines += adapter_lines(plan, planner)
     parts = (*StageMemory._fields, "total")
     rows = [["stage", *parts, "margin"]]
     for rank, stage in enumerate(plan.memory):
@@ -98,6 +101,28 @@ def explained(plan: Plan, planner: Planner) -> list[str]:
         [*(f"{getattr(time, part):.3f}" for part in spent), f"{time.tokens_per_gpu:,.0f}", f"{time.mfu:.1%}"],
     ]
     return [*lines, "", "Seconds of a step (estimate; gradients: with the gathering of parameters):", *table(rows)]
+
+
+def adapter_lines(plan: Plan, planner: Planner) -> list[str]:
+    """What adapters change on the fullest stage, against the same plan with all weights trained."""
+    settings = plan.settings
+    if settings.lora_rank is None:
+        return []
+    trained = sum(map(math.prod, adapter_shapes(planner.config, settings.lora_rank, settings.lora_targets).values()))
+    total = num_parameters(planner.config)
+    whole = planner.plan(plan.layout, dataclasses.replace(settings, lora_rank=None, lora_targets=()))
+    ours, theirs = plan.memory[plan.fullest], whole.memory[plan.fullest]
+    changes = [
+        f"{part} {getattr(ours, part) / GIB:.2f} GiB instead of {getattr(theirs, part) / GIB:.2f}"
+        for part in StageMemory._fields
+        if getattr(ours, part) != getattr(theirs, part)
+    ]
+    return [
+        f"Adapters of rank {settings.lora_rank} in {', '.join(settings.lora_targets)}: {trained:,} parameters trained "
+        f"beside {total:,} frozen ones ({trained / total:.2%}).",
+        f"Against training all of them, on stage {plan.fullest}: {', '.join(changes)}; "
+        f"{plan.time.total:.2f} s a step instead of {whole.time.total:.2f}.",
+    ]
 
 
 def host_lines(plan: Plan, planner: Planner) -> list[str]:

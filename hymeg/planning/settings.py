@@ -40,6 +40,10 @@ class Settings:
     hy_recompute_logits: bool = False
     dist_ckpt_optim_fully_reshardable: bool = True
     distrib_optim_fully_reshardable_mem_efficient: bool = True
+    lora_rank: int | None = None
+    """Of the adapters that are trained beside frozen weights; None: the weights are trained."""
+    lora_targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
 
     @property
     def element(self) -> int:
@@ -84,6 +88,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     selective = values["recompute_granularity"] == "selective"
     values["recompute_modules"] = tuple(args.recompute_modules or ("core_attn",)) if selective else ()
     values["train_mtp"] = args.mtp_loss_scaling_factor != 0
+    values["lora_targets"] = tuple(values.get("lora_targets") or ()) if values.get("lora_rank") else ()
     return Settings(**values)
 
 

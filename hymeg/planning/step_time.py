@@ -16,7 +16,7 @@ from hymeg.planning.flops import packed_training_flops
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import optimizer_bytes, optimizer_shards
 from hymeg.planning.network import Hardware, Links, groups
-from hymeg.planning.parameters import chunk_numel
+from hymeg.planning.parameters import chunk_numel, layer_adapters, trained_numel
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk, stages
 
@@ -98,6 +98,7 @@ class StepModel:
         self.sizes = Activations(config, layout, settings, imbalance)
         self.attended = layout.seq_length if attended is None else attended
         self.peak = hardware.peak_tflops * 1e12
+        self.is_frozen = settings.lora_rank is not None
         # Asked for stage by stage, and the same on all.
         self._layer = functools.cache(self._layer)
         self._layer_communication = functools.cache(self._layer_communication)
@@ -111,7 +112,8 @@ class StepModel:
         gradients, optimizer = self._update(chunks, work)
         total = count * work.total + idle + gradients + optimizer
         tokens = self.layout.global_batch_size * self.layout.seq_length
-        flops = packed_training_flops(self.config, tokens, tokens * self.attended) / total / self.layout.world_size
+        flops = packed_training_flops(self.config, tokens, tokens * self.attended, is_frozen=self.is_frozen)
+        flops /= total * self.layout.world_size
         return StepTime(
             total,
             compute=(work.forward + work.backward) * count,
@@ -133,13 +135,13 @@ class StepModel:
                 once, moved = self._layer(is_moe), self._layer_communication(is_moe)
                 repeated = self._repeated_share(is_moe, whole)
                 forward += count * once
-                backward += count * ((2 + repeated) * once + LAYER_OVERHEAD)
+                backward += count * ((2 + repeated) * once - self._ungraded(is_moe) + LAYER_OVERHEAD)
                 communication += count * moved * (1 + repeated / 2)
             heads = chunk.has_head + chunk.num_mtp_layers
             head = heads * self.head_flops() / (self.peak * GEMM)
             forward += head
             backward += STAGE_OVERHEAD if self.groups["pp"].size > 1 else 0.0
-            backward += (3 if self.settings.hy_recompute_logits else 2) * head
+            backward += (2 - self.is_frozen + self.settings.hy_recompute_logits) * head
         # A message forward and one backward for each chunk, of which half overlaps.
         communication += 2 * len(chunks) * self.links.neighbour(self.groups["pp"], self.sizes.hidden()) / 2
         return _Work(forward, backward, communication)
@@ -191,13 +193,38 @@ class StepModel:
         """Seconds of a forward pass: products at their efficiencies, and a third of the memory traffic of forward and
         backward.
         """
+        plain = self._everything_saved.layer(is_moe)
+        traffic = TRAFFIC * plain / 3 + self._adapter_traffic(is_moe)
+        return sum(self._products(is_moe).values()) + traffic / (self.hardware.hbm * 1e9 * HBM)
+
+    def _ungraded(self, is_moe: bool) -> float:
+        """Seconds that frozen weights save in a layer's backward pass, in which they have no gradients."""
+        if not self.is_frozen:
+            return 0.0
+        return sum(seconds for part, seconds in self._products(is_moe).items() if part != "scores")
+
+    def _adapter_traffic(self, is_moe: bool) -> float:
+        """Bytes that adapters read and write in a forward pass: their input, and their layer's output to add to. Thin
+        as they are, this bounds their products."""
+        kind, sizes = "sparse" if is_moe else "dense", self.sizes
+        total = 0.0
+        for module in layer_adapters(self.config, self.settings.lora_targets, kind):
+            cut = self.layout.tensor_model_parallel_size
+            tokens = sizes.tokens
+            if module.num_experts is not None:
+                cut, tokens = self.layout.expert_tensor_parallel_size, sizes.expert_tokens
+            total += tokens * sizes.a * (module.num_in + 2 * module.num_out) / cut
+        return total
+
+    def _products(self, is_moe: bool) -> dict[str, float]:
+        """Seconds of a forward pass's products, by part."""
         per_expert = self.sizes.expert_tokens / (self.config.num_experts / self.layout.expert_model_parallel_size)
         shares = {"scores": ATTENTION, "routed_experts": GROUPED_GEMM * per_expert / (per_expert + HALF_SPEED_TOKENS)}
         products = {part: flops / (self.peak * shares.get(part, GEMM)) for part, flops in self.flops(is_moe).items()}
         if is_moe:
-            products["routed_experts"] = max(products["routed_experts"], self._expert_weights / 3)
-        plain = self._everything_saved.layer(is_moe)
-        return sum(products.values()) + TRAFFIC * plain / (self.hardware.hbm * 1e9 * HBM) / 3
+            passes = 2 if self.is_frozen else 3
+            products["routed_experts"] = max(products["routed_experts"], self._expert_weights / passes)
+        return products
 
     @functools.cached_property
     def _expert_weights(self) -> float:
@@ -206,7 +233,8 @@ class StepModel:
         """
         experts = self.config.num_experts / self.layout.expert_model_parallel_size
         numel = experts * 3 * self.config.hidden_size * self.sizes.expert
-        return numel * 2 * (self.sizes.a + self.settings.gradient) / (self.hardware.hbm * 1e9 * HBM)
+        gradient = 0 if self.is_frozen else self.settings.gradient
+        return numel * 2 * (self.sizes.a + gradient) / (self.hardware.hbm * 1e9 * HBM)
 
     @functools.cached_property
     def _everything_saved(self) -> Activations:
@@ -224,8 +252,8 @@ class StepModel:
         found = {"tp": 0.0, "cp": 0.0, "ep": 0.0, "etp": 0.0}
         if layout.tensor_model_parallel_size > 1:
             # Attention, and the MLP or the shared experts: gathered before and scattered after, forward and backward;
-            # and the weight's gradient needs the input gathered again.
-            found["tp"] = 2 * 5 * sizes.tokens * row
+            # and the weight's gradient, if it has one, needs the input gathered again.
+            found["tp"] = 2 * (5 - self.is_frozen) * sizes.tokens * row
         if layout.context_parallel_size > 1:
             found["cp"] = 3 * 2 * sizes.a * sizes.kv * sizes.tokens * layout.context_parallel_size
         if is_moe and layout.expert_model_parallel_size > 1:
@@ -248,7 +276,8 @@ class StepModel:
         """Visible seconds of gradients and parameters over the data-parallel ranks, and seconds of the optimizer."""
         settings = self.settings
         gradient, element = settings.gradient, settings.element
-        counts = [chunk_numel(self.config, self.layout, settings, chunk) for chunk in chunks]
+        of_chunk = trained_numel if self.is_frozen else chunk_numel
+        counts = [of_chunk(self.config, self.layout, settings, chunk) for chunk in chunks]
         dense, expert = (sum(of) for of in zip(*counts, strict=True))
         reduce, gather = (
             self.links.ring(self.groups["dp"], dense * size) + self.links.ring(self.groups["edp"], expert * size)
