@@ -43,6 +43,7 @@ def arguments(tmp_path, tokenizer_dir):
             "calculate_per_token_loss": True,
             "packed": True,
             "micro_batch_size": 1,
+            "eval_micro_batch_size": None,
             "context_parallel_size": 1,
             "data_parallel_size": 1,
             "seq_length": 64,
