@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Compare two checkpoints, Hugging Face or distributed on either side, tensor by tensor and bit by bit. Exit code 1 on
-any difference.
+"""Compare two checkpoints, Hugging Face or distributed on either side, or two adapters, distributed or of peft, tensor
+by tensor and bit by bit. Exit code 1 on any difference.
 """
 
 import argparse
@@ -23,10 +23,11 @@ def main() -> None:
         help="absolute difference that is none; dtypes may differ then: compared in fp32 (default: 0)",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
+    parser.add_argument("--base-hf", metavar="DIR", help="folder of their base, to compare two peft folders")
     args = parser.parse_args()
 
     with exit_on_user_error():
-        differences = compare_checkpoints(args.a, args.b, args.tolerance, args.workers)
+        differences = compare_checkpoints(args.a, args.b, args.tolerance, args.workers, args.base_hf)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`
         for difference in differences:
             print(f"{difference.name}: {difference.what}")

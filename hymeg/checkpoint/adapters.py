@@ -10,16 +10,14 @@ from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.convert import Conversion, Say, Summary, as_path, carry_out, check_apart
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
 from hymeg.checkpoint.mapping import Entry, hf_entries
-from hymeg.checkpoint.peft_table import CONFIG_FILE
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
 from hymeg.checkpoint.row_tensors import RowTensor
 from hymeg.checkpoint.sinks.dist_folder import files_of_adapter
 from hymeg.checkpoint.sinks.hf_folder import files_of_hf
 from hymeg.checkpoint.sinks.peft_folder import files_of_peft
-from hymeg.checkpoint.sources import open_hf
-from hymeg.checkpoint.sources.adapter_folder import Adapter, open_dist_adapter
+from hymeg.checkpoint.sources import open_adapter, open_dist_adapter, open_hf, open_peft
+from hymeg.checkpoint.sources.adapter_folder import Adapter
 from hymeg.checkpoint.sources.hf_folder import DEQUANTISED
-from hymeg.checkpoint.sources.peft_folder import open_peft
 from hymeg.checkpoint.workers import check_num_workers
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -173,18 +171,6 @@ def merge(
         )
 
     return carry_out(planned, hf, "merging", workers, overwrite, verify, say)
-
-
-def open_adapter(folder: str | Path, config: HyConfig | None = None, iteration: int | None = None) -> Adapter:
-    """The adapter in `folder`, distributed or of peft. Raises UserError as `open_dist_adapter` and `open_peft` do."""
-    folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        return open_dist_adapter(folder, config, iteration)
-    if iteration is not None:
-        raise UserError(f"--iteration {iteration}: {folder} is a peft folder, which has none; leave it out")
-    if config is None:
-        raise UserError(f"{folder}: a peft folder, which does not say of which model; give its base's folder as well")
-    return open_peft(folder, config)
 
 
 def merged(config: HyConfig, base: dict[str, RowTensor], adapter: Adapter) -> dict[str, RowTensor]:

@@ -2,20 +2,23 @@
 distributed on either side.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.checkpoint.mapping import Range, fits, hf_entries, num_parameters
+from hymeg.checkpoint.adapter_settings import AdapterSettings
+from hymeg.checkpoint.mapping import Range, fits, hf_entries, num_parameters, num_rows
 from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, block_height
 from hymeg.checkpoint.sinks.transfer import shares
-from hymeg.checkpoint.sources import open_any
+from hymeg.checkpoint.sources import is_adapter, is_peft, open_adapter, open_any, open_dist
+from hymeg.checkpoint.sources.peft_folder import peft_contents
 from hymeg.checkpoint.workers import Outcome, Progress, check_num_workers, run
 from hymeg.errors import UserError
-from hymeg.hf.config import CONFIG_FILE
+from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
 
 
@@ -86,15 +89,20 @@ def _numbers(data: memoryview, dtype: str) -> np.ndarray:
     return np.frombuffer(converted(data, dtype, "F32"), "<f4").astype(np.float64)
 
 
-def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, workers: int = 2) -> list[Difference]:
+def compare_checkpoints(
+    a: str | Path, b: str | Path, tolerance: float = 0.0, workers: int = 2, base_hf: str | Path | None = None
+) -> list[Difference]:
     """All that differs between two checkpoints: tensors that one of them lacks, shapes, dtypes, elements. Names are
     those of the hub layout.
 
-    Padding rows of a vocabulary are left out. With a `tolerance` dtypes may differ and are compared as fp32.
+    Padding rows of a vocabulary are left out. With a `tolerance` dtypes may differ and are compared as fp32. Adapters
+    are compared as `compare_adapters` does.
 
     Raises:
         UserError: one of them cannot be read, or neither has a config.json.
     """
+    if is_adapter(a) or is_adapter(b):
+        return compare_adapters(a, b, tolerance, workers, base_hf)
     check_num_workers(workers)
     left, right = open_any(a), open_any(b)
     config = left.config or right.config
@@ -130,8 +138,83 @@ def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0, wo
     return differences + [found for of_worker in outcome.results for found in of_worker]
 
 
+def compare_adapters(
+    a: str | Path, b: str | Path, tolerance: float = 0.0, workers: int = 2, base_hf: str | Path | None = None
+) -> list[Difference]:
+    """As `compare_checkpoints`, of two adapters, each distributed or of peft in either layout: settings and tensors,
+    these by their distributed keys.
+
+    Args:
+        base_hf: folder of their base, where neither says of which model it is.
+
+    Raises:
+        UserError: one of them is none, or cannot be read.
+    """
+    check_num_workers(workers)
+    config = HyConfig.from_dir(base_hf) if base_hf else None
+    for folder in (a, b):
+        if not is_adapter(folder):
+            raise UserError(f"{folder}: no adapter, to which one could be compared; merge it first")
+        if config is None and not is_peft(folder):
+            config = open_adapter(folder).config
+    left, right = open_adapter(a, config), open_adapter(b, config)
+    differences = []
+    for name in ("rank", "scale", "targets"):
+        of_a, of_b = getattr(left.settings, name), getattr(right.settings, name)
+        if name == "targets":
+            of_a, of_b = ([module.path for module in side.modules] for side in (left, right))
+        if of_a != of_b:
+            what = "not the same modules" if name == "targets" else f"{of_a:g} and {of_b:g}"
+            differences.append(Difference(name, what))
+    pairs = []
+    for key in left.tensors | right.tensors:
+        of_a, of_b = left.tensors.get(key), right.tensors.get(key)
+        if of_a is None or of_b is None:
+            differences.append(Difference(key, f"only in {a if of_b is None else b}"))
+        elif of_a.shape != of_b.shape:
+            differences.append(Difference(key, f"shapes: {list(of_a.shape)} and {list(of_b.shape)}"))
+        elif tolerance == 0 and of_a.dtype_kept != of_b.dtype_kept:
+            differences.append(Difference(key, f"dtypes: {of_a.dtype_kept} and {of_b.dtype_kept}"))
+        else:
+            dtype = of_a.dtype_kept if tolerance == 0 else "F32"
+            pairs.append(Pair(key, of_a, of_b, [(0, num_rows(of_a.shape))], dtype))
+    progress = Progress("comparing", sum(pair.nbytes for pair in pairs))
+    outcome = compare_pairs(shares(pairs, workers), progress, tolerance)
+    return differences + [found for of_worker in outcome.results for found in of_worker]
+
+
+def _describe_adapter(folder: Path, iteration: int | None) -> list[str]:
+    lines: dict[str, object]
+    if is_peft(folder):
+        found, held = peft_contents(folder)
+        lines = {"format": "adapter, peft folder", "rank": found["r"], "alpha": found["lora_alpha"]}
+        lines["scaling"] = "rslora" if found.get("use_rslora") else "lora"
+        targets = [*(found.get("target_modules") or []), *(found.get("target_parameters") or [])]
+        lines |= {"targets": ", ".join(sorted(targets)), "base": found.get("base_model_name_or_path")}
+    else:
+        source = open_dist(folder, iteration)
+        settings, held = AdapterSettings.from_folder(source.folder), source.tensors
+        lines = {
+            "format": "adapter, distributed (torch_dist)",
+            "iteration": "release (no training)" if source.iteration is None else source.iteration,
+            "optimizer state": "yes" if source.has_optimizer else "no",
+            "rank": settings.rank,
+            "alpha": f"{settings.alpha:g}",
+            "scaling": settings.scaling,
+            "targets": ", ".join(settings.targets),
+            "base": (settings.base or {}).get("source"),
+        }
+    counts = {name: math.prod(tensor.shape) for name, tensor in held.items()}
+    lines["tensors"] = f"{len(held):,} tensors, {sum(counts.values()):,} elements"
+    lines["bytes"] = f"{sum(count * ITEM_SIZES[held[name].dtype] for name, count in counts.items()):,}"
+    lines["dtypes"] = ", ".join(sorted({tensor.dtype for tensor in held.values()}))
+    return [f"{name}: {value}" for name, value in lines.items()]
+
+
 def describe(folder: str | Path, iteration: int | None = None) -> list[str]:
     """What a folder holds, in lines of "name: value"."""
+    if is_adapter(folder, iteration):
+        return _describe_adapter(Path(folder), iteration)
     found = open_any(folder, iteration)
     elements = {key: int(np.prod(tensor.shape, dtype=object)) for key, tensor in found.tensors.items()}
     dtypes: dict[str, int] = {}

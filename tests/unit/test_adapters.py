@@ -3,8 +3,11 @@ nothing is lost on the way there and back.
 """
 
 import functools
+import importlib.util
 import json
 import math
+import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,17 +15,22 @@ import peft
 import pytest
 import torch
 from adapter_files import EVERY_KIND, random_adapter, save_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import adapter_modules
-from hymeg.checkpoint.adapters import adapter_to_peft, merge, open_adapter, peft_to_adapter
+from hymeg.checkpoint.adapters import adapter_to_peft, merge, peft_to_adapter
+from hymeg.checkpoint.compare import compare_checkpoints, describe
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.mapping import num_rows
 from hymeg.checkpoint.row_tensors import TensorReader
+from hymeg.checkpoint.sources import open_adapter
+from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
+ROOT = Path(__file__).parents[2]
 # transformers ignores first_k_dense_replace: the layers must be named.
 CONFIG = HyConfig.from_dict(TINY_CONFIG | {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]})
 TARGETS = {
@@ -220,3 +228,172 @@ def said(convert, *folders, **options) -> str:
     lines = []
     convert(*folders, **options, say=lines.append)
     return "\n".join(lines)
+
+
+# ---- looked at, and refused
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, base) -> Path:
+    """An adapter in all three formats."""
+    place, settings = tmp_path_factory.mktemp("adapters"), settings_of(rank=2)
+    save_adapter(place / "dist", CONFIG, settings, random_adapter(CONFIG, settings))
+    for layout in ("peft", "served"):
+        adapter_to_peft(place / "dist", place / layout, layout=layout, workers=1)
+    return place
+
+
+def changed(folders: Path, tmp_path: Path, layout: str, config=None, tensors=None) -> Path:
+    """A copy of the peft folder, with other settings or tensors."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folders / layout, copy)
+    found = json.loads((copy / "adapter_config.json").read_bytes())
+    (copy / "adapter_config.json").write_text(json.dumps(found | (config or {})))
+    if tensors:
+        stored = load_file(copy / "adapter_model.safetensors")
+        tensors(stored)
+        save_file(stored, copy / "adapter_model.safetensors")
+    return copy
+
+
+def test_comparison_sees_one_bit_and_one_setting(folders, tmp_path, base):
+    assert compare_checkpoints(folders / "dist", folders / "peft") == []
+    assert compare_checkpoints(folders / "served", folders / "peft", base_hf=base) == []
+    name = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"
+
+    def flip(tensors):
+        tensors[name][32 + 5, 2 * 8 + 3] += 1  # up's row 5, its rank 0, expert 3
+
+    [found] = compare_checkpoints(folders / "dist", changed(folders, tmp_path, "peft", tensors=flip))
+    assert found.name == "adapter.model.layers.1.mlp.experts.up_proj.lora_B"
+    assert f"first at element {(3 * 32 + 5) * 2}" in found.what and found.what.startswith("1 of 512 elements")
+    shutil.rmtree(tmp_path / "changed")
+    [found] = compare_checkpoints(folders / "dist", changed(folders, tmp_path, "served", {"lora_alpha": 9}))
+    assert found == ("scale", "4 and 4.5")
+    with pytest.raises(UserError, match="no adapter, to which one could be compared"):
+        compare_checkpoints(folders / "dist", base)
+
+
+def test_inspection_says_what_an_adapter_is(folders):
+    said = {name: describe(folders / name) for name in ("dist", "peft", "served")}
+    assert {"format: adapter, distributed (torch_dist)", "iteration: 5", "optimizer state: yes"} <= set(said["dist"])
+    assert any(line.startswith("targets: ") and "mlp.experts.gate_up_proj" in line for line in said["peft"])
+    for lines in said.values():
+        assert {"rank: 2", "scaling: lora"} <= set(lines) and any(line.startswith("alpha: 8") for line in lines)
+    count = sum(t.numel() for t in load_file(folders / "served" / "adapter_model.safetensors").values())
+    assert f"{count:,} elements" in "\n".join(said["dist"]) and f"{count:,} elements" in "\n".join(said["served"])
+
+
+A_OF_Q = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
+GATE_UP = r"mlp\.experts\.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "tensors", "said"),
+    [
+        ("peft", {"use_dora": True}, None, "use_dora is true, which hymeg does not honour"),
+        ("peft", {"peft_type": "LOHA"}, None, "peft_type is 'LOHA'; LORA is needed"),
+        ("peft", {"bias": "lora_only"}, None, "bias is 'lora_only'"),
+        ("peft", {"r": 0}, None, "r is 0; a positive number"),
+        ("peft", {"r": 3}, None, r"6 rows are needed|3 rows are needed"),
+        ("peft", {"rank_pattern": {}}, None, r"16 rows are needed for rank 2"),
+        ("peft", {"alpha_pattern": {}}, None, "alpha_pattern: .* differ; hymeg's adapters have one scale"),
+        ("peft", {"alpha_pattern": {GATE_UP: 16, "q_proj": 4}}, None, "alpha_pattern: .*q_proj.* differ"),
+        ("peft", {"target_parameters": ["experts.router"]}, None, "target_parameters: 'experts.router'"),
+        ("served", {}, lambda t: t.update(stray=torch.zeros(1)), "1 tensors that have no place .*stray"),
+        ("served", {}, lambda t: t.pop(A_OF_Q), "q_proj.lora_B.weight is there, lora_A is missing"),
+        (
+            "served",
+            {},
+            lambda t: [t.pop(name) for name in list(t) if ".layers.2.mlp.experts.5.up_proj" in name],
+            r"experts.up_proj: experts: 1 missing \(5\)",
+        ),
+        (
+            "served",
+            {},
+            lambda t: [t.pop(name) for name in list(t) if "layers.2.self_attn.q_proj" in name],
+            "1 modules have no adapter, such as model.layers.2.self_attn.q_proj",
+        ),
+        ("served", {}, lambda t: t.update({A_OF_Q: torch.zeros(2, 63)}), r"is \[2, 63\], \[2, 64\] is needed"),
+        (
+            "peft",
+            {},
+            lambda t: [v.add_(1) for name, v in t.items() if name.endswith("base_layer.lora_B.weight")],
+            "is not block-diagonal",
+        ),
+        ("peft", {}, lambda t: t.update({A_OF_Q: t[A_OF_Q].int()}), "is I32; one of BF16, F16, F32"),
+    ],
+)
+def test_what_has_no_place_in_an_adapter_is_refused_by_name(folders, base, tmp_path, layout, config, tensors, said):
+    folder = changed(folders, tmp_path, layout, config, tensors)
+    with pytest.raises(UserError, match=said):
+        open_adapter(folder, CONFIG)
+
+
+def test_what_does_not_belong_together_is_refused(folders, base, tmp_path):
+    with pytest.raises(UserError, match="an adapter, no model; export it with adapter-to-peft, or merge it"):
+        dist_to_hf(folders / "dist", tmp_path / "hf")
+    with pytest.raises(UserError, match="holds no adapter"):
+        hf_to_dist(base, tmp_path / "whole", workers=1)
+        adapter_to_peft(tmp_path / "whole", tmp_path / "peft")
+    with pytest.raises(UserError, match="does not say of which model"):
+        open_adapter(folders / "peft")
+    with pytest.raises(UserError, match=r"--iteration 7: .* is a peft folder"):
+        merge(base, folders / "peft", tmp_path / "merged", iteration=7)
+    other = HyConfig.from_dict(CONFIG.raw | {"hidden_size": 32})
+    write_tiny_checkpoint(tmp_path / "other", other)
+    with pytest.raises(UserError, match=r"misshapen \(.*, \[2, 32\] is needed"):
+        merge(tmp_path / "other", folders / "dist", tmp_path / "merged")
+    settings = AdapterSettings(2, 4.0, "lora", 0.0, ("mtp.q_proj",))
+    config = HyConfig.from_dict(CONFIG.raw | {"num_nextn_predict_layers": 1})
+    save_adapter(tmp_path / "mtp", config, settings, random_adapter(config, settings))
+    with pytest.raises(UserError, match="all of it is in MTP layers"):
+        adapter_to_peft(tmp_path / "mtp", tmp_path / "peft")
+    full = ("model.norm.weight", "model.layers.1.self_attn.q_proj.weight")
+    settings = settings_of("attention")
+    save_adapter(tmp_path / "full", CONFIG, settings, random_adapter(CONFIG, settings, full))
+    with pytest.raises(UserError, match=r"norm.weight was trained in full .* vLLM and SGLang cannot load"):
+        adapter_to_peft(tmp_path / "full", tmp_path / "peft", layout="served")
+    with pytest.raises(UserError, match=r"q_proj.weight was trained in full and has an adapter"):
+        merge(base, tmp_path / "full", tmp_path / "merged")
+    assert not (tmp_path / "peft").exists() and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rank": "2"}, "rank is '2'; a positive integer is needed"),
+        ({"scaling": "other"}, "scaling is 'other'; lora or rslora"),
+        ({"targets": []}, r"targets is \[\]; a list"),
+        ({"dropout": 1}, "dropout is 1"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"targets": ["q_proj"]}, "unexpected"),
+        ({"rank": 3}, "misshapen"),
+    ],
+)
+def test_adapter_json_is_not_believed(folders, tmp_path, change, said):
+    shutil.copytree(folders / "dist", tmp_path / "dist")
+    path = tmp_path / "dist" / "iter_0000005" / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
+    with pytest.raises(UserError, match=said):
+        open_adapter(tmp_path / "dist")
+
+
+def test_the_commands_convert(folders, base, tmp_path, monkeypatch, capsys):
+    def run(*words) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words)])
+        tool.main()
+        return capsys.readouterr().out
+
+    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools" / "convert_checkpoint.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    one = ("--workers", 1)
+    run("adapter-to-peft", "--adapter", folders / "dist", "--peft", tmp_path / "p", "--layout", "served", *one)
+    run("peft-to-adapter", "--peft", tmp_path / "p", "--dist", tmp_path / "d", "--base-hf", base, "--verify", *one)
+    out = run("merge", "--base-hf", base, "--adapter", tmp_path / "d", "--hf", tmp_path / "m", "--dtype", "bf16", *one)
+    assert "adapters of 37 modules, scale 4" in out and f"{tmp_path / 'm'}: " in out
+    assert "format: adapter, peft folder" in run("inspect", tmp_path / "p")
+    assert {t.dtype for n, t in load_file(tmp_path / "m" / "model.safetensors").items() if "bias" not in n} == {
+        torch.bfloat16
+    }

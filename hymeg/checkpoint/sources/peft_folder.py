@@ -81,10 +81,7 @@ def open_peft(folder: str | Path, config: HyConfig) -> Adapter:
             of a wrong shape; ranks or scales differ from module to module.
     """
     folder = Path(folder)
-    raw = _checked_settings(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; save the adapter with safe_serialization")
-    entries = SafetensorsFile(folder / WEIGHTS_FILE).tensors
+    raw, entries = peft_contents(folder)
     try:
         found = _sorted_out(config, entries, raw)
         settings, tensors = _Reading(folder, config, raw, found).adapter()
@@ -95,6 +92,17 @@ def open_peft(folder: str | Path, config: HyConfig) -> Adapter:
     is_served = bool(found.experts) or any(".shared_mlp." in name for name in entries)
     what = f"adapter, {'served' if is_served else 'peft'} layout"
     return Adapter(what, folder, config, settings, tensors)
+
+
+def peft_contents(folder: str | Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """What adapter_config.json says, and where the tensors lie, by peft's names. Raises UserError as `open_peft` does,
+    where it takes no model to tell.
+    """
+    folder = Path(folder)
+    raw = _checked_settings(folder)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; save the adapter with safe_serialization")
+    return raw, SafetensorsFile(folder / WEIGHTS_FILE).tensors
 
 
 def _checked_settings(folder: Path) -> dict[str, Any]:
