@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -226,6 +227,7 @@ def log_line(line) -> Iterator[None]:
 
     def logged(*args, **kwargs):
         total_loss_dict, iteration = args[1], args[3]
+        line.learning_rate, line.grad_norm = args[2], args[7]
         if iteration % get_args().log_interval == 0:
             # Said to be the first, an iteration is logged and its sums kept (training.py:2594): the next line would be
             # the mean of both.
@@ -237,7 +239,13 @@ def log_line(line) -> Iterator[None]:
 
         def noted(*timer_args, **timer_kwargs):
             seconds = elapsed(*timer_args, **timer_kwargs)
-            line.seconds = seconds / (total_loss_dict["advanced iterations"] + total_loss_dict["skipped iterations"])
+            advanced, skipped = (total_loss_dict[f"{what} iterations"] for what in ("advanced", "skipped"))
+            line.seconds = seconds / (advanced + skipped)
+            line.losses = {
+                name: float(total) / max(1, advanced)
+                for name, total in total_loss_dict.items()
+                if not name.endswith(" iterations")
+            }
             return seconds
 
         with (
@@ -267,6 +275,50 @@ def after_steps(act: Callable[[int, list, Any], None]) -> Iterator[None]:
         return exits
 
     with patched(training, "checkpoint_and_decide_exit", decided, "training.py:4081: the end of a step"):
+        yield
+
+
+@contextlib.contextmanager
+def after_evaluations(act: Callable[[int, str, list[dict[str, float]], list], None]) -> Iterator[None]:
+    """Call `act(iteration, title, losses, model_chunks)` on every rank after every evaluation: Megatron has no hook
+    there. `title` is Megatron's, "iteration 10" in training and "iteration 10 on test set" after it; `losses` are those
+    of each data set, by name, empty but on ranks of the last pipeline stage.
+    """
+    from megatron.training import training
+
+    evaluate, evaluate_and_print = training.evaluate, training.evaluate_and_print_results
+
+    def evaluated(title, forward_step, data, model_chunks, iteration, *args, **kwargs):
+        losses = []
+
+        def noted(*evaluate_args, **evaluate_kwargs):
+            result = evaluate(*evaluate_args, **evaluate_kwargs)
+            losses.append({name: float(value) for name, value in (result[0] or {}).items()})
+            return result
+
+        with patched(training, "evaluate", noted, "training.py:4402: the losses"):
+            evaluate_and_print(title, forward_step, data, model_chunks, iteration, *args, **kwargs)
+        act(iteration, title, losses, model_chunks)
+
+    with patched(training, "evaluate_and_print_results", evaluated, "training.py:1483, 1494, 4040"):
+        yield
+
+
+@contextlib.contextmanager
+def after_saves(act: Callable[[int, float], None]) -> Iterator[None]:
+    """Call `act(iteration, seconds)` on every rank after every checkpoint: Megatron has no hook there. Of one that is
+    written in the background the seconds are those for which training waited.
+    """
+    from megatron.training import training
+
+    save = training.save_checkpoint_and_time
+
+    def saved(iteration, *args, **kwargs):
+        started = time.monotonic()
+        save(iteration, *args, **kwargs)
+        act(iteration, time.monotonic() - started)
+
+    with patched(training, "save_checkpoint_and_time", saved, "training.py:1442, 3251 to 3326, 3772, 3872"):
         yield
 
 

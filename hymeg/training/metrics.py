@@ -1,13 +1,14 @@
 """What the log says beyond Megatron's own: tokens per second, model FLOPs by our formula, MFU, the load of the
-experts.
+experts. The same goes to TensorBoard, Weights & Biases and the run's record.
 """
 
 import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_tensorboard_writer, get_wandb_writer
@@ -16,6 +17,8 @@ from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops, peak_tflops, training_flops
 from hymeg.platform import device, megatron
+from hymeg.reporting.record import RunRecord
+from hymeg.training.starved_experts import StarvedExperts, told
 
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
 
@@ -37,8 +40,8 @@ def step_flops(
     return training_flops(config, batch_size, seq_length)
 
 
-def expert_counts(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> torch.Tensor:
-    """Tokens that each expert was given since the last call, of the whole world: int64 `[layers, experts]` on the CPU,
+def expert_counts(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> np.ndarray:
+    """Tokens that each expert was given since the last call, of the whole world: int64 `[layers, experts]`,
     multi-token prediction after the trunk, zeros where a layer has no experts.
 
     Collective: every rank calls it.
@@ -59,26 +62,26 @@ def expert_counts(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> 
     # Ranks of one layer see different tokens, ranks of different stages different layers: the sum over the world is the
     # sum over both.
     torch.distributed.all_reduce(counts)
-    return counts.cpu()
+    return counts.cpu().numpy()
 
 
-def busiest_over_mean(counts: torch.Tensor, num_ranks: int) -> dict[int, float]:
+def busiest_over_mean(counts: np.ndarray, num_ranks: int) -> dict[int, float]:
     """Per layer that has experts, the tokens of the busiest of `num_ranks` expert-parallel ranks over their mean; of
     the busiest expert, where there are as many ranks as experts. 1.0 is perfect balance.
 
     Args:
         counts: `[layers, experts]`; each rank holds as many experts, in their order.
     """
-    by_rank = counts.unflatten(1, (num_ranks, -1)).sum(dim=2)
+    by_rank = counts.reshape(len(counts), num_ranks, -1).sum(axis=2)
     return {layer: max(row) * len(row) / sum(row) for layer, row in enumerate(by_rank.tolist()) if any(row)}
 
 
 @contextlib.contextmanager
-def logging(args, config: HyConfig, model_config) -> Iterator[None]:
+def logging(args, config: HyConfig, model_config, record: RunRecord, say: Callable[[str], None]) -> Iterator[None]:
     """While the context is open, Megatron's log counts by our formula, and its line, TensorBoard and Weights & Biases
-    say more.
+    say more; `record` is told the same, and `say` which experts get no tokens.
     """
-    line = LogLine(args, config, device.name())
+    line = LogLine(args, config, device.name(), record, say)
     model_config.post_wrap_hooks = [*(model_config.post_wrap_hooks or []), line.watch]
     with megatron.flops_formula(functools.partial(step_flops, config, args.seq_length)), megatron.log_line(line):
         yield
@@ -90,14 +93,20 @@ class LogLine:
 
     Attributes:
         seconds: of an iteration, since the last line.
+        losses: mean since the last line, by Megatron's names; on ranks of the last pipeline stage.
+        learning_rate, grad_norm: of this iteration; None where this rank has none.
     """
 
-    def __init__(self, args, config: HyConfig, device_name: str):
-        self.args, self.config = args, config
+    def __init__(self, args, config: HyConfig, device_name: str, record: RunRecord, say: Callable[[str], None]):
+        self.args, self.config, self.record, self.say = args, config, record, say
+        self.starved = StarvedExperts()
+        self.losses: dict[str, float] = {}
+        self.learning_rate = self.grad_norm = None
         self.peak = peak_tflops(device_name)
         self.model_chunks: list[torch.nn.Module] = []
-        self.counts: torch.Tensor | None = None
+        self.counts: np.ndarray | None = None
         self.packed: list[tuple[float, float]] = []
+        self.iteration = self.seen = 0
         self.seconds = math.nan
 
     def watch(self, model_chunks: list) -> list:
@@ -119,9 +128,12 @@ class LogLine:
         """
         if num_tokens is not None:
             self.packed.append((num_tokens, squared_lengths))
+        self.record.begin(iteration - 1)
         if iteration % self.args.log_interval == 0 or is_first_iteration:
             self.counts = expert_counts(self.model_chunks, self.config)
-            self.iteration = iteration
+            self.seen, self.iteration = self.iteration or iteration - 1, iteration
+            if starved := self.starved.after(self.counts, self.iteration - self.seen):
+                self.say(f"iteration {iteration}: no token for 100 steps and more: experts of {told(starved)}")
 
     def extended(self, line: str) -> str:
         """`line` with our figures."""
@@ -155,9 +167,28 @@ class LogLine:
             by_rank = busiest_over_mean(self.counts, self.args.expert_model_parallel_size).values()
             scalars["expert-parallel-load"] = sum(by_rank) / len(by_rank)
             line += f" by expert-parallel rank: {scalars['expert-parallel-load']:.2f} |"
+        self._record(scalars)
         if (tensorboard := get_tensorboard_writer()) is not None:
             for name, value in scalars.items():
                 tensorboard.add_scalar(name, value, self.iteration)
         if (wandb := get_wandb_writer()) is not None:
             wandb.log(scalars, self.iteration)
         return line
+
+    def _record(self, scalars: dict[str, float]) -> None:
+        """The same as lines of the run's record."""
+        layers = {name.removeprefix("expert-load/layer-"): value for name, value in scalars.items() if "layer-" in name}
+        self.record.add_step(
+            self.iteration,
+            self.counts,
+            losses=self.losses,
+            learning_rate=self.learning_rate,
+            grad_norm=None if self.grad_norm is None else float(self.grad_norm),
+            seconds=self.seconds,
+            tokens_per_second=scalars["tokens-per-second"],
+            tflops_per_gpu=scalars["model-tflops-per-gpu"],
+            mfu=scalars.get("mfu"),
+            full=scalars.get("full"),
+            expert_load=layers,
+            expert_parallel_load=scalars.get("expert-parallel-load"),
+        )

@@ -21,6 +21,7 @@ from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
 from hymeg.training.hf_folders import check_save_hf
 from hymeg.training.schedule import check_schedule
+from hymeg.training.starved_experts import MANY, idle_share
 from hymeg.training.weights import check_weights, is_distributed_checkpoint
 
 _NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
@@ -54,6 +55,7 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
         _check_save(args)
         check_save_hf(args, config)
         _correct(args, say)
+        _warn_of_idle_experts(args, config, layout, say)
         check_weights(args, config, say)
         _check_tokenizer(args, config)
 
@@ -101,6 +103,24 @@ def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
             f"{said} x --pipeline-model-parallel-size {pp} does not divide {layers} layers; lower one of them"
         )
     return layers // (pp * per_stage)
+
+
+def _warn_of_idle_experts(
+    args: argparse.Namespace, config: HyConfig, layout: layouts.Layout, say: Callable[[str], None]
+) -> None:
+    """Say where a micro-batch has too few tokens for its experts. The ranks of an expert-parallel group, whose tokens
+    an expert sees, hold each a part of their sample under tensor and context parallelism.
+    """
+    ranks = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
+    parts = layout.tensor_model_parallel_size * layout.context_parallel_size
+    num_tokens = layout.micro_batch_size * args.seq_length * ranks / parts
+    share = idle_share(num_tokens, config.num_experts_per_tok, config.num_experts)
+    if share > MANY:
+        each = num_tokens * config.num_experts_per_tok / config.num_experts
+        say(
+            f"a micro-batch gives an expert {each:.2g} tokens on average, and about {share:.0%} of the "
+            f"{config.num_experts} experts none: raise --seq-length, --micro-batch-size or the expert-parallel size"
+        )
 
 
 def _check_devices() -> None:

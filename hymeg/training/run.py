@@ -23,6 +23,7 @@ from hymeg.training.data_record import compare_and_keep, text_record
 from hymeg.training.hf_folders import saving_hf
 from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
+from hymeg.training.run_record import recording
 from hymeg.training.step import forward_step
 from hymeg.training.weights import convert_hf_weights
 
@@ -96,8 +97,9 @@ def train(args, config: HyConfig) -> None:
         model_config = model_config_from_args(args)
         rows = RowData(args, config, _say) if args.sft_rows else None
         convert_hf_weights(args)
+        data = text_record(args) if rows is None else rows.record()
         if int(os.environ["RANK"]) == 0:
-            compare_and_keep(args, text_record(args) if rows is None else rows.record(), _say)
+            compare_and_keep(args, data, _say)
         settings = pretrain_cfg_container_from_args(args, model_config)
     # Where process groups are open, Megatron builds it with all ranks.
     if rows is None and not torch.distributed.is_initialized():
@@ -112,7 +114,11 @@ def train(args, config: HyConfig) -> None:
         )
 
     datasets.is_distributed = True
-    with metrics.logging(args, config, model_config), saving_hf(args, config, _say):
+    with (
+        recording(args, config, data, _say) as record,
+        metrics.logging(args, config, model_config, record, _say),
+        saving_hf(args, config, _say),
+    ):
         pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(forward_step, args))
 
 

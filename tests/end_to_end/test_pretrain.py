@@ -15,6 +15,7 @@ from hymeg.checkpoint.dist_files import COMMON_STATE_KEY
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.planning.flops import training_flops
+from hymeg.reporting.reading import read_run
 
 ROOT = Path(__file__).parents[2]
 ALONE = {
@@ -104,6 +105,34 @@ def test_second_life_resumes(lives):
     assert max(first) == 4 and min(second) == 5 and max(second) == 8
     assert "converting" not in lives[1] and "at iteration 4" in lives[1]
     assert float(re.search(r"consumed samples: +(\d+)", second[8]).group(1)) == 32
+
+
+def test_record_has_the_figures_of_the_log_and_of_both_lives(lives, folder):
+    run = read_run(folder / "out")
+    lines = iterations(lives[0]) | iterations(lives[1])
+    assert sorted(lines) == [1, 2, 4, 5, 6, 8]
+    for series, name in (
+        (run.losses["lm loss"], r"lm loss: ([\d.E+-]+) "),
+        (run.losses["mtp_1 loss"], r"mtp_1 loss: ([\d.E+-]+) "),
+        (run.curves["gradient norm"], r"grad norm: ([\d.]+) "),
+        (run.curves["learning rate"], r"learning rate: ([\d.E+-]+) "),
+    ):
+        assert [iteration for iteration, _ in series] == sorted(lines)
+        said = [float(re.search(name, lines[iteration]).group(1)) for iteration, _ in series]
+        assert [value for _, value in series] == pytest.approx(said, rel=1e-3)
+    # Of two evaluations at one step, in training and at its end, the later.
+    held_out = dict(re.findall(r"validation loss at iteration (\d).*?\| lm loss value: (\S+) ", "".join(lives)))
+    expected = [(int(iteration), pytest.approx(float(loss), rel=1e-5)) for iteration, loss in held_out.items()]
+    assert run.losses["lm loss, validation"] == expected and len(expected) == 2
+    assert (run.saves, run.resumes) == ([4, 8], [4])
+    assert run.starts[1]["layout"]["tensor_model_parallel_size"] == 2 and run.starts[1]["world_size"] == 2
+    config = HyConfig.from_dir(folder / "model")
+    chosen = run.counts.sum(axis=2)[[1, 2, 4, 5]]  # of the lines that stand for one step or two
+    layers = sum(kind == "sparse" for kind in config.mlp_layer_types) + 1
+    tokens = 4 * 64 * config.num_experts_per_tok
+    assert [sorted(row[row > 0].tolist()) for row in chosen[:, :-1]] == [
+        [n * tokens] * (layers - 1) for n in (1, 2, 1, 2)
+    ]
 
 
 def test_log_line(lives, folder):

@@ -11,6 +11,7 @@ from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops
+from hymeg.reporting.record import RunRecord
 from hymeg.training import metrics
 
 CONFIG = HyConfig.from_dict(TINY_CONFIG)
@@ -43,7 +44,7 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     monkeypatch.setattr(metrics, "get_wandb_writer", lambda: wandb)
     monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
     args = types.SimpleNamespace(seq_length=64, world_size=2, log_interval=1, expert_model_parallel_size=4)
-    line = metrics.LogLine(args, CONFIG, "NVIDIA H100 80GB HBM3")
+    line = metrics.LogLine(args, CONFIG, "NVIDIA H100 80GB HBM3", RunRecord(None, {}, print), print)
     assert line.watch([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4])]) == line.model_chunks
     line.before(1, False, 192.0, 12288.0)
     line.seconds = 0.5

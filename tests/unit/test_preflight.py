@@ -125,6 +125,18 @@ def test_what_megatron_refuses_is_told_in_its_words(checked, added):
         assert word in str(raised.value)
 
 
+def test_few_tokens_for_many_experts_are_said(checked):
+    """8 experts, of which a token takes 2."""
+    idle = [note for note in checked("--seq-length 4")[1] if "experts none" in note]
+    assert idle == [
+        "a micro-batch gives an expert 1 tokens on average, and about 32% of the 8 experts none: raise --seq-length, "
+        "--micro-batch-size or the expert-parallel size"
+    ]
+    assert not [note for note in checked("--seq-length 16")[1] if "experts none" in note]
+    cut = checked("--seq-length 16 --tensor-model-parallel-size 4 --expert-tensor-parallel-size 1", 4)[1]
+    assert any("gives an expert 1 tokens" in note for note in cut)
+
+
 def validate_quietly(args) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         validate_args(args)

@@ -1,0 +1,1 @@
+"""What a run leaves behind for reports, and the report made of it. No torch: a page is made anywhere, later."""

@@ -1,0 +1,97 @@
+"""What training tells a run's record (hymeg.reporting.record): where it lies, and what a life of the run starts with.
+
+The last rank writes it, which has the losses and writes TensorBoard's files too.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hymeg
+from hymeg.hf.config import HyConfig
+from hymeg.platform import device, megatron
+from hymeg.reporting.record import FOLDER, RunRecord
+
+_PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "sacrebleu")
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "data_parallel_size",
+    "seq_length",
+    "micro_batch_size",
+    "global_batch_size",
+)
+_SHAPE = (
+    "num_hidden_layers",
+    "num_nextn_predict_layers",
+    "hidden_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "vocab_size",
+)
+
+
+@contextlib.contextmanager
+def recording(
+    args: argparse.Namespace, config: HyConfig, data: dict[str, Any], say: Callable[[str], None]
+) -> Iterator[RunRecord]:
+    """While the context is open, evaluations and checkpoints are added to the record that it gives.
+
+    Args:
+        data: what decides the order of the samples (hymeg.training.data_record).
+        say: told what went wrong.
+    """
+    place = args.save or args.tensorboard_dir
+    is_writer = args.rank == args.world_size - 1
+    record = RunRecord(Path(place, FOLDER) if place and is_writer else None, facts(args, config, data), say)
+    names = args.validation_set_names or []
+
+    def evaluated(iteration: int, title: str, losses: list[dict[str, float]], _) -> None:
+        kind = "test" if title.endswith("test set") else "validation"
+        for number, of_set in enumerate(losses):
+            name = f"{kind} {names[number]}" if len(losses) > 1 and names else kind
+            record.add("evaluation", iteration, set=name, losses=of_set)
+
+    with (
+        megatron.after_evaluations(evaluated),
+        megatron.after_saves(lambda iteration, seconds: record.add("save", iteration, seconds=seconds)),
+    ):
+        yield record
+
+
+def facts(args: argparse.Namespace, config: HyConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """What a start says. `args` are validated by Megatron."""
+    num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return {
+        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "host": socket.gethostname(),
+        "device": device.name(),
+        "world_size": args.world_size,
+        "layout": {name: getattr(args, name) for name in _LAYOUT},
+        "train_iters": args.train_iters,
+        "model": {"folder": args.hf_model} | {name: getattr(config, name) for name in _SHAPE},
+        "data": data,
+        "versions": {"hymeg": hymeg.__version__, **_versions()},
+        "expert_counts": [num_layers, config.num_experts],
+    }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
