@@ -121,7 +121,8 @@ def test_record_has_the_figures_of_the_log_and_of_both_lives(lives, folder):
         said = [float(re.search(name, lines[iteration]).group(1)) for iteration, _ in series]
         assert [value for _, value in series] == pytest.approx(said, rel=1e-3)
     # Of two evaluations at one step, in training and at its end, the later.
-    held_out = dict(re.findall(r"validation loss at iteration (\d).*?\| lm loss value: (\S+) ", "".join(lives)))
+    pattern = r"validation loss at iteration (\d)(?: on validation set)? \| lm loss value: (\S+) "
+    held_out = dict(re.findall(pattern, "".join(lives)))
     expected = [(int(iteration), pytest.approx(float(loss), rel=1e-5)) for iteration, loss in held_out.items()]
     assert run.losses["lm loss, validation"] == expected and len(expected) == 2
     assert (run.saves, run.resumes) == ([4, 8], [4])
