@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,11 @@ from hymeg.errors import UserError
 _libc = ctypes.CDLL(None, use_errno=True)
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems answer that cannot do a thing
 _repr = reprlib.Repr(maxstring=160, maxlist=8, maxtuple=8, maxother=160)
+
+
+def opened(path: str | os.PathLike) -> BinaryIO:
+    """Open a file for reading."""
+    return open(path, "rb")
 
 
 def shown(value: Any) -> str:
@@ -36,12 +41,13 @@ def parse_bytes(text: str) -> int:
     return num_bytes
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, opened: Callable[[Any], BinaryIO] = opened) -> Any:
     """The JSON value in the file `path`. Raises UserError where the file is missing, unreadable or not JSON (with line
     and column).
     """
     try:
-        return json.loads(Path(path).read_bytes())
+        with opened(path) as file:
+            return json.loads(file.read())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:

@@ -6,12 +6,14 @@ merge them: streaming, no GPU, no model in memory.
 import argparse
 import functools
 import signal
+import sys
 
 from hymeg.checkpoint.adapters import adapter_to_peft, merge, peft_to_adapter
 from hymeg.checkpoint.compare import describe
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.mapping import HF_LAYOUTS
 from hymeg.checkpoint.peft_table import PEFT_LAYOUTS
+from hymeg.checkpoint.verification import verify_folder
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.files import parse_bytes
 from hymeg.hf.dtypes import ROUNDED_TO
@@ -102,9 +104,19 @@ def main() -> None:
     inspect.add_argument(
         "--iteration", type=int, metavar="N", help="of a distributed one (default: the one that the tracker names)"
     )
+    inspect.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every file, of all iterations, and compare it with its checksum; exit code 1 where one is damaged",
+    )
+    inspect.add_argument("--workers", type=int, default=2, metavar="N", help="--verify: processes (default: 2)")
     args = parser.parse_args()
 
     with exit_on_user_error():
+        if args.command == "inspect" and args.verify:
+            found = verify_folder(args.folder, args.workers)
+            print("\n".join([*map(str, found.damaged), f"{args.folder}: {found}"]))
+            sys.exit(1 if found.damaged else 0)
         if args.command == "inspect":
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect | head`
             print("\n".join(describe(args.folder, args.iteration)))

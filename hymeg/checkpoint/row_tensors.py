@@ -20,6 +20,7 @@ import numpy as np
 from hymeg.checkpoint.mapping import Range, Shape
 from hymeg.checkpoint.rounding import converted, dequantised
 from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow
+from hymeg.checksums import BlockCache, Damaged, VerifiedFile, manifest_beside
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
@@ -146,10 +147,11 @@ class Source(NamedTuple):
 
 
 class TensorReader:
-    """Reads rows. A context manager: it keeps files open."""
+    """Reads rows, and verifies what it reads of files that have checksums. A context manager: it keeps files open."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, _OpenFile] = {}
+        self._blocks = BlockCache()
         self._finder = ElementFinder()
         self._kept: dict[object, np.ndarray] = {}
 
@@ -157,8 +159,8 @@ class TensorReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()
 
     def blocks(self, tensor: RowTensor, ranges: Sequence[Range], height: int | None = None) -> Iterator[memoryview]:
         """The bytes of these rows in order, in blocks of at most BLOCK_BYTES or one row; each is gone when the next is
@@ -251,24 +253,61 @@ class TensorReader:
 
     def _read_bytes(self, tensor: RowTensor, piece: Piece, first: int, into: memoryview) -> None:
         try:
-            if piece.file not in self._descriptors:
-                while len(self._descriptors) >= _MAX_OPEN_FILES:
-                    os.close(self._descriptors.pop(next(iter(self._descriptors))))
-                self._descriptors[piece.file] = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC)
-            descriptor = self._descriptors[piece.file]
+            file = self._opened(piece.file)
             position = piece.position + first
             if piece.length:
-                window = FileWindow(descriptor, piece.position, piece.length)
+                window = file.window(piece.position, piece.length)
                 position += self._finder.find(
                     window, piece.dtype, piece.shape, f"{piece.file}: {tensor.key} at byte {piece.position}"
                 )
-            while into:
-                count = os.preadv(descriptor, [into], position)
-                if count == 0:
-                    raise UserError(
-                        f"{piece.file}: ends at byte {position}, inside {tensor.key}; it was changed while it was "
-                        "read, or is truncated"
-                    )
-                into, position = into[count:], position + count
+            count = file.read_into(position, into)
+            if count < len(into):
+                raise UserError(
+                    f"{piece.file}: ends at byte {position + count}, inside {tensor.key}; it was changed while it was "
+                    "read, or is truncated"
+                )
+        except Damaged as error:
+            raise error.reading(tensor.key) from None
         except OSError as error:
             raise UserError(f"{piece.file}: cannot be read: {error.strerror or error}") from error
+
+    def _opened(self, path: str) -> "_OpenFile":
+        if path not in self._files:
+            while len(self._files) >= _MAX_OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[path] = _OpenFile(path, self._blocks)
+        return self._files[path]
+
+
+class _OpenFile:
+    """Verified where there are checksums."""
+
+    def __init__(self, path: str, blocks: BlockCache):
+        manifest = manifest_beside(path)
+        expected = manifest.files.get(os.path.basename(path)) if manifest else None
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._verified = VerifiedFile(path, self._descriptor, expected, blocks) if expected else None
+
+    def read_into(self, position: int, into: memoryview) -> int:
+        if self._verified:
+            return self._verified.read_into(position, into)
+        total = 0
+        while total < len(into) and (count := os.preadv(self._descriptor, [into[total:]], position + total)):
+            total += count
+        return total
+
+    def window(self, start: int, length: int) -> FileWindow:
+        return _Window(self, self._descriptor, start, length)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Window(FileWindow):
+    def __init__(self, file: _OpenFile, descriptor: int, start: int, length: int):
+        super().__init__(descriptor, start, length)
+        self._file = file
+
+    def read_at(self, position: int, size: int) -> bytes:
+        data = bytearray(size)
+        return bytes(data[: self._file.read_into(self.start + position, memoryview(data))])

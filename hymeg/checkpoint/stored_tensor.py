@@ -21,6 +21,7 @@ import zlib
 from typing import Any, NamedTuple
 
 from hymeg.checkpoint.mapping import Shape
+from hymeg.checksums import Damaged
 from hymeg.errors import UserError
 from hymeg.files import shown
 from hymeg.hf.dtypes import ITEM_SIZES, WEIGHTS
@@ -148,6 +149,8 @@ class ElementFinder:
             return len(known)
         try:
             begin = _begin_of_elements(file, dtype, shape)
+        except Damaged:
+            raise
         except Exception as error:  # whatever reading a broken zip or pickle raises; nothing of the file's own is run
             raise UserError(
                 f"{what}: not a stored {dtype} tensor of shape {list(shape)}: {error or type(error).__name__}; copy "

@@ -19,8 +19,9 @@ import re
 from collections import Counter
 from collections.abc import Buffer, Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from hymeg.checksums import open_verified
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown, write_whole, written_whole
 from hymeg.hf.dtypes import ITEM_SIZES
@@ -72,10 +73,10 @@ class SafetensorsFile:
             it.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, opened: Callable[[str | os.PathLike], BinaryIO] = open_verified):
         self.path = Path(path)
         try:
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 header_bytes = int.from_bytes(file.read(8), "little")
                 if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
@@ -270,7 +271,7 @@ def _are_sizes(value: Any) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The index's weight_map: tensor name -> file name."""
-    index = read_json(path)
+    index = read_json(path, open_verified)
     weight_map = index.get("weight_map") if type(index) is dict else None
     if type(weight_map) is not dict or not weight_map:
         raise UserError(f'{path}: an object "weight_map" from tensor names to file names is needed')

@@ -1,7 +1,8 @@
 """Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
 
-With CUDA four of Megatron's names change: a call that its wheel cannot serve, how multi-token prediction rolls and
-logs, and a count that needs logits (the three functions of `hymeg.platform.megatron` that say "on every platform").
+With CUDA seven of Megatron's names change: a call that its wheel cannot serve, how multi-token prediction rolls and
+logs, and a count that needs logits (the three functions of `hymeg.platform.megatron` that say "on every platform"), and
+how checkpoints are written and read (`hymeg.platform.saving`).
 Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports
 Megatron: the packages that import it call it. `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run
 without a GPU; unset, the presence of CUDA decides.
@@ -91,7 +92,7 @@ def install() -> None:
         torch_cuda.install()
         gloo.install()
     _installed = True
-    from hymeg.platform import megatron
+    from hymeg.platform import megatron, saving
 
     for message in (r"`torch.distributed.\w+` is deprecated", "MimoModelConfig is experimental"):
         warnings.filterwarnings("ignore", message=message)
@@ -100,5 +101,6 @@ def install() -> None:
     megatron.use_shipped_dataset_helpers()
     megatron.mend_mtp_rolls()
     megatron.count_mtp_hits_without_logits()
+    saving.install()
     if is_cpu():
         megatron.install()

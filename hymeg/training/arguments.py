@@ -77,6 +77,12 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     )
     group.add_argument("--save-hf-interval", type=int, metavar="N", help="--save-hf: and after every N iterations")
     group.add_argument(
+        "--fall-back-to-older-checkpoint",
+        action="store_true",
+        help="verify what --load names before it is loaded, and where it is damaged or not complete take the newest "
+        "older iteration that is neither",
+    )
+    group.add_argument(
         "--recompute-logits",
         dest="hy_recompute_logits",
         action="store_true",

@@ -32,7 +32,7 @@ def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], Non
         if not is_done():
             make()
         return
-    once(PrefixStore(f"hymeg/{what}", _store()), os.environ["RANK"] == "0", _node(), is_done, make)
+    once(PrefixStore(f"hymeg/{what}", job_store()), os.environ["RANK"] == "0", _node(), is_done, make)
 
 
 def by_rank_0(what: str, make: Callable[[], None]) -> None:
@@ -65,7 +65,8 @@ def _node() -> str:
 
 
 @functools.cache  # without a launcher's store, rank 0's serves all: it must outlive this call
-def _store() -> Store:
+def job_store() -> Store:
+    """Which all ranks of the job share, from their start on."""
     return next(rendezvous("env://", timeout=_FOREVER))[0]
 
 

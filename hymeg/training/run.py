@@ -5,13 +5,14 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from hymeg import platform
 from hymeg.checkpoint.companions import carried_files, carry
+from hymeg.checksums import Damaged
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
 from hymeg.launch import rank
@@ -25,7 +26,7 @@ from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
 from hymeg.training.run_record import recording
 from hymeg.training.step import forward_step
-from hymeg.training.weights import convert_hf_weights
+from hymeg.training.weights import convert_hf_weights, none_but_undamaged
 
 
 def main(argv: Sequence[str]) -> None:
@@ -88,6 +89,7 @@ def train(args, config: HyConfig) -> None:
     from megatron.training.global_vars import set_global_variables
 
     from hymeg.data.pretraining import build_datasets, build_index
+    from hymeg.platform.saving import user_errors
     from hymeg.training.row_data import RowData
 
     rank.admit_rerun_state()
@@ -118,8 +120,19 @@ def train(args, config: HyConfig) -> None:
         recording(args, config, data, _say) as record,
         metrics.logging(args, config, model_config, record, _say),
         saving_hf(args, config, _say),
+        _naming_undamaged(args),
+        user_errors(),
     ):
         pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(forward_step, args))
+
+
+@contextlib.contextmanager
+def _naming_undamaged(args) -> Iterator[None]:
+    """Where what is loaded is damaged, say which checkpoint is not."""
+    try:
+        yield
+    except Damaged as error:
+        raise none_but_undamaged(args, error) from None
 
 
 def _say(line: str) -> None:

@@ -7,15 +7,20 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from hymeg.checkpoint.dist_files import MODEL_KEYS, TRACKER
+from hymeg.checkpoint.dist_files import FORMAT, FORMAT_FILE, MODEL_KEYS, TRACKER
 from hymeg.checkpoint.mapping import check_distributed_tensors
 from hymeg.checkpoint.sources import open_hf
 from hymeg.checkpoint.sources.dist_folder import stored_shapes
+from hymeg.checkpoint.verification import verification_notes
+from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError
+from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.training.flag_names import flag
 from hymeg.training.hf_weights import converted
+from hymeg.training.older_checkpoints import exchange_by_group, exchange_by_store, newest_undamaged
 
 
 def is_distributed_checkpoint(folder: str) -> bool:
@@ -139,7 +144,9 @@ def _check_distributed(
         raise UserError(
             f"{flag(dest)} {folder}: {path} cannot be read ({error}); write the iteration to load into it, or 'release'"
         ) from None
-    complete = _complete_iterations(folder)
+    complete = complete_iterations(folder)
+    if dest == "load" and args.fall_back_to_older_checkpoint:
+        content = _fall_back(args, folder, complete, content, say)
     available = (
         f"complete in it: {', '.join(map(str, complete[-5:]))}" if complete else "there is no complete one in it"
     )
@@ -167,11 +174,53 @@ def _check_distributed(
             config,
             with_optimizer=goes_on and not args.no_load_optim,
         )
+        for note in verification_notes(Path(folder, name)):
+            say(note)
     if goes_on and args.train_iters is not None and int(content) >= args.train_iters:
         say(f"nothing left to train: {folder} is at iteration {int(content)} of --train-iters {args.train_iters}")
 
 
-def _complete_iterations(folder: str) -> list[int]:
+def _fall_back(
+    args: argparse.Namespace, folder: str, complete: list[int], content: str, say: Callable[[str], None]
+) -> str:
+    """What the tracker says, or, where that checkpoint is damaged or not complete, the newest older one that is
+    neither, to which `args.ckpt_step` then points.
+    """
+    wanted = args.ckpt_step if args.ckpt_step is not None else int(content) if content.isdecimal() else None
+    if content == "release" and args.ckpt_step is None:
+        return content
+    found, wrong = newest_undamaged(
+        folder, [iteration for iteration in complete if wanted is None or iteration <= wanted], exchange_by_store
+    )
+    if found is None:
+        raise UserError(
+            f"--fall-back-to-older-checkpoint: no undamaged checkpoint in --load {folder}: "
+            f"{'; '.join(wrong) or 'there is no complete one in it'}"
+        )
+    if found != wanted:
+        said = "; ".join(wrong) or f"{os.path.join(folder, TRACKER)} names {content[:40]!r}, which is not complete"
+        say(f"{said}: falling back to iteration {found}")
+        args.ckpt_step = found
+    return str(found)
+
+
+def none_but_undamaged(args: argparse.Namespace, error: Damaged) -> UserError:
+    """`error`, found while `args.load` was loaded, on all ranks, with what to do about it."""
+    again = "copy that file again, or convert again"
+    if args.load is None or not is_distributed_checkpoint(args.load):
+        return UserError(f"{error}; {again}")
+    damaged = os.path.basename(os.path.dirname(error.path))
+    others = [step for step in complete_iterations(args.load) if f"iter_{step:07d}" != damaged]
+    found, _ = newest_undamaged(args.load, others, exchange_by_group)
+    if found is None:
+        return UserError(f"{error}; no other iteration in --load {args.load} is undamaged: {again}")
+    return UserError(
+        f"{error}; the newest undamaged iteration in --load {args.load} is {found}: give --ckpt-step {found} or "
+        "--fall-back-to-older-checkpoint"
+    )
+
+
+def complete_iterations(folder: str) -> list[int]:
     names = [re.fullmatch(r"iter_(\d{7,})", name) for name in os.listdir(folder)]
     return sorted(
         int(name[1]) for name in names if name and os.path.isfile(os.path.join(folder, name[0], "metadata.json"))
@@ -180,9 +229,12 @@ def _complete_iterations(folder: str) -> list[int]:
 
 def _check_stored(label: str, folder: str, args: argparse.Namespace, config: HyConfig, with_optimizer: bool) -> None:
     try:
+        found = read_json(os.path.join(folder, FORMAT_FILE), open_verified)
+        if found != FORMAT:
+            raise UserError(f"{os.path.join(folder, FORMAT_FILE)}: holds {shown(found)}; {shown(FORMAT)} is needed")
         shapes = stored_shapes(folder)
     except UserError as error:
-        raise UserError(f"{label}: {error}, or give --ckpt-step") from None
+        raise UserError(f"{label}: {error}, or give --ckpt-step or --fall-back-to-older-checkpoint") from None
     try:
         check_distributed_tensors(
             config, {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(MODEL_KEYS)}

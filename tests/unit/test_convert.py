@@ -28,6 +28,7 @@ from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.sinks import dist_folder
 from hymeg.checkpoint.sources.dist_folder import open_dist, stored_shapes
+from hymeg.checksums import MANIFEST
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
@@ -146,7 +147,7 @@ def test_objects_beside_the_tensors_are_passed_over(hf_checkpoint, dist_checkpoi
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-    shutil.copytree(dist_checkpoint, tmp_path / "dist")
+    shutil.copytree(dist_checkpoint, tmp_path / "dist", ignore=shutil.ignore_patterns(MANIFEST))
     path = tmp_path / "dist" / "release" / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     keys = [
@@ -220,7 +221,7 @@ def test_mtp_layers_that_training_did_not_hold_come_from_the_base(hf_checkpoint,
     dist_to_hf(tmp_path / "dist", tmp_path / "out", base_hf=hf_checkpoint, verify=True, say=said.append)
     found, trunk, base = (state_dict(folder) for folder in (tmp_path / "out", tmp_path / "trunk", hf_checkpoint))
     assert_same_tensors(found, {name: trunk.get(name, base[name]) for name in base})
-    assert "16 tensors" in said[0]
+    assert any("16 tensors" in line for line in said)
     write_tiny_checkpoint(tmp_path / "other", HyConfig.from_dict(TINY_CONFIG | {"hidden_size": 128}), num_mtp_layers=1)
     with pytest.raises(UserError, match=r"another model than .* is \(.*128"):
         dist_to_hf(tmp_path / "dist", tmp_path / "other-out", base_hf=tmp_path / "other")

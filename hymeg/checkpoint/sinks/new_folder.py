@@ -22,6 +22,7 @@ from typing import Any
 
 from hymeg import __version__
 from hymeg.checkpoint.dist_files import SOURCE_FILE
+from hymeg.checksums import MANIFEST, FileSum, read_manifest, sum_of, sum_of_file, write_manifest
 from hymeg.errors import UserError
 from hymeg.files import fsync_folder, read_json, write_whole
 
@@ -67,9 +68,10 @@ def new_folder(
             _lock(mark, 0)
             check_target(target, 0, overwrite)  # the conversion that was waited for may have finished
             yield partial
-            files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.name != _MARK)
-            text = json.dumps({"hymeg": __version__, **record, "files": files}, indent=1)
-            write_whole(partial / RECORD, text.encode())
+            files = {str(path.relative_to(partial)) for path in partial.rglob("*") if path.name != _MARK} | {MANIFEST}
+            text = json.dumps({"hymeg": __version__, **record, "files": sorted(files)}, indent=1).encode()
+            write_whole(partial / RECORD, text)
+            write_manifest(partial / MANIFEST, _sums(partial) | {RECORD: sum_of(text)})
             fsync_folder(partial)
             _appear(partial, target, overwrite)
     except OSError as error:
@@ -120,6 +122,21 @@ def _check_replaceable(folder: Path, target: Path) -> None:
     if foreign := sorted(found - written - {RECORD, SOURCE_FILE, _MARK}):
         lost = ", ".join(foreign[:3])
         raise UserError(f"{target}: --overwrite would lose {lost}, which no conversion wrote; give another folder")
+
+
+def _sums(folder: Path) -> dict[str, FileSum]:
+    """Of all files in `folder` that no manifest of a folder inside it has. Those of tensors were taken while they were
+    written; what came along from elsewhere is small."""
+    manifests = {path.parent: read_manifest(path) for path in folder.rglob(MANIFEST)}
+    known = manifests[folder].files if folder in manifests else {}
+    names = [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.name not in (_MARK, MANIFEST)
+        and (path.parent == folder or path.parent not in manifests)
+    ]
+    return {name: known.get(name) or sum_of_file(folder / name) for name in names}
 
 
 def _appear(partial: Path, target: Path, overwrite: bool) -> None:

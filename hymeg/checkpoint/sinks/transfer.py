@@ -21,6 +21,7 @@ from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.stored_tensor import envelope
 from hymeg.checkpoint.workers import Outcome, Progress, dealt, run
+from hymeg.checksums import MANIFEST, FileSum, Piece, Summer, joined, sum_of, write_manifest
 from hymeg.errors import UserError
 from hymeg.files import reserve, write_start, write_whole
 from hymeg.hf.dtypes import ITEM_SIZES
@@ -96,38 +97,46 @@ def unpacked(some_at_a_time: Iterable[bytes]) -> Iterator[Task]:
 
 
 def write(folder: Path, files: FilesToWrite, workers: int, progress: Progress) -> Outcome:
-    """Write all files into `folder` and flush them to disk; of `files` what is no task is used up.
+    """Write all files into `folder`, with a manifest of their checksums, and flush them to disk; of `files` what is no
+    task is used up.
 
     Raises:
         UserError: a file cannot be read or written.
     """
 
-    def work(dealt_turns: Iterator[list[bytes]], report: Callable[[int], None]) -> None:
+    def work(dealt_turns: Iterator[list[bytes]], report: Callable[[int], None]) -> dict[str, list[Piece]]:
         with TensorReader() as reader, _Writer(folder) as writer:
             for turn in dealt_turns:
                 for task in unpacked(turn):
                     _write_task(reader, task, writer, report)
+            return writer.pieces
 
-    _reserve(folder, files)
+    sums = _reserve(folder, files)
     outcome = run(work, [dealt(files.turns)] * min(workers, len(files.turns)), progress)
-    _complete(folder, files)
+    _complete(folder, files, sums, outcome.results)
     return outcome
 
 
-def _reserve(folder: Path, files: FilesToWrite) -> None:
-    """Room for the tensors, and what lies beside them."""
+def _reserve(folder: Path, files: FilesToWrite) -> dict[str, FileSum]:
+    """Room for the tensors, and what lies beside them, whose checksums are returned."""
     for name, num_bytes in files.sizes.items():
         try:
             reserve(folder / name, num_bytes)
         except OSError as error:
             raise _unwritable(folder / name, error) from error
+    sums: dict[str, FileSum] = {}
     while files.beside:
         name, data = files.beside.popitem()
+        sums[name] = sum_of(data)
         write_whole(folder / name, data)
+    return sums
 
 
-def _complete(folder: Path, files: FilesToWrite) -> None:
-    """What makes valid what is on disk now."""
+def _complete(
+    folder: Path, files: FilesToWrite, sums: Mapping[str, FileSum], pieces: Sequence[Mapping[str, list[Piece]]]
+) -> None:
+    """What makes valid what is on disk now: the checksums, and the files' last bytes."""
+    write_manifest(folder / MANIFEST, {**sums, **_sums_of_pieces(pieces, files.last)})
     while files.last:
         name, data = files.last.popitem()
         write_start(folder / name, data)
@@ -140,12 +149,25 @@ def write_in_order(folder: Path, files: FilesToWrite, pieces: Iterable[tuple[str
     Raises:
         UserError: a file cannot be written.
     """
-    _reserve(folder, files)
+    sums = _reserve(folder, files)
     with _Writer(folder) as writer:
         for name, position, data in pieces:
             writer.open(name)
             writer.write([data], position)
-    _complete(folder, files)
+    _complete(folder, files, sums, [writer.pieces])
+
+
+def _sums_of_pieces(results: Sequence[Mapping[str, list[Piece]]], starts: Mapping[str, bytes]) -> dict[str, FileSum]:
+    """Of the files whose pieces were written by each of several, and whose first bytes are `starts`."""
+    pieces: dict[str, list[Piece]] = collections.defaultdict(list)
+    for of_worker in results:
+        for name, some in of_worker.items():
+            pieces[name] += some
+    for name, data in starts.items():
+        start = Summer()
+        start.add(0, data)
+        pieces[name] += start.pieces
+    return {name: joined(some) for name, some in pieces.items()}
 
 
 class _Writer:
@@ -158,6 +180,12 @@ class _Writer:
         self._pool = ThreadPoolExecutor(1)  # one: a file is closed after what was asked for before
         self._flushes: collections.deque[tuple[Path, Future]] = collections.deque()
         self._name, self._path, self._descriptor, self._unflushed = "", folder, -1, 0
+        self._summers: dict[str, Summer] = collections.defaultdict(Summer)
+
+    @property
+    def pieces(self) -> dict[str, list[Piece]]:
+        """Checksums of what was written, by file."""
+        return {name: summer.pieces for name, summer in self._summers.items()}
 
     def __enter__(self) -> "_Writer":
         return self
@@ -180,9 +208,11 @@ class _Writer:
             except OSError as error:
                 raise _unwritable(self._path, error) from error
 
-    def write(self, buffers: list[bytes | memoryview], position: int) -> int:
-        """Write them one after the other, from `position` on, whatever the system takes at once; their bytes."""
-        total = sum(map(len, buffers))
+    def write(self, buffers: list[bytes | memoryview], position: int) -> list[int]:
+        """Write them one after the other, from `position` on, whatever the system takes at once; the CRC-32 of each."""
+        total, crcs, summer = sum(map(len, buffers)), [], self._summers[self._name]
+        for buffer, start in zip(buffers, itertools.accumulate(map(len, buffers), initial=position), strict=False):
+            crcs.append(summer.add(start, buffer))
         try:
             written = os.pwritev(self._descriptor, buffers, position)
             if written < total:
@@ -194,7 +224,7 @@ class _Writer:
         self._unflushed += total
         if self._unflushed >= _SYNC_BYTES:
             self._later(os.fdatasync)
-        return total
+        return crcs
 
     def _leave(self) -> None:
         if self._descriptor >= 0:
@@ -233,13 +263,15 @@ def _write_task(reader: TensorReader, task: Task, writer: _Writer, report: Calla
     writer.open(task.file)
     for block in reader.blocks(task.tensor, task.rows):
         data = converted(block, task.tensor.dtype, task.dtype)
-        if around:
-            crc = isal_zlib.crc32(data, crc)
-        position += writer.write([*pending, data], position)
+        *_, crc_of_data = writer.write([*pending, data], position)
+        crc = isal_zlib.crc32_combine(crc, crc_of_data, len(data))
+        position += sum(map(len, [*pending, data]))
         pending = []
         report(len(data))
     if around:
-        position += writer.write([*pending, around.closed(crc)], position)
+        rest = [*pending, around.closed(crc)]
+        writer.write(rest, position)
+        position += sum(map(len, rest))
     assert position - task.position == task.stored_length, (task.tensor.key, task.rows, position)
 
 

@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hymeg.checkpoint.companions import config_folder
 from hymeg.checkpoint.dist_files import (
@@ -28,8 +28,10 @@ from hymeg.checkpoint.dist_files import (
 from hymeg.checkpoint.mapping import Range, Shape, row_ranges
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source
 from hymeg.checkpoint.sources.foreign_keys import is_of_model, under_our_keys
+from hymeg.checkpoint.verification import verification_notes
+from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError
-from hymeg.files import read_json, shown
+from hymeg.files import opened, read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
 
@@ -48,7 +50,7 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
             projections are interleaved.
     """
     folder, iteration = iteration_folder(directory, iteration)
-    found = read_json(folder / FORMAT_FILE)
+    found = read_json(folder / FORMAT_FILE, open_verified)
     if type(found) is not dict or found.get("sharded_backend") != FORMAT["sharded_backend"]:
         raise UserError(
             f"{folder / FORMAT_FILE}: holds {shown(found)}; sharded_backend torch_dist is needed (--ckpt-format "
@@ -68,6 +70,8 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
         others = [key for key in keys if key not in tensors]
         tensors, foreign = under_our_keys(tensors)
         _check_flags(folder, locations.get((COMMON_STATE_KEY, None)))
+    except Damaged:
+        raise
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
     except UserError as error:
@@ -77,7 +81,7 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
     of_config = config_folder(Path(directory), folder)
     config = HyConfig.from_dir(of_config) if of_config else None
     what = "distributed (torch_dist)"
-    notes = []
+    notes = list(verification_notes(folder, Path(directory)))
     if foreign:
         notes.append(f"read under another trainer's names: {len(foreign):,} tensors, such as {foreign[0]}")
     if objects := [key for key in entries if key not in keys and not _is_known_object(key)]:
@@ -114,6 +118,20 @@ def stored_shapes(folder: str | os.PathLike) -> dict[str, Shape | None]:
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
     return shapes
+
+
+def stored_places(folder: str | os.PathLike) -> list[tuple[str, str, int, int]]:
+    """Key, file, position and length of everything that an iteration's folder holds, checksums or not. Raises as
+    `stored_shapes` does.
+    """
+    path = Path(folder) / METADATA
+    try:
+        return [
+            (index.get("fqn"), info.get("relative_path"), int(info.get("offset")), int(info.get("length")))
+            for index, info in _read_metadata(path, opened).get("storage_data").items()
+        ]
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
 
 
 # ---- the pickle
@@ -165,15 +183,17 @@ class _MetadataReader(pickle.Unpickler):
         raise UserError(f"it names {found}, which has no place in a checkpoint's metadata: do not load this file")
 
 
-def _read_metadata(path: Path) -> _Record:
+def _read_metadata(path: Path, opened: Callable[[Path], BinaryIO] = open_verified) -> _Record:
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             if os.fstat(file.fileno()).st_size > _MAX_METADATA_BYTES:
                 most = f"{_MAX_METADATA_BYTES >> 30} GiB"
                 raise UserError(f"{path}: larger than {most}; this is not a checkpoint's metadata")
             metadata = _MetadataReader(file).load()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; copy the checkpoint again") from None
+    except Damaged:
+        raise
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever unpickling a broken file raises; nothing of the file's own is run
@@ -203,12 +223,14 @@ def _check_flags(folder: Path, location: tuple[str, int, int] | None) -> None:
     """
     try:
         file, position, length = location
-        with open(folder / file, "rb") as opened:
+        with open_verified(folder / file) as opened:
             opened.seek(position)
             archive = zipfile.ZipFile(io.BytesIO(opened.read(min(length, _MAX_FLAGS_BYTES))))
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         flags = _FlagsReader(io.BytesIO(archive.read(name))).load()[0]["args"]
         interleaved = flags.get("moe_mlp_glu_interleave_size")
+    except Damaged:
+        raise
     except Exception:  # whatever a broken, foreign or missing object raises: it is not needed for anything else
         return
     if interleaved is not None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, Entry, distributed_shapes, is_mtp, match_hf_tensors
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source
+from hymeg.checkpoint.verification import verification_notes
 from hymeg.errors import UserError
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.hf.fp8 import WeightScale, listed, told_apart
@@ -50,7 +51,7 @@ def open_hf(
         tensors = _row_tensors(match.entries, stored, scales, dtype)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    notes += mtp.notes
+    notes += [*verification_notes(folder), *mtp.notes]
     if match.dropped:
         notes.append(f"left out, the trunk's own are used instead: {', '.join(match.dropped)}")
     what = f"Hugging Face, {match.layout} layout"
