@@ -267,7 +267,7 @@ def test_every_file_is_flushed_to_disk_before_the_folder_appears(dist_checkpoint
     flushed, _, last = log.read_text().partition("RENAMED\n")
     of_shards = [line for line in flushed.splitlines() if line.endswith(".safetensors")]
     shards = [path.name for path in (tmp_path / "out").glob("*.safetensors")]
-    assert all(of_shards.count(name) == 2 for name in shards) and len(shards) > 3  # the tensors, then the header
+    assert all(of_shards.count(name) >= 2 for name in shards) and len(shards) > 3  # the tensors, then the header
     assert "out.partial" in flushed and last.split() == [tmp_path.name]
 
 
