@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from hymeg.checkpoint.companions import carried_files, carry
-from hymeg.checkpoint.live import Block, LiveModel
 from hymeg.checkpoint.sinks.hf_folder import Place, Plan, planned
 from hymeg.checkpoint.sinks.new_folder import new_folder
 from hymeg.checkpoint.sinks.transfer import FilesToWrite, write_in_order
+from hymeg.checkpoint.sources.live_model import Block, LiveModel
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES

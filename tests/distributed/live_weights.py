@@ -5,16 +5,17 @@ from collections.abc import Iterable
 
 import torch
 
-from hymeg.checkpoint import live
+from hymeg.checkpoint.live import export_weights
+from hymeg.checkpoint.sources import live_model
 from hymeg.hf.config import HyConfig
 from hymeg.platform.patches import patched
 
 
 def live_digests(model_chunks: list, config: HyConfig) -> dict[str, str]:
     """By Hugging Face layout, of what this rank is given: all at once, and a few rows at a time."""
-    found = {"hub": digest(live.export_weights(model_chunks, config))}
-    with patched(live, "BATCH_BYTES", 50_000, "an embedding is then several batches, a stack of experts too"):
-        return found | {"fused": digest(live.export_weights(model_chunks, config, layout="fused"))}
+    found = {"hub": digest(export_weights(model_chunks, config))}
+    with patched(live_model, "BATCH_BYTES", 50_000, "an embedding is then several batches, a stack of experts too"):
+        return found | {"fused": digest(export_weights(model_chunks, config, layout="fused"))}
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

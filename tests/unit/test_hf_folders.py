@@ -63,7 +63,8 @@ def test_only_what_a_conversion_wrote_is_replaced(config, model, tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_nothing_and_every_rank_comes_to_the_end(config, model, tmp_path, monkeypatch):
-    from hymeg.checkpoint import live, live_folder
+    from hymeg.checkpoint import live_folder
+    from hymeg.checkpoint.sources import live_model
 
     def full(folder, files, pieces):
         (folder / "model.safetensors").touch()
@@ -77,10 +78,10 @@ def test_a_disk_that_fills_up_leaves_nothing_and_every_rank_comes_to_the_end(con
             given.append(block.rows.numel())
             yield block
 
-    blocks = live.LiveModel.blocks
-    monkeypatch.setattr(live, "BATCH_BYTES", 50_000)
+    blocks = live_model.LiveModel.blocks
+    monkeypatch.setattr(live_model, "BATCH_BYTES", 50_000)
     monkeypatch.setattr(live_folder, "write_in_order", full)
-    monkeypatch.setattr(live.LiveModel, "blocks", noted)
+    monkeypatch.setattr(live_model.LiveModel, "blocks", noted)
     with pytest.raises(UserError, match="no space left"):
         save_hf_folder([model], config, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 from single_process import build
 
-from hymeg.checkpoint import live
 from hymeg.checkpoint.convert import hf_to_dist
 from hymeg.checkpoint.live import export_weights, load_weights
+from hymeg.checkpoint.mapping import hf_entries
+from hymeg.checkpoint.sources import live_model
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
@@ -49,12 +50,12 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("batch_bytes", [100, 5000, 1 << 20])
 def test_a_model_gives_what_it_was_loaded_from_in_batches_of_any_size(folder, config, model, monkeypatch, batch_bytes):
-    monkeypatch.setattr(live, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(live_model, "BATCH_BYTES", batch_bytes)
     given = list(export_weights([model], config))
     assert_same(dict(given), weights(folder / "hub"))
     assert len(given) == len(weights(folder / "hub"))
-    batches = live.LiveModel([model], config)._batches(live.hf_entries(config, "hub"))
-    sizes = [sum((stop - start) * entry.hf_shape[-1] * 4 for entry, _, (start, stop), _ in batch) for batch in batches]
+    batches = live_model.LiveModel([model], config)._batches(hf_entries(config, "hub"))
+    sizes = [sum(span.num_rows * span.entry.hf_shape[-1] * 4 for span in batch) for batch in batches]
     assert max(sizes) <= max(batch_bytes, 128 * 4)  # one row of the widest matrix
 
 
