@@ -33,6 +33,7 @@ CHOSEN = {  # field of Layout -> destinations of the flags that fix it
 }
 ASSUMED = ("bf16", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
 """On where a search is free to choose."""
+IMBALANCE = 1.2
 ROW_LENGTH = 512
 """Tokens of a packed row where nobody says: chat and translation rows are far shorter than a sample."""
 
@@ -55,7 +56,14 @@ def own_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", metavar="NAME", help="A100, H100, H200, ... (default: by --gpu-memory, or H100)")
     number("--network-gbps", 400, "X", "Gbit/s between nodes for each GPU (default: 400)")
     number("--host-memory", None, "GIB", "of one node: warn where a checkpoint needs more (default: not checked)")
-    number("--imbalance", 1.2, "X", "tokens of the busiest expert-parallel rank over the mean (default: 1.2)")
+    number("--imbalance", None, "X", f"tokens of the busiest expert-parallel rank over the mean (default: {IMBALANCE})")
+    parser.add_argument(
+        "--measured",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="--save or --tensorboard-dir of runs on such a machine: fit times and --imbalance to them",
+    )
     number("--margin", 0, "GIB", "of a GPU that a layout must leave free beside the reserve (default: 0)")
     parser.add_argument(
         "--row-length",
@@ -114,12 +122,14 @@ def _check(own: argparse.Namespace) -> None:
 
 def plan(own: argparse.Namespace, rest: list[str]) -> None:
     from hymeg.planning import report
+    from hymeg.planning.measured import Calibration, fit
     from hymeg.planning.memory import GIB, Device
     from hymeg.planning.network import hardware_of
     from hymeg.planning.search import Machine, Planner
     from hymeg.planning.settings import unmodelled
     from hymeg.platform.flags import for_gpus
     from hymeg.training.arguments import naming_lines, parse
+    from hymeg.training.observed import observe, told
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(own.gpus)}
     source = [*(["--hf-model", own.hf] if own.hf else []), *(["--config", own.config] if own.config else [])]
@@ -133,7 +143,11 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
     hardware = hardware_of(own.gpu, own.gpu_memory)
     device = Device(own.gpu_memory or hardware.memory_gib)
     machine = Machine(own.gpus, own.gpus_per_node, device, hardware, own.network_gbps / 8)
-    planner = Planner(config, machine, own.imbalance, own.experts_across_nodes, _attended(own, args), own.margin * GIB)
+    attended = _attended(own, args)
+    observations = [observe(folder, own.hf, machine, attended or ROW_LENGTH) for folder in own.measured]
+    calibration = fit(observations) if observations else Calibration()
+    imbalance = own.imbalance or calibration.imbalance or IMBALANCE
+    planner = Planner(config, machine, imbalance, own.experts_across_nodes, attended, own.margin * GIB, calibration)
     with naming_lines(args.explicit):
         found = _found(own, args, planner)
     number = own.explain or 1
@@ -143,10 +157,14 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
     warnings = report.warnings(chosen, planner, own.host_memory)
     if own.json:
         data = {"not_modelled": unknown, "warnings": warnings} | report.as_data(found, planner, own.top)
+        if observations:
+            data["measured"] = calibration._asdict()
         print(json.dumps(data, indent=2))
     else:
         if unknown:
             print(f"Not modelled, so neither in GiB nor in seconds: {', '.join(unknown)}\n")
+        if observations:
+            print("\n".join([*told(observations, calibration), ""]))
         lines = report.listed(found, planner, own.top)
         if own.explain is not None:
             lines += ["", *report.explained(chosen, planner)]

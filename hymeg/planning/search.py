@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout, check
+from hymeg.planning.measured import Calibration
 from hymeg.planning.memory import GIB, Device, HostMemory, StageMemory, host_memory, memory_by_stage
 from hymeg.planning.network import Hardware
 from hymeg.planning.settings import Settings
@@ -37,6 +38,7 @@ OPTIMIZERS: tuple[tuple[dict[str, Any], ...], ...] = (
 """Tried in this order: the next only where no layout fits with those before."""
 
 NUM_REJECTED_TIMED = 200
+NO_CALIBRATION = Calibration()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Planner:
         attended: tokens of the row that a token lies in, in the mean over tokens (sum of squared lengths over sum of
             lengths); None where a sample is one row.
         margin: bytes that stay free beside the reserve.
+        calibration: what runs have shown of the estimates.
     """
 
     def __init__(
@@ -100,9 +103,10 @@ class Planner:
         experts_across_nodes: bool = False,
         attended: float | None = None,
         margin: float = 0,
+        calibration: Calibration = NO_CALIBRATION,
     ):
         self.config, self.machine, self.imbalance, self.attended = config, machine, imbalance, attended
-        self.experts_across_nodes, self.margin = experts_across_nodes, margin
+        self.experts_across_nodes, self.margin, self.calibration = experts_across_nodes, margin, calibration
 
     def plan(self, layout: Layout, settings: Settings) -> Plan:
         """One legal layout as it stands."""
@@ -260,7 +264,7 @@ class Planner:
 
     def _time(self, layout: Layout, settings: Settings) -> StepTime:
         machine = self.machine
-        return StepModel(
+        estimate = StepModel(
             self.config,
             layout,
             settings,
@@ -270,6 +274,7 @@ class Planner:
             self.imbalance,
             self.attended,
         ).step()
+        return self.calibration.applied(estimate)
 
     def _fastest_rejected(self, rejected: list[Plan]) -> list[Plan]:
         nearest = sorted(rejected, key=lambda plan: plan.peak)[:NUM_REJECTED_TIMED]

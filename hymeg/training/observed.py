@@ -1,0 +1,84 @@
+"""Runs that were made, beside what the planner says of them: for `plan.py --measured`."""
+
+import contextlib
+import os
+import shlex
+import statistics
+from collections.abc import Sequence
+
+from hymeg.errors import UserError
+from hymeg.planning.measured import Observation
+from hymeg.planning.search import Machine
+from hymeg.planning.settings import settings_of
+from hymeg.planning.step_time import StepModel
+from hymeg.platform.flags import for_gpus
+from hymeg.reporting.reading import read_run
+from hymeg.training.arguments import parse
+from hymeg.training.preflight import layout_of
+
+_SECONDS, _LOAD = "seconds per step", "load of the busiest expert-parallel rank over the mean"
+_FIRST = 2  # steps that warm up
+
+
+def observe(folder: str, hf: str | None, machine: Machine, attended: float | None) -> Observation:
+    """A run by its record, in the layout and with the settings of its command line.
+
+    Args:
+        folder: the run's `--save` or `--tensorboard-dir`.
+        hf: folder with config.json, in place of the command line's.
+        machine: whose GPUs and links it ran on.
+        attended: tokens of the row that a token lies in, where samples are packed.
+
+    Raises:
+        UserError: there is no record, too few steps in it, or a command line that is not understood.
+    """
+    run = read_run(folder)
+    seconds = [value for _, value in run.curves.get(_SECONDS, [])][_FIRST:]
+    if not seconds:
+        raise UserError(
+            f"--measured {folder}: fewer than {_FIRST + 1} steps are logged; let the run go on, or give another"
+        )
+    start = run.starts[-1]
+    words = shlex.split(start["command"])[1:] + ([] if hf is None else ["--hf-model", hf])
+    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(start["world_size"])}
+    try:
+        with contextlib.nullcontext() if start["device"] == "cpu" else for_gpus():
+            args, config = parse(words)
+            layout, settings = layout_of(args), settings_of(args)
+    except UserError as error:
+        raise UserError(f"--measured {folder}, its command line: {error}") from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    loads = [value for _, value in run.curves.get(_LOAD, [])]
+    imbalance = statistics.median(loads) if loads and layout.expert_model_parallel_size > 1 else None
+    estimate = StepModel(
+        config,
+        layout,
+        settings,
+        machine.hardware,
+        machine.gpus_per_node,
+        machine.network,
+        imbalance or 1.0,
+        attended if args.packed else None,
+    ).step()
+    return Observation(run.name, statistics.median(seconds), estimate, imbalance, None)
+
+
+def told(observations: Sequence[Observation], calibration) -> list[str]:
+    """What came of it, in lines."""
+    lines = [
+        f"Measured: {of.name}: {of.seconds:.3g} s a step, {of.estimate.total:.3g} s estimated"
+        + (
+            ""
+            if of.imbalance is None
+            else f"; {of.imbalance:.2f} x the mean tokens on the busiest expert-parallel rank"
+        )
+        for of in observations
+    ]
+    factors = calibration.compute, calibration.communication
+    return [
+        *lines,
+        "Times below are the estimates' times {:.3g} for computing, {:.3g} for communication.".format(*factors),
+    ]
