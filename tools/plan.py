@@ -62,7 +62,7 @@ def own_arguments() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="--save or --tensorboard-dir of runs on such a machine: fit times and --imbalance to them",
+        help="--save or --tensorboard-dir of runs on such GPUs: fit times, --imbalance and --margin to them",
     )
     number("--margin", 0, "GIB", "of a GPU that a layout must leave free beside the reserve (default: 0)")
     parser.add_argument(
@@ -147,7 +147,8 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
     observations = [observe(folder, own.hf, machine, attended or ROW_LENGTH) for folder in own.measured]
     calibration = fit(observations) if observations else Calibration()
     imbalance = own.imbalance or calibration.imbalance or IMBALANCE
-    planner = Planner(config, machine, imbalance, own.experts_across_nodes, attended, own.margin * GIB, calibration)
+    margin = own.margin * GIB + max(calibration.excess or 0, 0)
+    planner = Planner(config, machine, imbalance, own.experts_across_nodes, attended, margin, calibration)
     with naming_lines(args.explicit):
         found = _found(own, args, planner)
     number = own.explain or 1

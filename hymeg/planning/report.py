@@ -24,7 +24,7 @@ def assumptions(planner: Planner) -> list[str]:
     device = planner.machine.device
     rows = "" if planner.attended is None else f"rows of {planner.attended:,.0f} tokens in packed samples; "
     return [
-        f"Assumed: {planner.imbalance:g} x the mean tokens on the busiest expert-parallel rank; {rows}"
+        f"Assumed: {planner.imbalance:.3g} x the mean tokens on the busiest expert-parallel rank; {rows}"
         f"{device.reserve / GIB:.1f} GiB of reserve for driver, NCCL, workspaces and fragments.",
         "Not measured on any GPU: activations under Transformer Engine, working memory, times (docs/planning.md).",
     ]

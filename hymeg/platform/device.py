@@ -39,6 +39,18 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
+def peak_bytes_by_stage() -> list[int] | None:
+    """For each pipeline stage, what the allocator held at most on its fullest rank; None on a CPU. Collective."""
+    if platform.is_cpu():
+        return None
+    from megatron.core import parallel_state
+
+    peaks = torch.zeros(parallel_state.get_pipeline_model_parallel_world_size(), dtype=torch.int64, device=current())
+    peaks[parallel_state.get_pipeline_model_parallel_rank()] = torch.cuda.max_memory_allocated()
+    torch.distributed.all_reduce(peaks, torch.distributed.ReduceOp.MAX)
+    return peaks.tolist()
+
+
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
     """While the context is open, models and DDP's buffers take no memory: they are made on the meta device."""

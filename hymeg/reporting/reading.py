@@ -44,6 +44,7 @@ class Run:
         examples: iteration -> rows.
         load_iterations: of the expert counts.
         counts: `[iterations, layers, experts]`, tokens.
+        peak_bytes: of each pipeline stage's fullest GPU; none where it was not measured.
         unread: lines that were cut off.
     """
 
@@ -57,6 +58,7 @@ class Run:
     examples: dict[int, list[dict[str, Any]]]
     load_iterations: list[int]
     counts: np.ndarray
+    peak_bytes: list[int]
     unread: int
 
     @property
@@ -115,6 +117,7 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
         {line["iteration"]: _rows(records / line["file"]) for line in translations},
         iterations,
         counts,
+        [max(of) for of in zip(*filter(None, (step.get("peak_bytes") for step in steps)), strict=True)],
         unread,
     )
 

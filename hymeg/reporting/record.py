@@ -5,7 +5,8 @@ training logs.
 
     start         a life of the run begins: command, layout, model, data, versions
     step          the log line's figures: losses, learning_rate, grad_norm, seconds, tokens_per_second, tflops_per_gpu,
-                  mfu, expert_load by layer; "expert_counts" is the place of the counts, in bytes
+                  mfu, expert_load by layer, expert_parallel_load; peak_bytes of each pipeline stage's fullest GPU;
+                  "expert_counts" is the place of the counts, in bytes
     evaluation    losses of a data set
     save          a checkpoint, and the seconds for which training waited
     translations  scores and alarms of held-out rows, and the file beside that has them

@@ -108,6 +108,7 @@ class LogLine:
         self.packed: list[tuple[float, float]] = []
         self.iteration = self.seen = 0
         self.seconds = math.nan
+        self.peak_bytes: list[int] | None = None
 
     def watch(self, model_chunks: list) -> list:
         """Called once the model is built and wrapped."""
@@ -131,6 +132,7 @@ class LogLine:
         self.record.begin(iteration - 1)
         if iteration % self.args.log_interval == 0 or is_first_iteration:
             self.counts = expert_counts(self.model_chunks, self.config)
+            self.peak_bytes = device.peak_bytes_by_stage()
             self.seen, self.iteration = self.iteration or iteration - 1, iteration
             if starved := self.starved.after(self.counts, self.iteration - self.seen):
                 self.say(f"iteration {iteration}: no token for 100 steps and more: experts of {told(starved)}")
@@ -191,4 +193,5 @@ class LogLine:
             full=scalars.get("full"),
             expert_load=layers,
             expert_parallel_load=scalars.get("expert-parallel-load"),
+            peak_bytes=self.peak_bytes,
         )

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 
 from hymeg.errors import UserError
-from hymeg.planning.measured import Observation
+from hymeg.planning.measured import Calibration, Observation
+from hymeg.planning.memory import GIB, memory_by_stage
 from hymeg.planning.search import Machine
 from hymeg.planning.settings import settings_of
 from hymeg.planning.step_time import StepModel
@@ -53,6 +54,8 @@ def observe(folder: str, hf: str | None, machine: Machine, attended: float | Non
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     loads = [value for _, value in run.curves.get(_LOAD, [])]
     imbalance = statistics.median(loads) if loads and layout.expert_model_parallel_size > 1 else None
+    held = memory_by_stage(config, layout, settings, imbalance or 1.0)
+    excesses = [peak - stage.total for peak, stage in zip(run.peak_bytes, held, strict=False)]
     estimate = StepModel(
         config,
         layout,
@@ -63,22 +66,21 @@ def observe(folder: str, hf: str | None, machine: Machine, attended: float | Non
         imbalance or 1.0,
         attended if args.packed else None,
     ).step()
-    return Observation(run.name, statistics.median(seconds), estimate, imbalance, None)
+    return Observation(run.name, statistics.median(seconds), estimate, imbalance, max(excesses, default=None))
 
 
-def told(observations: Sequence[Observation], calibration) -> list[str]:
+def told(observations: Sequence[Observation], calibration: Calibration) -> list[str]:
     """What came of it, in lines."""
-    lines = [
-        f"Measured: {of.name}: {of.seconds:.3g} s a step, {of.estimate.total:.3g} s estimated"
-        + (
-            ""
-            if of.imbalance is None
-            else f"; {of.imbalance:.2f} x the mean tokens on the busiest expert-parallel rank"
-        )
-        for of in observations
-    ]
-    factors = calibration.compute, calibration.communication
-    return [
-        *lines,
-        "Times below are the estimates' times {:.3g} for computing, {:.3g} for communication.".format(*factors),
-    ]
+    lines = []
+    for of in observations:
+        parts = [f"{of.seconds:.3g} s a step, {of.estimate.total:.3g} s estimated"]
+        if of.imbalance is not None:
+            parts.append(f"{of.imbalance:.2f} x the mean tokens on the busiest expert-parallel rank")
+        if of.excess is not None:
+            parts.append(f"{of.excess / GIB:+.1f} GiB against the estimate on the GPU where it is most")
+        lines.append(f"Measured, {of.name}: {'; '.join(parts)}")
+    lines.append(
+        f"So times are the estimates', {calibration.compute:.3g} times for computing and "
+        f"{calibration.communication:.3g} times for communication."
+    )
+    return lines

@@ -1,17 +1,28 @@
 """plan.py --measured: what runs say of the estimates."""
 
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 from published_models import PUBLISHED
 
+from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.planning.layout import Layout
 from hymeg.planning.measured import Calibration, Observation, fit
-from hymeg.planning.memory import Device
+from hymeg.planning.memory import GIB, Device, memory_by_stage
 from hymeg.planning.network import HARDWARE
 from hymeg.planning.search import Machine, Planner
 from hymeg.planning.settings import Settings
+from hymeg.reporting.record import RunRecord
+from hymeg.training.observed import observe, told
 
+SPEC = importlib.util.spec_from_file_location("plan_command", Path(__file__).parents[2] / "tools" / "plan.py")
+plan_command = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(plan_command)
 CONFIG = HyConfig.from_dict(TINY_CONFIG | PUBLISHED["Hy-MT2-30B-A3B"])
 MACHINE = Machine(16, 8, Device(80), HARDWARE["H100"])
 
@@ -70,3 +81,63 @@ def test_communication_that_costs_more_than_estimated_changes_the_order():
         return [planner.plan(of, Settings()).time.total for of in LAYOUTS]
 
     assert order(0.01).index(min(order(0.01))) != order(30.0).index(min(order(30.0)))
+
+
+FLAGS = "--seq-length 4096 --global-batch-size 256 --bf16 --use-distributed-optimizer --overlap-grad-reduce"
+SIZES = "--expert-model-parallel-size 8 --pipeline-model-parallel-size 2"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of LAYOUTS[0] on 16 GPUs, as its record has it: twice as long as estimated, 5 GiB more."""
+    (tmp_path / "model").mkdir()
+    CONFIG.save(tmp_path / "model")
+    of, settings = LAYOUTS[0], Settings(overlap_param_gather=False)
+    planner = Planner(CONFIG, MACHINE, imbalance=1.5)
+    seconds, memory = 2 * planner.plan(of, settings).time.total, memory_by_stage(CONFIG, of, settings, 1.5)
+    facts = {
+        "command": f"pretrain_hy.py --hf-model /gone --data-path text {FLAGS} {SIZES}",
+        "device": "NVIDIA H100 80GB HBM3",
+        "world_size": 16,
+        "expert_counts": [1, 1],
+    }
+    record = RunRecord(tmp_path / "run" / "records", facts, print)
+    for number in range(1, 8):
+        figures = {"losses": {}, "seconds": seconds if number > 2 else 99.0, "expert_parallel_load": 1.5}
+        peaks = [memory[0].total + 5 * GIB * (number == 6), memory[1].total - GIB]
+        record.add_step(number, np.ones((1, 1)), **figures, peak_bytes=peaks)
+    return tmp_path
+
+
+def test_a_run_is_compared_with_the_estimate_of_its_own_layout(run):
+    found = observe(run / "run", str(run / "model"), MACHINE, None)
+    assert found.seconds == pytest.approx(2 * found.estimate.total)
+    assert found.imbalance == 1.5 and found.excess == 5 * GIB
+    [line, _] = told([found], fit([found]))
+    assert line.startswith("Measured, run: ") and "1.50 x the mean" in line and "+5.0 GiB" in line
+
+
+def test_the_command_plans_with_what_was_measured(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    line = f"--hf {run / 'model'} --gpus 16 {FLAGS} {SIZES} --json"
+    found = []
+    for measured in ("", f" --measured {run / 'run'}"):
+        plan_command.main((line + measured).split())
+        found.append(json.loads(capsys.readouterr().out))
+    plain, fitted = found
+    assert fitted["measured"]["compute"] == fitted["measured"]["communication"] == pytest.approx(2)
+    assert fitted["assumptions"]["imbalance"] == 1.5 and fitted["assumptions"]["margin_bytes"] == 5 * GIB
+    assert plain["assumptions"] == fitted["assumptions"] | {"imbalance": 1.2, "margin_bytes": 0}
+    assert fitted["plans"][0]["time"]["total"] > 1.9 * plain["plans"][0]["time"]["total"]
+
+
+def test_what_is_no_measurement_is_said(run, tmp_path):
+    with pytest.raises(UserError, match="no record of a run"):
+        observe(str(tmp_path / "model"), None, MACHINE, None)
+    with pytest.raises(UserError, match=r"its command line: --hf-model /gone"):
+        observe(run / "run", None, MACHINE, None)
+    log = run / "run" / "records" / "run.jsonl"
+    log.write_text("\n".join(log.read_text().splitlines()[:3]) + "\n")
+    with pytest.raises(UserError, match="fewer than 3 steps are logged"):
+        observe(run / "run", str(run / "model"), MACHINE, None)
