@@ -50,6 +50,11 @@ def test_the_factors_of_runs_in_two_layouts_are_found():
     assert found.imbalance == pytest.approx(1.2)
 
 
+def test_the_largest_excess_counts():
+    one = observation(LAYOUTS[0], 1.0, 1.0)
+    assert fit([one, one._replace(excess=3), one._replace(excess=-5)]).excess == 3 and fit([one]).excess is None
+
+
 def test_one_run_gives_one_factor():
     one = observation(LAYOUTS[0], 1.3, 2.5)
     found = fit([one])
