@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 ALWAYS = "is not supported"
 ON_CPU = "cannot work on CPU"
 WITH_SFT = "has no place with --sft"
+WITH_LORA = "has no place with --lora-rank"
 WITHOUT = "has no effect without"
 
 _DEFAULT = object()
@@ -288,7 +289,17 @@ _WITH_SFT = (
     ),
 )
 
+_NOT_BESIDE = "it makes one of several layers, which adapters cannot stand beside"
+
+_WITH_LORA = (
+    Row("use_transformer_engine_op_fuser moe_single_grouped_weight", _NOT_BESIDE, WITH_LORA),
+    Row("delay_wgrad_compute", "the frozen weights have no gradients", WITH_LORA),
+    Row("fp8_param_gather fp4_param_gather", "the frozen weights are kept in 16 bits", WITH_LORA),
+    Row("save_hf", "it writes the model's own weights", WITH_LORA, instead="merge the adapters into them afterwards"),
+)
+
 _EFFECTLESS = (
+    _no_effect_without("lora_rank", "lora_alpha lora_targets lora_dropout lora_scaling"),
     _no_effect_without("sft", "sft_packing sft_truncation sft_bad_rows"),
     _no_effect_without(
         "save",
@@ -375,7 +386,7 @@ _EFFECTLESS = (
     _no_effect_without("multiple_validation_sets", "validation_set_names"),
 )
 
-TABLE = (*_EVERYWHERE, *_ON_CPU, *_WITH_SFT, *_EFFECTLESS)
+TABLE = (*_EVERYWHERE, *_ON_CPU, *_WITH_SFT, *_WITH_LORA, *_EFFECTLESS)
 
 
 def cpu_values() -> dict[str, Any]:

@@ -80,7 +80,8 @@ class HYV3ForCausalLM(GPTModel):
         self._reduce_experts_over_expert_data_parallel_group()
         if self.mtp_process and config.mtp_loss_scaling_factor == 0:
             self.mtp.requires_grad_(False)
-        self.register_load_state_dict_post_hook(_allow_missing_extra_state)
+        self.adapters: torch.nn.ModuleDict | None = None  # hymeg.models.lora
+        self.register_load_state_dict_post_hook(_allow_missing)
 
     def _preprocess(self, *args, padding_mask: torch.Tensor | None = None, **kwargs) -> tuple:
         """Under sequence parallelism each rank's experts see a piece of the sequence: so the mask `[b, s]` is cut.
@@ -113,14 +114,30 @@ class HYV3ForCausalLM(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """What a distributed checkpoint holds: tensors only, the same under both layer specs and from the converter.
+        """What a distributed checkpoint holds: of a model with adapters what is trained, under the names of
+        `hymeg.checkpoint.adapter_table`; of any other the weights."""
+        if self.adapters is None:
+            return self.weights_sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {
+            name: tensor
+            for path, adapter in self.adapters.items()
+            for name, tensor in adapter.sharded_state_dict(f"{prefix}adapters.{path}.").items()
+        }
+
+    def weights_sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """The weights, without adapters: tensors only, the same under both layer specs and from the converter.
         Megatron would add an object `_extra_state` for every linear layer, every expert and each of Transformer
         Engine's norms, and refuse to load a checkpoint without them; they are empty but where quantization keeps a
         state."""
         state_dict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if _quantization_keeps_state(self.config):
-            return state_dict
-        return {key: value for key, value in state_dict.items() if "._extra_state" not in key}
+        keeps_state = _quantization_keeps_state(self.config)
+        return {
+            key: value
+            for key, value in state_dict.items()
+            if not key.startswith(f"{prefix}adapters.") and (keeps_state or "._extra_state" not in key)
+        }
 
     def _reduce_experts_over_expert_data_parallel_group(self) -> None:
         """Mark the experts as Megatron does only when EP > 1. Without the mark it reduces their gradients over the
@@ -140,10 +157,12 @@ def _quantization_keeps_state(config: TransformerConfig) -> bool:
     )
 
 
-def _allow_missing_extra_state(model: torch.nn.Module, incompatible_keys) -> None:
+def _allow_missing(model: torch.nn.Module, incompatible_keys) -> None:
     """What `sharded_state_dict` leaves out, a strict `load_state_dict` does not miss."""
     incompatible_keys.missing_keys[:] = [
-        key for key in incompatible_keys.missing_keys if not key.endswith("._extra_state")
+        key
+        for key in incompatible_keys.missing_keys
+        if not key.endswith("._extra_state") and (model.adapters is None or key.startswith("adapters."))
     ]
 
 

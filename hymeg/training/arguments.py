@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments, parse_args
 
+from hymeg.checkpoint.adapter_settings import SCALINGS
 from hymeg.data.packing import TRUNCATIONS
 from hymeg.errors import UserError
-from hymeg.flag_table import ALWAYS, ON_CPU, TABLE, WITH_SFT, WITHOUT, Row, cpu_values
+from hymeg.flag_table import ALWAYS, ON_CPU, TABLE, WITH_LORA, WITH_SFT, WITHOUT, Row, cpu_values
 from hymeg.hf.config import HyConfig
 from hymeg.models.flags import architecture_flags, default_flags
 from hymeg.platform import device
@@ -49,6 +50,13 @@ _DEFAULTS = {
     "fp8_recipe": "blockwise",
 }
 """Where hymeg's default differs from Megatron's."""
+
+LORA_TARGETS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    *("shared_mlp.gate_proj", "shared_mlp.up_proj", "shared_mlp.down_proj"),
+)
+"""What every token goes through. The routed experts, an adapter each, are many parameters."""
 
 Sources = dict[str, tuple[str, str]]
 """Destination -> the option as it was typed, and "FILE, line N" or, for the command line, ""."""
@@ -105,6 +113,33 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default="stop",
         help="--sft: what to do with rows that cannot be trained on: stop at the first, or count and leave them out",
     )
+    group.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="train adapters (LoRA) of this rank beside the frozen weights; a save then holds these only",
+    )
+    group.add_argument(
+        "--lora-alpha", type=float, metavar="A", help="their weight: A / R (twice the rank where nothing is said)"
+    )
+    group.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        default=list(LORA_TARGETS),
+        help="what has an adapter, by Hugging Face names: q_proj, mlp.gate_proj (dense layers), shared_mlp.gate_proj, "
+        "experts.gate_proj, gate_proj for all three, mtp.q_proj; by default all that every token goes through, that "
+        "is all but the routed experts",
+    )
+    group.add_argument(
+        "--lora-dropout", type=float, default=0.0, metavar="P", help="dropout of what goes into the adapters"
+    )
+    group.add_argument(
+        "--lora-scaling",
+        choices=SCALINGS,
+        default="lora",
+        help="lora: alpha / rank; rslora: alpha / sqrt(rank), for high ranks",
+    )
     add_opposites(parser)
     return parser
 
@@ -135,6 +170,8 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
         cases.add(ON_CPU)
     if said.get("sft"):
         cases.add(WITH_SFT)
+    if said.get("lora_rank") is not None:
+        cases.add(WITH_LORA)
     with naming_lines(sources):
         _refuse(parser, said, sources, defaults, {}, [row for row in TABLE if row.when in cases])
         with _program_arguments(words):

@@ -56,7 +56,12 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
         check_save_hf(args, config)
         _correct(args, say)
         _warn_of_idle_experts(args, config, layout, say)
-        check_weights(args, config, say)
+        if args.lora_rank is None:
+            check_weights(args, config, say)
+        else:
+            from hymeg.training.adapters import check_adapters  # imports the model
+
+            check_adapters(args, config, say)
         _check_tokenizer(args, config)
 
 

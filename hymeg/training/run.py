@@ -18,6 +18,7 @@ from hymeg.hf.config import HyConfig
 from hymeg.launch import rank
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
 from hymeg.training import metrics
+from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import parse
 from hymeg.training.batch import is_reader, takes_data
 from hymeg.training.data_record import compare_and_keep, text_record
@@ -116,10 +117,12 @@ def train(args, config: HyConfig) -> None:
         )
 
     datasets.is_distributed = True
+    adapters = contextlib.nullcontext() if args.lora_rank is None else training_adapters(args, config, model_config)
     with (
         recording(args, config, data, _say) as record,
         metrics.logging(args, config, model_config, record, _say),
         saving_hf(args, config, _say),
+        adapters,
         _naming_undamaged(args),
         user_errors(),
     ):

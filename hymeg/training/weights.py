@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from hymeg.checkpoint.adapter_settings import ADAPTER_FILE
 from hymeg.checkpoint.dist_files import FORMAT, FORMAT_FILE, MODEL_KEYS, TRACKER
 from hymeg.checkpoint.mapping import check_distributed_tensors
 from hymeg.checkpoint.sources import open_hf
@@ -27,6 +28,14 @@ def is_distributed_checkpoint(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, TRACKER))
 
 
+def holds_adapters(folder: str, step: int | None) -> bool:
+    """Whether an iteration of a distributed checkpoint, by default the one that it names, is of adapters."""
+    with open(os.path.join(folder, TRACKER)) as file:
+        name = file.read(100).strip() if step is None else str(step)
+    name = f"iter_{int(name):07d}" if name.isdecimal() else name
+    return os.path.isfile(os.path.join(folder, name, ADAPTER_FILE))
+
+
 def is_hf_folder(folder: str) -> bool:
     """config.json and weights: a run's own `--save` folder holds config.json from its start."""
     return os.path.isfile(os.path.join(folder, "config.json")) and any(
@@ -34,7 +43,9 @@ def is_hf_folder(folder: str) -> bool:
     )
 
 
-def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
+def check_weights(
+    args: argparse.Namespace, config: HyConfig, say: Callable[[str], None], is_base: bool = False
+) -> None:
     """Decide where the weights come from, and set `args.hf_weights` to the Hugging Face folder that they lie in, or
     None.
 
@@ -42,13 +53,16 @@ def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str
     folder starts from its weights. A job script may give its own `--save` folder to `--load` as well, empty in the
     job's first life, and `--pretrained-checkpoint` (or `--init-from-scratch`) where to start.
 
+    Args:
+        is_base: the weights are to be frozen beside adapters: of a checkpoint its optimizer is not read.
+
     Raises:
         UserError: a folder without anything to load, nothing to load at all and no `--init-from-scratch`, tensors that
             do not fit config.json, or a `--save` folder whose checkpoints would be overwritten.
     """
     args.hf_weights = None
     chosen = _choose(args)
-    _check_not_overwriting(args, chosen)
+    check_not_overwriting(args, chosen)
     if chosen is None:
         if not args.init_from_scratch:
             raise UserError(
@@ -63,7 +77,7 @@ def check_weights(args: argparse.Namespace, config: HyConfig, say: Callable[[str
         return
     dest, folder = chosen
     if is_distributed_checkpoint(folder):
-        _check_distributed(args, dest, folder, config, say)
+        _check_distributed(args, dest, folder, config, say, is_base)
         args.exit_on_missing_checkpoint = True
     else:
         if args.ckpt_step is not None:
@@ -120,7 +134,7 @@ def _nothing_in(folder: str) -> str:
     return f"no checkpoint in it; {needed}, or --init-from-scratch for random weights"
 
 
-def _check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | None) -> None:
+def check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | None) -> None:
     if args.save is None or not is_distributed_checkpoint(args.save):
         return
     if chosen is None or not _same_folder(chosen[1], args.save):
@@ -134,7 +148,7 @@ def _check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | N
 
 
 def _check_distributed(
-    args: argparse.Namespace, dest: str, folder: str, config: HyConfig, say: Callable[[str], None]
+    args: argparse.Namespace, dest: str, folder: str, config: HyConfig, say: Callable[[str], None], is_base: bool
 ) -> None:
     path = os.path.join(folder, TRACKER)
     try:
@@ -165,7 +179,12 @@ def _check_distributed(
             f"{flag(dest)} {folder}: {said}, but {name} is missing or was not saved to the end ({available}); give "
             "--ckpt-step"
         )
-    goes_on = dest == "load" and name != "release" and not args.finetune
+    if holds_adapters(folder, None if name == "release" else int(content)):
+        raise UserError(
+            f"{flag(dest)} {folder}: holds adapters, not a model; give --lora-rank to go on training them with --load, "
+            "or merge them into their base first (tools/convert_checkpoint.py merge)"
+        )
+    goes_on = dest == "load" and name != "release" and not args.finetune and not is_base
     if args.rank == 0:  # Megatron unpickles the same file on every rank, but not before all of them have met
         _check_stored(
             f"{flag(dest)} {folder}",
@@ -242,10 +261,10 @@ def _check_stored(label: str, folder: str, args: argparse.Namespace, config: HyC
     except UserError as error:
         raise UserError(f"{label}: {error}; give the --hf-model that this checkpoint was made from") from None
     if with_optimizer:
-        _check_optimizer(label, shapes, args)
+        check_optimizer(label, shapes, args)
 
 
-def _check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) -> None:
+def check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) -> None:
     """The three forms that Megatron stores an optimizer's state in; none can be read as another."""
     distributed, mixed, plain = (
         "with --use-distributed-optimizer",
@@ -287,7 +306,11 @@ def convert_hf_weights(args: argparse.Namespace) -> None:
         return
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hymeg")
     place = args.save or args.data_cache_path or cache
-    args.load = str(
+    folder = str(
         converted(args.hf_weights, place, args.rank, args.local_rank, lambda line: print(f"hymeg: {line}", flush=True))
     )
+    if args.lora_rank is not None:
+        args.lora_base = folder
+        return
+    args.load = folder
     args.exit_on_missing_checkpoint = True

@@ -25,6 +25,7 @@ def _patch(patch, owner, name: str, new, reason: str) -> None:
 
 
 def _noting(label: str, function):
+    @functools.wraps(function)  # Megatron looks at the signature of some
     def noting(*args, **kwargs):
         CALLED.add(label)
         return function(*args, **kwargs)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import checks
 import torch.distributed as dist
+from adapter_values import adapter_values
 from live_weights import live_digests
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
@@ -76,7 +77,8 @@ def _train(argv: list[str]) -> dict:
     def watched(*set_up_args, **set_up_kwargs):
         made = set_up(*set_up_args, **set_up_kwargs)
         held.extend(made[:2])
-        live.update(live_digests(made[0], config))
+        if args.lora_rank is None:
+            live.update(live_digests(made[0], config))
         return made
 
     with (
@@ -86,6 +88,7 @@ def _train(argv: list[str]) -> dict:
         patched(training, "setup_model_and_optimizer", watched, "tests weigh what it made"),
     ):
         train(args, config)
+    adapters = adapter_values(held[0]) if held else {}
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (steps, evaluations, _speaks_for_its_data(), live, static_bytes(*held)))
     steps, evaluations, *_ = gathered[-1]
@@ -96,7 +99,7 @@ def _train(argv: list[str]) -> dict:
     static = [static_of_rank for *_, static_of_rank in gathered]
     live = [live_of_rank for *_, live_of_rank, _ in gathered]
     figures = {"steps": steps, "evaluations": evaluations, "static": static, "live": live}
-    return {"notes": notes, "called": sorted(CALLED), **figures}
+    return {"notes": notes, "called": sorted(CALLED), "adapters": adapters, **figures}
 
 
 def _speaks_for_its_data() -> bool:

@@ -229,7 +229,7 @@ def held_shards(model_chunks: Sequence[torch.nn.Module]) -> list[ShardedTensor]:
     """
     shards = []
     for chunk in unwrap_model(list(model_chunks)):
-        state_dict = chunk.sharded_state_dict(metadata={})
+        state_dict = chunk.weights_sharded_state_dict(metadata={})
         apply_factories(state_dict)
         shards += [value for value in nested_values(state_dict) if isinstance(value, ShardedTensor)]
     return shards

@@ -1,0 +1,237 @@
+"""Training of adapters (`--lora-rank`): where base and adapters come from, and what a save holds.
+
+Megatron's loop sees a model whose parameters are frozen but for the adapters'. Its checkpoints hold these, their
+optimizer's state and the place in the data; `adapter.json` beside them says what they are and to which weights they
+belong.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.utils import unwrap_model
+
+from hymeg.checkpoint.adapter_settings import AdapterSettings
+from hymeg.checkpoint.adapter_table import PREFIX, adapter_shapes, check_adapter_tensors
+from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.fingerprint import MODULUS, part_of_fingerprint, shown_fingerprint
+from hymeg.checkpoint.mapping import VOCABULARY_KEYS, num_parameters
+from hymeg.checkpoint.sources.dist_folder import stored_shapes
+from hymeg.errors import UserError
+from hymeg.hf.config import HyConfig
+from hymeg.models.lora import add_adapters
+from hymeg.platform import device
+from hymeg.platform.patches import patched
+from hymeg.training import weights
+
+Say = Callable[[str], None]
+
+
+def settings_of(args: argparse.Namespace, base: dict[str, str] | None = None) -> AdapterSettings:
+    """What the flags say of the adapters."""
+    alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    return AdapterSettings(
+        args.lora_rank, alpha, args.lora_scaling, args.lora_dropout, tuple(dict.fromkeys(args.lora_targets)), base
+    )
+
+
+def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
+    """Decide where base and adapters come from. `args.load` is then a checkpoint of adapters, or None; the base is
+    `args.hf_weights` or `args.lora_base`, a distributed checkpoint; `args.lora_record` is the base that the loaded
+    adapters were trained on, if any.
+
+    Raises:
+        UserError: flags that make no adapters, or others than are loaded; no base; tensors that do not fit.
+    """
+    _check_settings(args, config)
+    resumed = args.load if args.load is not None and _holds_adapters(args.load, args) else None
+    args.lora_record = {} if resumed is None else _check_resumed(args, config).base or {}
+    base = copy.copy(args) if resumed is None else _base_of(args)
+    if resumed is not None:
+        weights.check_not_overwriting(args, ("load", resumed))
+    elif args.init_from_scratch:
+        raise UserError("--init-from-scratch with --lora-rank: adapters of chance's weights serve nothing; give --load")
+    weights.check_weights(base, config, say, is_base=True)
+    source = base.hf_weights or base.load or base.pretrained_checkpoint
+    args.hf_weights = base.hf_weights
+    args.lora_base, args.lora_base_step = (None if base.hf_weights else source), base.ckpt_step
+    args.lora_source = os.path.abspath(source)
+    args.load, args.pretrained_checkpoint = resumed, None
+    if resumed is None:
+        args.ckpt_step = None
+    shapes = adapter_shapes(config, args.lora_rank, args.lora_targets)
+    trained, total = sum(map(math.prod, shapes.values())), num_parameters(config)
+    say(
+        f"training {trained:,} parameters in adapters of rank {args.lora_rank} beside {total:,} frozen ones "
+        f"({trained / total:.2%}): {', '.join(args.lora_targets)}"
+    )
+
+
+def _check_settings(args: argparse.Namespace, config: HyConfig) -> None:
+    for flag, value, is_right, needed in (
+        ("--lora-rank", args.lora_rank, args.lora_rank >= 1, "at least 1"),
+        ("--lora-alpha", args.lora_alpha, args.lora_alpha is None or 0 < args.lora_alpha < math.inf, "above 0"),
+        ("--lora-dropout", args.lora_dropout, 0 <= args.lora_dropout < 1, "from 0 up to, not including, 1"),
+    ):
+        if not is_right:
+            raise UserError(f"{flag} {value}: it must be {needed}")
+    if args.moe_router_bias_update_rate > 0:
+        raise UserError(
+            f"--moe-router-bias-update-rate {args.moe_router_bias_update_rate}: it would change the base, which a save "
+            "of adapters does not hold; leave it out, or 0"
+        )
+    try:
+        adapter_shapes(config, args.lora_rank, args.lora_targets)
+    except UserError as error:
+        raise UserError(f"--lora-targets: {error}") from error
+
+
+def _iteration(folder: str, step: int | None) -> Path:
+    if step is None:
+        named = Path(folder, TRACKER).read_text().strip()
+        if named == "release":
+            return Path(folder, named)
+        step = int(named)
+    return Path(folder, f"iter_{step:07d}")
+
+
+def _holds_adapters(folder: str, args: argparse.Namespace) -> bool:
+    return weights.is_distributed_checkpoint(folder) and weights.holds_adapters(folder, args.ckpt_step)
+
+
+def _check_resumed(args: argparse.Namespace, config: HyConfig) -> AdapterSettings:
+    folder = _iteration(args.load, args.ckpt_step)
+    stored, wanted = AdapterSettings.from_folder(folder), settings_of(args)
+    for name in ("rank", "alpha", "scaling", "targets"):
+        was, now = (getattr(one, name) for one in (stored, wanted))
+        if sorted(was) != sorted(now) if name == "targets" else was != now:
+            was, now = (" ".join(one) if name == "targets" else one for one in (was, now))
+            raise UserError(
+                f"--lora-{name} {now}: the adapters in {folder} were made with --lora-{name} {was}; say that, or give "
+                "--load of the base to begin anew"
+            )
+    if args.rank == 0:
+        label, shapes = f"--load {args.load}", stored_shapes(str(folder))
+        of_model = {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(PREFIX)}
+        try:
+            check_adapter_tensors(config, stored.rank, stored.targets, of_model)
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from None
+        if not args.finetune and not args.no_load_optim:
+            weights.check_optimizer(label, shapes, args)
+    args.exit_on_missing_checkpoint = True
+    return stored
+
+
+def _base_of(args: argparse.Namespace) -> argparse.Namespace:
+    """The args as if the base of the resumed adapters alone were loaded."""
+    base, recorded = copy.copy(args), args.lora_record.get("source")
+    base.load, base.pretrained_checkpoint = args.pretrained_checkpoint or recorded, None
+    if base.load is None or not os.path.isdir(base.load):
+        raise UserError(
+            f"--load {args.load} holds adapters, whose base is not found"
+            + (f" in {base.load}" if base.load else "")
+            + "; give it with --pretrained-checkpoint FOLDER"
+        )
+    base.save, base.ckpt_step, base.finetune = None, None, True
+    return base
+
+
+class AdapterTraining:
+    """What a run with adapters does beside Megatron's loop.
+
+    Attributes:
+        settings: of the adapters; with the base's fingerprint once that is loaded.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: HyConfig):
+        self.args, self.config = args, config
+        self.settings = settings_of(args)
+
+    def attach(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Before the model is wrapped: what is frozen then has neither gradients nor optimizer."""
+        for chunk in chunks:
+            add_adapters(chunk, self.config, self.settings, self.args.seed)
+        return chunks
+
+    def load_base(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Once it is wrapped, and its tensors have the types that they keep.
+
+        Raises:
+            UserError: the adapters that are resumed were trained on other weights.
+        """
+        models = unwrap_model(chunks)
+        folder = _iteration(self.args.lora_base, self.args.lora_base_step)
+        wanted = {f"model{i}": model.weights_sharded_state_dict(metadata={}) for i, model in enumerate(models)}
+        loaded = dist_checkpointing.load(wanted, str(folder))
+        for i, model in enumerate(models):
+            missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
+            if unexpected or any(not name.startswith("adapters.") for name in missing):
+                raise RuntimeError(f"the base did not fit the model: {missing[:5]}, {unexpected[:5]}")
+        self._compare_base(fingerprint(models, self.config.vocab_size))
+        return chunks
+
+    def _compare_base(self, found: str) -> None:
+        record = self.args.lora_record
+        wanted = record.get("fingerprint")
+        if wanted not in (None, found):
+            raise UserError(
+                f"--load {self.args.load}: its adapters were trained on other weights than {self.args.lora_source} "
+                f"holds (fingerprint {wanted}, found {found}); give their base, {record.get('source')}, with "
+                "--pretrained-checkpoint"
+            )
+        self.settings = self.settings._replace(base={"source": self.args.lora_source, "fingerprint": found})
+
+    def save_settings(self, save_config: Callable, config, folder: str) -> None:
+        """Megatron's last act of a save, `save_config`, and before it `adapter.json`."""
+        self.settings.save(folder)
+        save_config(config, folder)
+
+
+@contextlib.contextmanager
+def training_adapters(args: argparse.Namespace, config: HyConfig, model_config) -> Iterator[None]:
+    """While the context is open, the model that Megatron builds has adapters, and its saves hold them."""
+    training = AdapterTraining(args, config)
+    model_config.pre_wrap_hooks = [*(model_config.pre_wrap_hooks or []), training.attach]
+    model_config.post_wrap_hooks = [*(model_config.post_wrap_hooks or []), training.load_base]
+    save = functools.partial(training.save_settings, serialization.save_config)
+    with patched(serialization, "save_config", save, "serialization.py:449: the mark that makes a save valid"):
+        yield
+
+
+def fingerprint(models: list[torch.nn.Module], vocab_size: int) -> str:
+    """Of the weights, adapters left out; the same in every layout. Collective: every rank calls it."""
+    total = 0
+    for model in models:
+        state_dict = model.weights_sharded_state_dict(metadata={})
+        apply_factories(state_dict)
+        for shard in nested_values(state_dict):
+            if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
+                total += _part(shard, vocab_size)
+    summed = torch.tensor(total % MODULUS, device=device.current())
+    torch.distributed.all_reduce(summed)
+    return shown_fingerprint(int(summed))
+
+
+def _part(shard: ShardedTensor, vocab_size: int) -> int:
+    """Of one rank's part of a tensor; padding of the vocabulary left out."""
+    offset, data = shard.global_offset, shard.data.detach()
+    data = data.reshape(math.prod(data.shape[:-2]) if data.dim() > 2 else 1, -1, data.shape[-1])
+    if shard.key in VOCABULARY_KEYS:
+        data = data[:, : max(0, vocab_size - offset[0])]
+    height = shard.global_shape[-2] if len(shard.global_shape) > 1 else 1
+    first = offset[-2] if len(offset) > 1 else 0
+    stack = offset[0] if len(offset) > 2 else 0
+    return sum(
+        part_of_fingerprint(shard.key, rows, (stack + i) * height + first, offset[-1]) for i, rows in enumerate(data)
+    )

@@ -1,0 +1,181 @@
+"""Adapters train in every layout as in one process: losses, gradient norms, and every number of A and B after five
+steps, to 1e-5; copies of them to the bit. The base is frozen and costs neither gradients nor optimizer."""
+
+import pytest
+import torch
+from test_conversations import write_rows
+from test_layouts import CP2, EP2, PP2, TP2, VPP2
+from worlds import assert_same_training, largest_difference
+
+RANK, STEPS = 4, 5
+TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+MTP_TARGETS = "mtp.q_proj mtp.o_proj mtp.shared_mlp.up_proj mtp.experts.gate_proj mtp.experts.down_proj"
+# A large epsilon: Adam would make a number's rounding its sign where gradients are next to nothing.
+RATE = "--lr 2e-2 --adam-eps 1e-3 --clip-grad 0.5"
+LORA = f"--lora-rank {RANK} --lora-alpha 8 {RATE} --lora-targets {TARGETS}"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+MODULES = "--recompute-granularity selective --recompute-modules core_attn mlp moe shared_experts"
+DISTRIBUTED = "--use-distributed-optimizer"
+
+LAYOUTS = {  # world size -> name -> flags, checkpoint
+    2: {
+        "TP2 SP": (TP2, "mtp"),
+        "PP2 VPP2": (f"{PP2} {VPP2}", "mtp"),
+        "EP2": (EP2, "trunk"),
+        "ETP2": ("--expert-tensor-parallel-size 2", "trunk"),
+        "TP2 ETP1, all recomputed": (f"{TP2} --expert-tensor-parallel-size 1 {FULL}", "trunk"),
+        "CP2": (CP2, "trunk"),
+        "DP2 distributed optimizer, overlaps": (f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather", "trunk"),
+        "DP2, modules recomputed": (MODULES, "trunk"),
+    },
+    4: {"TP2 EP2": (f"{TP2} {EP2} {DISTRIBUTED}", "mtp")},
+}
+MORE = {  # the same, in nightly runs
+    2: {
+        "PP2": (PP2, "mtp"),
+        "EP2 allgather": (f"{EP2} --moe-token-dispatcher-type allgather", "mtp"),
+        "DP2": ("", "mtp"),
+    },
+    4: {
+        "TP2 PP2": (f"{TP2} {PP2} {FULL}", "trunk"),
+        "TP2 EP2 ETP1": (f"{TP2} {EP2} --expert-tensor-parallel-size 1", "trunk"),
+        "EP2 CP2": (f"{EP2} {CP2}", "mtp"),
+    },
+    8: {"TP2 PP2 EP2": (f"{TP2} {PP2} {EP2} {DISTRIBUTED}", "trunk")},
+}
+CASES = [pytest.param(size, *case, id=name) for size, of_size in LAYOUTS.items() for name, case in of_size.items()]
+CASES += [
+    pytest.param(size, *case, id=name, marks=pytest.mark.soak)
+    for size, of_size in MORE.items()
+    for name, case in of_size.items()
+]
+
+
+def lora(command, flags: str = "", checkpoint: str = "trunk", steps: int = STEPS, **others) -> list[str]:
+    targets = f" {MTP_TARGETS}" if checkpoint == "mtp" else ""
+    return command(f"{LORA}{targets} {flags}", checkpoint=checkpoint, steps=steps, **others)
+
+
+@pytest.fixture(scope="module")
+def alone(worlds, command):
+    return worlds.cases(1, {checkpoint: lora(command, checkpoint=checkpoint) for checkpoint in ("trunk", "mtp")})
+
+
+def assert_same_adapters(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys() and found
+    for key, adapter in expected.items():
+        a, b = (torch.tensor(one["values"], dtype=torch.float64) for one in (found[key], adapter))
+        assert found[key]["shape"] == adapter["shape"]
+        assert b.norm() > 0, f"{key} is nothing"
+        assert found[key]["apart"] == 0, f"copies of {key} are {found[key]['apart']} apart"
+        assert (a - b).norm() / b.norm() <= tolerance, f"{key} differs by {(a - b).norm() / b.norm():.1e}"
+
+
+@pytest.mark.parametrize(("size", "flags", "checkpoint"), CASES)
+def test_same_as_one_process(worlds, command, alone, size, flags, checkpoint):
+    found, expected = worlds.run(size, lora(command, flags, checkpoint)), alone[checkpoint]
+    assert_same_training(found["steps"], expected["steps"])
+    assert_same_adapters(found["adapters"], expected["adapters"])
+
+
+def test_adapters_and_nothing_else_learn(alone, one_process, worlds, command):
+    """The first loss is the base's, as B is zero; then they part from it, as far as learning goes."""
+    steps = alone["trunk"]["steps"]
+    assert steps[0]["loss"] == pytest.approx(one_process["trunk"]["steps"][0]["loss"], rel=1e-6)
+    still = worlds.run(1, lora(command, "--lr 0 --min-lr 0"))
+    assert largest_difference(still["steps"], steps, "loss") > 1e-3
+    assert all(torch.tensor(one["values"]).abs().max() > 0 for one in alone["mtp"]["adapters"].values())
+
+
+def test_the_base_has_neither_gradients_nor_optimizer_states(alone):
+    """In bytes, of all that the trainer holds."""
+    held, adapters = alone["trunk"]["static"][0], alone["trunk"]["adapters"]
+    trained = sum(len(one["values"]) for one in adapters.values())
+    assert held["gradients"] == 4 * trained
+    assert held["optimizer"] == 8 * trained
+
+
+PAIRS = {  # name -> saved under, resumed under
+    "TP2 to EP2": (f"{TP2} {DISTRIBUTED}", f"{EP2} {DISTRIBUTED}"),
+    "PP2 VPP2 to ETP2": (f"{PP2} {VPP2}", "--expert-tensor-parallel-size 2"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_resumed_in_another_layout_goes_on_as_if_nothing_had_happened(worlds, command, folder, alone, name):
+    """The optimizer's state included; the base is found again without being named."""
+    before, after = PAIRS[name]
+    save = folder / "adapters" / name.replace(" ", "-")
+    saved = worlds.run(2, lora(command, f"{before} --save {save}", steps=3))
+    resumed = worlds.run(2, lora(command, after, load=str(save)))
+    expected = alone["trunk"]
+    assert_same_training(saved["steps"], expected["steps"][:3])
+    assert_same_training(resumed["steps"], expected["steps"][3:])
+    assert_same_adapters(resumed["adapters"], expected["adapters"])
+
+
+def test_a_save_holds_the_adapters_alone(worlds, command, folder):
+    """Under the keys of the table, and the settings beside them."""
+    from hymeg.checkpoint.adapter_settings import AdapterSettings
+    from hymeg.checkpoint.adapter_table import check_adapter_tensors
+    from hymeg.checkpoint.sources.dist_folder import stored_shapes
+    from hymeg.hf.config import HyConfig
+
+    save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
+    worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
+    saved = save / "iter_0000003"
+    shapes = {key: shape for key, shape in stored_shapes(str(saved)).items() if shape is not None}
+    of_model = {key: shape for key, shape in shapes.items() if not key.startswith("optimizer")}
+    settings = AdapterSettings.from_folder(saved)
+    check_adapter_tensors(HyConfig.from_dir(folder / "trunk"), RANK, TARGETS.split(), of_model)
+    assert (settings.rank, settings.alpha, settings.scale, settings.dropout) == (RANK, 8.0, 2.0, 0.0)
+    assert settings.targets == tuple(TARGETS.split())
+    assert settings.base["source"] == str(folder / "trunk") and len(settings.base["fingerprint"]) == 12
+
+
+def test_resume_on_another_base_is_refused(worlds, command, folder):
+    """Whose weights differ in one number; the same weights from a distributed checkpoint are taken."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from hymeg.checkpoint.convert import hf_to_dist
+
+    save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
+    worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
+    hf_to_dist(folder / "trunk", folder / "trunk-dist", overwrite=True)
+    load = ["--pretrained-checkpoint", str(folder / "trunk-dist")]
+    same = worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=4), *load])
+    assert len(same["steps"]) == 1
+    other = folder / "another"
+    shutil.copytree(folder / "trunk", other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.2.mlp.experts.5.down_proj.weight"][3, 7] *= 1.1
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(AssertionError, match="its adapters were trained on other weights than"):
+        worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=4), "--pretrained-checkpoint", str(other)])
+
+
+def test_packed_conversations(worlds, command, folder):
+    write_rows(folder / "adapter_rows.jsonl", 16, seed=3)
+
+    def packed(flags: str) -> list[str]:
+        argv = lora(command, flags, steps=2)
+        start = argv.index("--data-path")
+        argv[start : start + 2] = ["--sft", "--data-path", str(folder / "adapter_rows.jsonl")]
+        argv[argv.index("--seq-length") + 1] = "192"
+        return argv
+
+    found, expected = worlds.run(2, packed(f"{TP2} --expert-tensor-parallel-size 2")), worlds.run(1, packed(""))
+    assert_same_training(found["steps"], expected["steps"])
+    assert_same_adapters(found["adapters"], expected["adapters"])
+
+
+def test_ranks_that_hold_the_same_tokens_drop_the_same(worlds, command):
+    """What several ranks hold copies of stays the same to the bit, and drops do something. Without experts cut among
+    them two ranks would part at the first step."""
+    flags = f"{TP2} --expert-tensor-parallel-size 2"
+    dropped = worlds.run(2, lora(command, f"{flags} --lora-dropout 0.5", steps=3))
+    kept = worlds.run(2, lora(command, flags, steps=3))
+    assert all(one["apart"] == 0 for one in dropped["adapters"].values())
+    assert largest_difference(dropped["steps"], kept["steps"], "loss") > 1e-4
