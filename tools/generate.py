@@ -67,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("--repetition-penalty", type=float, metavar="X")
     drawn.add_argument("--max-new-tokens", type=int, metavar="N")
     drawn.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--draft",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that multi-token-prediction layers draft at a time (default: 0); the text is the same, and how "
+        "often they were right is said",
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="answers at a time (default: 16)")
     parser.add_argument("--out", metavar="FILE.jsonl", help="also write {'prompt', 'response', 'ended'} rows there")
     return parser
@@ -87,8 +95,9 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--raw uses no chat template, which --{name} is for; leave one out")
     if args.greedy and args.temperature not in (None, 0):
         raise UserError(f"--greedy is --temperature 0, and --temperature {args.temperature} is given; leave one out")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: 1 or more is needed")
+    for name, least in (("batch_size", 1), ("draft", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more is needed")
     if args.file and Path(args.file).suffix not in (".txt", ".jsonl"):
         raise UserError(f"--file {args.file}: a name in .txt or .jsonl is needed")
     if args.out and not Path(args.out).resolve().parent.is_dir():
@@ -220,12 +229,18 @@ def _lines() -> Iterator[str]:
 
 def _answer(args: argparse.Namespace, model, sampling, tokenizer, prompts: list[tuple[str, list[int]]]) -> None:
     """Generate on all ranks, print on the first: one answer as it is made, several as they end."""
-    from hymeg.generation import generate_dealt
+    from hymeg.generation import Drafting, generate_dealt
 
+    drafting = Drafting(args.draft) if args.draft else None
     speaks = dist.get_rank() == 0
     stream = Printed(tokenizer) if speaks and len(prompts) == 1 else None
     answers = generate_dealt(
-        model, [tokens for _, tokens in prompts], sampling, batch_size=args.batch_size, stream=stream
+        model,
+        [tokens for _, tokens in prompts],
+        sampling,
+        batch_size=args.batch_size,
+        drafting=drafting,
+        stream=stream,
     )
     if not speaks:
         return
@@ -236,6 +251,9 @@ def _answer(args: argparse.Namespace, model, sampling, tokenizer, prompts: list[
     for number, answer in enumerate(answers, start=1):
         if not answer.ended:
             print(f"hymeg: answer {number} was cut off after {len(answer.tokens):,} tokens", file=sys.stderr)
+    if drafting:
+        by_depth = ", ".join(f"{rate:.1%} at depth {depth}" for depth, rate in enumerate(drafting.rates, start=1))
+        print(f"hymeg: {drafting.rate:.1%} of {sum(drafting.proposed):,} drafts accepted: {by_depth}", file=sys.stderr)
     if args.out:
         rows = [
             {"prompt": asked, "response": text, "ended": answer.ended}

@@ -72,15 +72,19 @@ class Stages:
 
     def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Logits `[len(rows), vocab]` after these tokens of a pass with the hidden states `hidden`."""
-        head = self.chunks[-1].output_layer
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self.tensor_group)
+        head, hidden = self.chunks[-1].output_layer, self.whole(hidden)
         sequence_parallel, head.sequence_parallel = head.sequence_parallel, False
         try:
             logits, _ = head(hidden[rows], runtime_gather_output=True)
         finally:
             head.sequence_parallel = sequence_parallel
         return logits[:, 0]
+
+    def whole(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states `[length, 1, h]` of a pass, of which a rank has a part under sequence parallelism."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, group=self.tensor_group)
+        return hidden
 
     def agreed(self, numbers: torch.Tensor) -> torch.Tensor:
         """`numbers` of the rank with the head, on every rank of the pipeline."""

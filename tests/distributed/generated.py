@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from hymeg.checkpoint.live import load_weights
-from hymeg.generation import Sampling, generate, generate_dealt
+from hymeg.generation import Drafting, Sampling, generate, generate_dealt
 from hymeg.training.loaded import build_model
 from hymeg.training.preflight import preflight
 
@@ -24,11 +24,13 @@ def generated(args, config) -> dict:
     model = build_model(args)
     load_weights(model, config, load)
     greedy, drawn = Sampling(6, stop_ids=STOP_IDS), Sampling(6, temperature=1.0, top_p=0.95, seed=5, stop_ids=STOP_IDS)
+    drafting = Drafting(1)
     found = {
-        "greedy": generate_dealt(model, prompts(), greedy, batch_size=3),
+        "greedy": generate_dealt(model, prompts(), greedy, batch_size=3, drafting=drafting),
         "drawn": generate(model, prompts()[:3], drawn, batch_size=3),
     }
     found = {name: [(answer.tokens, answer.ended) for answer in answers] for name, answers in found.items()}
+    found["drafts"] = [drafting.proposed, drafting.accepted]
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     assert all(of_rank == found for of_rank in everyone), everyone

@@ -114,6 +114,7 @@ def test_rows_that_cannot_be_asked(tokenizer, tmp_path, row, said):
         ("--raw --effort low", "--effort"),
         ("--greedy --temperature 1", "--greedy"),
         ("--batch-size 0", "--batch-size 0"),
+        ("--draft -1", "--draft -1"),
         ("--file a.csv", "a.csv"),
         ("--out /no/such/folder/a.jsonl", "--out"),
     ],
