@@ -261,8 +261,11 @@ def detect_layout(names: Iterable[str]) -> str:
     return next(iter(found), "hub")
 
 
-def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
+def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape], is_part: bool = False) -> HFMatch:
     """Account for every tensor of a Hugging Face checkpoint, given the shapes by name.
+
+    Args:
+        is_part: of a model, such as a pipeline stage has: layers may be missing, whole.
 
     Raises:
         UserError: layouts are mixed; a tensor is missing, unexpected or of a wrong shape (one line: how many of each
@@ -283,6 +286,9 @@ def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape]) -> HFMatch:
         else:
             found[place] = entry
     wanted = [entry for row, entry in candidates if not row.is_older and row.dist != DROPPED]
+    if is_part:
+        held = {scope_of(key) for key, _ in found}
+        wanted = [entry for entry in wanted if scope_of(entry.dist_key) in held]
     missing = [entry.hf_name for entry in wanted if (entry.dist_key, entry.rows[0]) not in found]
     accounted_for = {entry.hf_name for entry in found.values()}.union(dropped)
     complain(
@@ -312,6 +318,11 @@ def check_distributed_tensors(
         if key in shapes and not fits(key, tuple(shapes[key]), wanted[key])
     ]
     complain("the distributed tensors", config, missing, unexpected, misshapen)
+
+
+def scope_of(key: str) -> str:
+    """What a pipeline stage holds whole or not at all: a layer; a distributed tensor outside the layers is its own."""
+    return ".".join(key.split(".")[:3])
 
 
 def fits(key: str, found: Shape, wanted: Shape) -> bool:

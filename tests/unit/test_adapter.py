@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HYV3Config, HYV3ForCausalLM
 
 from hymeg import platform
-from hymeg.checkpoint.adapter import HyStateDictAdapter
+from hymeg.checkpoint.adapter import HyMT2StateDictAdapter, HyStateDictAdapter, HYV3StateDictAdapter
 from hymeg.checkpoint.mapping import HF_LAYOUTS, distributed_shapes, hf_entries
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -219,16 +219,71 @@ def test_parts_of_one_tensor_must_agree_on_dtype():
         HyStateDictAdapter(config).from_hf(hf)
 
 
-def test_incomplete_state_dicts_are_refused():
+def test_incomplete_layers_are_refused():
     config = make_config()
     adapter, hf = HyStateDictAdapter(config), random_hf(config, "hub")
     distributed = adapter.from_hf(hf)
-    with pytest.raises(UserError, match=r"1 missing \(lm_head.weight\)"):
-        adapter.from_hf({name: tensor for name, tensor in hf.items() if name != "lm_head.weight"})
-    with pytest.raises(UserError, match=r"1 missing \(output_layer.weight\)"):
-        adapter.to_hf({key: tensor for key, tensor in distributed.items() if key != "output_layer.weight"})
+    router, expert = "decoder.layers.2.mlp.router.weight", "model.layers.3.mlp.experts.7.up_proj.weight"
+    with pytest.raises(UserError, match=rf"1 missing \({expert}\)"):
+        adapter.from_hf({name: tensor for name, tensor in hf.items() if name != expert})
+    with pytest.raises(UserError, match=rf"1 missing \({router}\)"):
+        adapter.to_hf({key: tensor for key, tensor in distributed.items() if key != router})
     with pytest.raises(UserError, match=r"1 unexpected \(decoder.layers.0.mlp.linear_fc1._extra_state\)"):
         adapter.to_hf(distributed | {"decoder.layers.0.mlp.linear_fc1._extra_state": torch.zeros(1)})
+
+
+# ---- NeMo Automodel 0.7.0 constructs and calls its adapters like this.
+
+
+@pytest.fixture(scope="module", params=[HYV3StateDictAdapter, HyMT2StateDictAdapter])
+def of_automodel(request):
+    """hy_v3/model.py:276, hy_mt2/model.py:346."""
+    names = [name for name in TINY if name not in ("model_type", "rope_theta")]
+    config = HYV3Config(**{name: TINY[name] for name in names}, rope_parameters={"rope_theta": 10000.0})
+    return request.param(config, object(), object(), dtype=torch.bfloat16)
+
+
+def test_a_transformers_config_will_do_and_weights_come_in_the_dtype_that_was_asked_for(of_automodel):
+    found = of_automodel.from_hf(random_hf(make_config(), "hub"), device_mesh=None)
+    expected = HyStateDictAdapter(make_config()).from_hf(random_hf(make_config(), "hub"))
+    assert_same(found, {key: tensor if "bias" in key else tensor.bfloat16() for key, tensor in expected.items()})
+
+
+def test_automodels_calls_for_saving_and_loading(of_automodel):
+    """checkpointing.py:717 and 1225 by way of :2952, and :3285; peft_export.py:97; infrastructure.py:664."""
+    hf = {name: t if "bias" in name else t.bfloat16() for name, t in random_hf(make_config(), "hub").items()}
+    native = of_automodel.from_hf(hf)
+    extra = {"decoder.layers.0.mlp.linear_fc1._extra_state": torch.zeros(1)}
+    common = {"exclude_key_regex": r".*_extra_state.*", "quantization": False}
+    for further in (
+        {"device_mesh": None, "v4_compatible": False, "legacy_paramwrapper_layout": False},
+        {"device_mesh": None, "for_checkpoint_load": True},
+        {},
+    ):
+        assert_same(of_automodel.to_hf(native | extra, **common, **further), hf)
+    assert of_automodel.get_hf_state_dict_keys(native | extra) == list(of_automodel.to_hf(native))
+    of_automodel._paramwrapper_layout_hint = None
+    assert_same(of_automodel.from_hf(of_automodel.to_hf(native), device_mesh=None), native)
+    for key, tensor in (native | extra).items():
+        pairs = of_automodel.convert_single_tensor_to_hf(key, tensor, **common)
+        assert_same(dict(pairs), {} if key in extra else {name: hf[name] for name, _ in pairs})
+
+
+def test_a_pipeline_stage_is_converted_by_itself(of_automodel):
+    native = of_automodel.from_hf(random_hf(make_config(), "hub"))
+    stage = {key: tensor for key, tensor in native.items() if key.startswith(("decoder.layers.3.", "output"))}
+    hf = of_automodel.to_hf(stage, exclude_key_regex=r".*_extra_state.*", quantization=False)
+    assert {name.split(".layers.")[-1].split(".")[0] for name in hf} == {"3", "lm_head"}
+    assert_same(of_automodel.from_hf(hf), stage)
+
+
+def test_what_the_adapter_does_not_do_is_said(of_automodel):
+    with pytest.raises(UserError, match="does not quantize"):
+        of_automodel.to_hf({}, quantization=True)
+    mesh = SimpleNamespace(size=lambda: 8)
+    for convert in (of_automodel.from_hf, of_automodel.to_hf):
+        with pytest.raises(UserError, match=r"8 ranks.*hymeg\.checkpoint\.live"):
+            convert({}, device_mesh=mesh)
 
 
 # ---- models: what one rank of a Megatron model shows of itself, without the processes. The split axes are those of its
