@@ -13,8 +13,8 @@ from hymeg.data.translation import language_code
 
 _TOKENIZERS = {
     **dict.fromkeys(("zh", "zh-Hant", "yue"), "zh"),
-    # without blanks between words; sacrebleu's own for Japanese needs MeCab
-    **dict.fromkeys(("ja", "th", "km", "my", "bo"), "char"),
+    # no blanks between words; for Japanese and Korean, because sacrebleu's own tokenizers need MeCab
+    **dict.fromkeys(("ja", "ko", "th", "km", "my", "bo"), "char"),
 }
 CHATS = "chats"
 """In place of a language pair, of rows that are no translations."""

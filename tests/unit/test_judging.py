@@ -76,8 +76,8 @@ def test_pairs_have_codes_whatever_the_rows_call_their_languages():
     unknown = Example("a", "a", source="a", source_lang="Klingon", target_lang="德语")
     assert (names.pair, unknown.pair, Example("a", "a").pair) == ("en-zh-Hant", "Klingon-de", CHATS)
     assert list(scores_by_pair([Example("a", "a"), unknown, names])) == ["Klingon-de", "en-zh-Hant", CHATS]
-    assert [bleu_tokenizer(name) for name in ("Chinese", "yue", "ja", "de-AT", "Klingon", None)] == [
-        *("zh", "zh", "char", "13a", "13a", "13a")
+    assert [bleu_tokenizer(name) for name in ("Chinese", "yue", "ja", "Korean", "de-AT", "Klingon", None)] == [
+        *("zh", "zh", "char", "char", "13a", "13a", "13a")
     ]
 
 
