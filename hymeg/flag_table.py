@@ -312,6 +312,7 @@ _EFFECTLESS = (
     ),
     _no_effect_without("load", "ckpt_step"),
     _no_effect_without("save_hf", "save_hf_interval"),
+    _no_effect_without("valid_translations", "valid_generate"),
     _no_effect_without("recompute_granularity=full", "recompute_method recompute_num_layers"),
     _no_effect_without("recompute_granularity=selective recompute_activations", "recompute_modules"),
     _no_effect_without("tp_comm_overlap", "tp_comm_bootstrap_backend tp_comm_bulk_* tp_comm_overlap_* tp_comm_split_*"),

@@ -91,6 +91,18 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "older iteration that is neither",
     )
     group.add_argument(
+        "--valid-translations",
+        metavar="FILE.jsonl",
+        help="held-out rows that the model answers at every evaluation; its texts are judged (chrF, BLEU, alarms)",
+    )
+    group.add_argument(
+        "--valid-generate",
+        type=int,
+        default=64,
+        metavar="N",
+        help="--valid-translations: how many of its rows, spread evenly over it (default: 64)",
+    )
+    group.add_argument(
         "--recompute-logits",
         dest="hy_recompute_logits",
         action="store_true",

@@ -63,6 +63,10 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
 
             check_adapters(args, config, say)
         _check_tokenizer(args, config)
+        if args.valid_translations is not None:
+            from hymeg.training.translations import check_translations
+
+            check_translations(args, config)
 
 
 def layout_of(args: argparse.Namespace) -> layouts.Layout:

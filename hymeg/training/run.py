@@ -92,6 +92,7 @@ def train(args, config: HyConfig) -> None:
     from hymeg.data.pretraining import build_datasets, build_index
     from hymeg.platform.saving import user_errors
     from hymeg.training.row_data import RowData
+    from hymeg.training.translations import judging_translations
 
     rank.admit_rerun_state()
     with megatron_refusals():
@@ -123,6 +124,7 @@ def train(args, config: HyConfig) -> None:
         metrics.logging(args, config, model_config, record, _say),
         saving_hf(args, config, _say),
         adapters,
+        judging_translations(args, config, record),
         _naming_undamaged(args),
         user_errors(),
     ):

@@ -30,6 +30,7 @@ _RANGES: dict[str, tuple[float, float]] = {
             "save_interval",
             "save_hf_interval",
             "save_retain_interval",
+            "valid_generate",
             "exit_interval",
         ),
         (1, _INFINITY),

@@ -104,7 +104,16 @@ def goes_wrong(argv: list[str]) -> dict:
 
 def spoken(argv: list[str]) -> dict:
     """What tools/generate.py prints with this command line, on rank 0."""
-    path = Path(__file__).parents[2] / "tools" / "generate.py"
+    return _said("generate", argv)
+
+
+def evaluated(argv: list[str]) -> dict:
+    """What tools/evaluate.py prints with this command line, on rank 0."""
+    return _said("evaluate", argv)
+
+
+def _said(tool: str, argv: list[str]) -> dict:
+    path = Path(__file__).parents[2] / "tools" / f"{tool}.py"
     with (
         patched(sys, "argv", [str(path), *argv], "the command line"),
         contextlib.redirect_stdout(io.StringIO()) as said,

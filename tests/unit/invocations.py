@@ -631,6 +631,27 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("--save-hf-interval 0", "at least 1", "leave it out"),
     ),
     "an interval of no folders": (1, "--save-hf-interval 2", ("--save-hf-interval 2", "without --save-hf", "add that")),
+    "translations from nowhere": (
+        1,
+        "--valid-translations {tmp}/none.jsonl",
+        ("--valid-translations {tmp}/none.jsonl", "no such file"),
+    ),
+    "translations that are empty": (1, "--valid-translations {tmp}/empty.jsonl", ("--valid-translations", "is empty")),
+    "translations without an evaluation": (
+        1,
+        "--valid-translations {rows} --eval-iters 0",
+        ("--valid-translations {rows}", "--eval-iters is 0", "leave --valid-translations out"),
+    ),
+    "no translations at all": (
+        1,
+        "--valid-translations {rows} --valid-generate 0",
+        ("--valid-generate 0", "at least 1"),
+    ),
+    "how many of no translations": (
+        1,
+        "--valid-generate 5",
+        ("--valid-generate 5", "without --valid-translations", "add that"),
+    ),
     "save over a run": (1, "--save {ckpt}", ("--save {ckpt}", "--init-from-scratch would overwrite", "another --save")),
     "save over a run again": (
         1,

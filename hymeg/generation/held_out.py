@@ -1,0 +1,198 @@
+"""Held-out rows as questions, what a model made of them as examples, and these as figures and lines of a file.
+
+Rows are those of training (`hymeg.data.rows`). A translation asks for its target, a conversation for the assistant's
+last message. The model itself is not used here: who has one answers the questions.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from hymeg.data.fields import decoded
+from hymeg.data.rows import RowReader
+from hymeg.data.text_files import check_row_file, read_batches
+from hymeg.data.translation import NEEDED
+from hymeg.errors import UserError
+from hymeg.generation.alarms import alarms, crossed, rates
+from hymeg.generation.judging import Example, Scores, scores, scores_by_pair
+from hymeg.generation.prompts import chat_prompt
+from hymeg.generation.replies import Answer
+from hymeg.generation.sampling import Sampling
+from hymeg.hf.config import HyConfig
+
+METRICS = ("chrF", "chrF++", "BLEU")
+_REASONING, _CONTENT = "reasoning of 3f9c", "content of 3f9c"
+
+
+class Question(NamedTuple):
+    """A row.
+
+    Attributes:
+        prompt: tokens, up to where the assistant speaks.
+        asked: the source of a translation, the last message before the answer of a conversation.
+        reference: what the row answers, without its reasoning.
+        num_reference_tokens: with it.
+        row: as it stands in the file.
+        number: its line there.
+    """
+
+    prompt: list[int]
+    asked: str
+    reference: str
+    num_reference_tokens: int
+    effort: str | None
+    row: dict[str, Any]
+    number: int
+
+
+class HeldOut:
+    """Questions from a file.
+
+    Args:
+        path: of rows as for training.
+        tokenizer: with its chat template.
+        config: the model's.
+        num_rows: that are asked, spread evenly over the file; None: all.
+
+    Raises:
+        UserError: the file or one of these rows cannot be used, or a row is too long for the model.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, config: HyConfig, num_rows: int | None = None
+    ):
+        if tokenizer.chat_template is None:
+            raise UserError("the tokenizer has no chat template, by which rows become prompts")
+        self.tokenizer = tokenizer
+        path = check_row_file(path)
+        rows = [row for batch in read_batches(path) for row in batch.rows]
+        if not rows:
+            raise UserError(f"{path}: holds no rows; give held-out rows, as for training")
+        num_rows = len(rows) if num_rows is None else min(num_rows, len(rows))
+        reader = RowReader()
+        self.questions = [self._question(reader, path, *rows[i * len(rows) // num_rows]) for i in range(num_rows)]
+        self.max_new_tokens = 16 + 2 * max(question.num_reference_tokens for question in self.questions)
+        longest = max(self.questions, key=lambda question: len(question.prompt))
+        if len(longest.prompt) + self.max_new_tokens > config.max_position_embeddings:
+            raise UserError(
+                f"{path}: a row has a prompt of {len(longest.prompt):,} tokens, and answers may have "
+                f"{self.max_new_tokens:,}, twice the longest reference: more than the model's context of "
+                f"{config.max_position_embeddings:,} (max_position_embeddings); leave the longest rows out"
+            )
+        self._closing = _closing(tokenizer)
+        named = [
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special or (token.content.strip() and token.content in str(tokenizer.chat_template))
+        ]
+        self._special = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))) or r"(?!)")
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [question.prompt for question in self.questions]
+
+    def sampling(self, stop_ids: Sequence[int]) -> Sampling:
+        """The likeliest token each time, so that evaluations differ by the weights alone; up to twice the longest
+        reference, beyond which a translation is of no use.
+        """
+        return Sampling(max_new_tokens=self.max_new_tokens, stop_ids=tuple(stop_ids))
+
+    def examples(self, answers: Iterable[Answer]) -> list[Example]:
+        """What `answers` say, question by question."""
+        return [self._example(question, answer) for question, answer in zip(self.questions, answers, strict=True)]
+
+    def _question(self, reader: RowReader, path: str, number: int, row: bytes | dict) -> Question:
+        conversation = reader.parse(path, number, row)
+        *before, last = conversation.messages
+        if last["role"] != "assistant" or not (last.get("content") or "").strip() or not before:
+            raise UserError(
+                f"{conversation.where}: ends without an answer in words, with which to compare; leave it out"
+            )
+        prompt = chat_prompt(
+            self.tokenizer,
+            before,
+            tools=conversation.tools,
+            effort=conversation.reasoning_effort,
+            where=conversation.where,
+        )
+        row = row if isinstance(row, dict) else decoded(conversation.where, row.decode())
+        is_translation = row.keys() >= set(NEEDED)
+        texts = [last.get("reasoning_content") or "", last["content"]]
+        num_tokens = sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        asked = row["source"] if is_translation else str(before[-1].get("content"))
+        return Question(prompt, asked, last["content"], num_tokens, conversation.reasoning_effort, row, number)
+
+    def _example(self, question: Question, answer: Answer) -> Example:
+        text, thinking = self.tokenizer.decode(answer.tokens), None
+        if self._closing and self._closing in text:
+            thinking, _, text = text.partition(self._closing)
+            thinking = self._special.sub("", thinking)
+        found = self._special.findall(text)
+        text = self._special.sub("", text).strip()
+        is_translation = question.row.keys() >= set(NEEDED)
+        translation = {key: question.row[key] for key in NEEDED if key != "target"} if is_translation else {}
+        return Example(
+            question.reference,
+            text,
+            answer.ended,
+            tuple(found),
+            **translation,
+            thinking=thinking,
+            effort=question.effort,
+        )
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the chat template writes between reasoning and answer; None where it has no place for reasoning."""
+    message = {"role": "assistant", "reasoning_content": _REASONING, "content": _CONTENT}
+    messages = [{"role": "user", "content": "?"}, message]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, reasoning_effort="high", is_training=True)
+    except Exception:  # a template is a program: it may raise anything, and then has no such place
+        return None
+    between = re.search(f"{re.escape(_REASONING)}(.*?){re.escape(_CONTENT)}", text, re.DOTALL)
+    return between[1].strip() or None if between else None
+
+
+def figures(examples: Sequence[Example]) -> dict[str, Any]:
+    """Of all examples: `overall` and by `pairs` the number of `texts` and each metric from 0 to 100; `signatures` by
+    metric; `alarms`, the share of the texts in which each fired.
+    """
+    overall = scores(examples)
+    return {
+        "overall": _by_metric(overall),
+        "pairs": {pair: _by_metric(found) for pair, found in scores_by_pair(examples).items()},
+        "signatures": overall.signatures,
+        "alarms": {name: round(share, 4) for name, share in rates([alarms(one) for one in examples]).items()},
+    }
+
+
+def _by_metric(found: Scores) -> dict[str, float]:
+    values = zip(METRICS, (found.chrf, found.chrf_pp, found.bleu), strict=True)
+    return {"texts": found.num_texts} | {name: round(value, 4) for name, value in values}
+
+
+def line(found: dict[str, Any]) -> str:
+    """`figures` on one line: the scores, and the alarms that are above their thresholds."""
+    said = [f"{name}: {found['overall'][name]:.2f}" for name in METRICS]
+    said += [f"ALARM {alarm}" for alarm in crossed(found["alarms"])]
+    return " | ".join([*said, f"texts: {found['overall']['texts']}"])
+
+
+def rows(questions: Sequence[Question], examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """A line of a file for each: what was asked and answered, and what is wrong with it."""
+    return [
+        {
+            "row": question.number,
+            "source": question.asked,
+            "reference": example.reference,
+            "hypothesis": example.hypothesis,
+            "pair": example.pair,
+            "ended": example.ended,
+            "alarms": list(alarms(example)),
+        }
+        for question, example in zip(questions, examples, strict=True)
+    ]

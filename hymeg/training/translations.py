@@ -1,0 +1,103 @@
+"""`--valid-translations FILE`: at every evaluation the model answers held-out rows, and what it says is judged."""
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+from hymeg.errors import UserError
+from hymeg.generation.held_out import METRICS, HeldOut, figures, line, rows
+from hymeg.generation.prompts import published_sampling
+from hymeg.generation.replies import generate_dealt
+from hymeg.hf.config import HyConfig
+from hymeg.hf.tokenizer import load_tokenizer
+from hymeg.platform import megatron
+from hymeg.reporting.record import RunRecord
+
+
+def check_translations(args: argparse.Namespace, config: HyConfig) -> None:
+    """Raises UserError: a file or a row of it that cannot be used, or no evaluation to use it in."""
+    if args.valid_translations is None:
+        return
+    _check_evaluated(args)
+    _held_out(args, config)
+
+
+@contextlib.contextmanager
+def judging_translations(args: argparse.Namespace, config: HyConfig, record: RunRecord) -> Iterator[None]:
+    """While the context is open, translations are made and judged after every evaluation on validation data, and added
+    to the record.
+
+    Raises:
+        UserError: there is none.
+    """
+    if args.valid_translations is None:
+        yield
+        return
+    _check_evaluated(args)
+    with megatron.after_evaluations(_Judge(args, config, record).after_evaluation):
+        yield
+
+
+def _check_evaluated(args: argparse.Namespace) -> None:
+    if args.eval_iters == 0 and not args.full_validation:
+        raise UserError(
+            f"--valid-translations {args.valid_translations}: nothing is evaluated, since --eval-iters is 0 or there "
+            "is no validation data; give some, or leave --valid-translations out"
+        )
+
+
+def _held_out(args: argparse.Namespace, config: HyConfig) -> HeldOut:
+    try:
+        return HeldOut(args.valid_translations, load_tokenizer(args.hf_model), config, args.valid_generate)
+    except UserError as error:
+        raise UserError(f"--valid-translations {error}") from None
+
+
+class _Judge:
+    """All ranks answer; the last one, which also prints Megatron's log, judges and writes."""
+
+    def __init__(self, args: argparse.Namespace, config: HyConfig, record: RunRecord):
+        self.record = record
+        self.held_out = _held_out(args, config)
+        self.sampling = self.held_out.sampling(published_sampling(args.hf_model, config).stop_ids)
+        self.iteration: int | None = None
+        self.began, self.seconds = time.monotonic(), 0.0
+
+    def after_evaluation(
+        self, iteration: int, title: str, losses: list[dict[str, float]], model_chunks: Sequence[torch.nn.Module]
+    ) -> None:
+        """Collective, after each evaluation; the last step's may be evaluated twice."""
+        if iteration == self.iteration or title.endswith("test set"):
+            return
+        self.iteration, began = iteration, time.monotonic()
+        answers = generate_dealt(model_chunks, self.held_out.prompts, self.sampling)
+        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+            return
+        examples = self.held_out.examples(answers)
+        found = figures(examples)
+        self.record.add_translations(iteration, rows(self.held_out.questions, examples), **found)
+        self._draw(iteration, found)
+        seconds = time.monotonic() - began
+        self.seconds += seconds
+        share = self.seconds / (time.monotonic() - self.began)
+        print(
+            f" translations at iteration {iteration} | {line(found)} | seconds: {seconds:.1f}, in all {share:.1%} of "
+            "the run |",
+            flush=True,
+        )
+
+    def _draw(self, iteration: int, found: dict[str, Any]) -> None:
+        scalars = {f"translations/{name}": found["overall"][name] for name in METRICS}
+        for pair, of in found["pairs"].items():
+            scalars |= {f"translations {pair}/{name}": of[name] for name in METRICS}
+        scalars |= {f"translation alarms/{name}": share for name, share in found["alarms"].items()}
+        if (tensorboard := get_tensorboard_writer()) is not None:
+            for name, value in scalars.items():
+                tensorboard.add_scalar(name, value, iteration)
+        if (wandb := get_wandb_writer()) is not None:
+            wandb.log(scalars, iteration)
