@@ -154,6 +154,7 @@ class TensorReader:
         self._blocks = BlockCache()
         self._finder = ElementFinder()
         self._kept: dict[object, np.ndarray] = {}
+        self._kept_bytes = 0
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -195,11 +196,15 @@ class TensorReader:
 
     def kept(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What `make` gives, or gave when this key was last asked for: the latest are kept, up to _MAX_KEPT_BYTES."""
-        found = self._kept.pop(key, None)
-        self._kept[key] = found if found is not None else make()
-        while len(self._kept) > 1 and sum(array.nbytes for array in self._kept.values()) > _MAX_KEPT_BYTES:
-            del self._kept[next(iter(self._kept))]
-        return self._kept[key]
+        if key in self._kept:
+            self._kept[key] = self._kept.pop(key)  # the latest comes last
+            return self._kept[key]
+        made = make()
+        self._kept_bytes += made.nbytes
+        while self._kept and self._kept_bytes > _MAX_KEPT_BYTES:
+            self._kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+        self._kept[key] = made
+        return made
 
     def _read(self, tensor: RowTensor, low: int, high: int, block: memoryview) -> None:
         if tensor.made:
