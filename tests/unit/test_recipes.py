@@ -31,8 +31,9 @@ NAME = re.compile(r"(?P<purpose>\w+)_(?P<gpus>\d+)x(?P<gpu>[a-z]+\d+)_(?P<memory
 LEAST_MARGIN = 4 * GIB  # beside the reserve: no GPU has confirmed the formulas for activations yet
 MOST_SLOWER = 1.10
 WANTED = {
-    "hy_mt2_30b_a3b": {"sft_8xh200", "sft_8xh100", "sft_16xh100", "pretrain_64xh100", "long_context_128k_64xh100"},
-    "hy3": {"sft_128xh100", "sft_256xh100", "sft_64xh200", "pretrain_1024xh100"},
+    "hy_mt2_30b_a3b": {"sft_8xh200", "sft_8xh100", "sft_16xh100", "pretrain_64xh100", "long_context_128k_64xh100"}
+    | {"lora_1xh200", "lora_2xh100", "lora_8xh100"},
+    "hy3": {"sft_128xh100", "sft_256xh100", "sft_64xh200", "pretrain_1024xh100"} | {"lora_8xh200", "lora_16xh100"},
 }
 
 
@@ -73,7 +74,8 @@ def test_recipe_is_not_much_slower_than_the_best_that_leaves_as_much_room(planne
     fixed = {"context_parallel_size", "expert_tensor_parallel_size"} | ({"micro_batch_size"} if args.packed else set())
     given = {field: getattr(plan.layout, field) for field in fixed}
     layout = Layout(plan.layout.world_size, plan.layout.seq_length, plan.layout.global_batch_size, **given)
-    best = planner.search(layout, set(plan_command.CHOSEN) - fixed, Settings(), set()).fitting[0]
+    adapters = {name: getattr(plan.settings, name) for name in ("lora_rank", "lora_targets")}
+    best = planner.search(layout, set(plan_command.CHOSEN) - fixed, Settings(**adapters), set()).fitting[0]
     assert plan.time.total <= MOST_SLOWER * best.time.total, f"{best.time.total:.2f} s: {best}"
 
 
@@ -97,15 +99,28 @@ def test_recipe_has_the_flags_that_the_planner_writes(planned):
 def test_fine_tuning_recipes_read_conversations_and_pretraining_ones_start_from_scratch(planned):
     args, _, _ = planned
     purpose = NAME.fullmatch(Path(args.config).stem)["purpose"]
-    assert ("sft" in args.explicit, args.init_from_scratch) == (purpose == "sft", purpose == "pretrain")
-    assert args.data_path is None and (args.micro_batch_size == 1 or purpose != "sft")
+    is_tuned = purpose in ("sft", "lora")
+    assert ("sft" in args.explicit, args.init_from_scratch) == (is_tuned, purpose == "pretrain")
+    assert args.data_path is None and (args.micro_batch_size == 1 or not is_tuned)
+
+
+@every_recipe
+def test_recipes_for_adapters_are_the_publishers(planned):
+    """LLaMA-Factory's for Hy-MT2, ms-swift's for Hy3, as Tencent gives them."""
+    args, _, _ = planned
+    if NAME.fullmatch(Path(args.config).stem)["purpose"] != "lora":
+        assert args.lora_rank is None
+        return
+    wanted = (64, 128, 2e-4) if "hy_mt2" in args.config else (8, 16, 3e-4)
+    assert (args.lora_rank, args.lora_alpha, args.lr) == wanted
+    assert args.lora_targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @every_recipe
 def test_fine_tuning_recipes_evaluate_on_whatever_validation_data_there_is(planned):
     """--eval-iters would make a recipe of a file too small for a split an error, and mix the files' losses."""
     args, _, _ = planned
-    assert ("eval_iters" in args.explicit) == (NAME.fullmatch(Path(args.config).stem)["purpose"] != "sft")
+    assert ("eval_iters" in args.explicit) == (NAME.fullmatch(Path(args.config).stem)["purpose"] not in ("sft", "lora"))
 
 
 @pytest.mark.parametrize("model", MODELS)
