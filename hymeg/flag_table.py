@@ -304,8 +304,10 @@ _EFFECTLESS = (
     _no_effect_without(
         "save",
         """no_save_optim no_save_rng save_activations_interval save_dgrads_interval
-        save_params_interval save_retain_interval save_tokens_per_expert_interval save_wgrads_interval async_save""",
+        save_params_interval save_retain_interval save_tokens_per_expert_interval save_wgrads_interval async_save
+        keep_last""",
     ),
+    _no_effect_without("load", "fall_back_to_older_checkpoint"),
     _no_effect_without(
         "load pretrained_checkpoint",
         "finetune load_main_params_from_ckpt no_load_optim no_load_rng override_ckpt_iteration",

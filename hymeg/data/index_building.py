@@ -14,6 +14,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from hymeg.checksums import MANIFEST, Summer, SummingStream, sum_of, write_manifest
 from hymeg.data.chat import ChatEncoder
 from hymeg.data.row_index import (
     SUMMARY,
@@ -24,6 +25,7 @@ from hymeg.data.row_index import (
     is_built,
     note_seen,
     older_indices,
+    save_array,
 )
 from hymeg.data.rows import Conversation, RowReader
 from hymeg.data.text_files import Batch, read_batches
@@ -196,7 +198,9 @@ def build_indices(
 def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Iterator[Done]:
     """Yields how far all has come, after each part."""
     lengths, lines, counts, ignored, bad_rows = array("q"), array("q"), Counter(), Counter(), {}
-    with open(folder / "tokens.bin", "wb") as file:
+    tokens = Summer()
+    with open(folder / "tokens.bin", "wb") as raw:
+        file = SummingStream(raw, tokens)
         for part in parts:
             file.write(part.stored.tobytes())
             lengths.extend(part.lengths)
@@ -217,15 +221,20 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Ite
         raise UserError(f"{path}: no row can be trained on, of {_total(bad_rows.values()):,}; the first: {first}")
     if not lines:
         raise UserError(f"{path}: holds no row; give a file with conversations or translations, one a line")
-    np.save(folder / "starts.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
+    sums = {
+        "tokens.bin": tokens.result(),
+        "starts.npy": save_array(folder / "starts.npy", np.cumsum([0, *lengths], dtype=np.int64)),
+        "lines.npy": save_array(folder / "lines.npy", np.array(lines, dtype=np.int64)),
+    }
     summary = {
         "digest": content_digest(path),
         "bad_rows": list(bad_rows.values()),
         "counts": counts,
         "ignored": dict(ignored.most_common(_MAX_KEYS)),
     }
-    write_whole(folder / SUMMARY, json.dumps(summary).encode())
+    text = json.dumps(summary).encode()
+    write_whole(folder / SUMMARY, text)
+    write_manifest(folder / MANIFEST, sums | {SUMMARY: sum_of(text)})
 
 
 def _count_bad_row(bad_rows: dict[str, BadRows], path: str, message: str) -> None:

@@ -4,8 +4,8 @@ FOLDER/NAME-FINGERPRINT/ holds `tokens.bin` (int32, row after row; a token that 
 complement, a negative number), `starts.npy` (int64 `[rows + 1]`), `lines.npy` (int64 `[rows]`, from 1), `index.json`
 (a digest of the file, rows that could not be trained on, counts), in `seen/` the times that files of that content were
 found with, and in folders of their own what `cached` keeps. The fingerprint is taken over the file's size and ends, the
-tokenizer, the chat template and hymeg's rules. `hymeg.data.index_building` makes it. A killed build leaves a hidden
-`.partial` folder, which nothing reads.
+tokenizer, the chat template and hymeg's rules. `checksums.sfv` lets all of it be verified as it is read.
+`hymeg.data.index_building` makes it. A killed build leaves a hidden `.partial` folder, which nothing reads.
 """
 
 import contextlib
@@ -21,6 +21,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hymeg.checksums import (
+    BLOCK_BYTES,
+    MANIFEST,
+    Damaged,
+    FileSum,
+    Summer,
+    SummingStream,
+    check_block,
+    damaged_blocks,
+    open_verified,
+    read_manifest,
+    write_manifest,
+)
 from hymeg.data.chat import Tokens
 from hymeg.errors import UserError
 from hymeg.files import fsync_folder, read_json, write_whole
@@ -45,22 +58,42 @@ class RowIndex:
 
     def __init__(self, folder: Path, path: str):
         self.folder, self.path = folder, path
-        summary = read_json(folder / SUMMARY)
+        summary = read_json(folder / SUMMARY, open_verified)
         self.digest: str = summary["digest"]
         self.bad_rows = [BadRows(*entry) for entry in summary["bad_rows"]]
         self.counts: dict[str, int] = summary["counts"]
         self.ignored: dict[str, int] = summary["ignored"]  # rows by key that has no meaning in them, most first
-        self.starts = np.load(folder / "starts.npy", mmap_mode="r")
-        self.lines = np.load(folder / "lines.npy", mmap_mode="r")
+        self.starts, self.lines = (_verified_array(folder / f"{name}.npy") for name in ("starts", "lines"))
         self.stored = np.memmap(folder / "tokens.bin", np.int32, mode="r")
+        self._expected = _expected(folder / "tokens.bin")
+        self._bytes = memoryview(self.stored).cast("B")
+        self._verified = bytearray(-(-len(self._bytes) // BLOCK_BYTES))  # blocks of the tokens: 1 where it was compared
+        if self._expected and len(self._bytes) != self._expected.size:
+            raise self._mended(Damaged(folder / "tokens.bin", f"{len(self._bytes)} bytes"))
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, row: int) -> Tokens:
-        stored = self.stored[self.starts[row] : self.starts[row + 1]]
+        start, stop = int(self.starts[row]), int(self.starts[row + 1])
+        self._verify(4 * start, 4 * stop)
+        stored = self.stored[start:stop]
         trained = stored < 0
         return Tokens(np.where(trained, ~stored, stored), trained)
+
+    def _verify(self, start: int, stop: int) -> None:
+        """Compare the blocks of the tokens that hold these bytes with their checksums, each once in a process."""
+        for number in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) if self._expected else ():
+            if not self._verified[number]:
+                block = self._bytes[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+                try:
+                    check_block(self.folder / "tokens.bin", self._expected, number, block)
+                except Damaged as error:
+                    raise self._mended(error) from None
+                self._verified[number] = 1
+
+    def _mended(self, error: Damaged) -> Damaged:
+        return Damaged(error.path, f"{error.what}; remove {self.folder}, and it is made again")
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64."""
@@ -74,8 +107,10 @@ class RowIndex:
         folder = self.folder / name
         if not self.is_cached(name):
             with built_beside(folder, lambda: self.is_cached(name)) as partial:
-                for key, array in make().items():
-                    np.save(partial / f"{key}.npy", array)
+                write_manifest(
+                    partial / MANIFEST,
+                    {f"{key}.npy": save_array(partial / f"{key}.npy", array) for key, array in make().items()},
+                )
         return _arrays(folder)
 
 
@@ -144,9 +179,29 @@ def _seen(folder: Path, path: str) -> Path:
 def _arrays(folder: Path) -> dict[str, np.ndarray]:
     """The arrays in `folder`, memory-mapped; none where it is damaged or not there."""
     try:
-        return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-    except (OSError, EOFError, ValueError):
+        return {path.stem: _verified_array(path) for path in folder.glob("*.npy")}
+    except (UserError, OSError, EOFError, ValueError):
         return {}
+
+
+def save_array(path: Path, array: np.ndarray) -> FileSum:
+    """As np.save does; the file's checksums."""
+    summer = Summer()
+    with open(path, "wb") as file:
+        np.save(SummingStream(file, summer), array)
+    return summer.result()
+
+
+def _expected(path: Path) -> FileSum | None:
+    manifest = read_manifest(path.parent / MANIFEST)
+    return manifest.files.get(path.name) if manifest else None
+
+
+def _verified_array(path: Path) -> np.ndarray:
+    """Memory-mapped. Raises Damaged where the file is not what was written."""
+    if (expected := _expected(path)) and (wrong := damaged_blocks(path, expected)):
+        raise Damaged(path, f"bytes {wrong[0].start} to {wrong[0].stop - 1} are not those that were written")
+    return np.load(path, mmap_mode="r")
 
 
 @contextlib.contextmanager

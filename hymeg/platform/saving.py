@@ -7,11 +7,12 @@ checkpoint. Line numbers are megatron-core 0.19.2's.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ from hymeg.platform.patches import patch, patched
 from hymeg.platform.write_results import LastOfFile
 
 _MARKER = "metadata.json"
+_UNWRITABLE = "cannot be written: "
+_KEPT = "the checkpoint before it is kept: make room or mend the folder, and start the same command again"
+before_save: list[Callable[[], None]] = []
+"""Called on every rank before it writes: may raise a UserError."""
+once_saved: list[Callable[[], None]] = []
+"""Called on rank 0 when a checkpoint is complete."""
 _sums: dict[str, dict[str, FileSum]] = {}  # on rank 0: of a checkpoint's folder that is not marked as one yet
 
 
@@ -71,6 +78,8 @@ class SummingWriter(filesystem_async.FileSystemWriterAsync):
         return save and _SummedSave(save), preload, args
 
     def prepare_local_plan(self, plan):
+        for call in before_save:
+            call()
         plan = super().prepare_local_plan(plan)
         if not os.environ.get("RANK", "0").strip("0"):
             # An earlier life's, in the same folder: what is half written over is no checkpoint.
@@ -100,21 +109,28 @@ class _SummedSave:
         summers = {storage_key: Summer() for _, storage_key, _ in write_buckets}
         write_item = filesystem_async._write_item
 
+        failures: list[str] = []
+
         @functools.wraps(write_item)  # whose signature is looked at
         def summed(transforms, stream, data, item, storage_key, **kwargs):
-            return write_item(
-                transforms, SummingStream(stream, summers[storage_key]), data, item, storage_key, **kwargs
-            )
+            summing = SummingStream(stream, summers[storage_key])
+            try:
+                return write_item(transforms, summing, data, item, storage_key, **kwargs)
+            except OSError as error:
+                failures.append(f"{storage_key}: {error.strerror or error}")
+                raise
 
         with patched(filesystem_async, "_write_item", summed, "filesystem_async.py:386"):
-            self.save(rank, write_buckets, _QueueWithSums(results_queue, summers))
+            self.save(rank, write_buckets, _QueueWithSums(results_queue, summers, failures))
 
 
 class _QueueWithSums:
-    def __init__(self, queue, summers: dict[str, Summer]):
-        self.queue, self.summers = queue, summers
+    def __init__(self, queue, summers: dict[str, Summer], failures: list[str]):
+        self.queue, self.summers, self.failures = queue, summers, failures
 
     def put(self, results) -> None:
+        if self.failures:  # Megatron tells the error's class alone
+            results = OSError(f"{_UNWRITABLE}{self.failures[0]}")
         if isinstance(results, dict):
             for of_file in results.values():
                 if of_file:
@@ -167,15 +183,28 @@ def _mark(config: Any, checkpoint_dir: str) -> None:
     if sums is not None:
         write_manifest(Path(checkpoint_dir) / MANIFEST, sums | {_MARKER: sum_of(data)})
     write_whole(Path(checkpoint_dir) / _MARKER, data)
+    for call in once_saved:
+        call()
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """PyTorch wraps what a reader raises: what is a user's error is raised as one."""
+    """PyTorch wraps what readers and writers raise: what is a user's error is raised as one."""
     try:
         yield
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             if isinstance(failure, UserError):
                 raise failure from None
+            if _UNWRITABLE in str(failure):
+                what = str(failure).partition(_UNWRITABLE)[2]
+                raise UserError(f"a checkpoint {_UNWRITABLE}{what}; {_KEPT}") from None
+        if not error.failures:  # of another rank, of which the first one knows
+            raise UserError(f"a checkpoint {_UNWRITABLE}rank 0 says why; {_KEPT}") from None
         raise
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(f"{error.filename or 'a file'} {_UNWRITABLE}{error.strerror}; {_KEPT}") from error

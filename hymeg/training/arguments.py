@@ -103,6 +103,13 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="--valid-translations: how many of its rows, spread evenly over it (default: 64)",
     )
     group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="K",
+        help="--save: remove older checkpoints once a newer one is complete, but for the newest K, every multiple of "
+        "--save-retain-interval, and the one that was loaded",
+    )
+    group.add_argument(
         "--recompute-logits",
         dest="hy_recompute_logits",
         action="store_true",

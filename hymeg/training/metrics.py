@@ -18,6 +18,7 @@ from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops, peak_tflops, training_flops
 from hymeg.platform import device, megatron
 from hymeg.reporting.record import RunRecord
+from hymeg.training.retention import beat
 from hymeg.training.starved_experts import StarvedExperts, told
 
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
@@ -139,6 +140,8 @@ class LogLine:
 
     def extended(self, line: str) -> str:
         """`line` with our figures."""
+        if self.args.save is not None and self.args.rank == self.args.world_size - 1:
+            beat(self.args.save, self.iteration, self.seconds, line)
         seconds, batch_size = self.seconds, get_current_global_batch_size()
         num_tokens, squared_lengths = (
             (sum(of) / len(self.packed) for of in zip(*self.packed, strict=True)) if self.packed else (None, None)

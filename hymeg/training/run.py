@@ -17,7 +17,7 @@ from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
 from hymeg.launch import rank
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
-from hymeg.training import metrics
+from hymeg.training import metrics, save_lock
 from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import parse
 from hymeg.training.batch import is_reader, takes_data
@@ -25,6 +25,7 @@ from hymeg.training.data_record import compare_and_keep, text_record
 from hymeg.training.hf_folders import saving_hf
 from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
+from hymeg.training.retention import remove_older
 from hymeg.training.run_record import recording
 from hymeg.training.step import forward_step
 from hymeg.training.weights import convert_hf_weights, none_but_undamaged
@@ -45,8 +46,12 @@ def main(argv: Sequence[str]) -> None:
             for note in notes:
                 print(f"hymeg: {note}", flush=True)
             if args.save is not None:
+                Path(args.save).mkdir(parents=True, exist_ok=True)
+                save_lock.lock(args.save, lambda line: print(f"hymeg: {line}", flush=True))
                 _carry_companions(Path(args.hf_model), Path(args.save), config)
         code = rank.exit_code_of(functools.partial(train, args, config), args)
+        if args.save is not None and int(os.environ["RANK"]) == 0:
+            save_lock.unlock(args.save)
         # Without it gloo aborts at exit.
         torch.distributed.destroy_process_group()
         sys.exit(code)
@@ -87,10 +92,11 @@ def train(args, config: HyConfig) -> None:
     from megatron.training import get_tokenizer, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import validate_args
+    from megatron.training.checkpointing import get_loaded_iteration
     from megatron.training.global_vars import set_global_variables
 
     from hymeg.data.pretraining import build_datasets, build_index
-    from hymeg.platform.saving import user_errors
+    from hymeg.platform.saving import before_save, once_saved, user_errors
     from hymeg.training.row_data import RowData
     from hymeg.training.translations import judging_translations
 
@@ -118,6 +124,11 @@ def train(args, config: HyConfig) -> None:
         )
 
     datasets.is_distributed = True
+    if args.save is not None:
+        before_save[:] = [functools.partial(save_lock.check_still_ours, args.save)]
+    if args.keep_last is not None:
+        keep_every, args.save_retain_interval = args.save_retain_interval, None  # whose own removal knows no number
+        once_saved[:] = [lambda: remove_older(args.save, args.keep_last, keep_every, get_loaded_iteration())]
     adapters = contextlib.nullcontext() if args.lora_rank is None else training_adapters(args, config, model_config)
     with (
         recording(args, config, data, _say) as record,

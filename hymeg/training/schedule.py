@@ -31,6 +31,7 @@ _RANGES: dict[str, tuple[float, float]] = {
             "save_hf_interval",
             "save_retain_interval",
             "valid_generate",
+            "keep_last",
             "exit_interval",
         ),
         (1, _INFINITY),

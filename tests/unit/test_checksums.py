@@ -106,7 +106,7 @@ def test_a_file_of_another_length_is_refused(tmp_path):
 def test_a_flipped_bit_anywhere_in_the_manifest_is_found(dist):
     path = dist / "release" / MANIFEST
     intact = path.read_bytes()
-    for position in random.Random(4).sample(range(len(intact)), 60):
+    for position in random.Random(4).sample(range(len(intact)), 8):
         flip(path, position)
         assert verify_folder(dist).damaged
         with pytest.raises(UserError, match=r"checksums\.sfv|damaged"):

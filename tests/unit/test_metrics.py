@@ -43,7 +43,9 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     monkeypatch.setattr(metrics, "get_tensorboard_writer", lambda: tensorboard)
     monkeypatch.setattr(metrics, "get_wandb_writer", lambda: wandb)
     monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
-    args = types.SimpleNamespace(seq_length=64, world_size=2, log_interval=1, expert_model_parallel_size=4)
+    args = types.SimpleNamespace(
+        seq_length=64, world_size=2, rank=0, save=None, log_interval=1, expert_model_parallel_size=4
+    )
     line = metrics.LogLine(args, CONFIG, "NVIDIA H100 80GB HBM3", RunRecord(None, {}, print), print)
     assert line.watch([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4])]) == line.model_chunks
     line.before(1, False, 192.0, 12288.0)

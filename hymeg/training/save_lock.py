@@ -1,0 +1,152 @@
+"""One run writes to a `--save` folder: a lock in it says which, and whoever finds another's leaves, or says that it
+takes over.
+
+LOCK holds host, process, parent process, job and start time of the run that writes. Rank 0 holds an flock on it, and
+touches it every few seconds: file systems without flock, or with one that only a node's own processes see, are told
+that the run lives by the time of the file. A run whose launcher was killed is an orphan: the next one takes the folder
+over, and the orphan ends at its next save, since the lock does not name it any more.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hymeg.errors import UserError
+from hymeg.files import shown, write_whole
+
+LOCK = "run.lock"
+_SECONDS_BETWEEN_TOUCHES = 5.0
+_SECONDS_TO_SEE_ONE = 20.0  # over a network file system
+_held: list[int] = []  # descriptors, which must stay open
+
+
+def lock(save: str, say: Callable[[str], None]) -> None:
+    """Take `save`, which exists, for this run. For rank 0.
+
+    Raises:
+        UserError: another run writes to it.
+    """
+    path = Path(save, LOCK)
+    found = _read(path)
+    if found and found.get("run") != run_name():
+        if _is_alive(path, found):
+            raise UserError(
+                f"--save {save}: another run writes to it, {_described(found)}; wait for it, end it, or give another "
+                "folder"
+            )
+        say(f"--save {save}: taken over from a run that is gone, {_described(found)}")
+    pid = os.getpid()
+    record = {"run": run_name(), "host": socket.gethostname(), "pid": pid, "born": _born(pid), "parent": os.getppid()}
+    record |= {"job": os.environ.get("SLURM_JOB_ID"), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    write_whole(path, json.dumps(record).encode())
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    _held.append(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--save {save}: another run has taken it in this moment; give another folder") from None
+    except OSError:
+        pass  # no flock here: the time of the file tells
+    threading.Thread(target=_touch, args=(path,), daemon=True).start()
+
+
+def unlock(save: str) -> None:
+    """At a run's end. For rank 0."""
+    path = Path(save, LOCK)
+    if (_read(path) or {}).get("run") == run_name():
+        path.unlink(missing_ok=True)
+
+
+def check_still_ours(save: str) -> None:
+    """Before a save, on every rank.
+
+    Raises:
+        UserError: another run has taken the folder over.
+    """
+    found = _read(Path(save, LOCK))
+    if found and found.get("run") != run_name():
+        raise UserError(
+            f"--save {save}: {_described(found)} has taken it over from this run, whose launcher is gone; this one ends"
+        )
+
+
+def run_name() -> str:
+    """The same on all ranks of a launch, and of no other."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
+    own = [str(os.getpid())] if os.environ.get("WORLD_SIZE", "1") == "1" else []
+    return " ".join([*(os.environ.get(name, "-") for name in names), *own])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None: there is no lock, or none that says anything."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_alive(path: Path, found: dict[str, Any]) -> bool:
+    """Whether the run that the lock names still writes here, and is no orphan."""
+    if found.get("host") == socket.gethostname():
+        stat = _stat(found.get("pid"))
+        if stat and stat[19] == found.get("born"):
+            return int(stat[1]) == found.get("parent")
+        return _is_locked(path)  # by a process of another container
+    before, deadline = _time_of(path), time.monotonic() + _SECONDS_TO_SEE_ONE
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        if _time_of(path) != before:
+            return True
+    return False
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _stat(pid: Any) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; none where there is no such process."""
+    try:
+        fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError, TypeError):
+        return []
+    return [] if fields[0] == "Z" else fields
+
+
+def _born(pid: int) -> str:
+    return _stat(pid)[19]
+
+
+def _touch(path: Path) -> None:
+    while (_read(path) or {}).get("run") == run_name():
+        try:
+            os.utime(path)
+        except OSError:
+            return
+        time.sleep(_SECONDS_BETWEEN_TOUCHES)
+
+
+def _described(found: dict[str, Any]) -> str:
+    job = f" of job {found['job']}" if found.get("job") else ""
+    return f"process {shown(found.get('pid'))} on {shown(found.get('host'))}{job}, since {shown(found.get('since'))}"

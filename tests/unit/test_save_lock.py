@@ -1,0 +1,104 @@
+"""Two runs do not write to one folder; older checkpoints go and the needed ones stay."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hymeg.errors import UserError
+from hymeg.training import save_lock
+from hymeg.training.retention import beat, remove_older, surplus
+
+HOLDER = "import os, sys, time; from hymeg.training import save_lock; save_lock.lock(sys.argv[1], print); "
+
+
+def held_by(folder, launcher: bool = False) -> tuple[subprocess.Popen, int]:
+    """A process that holds the lock, and its id; with a `launcher`, which is what is returned, between."""
+    code = HOLDER + "print(os.getpid(), flush=True); time.sleep(100)"
+    words = [sys.executable, "-c", code, str(folder)]
+    if launcher:
+        words = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *words]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    return process, int(process.stdout.readline())
+
+
+def test_a_second_run_is_refused_and_a_killed_one_s_lock_taken_over(tmp_path):
+    process, pid = held_by(tmp_path)
+    with pytest.raises(UserError, match=rf"another run writes to it, process {pid} on '{socket.gethostname()}', since"):
+        save_lock.lock(str(tmp_path), print)
+    process.kill()
+    process.wait()
+    said: list[str] = []
+    save_lock.lock(str(tmp_path), said.append)
+    assert len(said) == 1 and f"taken over from a run that is gone, process {pid}" in said[0]
+    save_lock.check_still_ours(str(tmp_path))
+    save_lock.lock(str(tmp_path), said.append)  # the same run, once more
+    assert len(said) == 1
+    save_lock.unlock(str(tmp_path))
+    assert not (tmp_path / save_lock.LOCK).exists()
+
+
+def test_an_orphan_loses_its_folder_and_writes_no_more(tmp_path):
+    launcher, orphan = held_by(tmp_path, launcher=True)
+    try:
+        launcher.kill()
+        launcher.wait()
+        save_lock.lock(str(tmp_path), lambda line: None)
+        found = json.loads((tmp_path / save_lock.LOCK).read_text())
+        (tmp_path / save_lock.LOCK).write_text(json.dumps(found | {"run": "the next"}))
+        with pytest.raises(UserError, match="has taken it over from this run"):
+            save_lock.check_still_ours(str(tmp_path))
+    finally:
+        os.kill(orphan, 9)
+
+
+def test_a_run_on_another_machine_lives_as_long_as_it_touches_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_lock, "_SECONDS_TO_SEE_ONE", 1.2)
+    path = tmp_path / save_lock.LOCK
+    path.write_text(json.dumps({"run": "another", "host": "elsewhere", "pid": 7, "since": "yesterday"}))
+    sleep = time.sleep
+
+    def touched(seconds: float) -> None:
+        os.utime(path, (time.time() + 5, time.time() + 5))
+        sleep(0.01)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save_lock.time, "sleep", touched)
+        with pytest.raises(UserError, match="another run writes to it, process 7 on 'elsewhere'"):
+            save_lock.lock(str(tmp_path), print)
+    save_lock.lock(str(tmp_path), lambda line: None)
+    assert json.loads(path.read_text())["host"] == socket.gethostname()
+
+
+def test_the_newest_the_multiples_and_the_needed_stay():
+    assert surplus([10, 20, 30, 40, 50], 2, None, set()) == [10, 20, 30]
+    assert surplus([10, 20, 30, 40, 50], 1, 20, {10}) == [30]
+    assert surplus([10], 1, None, set()) == []
+
+
+def test_older_checkpoints_are_removed_but_not_what_the_tracker_names(tmp_path):
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+        (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("6")
+    remove_older(str(tmp_path), keep_last=1, keep_every=None, loaded=2)
+    deadline = time.monotonic() + 10
+    while (tmp_path / "iter_0000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002", "iter_0000006", "iter_0000008"]
+
+
+def test_the_heartbeat_says_how_the_run_is(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("6")
+    beat(str(tmp_path), 7, 1.5, " iteration 7/8 | lm loss: 6.9E+00 | ")
+    found = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (found["iteration"], found["loss"], found["seconds_per_iteration"], found["last_checkpoint"]) == (
+        7,
+        6.9,
+        1.5,
+        6,
+    )
