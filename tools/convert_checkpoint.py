@@ -5,12 +5,16 @@ merge them: streaming, no GPU, no model in memory.
 
 import argparse
 import functools
+import json
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from hymeg.checkpoint.adapters import adapter_to_peft, merge, peft_to_adapter
-from hymeg.checkpoint.compare import describe
-from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.convert import average, dist_to_dist, dist_to_hf, hf_to_dist, hf_to_hf
+from hymeg.checkpoint.gather import gather
+from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import HF_LAYOUTS
 from hymeg.checkpoint.peft_table import PEFT_LAYOUTS
 from hymeg.checkpoint.verification import verify_folder
@@ -18,120 +22,193 @@ from hymeg.errors import UserError, exit_on_user_error
 from hymeg.files import parse_bytes
 from hymeg.hf.dtypes import ROUNDED_TO
 
-COMMANDS = {  # and the folders that each reads and, last, writes
-    "hf-to-dist": (hf_to_dist, ("hf", "dist")),
-    "dist-to-hf": (dist_to_hf, ("dist", "hf")),
-    "adapter-to-peft": (adapter_to_peft, ("adapter", "peft")),
-    "peft-to-adapter": (peft_to_adapter, ("peft", "dist")),
-    "merge": (merge, ("base_hf", "adapter", "hf")),
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dtype": {"choices": ROUNDED_TO, "default": "keep", "help": "of all but the fp32 expert bias (default: keep)"},
+    "iteration": {"type": int, "metavar": "N", "help": "which one (default: the one that the tracker names)"},
+    "iterations": {"type": _numbers, "metavar": "N,N", "help": "of the one distributed folder that is then given"},
+    "layout": {
+        "choices": HF_LAYOUTS,
+        "default": "hub",
+        "help": "tensor names: as published, or as in transformers' memory (default: hub)",
+    },
+    "peft-layout": {
+        "choices": PEFT_LAYOUTS,
+        "default": "peft",
+        "dest": "layout",
+        "help": "for PeftModel.from_pretrained, or, every expert by its own name, for vLLM and SGLang (default: peft)",
+    },
+    "shard-size": {
+        "default": "5GB",
+        "metavar": "BYTES",
+        "help": "largest safetensors file, such as 500MB (default: 5GB)",
+    },
+    "shards-like": {"metavar": "DIR", "help": "put each tensor into the file that it has in this Hugging Face folder"},
+    "cut-vocabulary": {
+        "action": "store_true",
+        "help": "lose rows of the vocabulary beyond config.json's even where they are not zero",
+    },
+    "keep-vocabulary": {"action": "store_true", "help": "keep them, padding included, and correct config.json"},
+    "base-hf": {
+        "metavar": "DIR",
+        "help": "Hugging Face folder of the original: for what is missing, such as MTP layers that other trainers drop",
+    },
+    "drop-mtp": {"action": "store_true", "help": "leave multi-token-prediction layers out, of config.json as well"},
+    "workers": {"type": int, "default": 2, "metavar": "N", "help": "processes (default: 2)"},
+    "overwrite": {"action": "store_true", "help": "replace what an earlier conversion wrote"},
+    "verify": {"action": "store_true", "help": "read everything back and compare it, before the folder appears"},
+}
+ADAPTER = ("dtype", "workers", "overwrite")
+MOVE = (*ADAPTER, "verify")
+TO_HF = ("layout", "shard-size", "shards-like")
+VOCABULARY = ("cut-vocabulary", "keep-vocabulary")
+WHOLE = ("base-hf", "drop-mtp")
+NEEDED = "folder to write; must be empty or not exist"
+
+
+class Command(NamedTuple):
+    run: Callable[..., Any]
+    help: str
+    folders: dict[str, str]  # that it reads and, last, writes; and what they are
+    options: tuple[str, ...]
+
+
+COMMANDS = {
+    "hf-to-dist": Command(
+        hf_to_dist,
+        "Hugging Face to distributed, for `pretrain_hy.py --load`",
+        {"hf": "Hugging Face folder to read; hub or fused names, FP8 as well", "dist": NEEDED},
+        (*MOVE, *WHOLE),
+    ),
+    "dist-to-hf": Command(
+        dist_to_hf,
+        "distributed, as training saved it, to Hugging Face",
+        {"dist": "folder to read, with its tracker file", "hf": NEEDED},
+        (*MOVE, *WHOLE, "iteration", *TO_HF, *VOCABULARY),
+    ),
+    "hf-to-hf": Command(
+        hf_to_hf,
+        "Hugging Face anew: another layout, dtype, size of files; out of FP8; with MTP layers or without",
+        {"hf": "Hugging Face folder to read", "to": NEEDED},
+        (*MOVE, *WHOLE, *TO_HF),
+    ),
+    "dist-to-dist": Command(
+        dist_to_dist,
+        "distributed without its optimizer state, to begin a run with",
+        {"dist": "folder to read, with its tracker file", "to": NEEDED},
+        (*MOVE, *WHOLE, "iteration", *VOCABULARY),
+    ),
+    "average": Command(
+        average,
+        "the mean of several checkpoints, or iterations of one",
+        {"folders": "Hugging Face or distributed checkpoints to read"},
+        (*MOVE, *WHOLE, "iterations", "layout", "shard-size"),
+    ),
+    "gather": Command(
+        gather,
+        "a distributed checkpoint whose files lie on several nodes' disks, as one",
+        {"folders": "what --save named on each node", "dist": NEEDED},
+        ("iteration", "overwrite"),
+    ),
+    "adapter-to-peft": Command(
+        adapter_to_peft,
+        "a trained adapter to a peft folder",
+        {"adapter": "distributed checkpoint of an adapter to read", "peft": NEEDED},
+        (*ADAPTER, "iteration", "base-hf", "peft-layout"),
+    ),
+    "peft-to-adapter": Command(
+        peft_to_adapter,
+        "a peft folder to distributed, to train on from",
+        {"peft": "peft folder to read, in either layout", "dist": NEEDED},
+        (*MOVE, "base-hf"),
+    ),
+    "merge": Command(
+        merge,
+        "an adapter into the weights of its base, to Hugging Face",
+        {
+            "base-hf": "Hugging Face folder of the base model to read",
+            "adapter": "to read: distributed or a peft folder",
+            "hf": NEEDED,
+        },
+        (*MOVE, "iteration", "layout", "shard-size"),
+    ),
 }
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_dist = commands.add_parser("hf-to-dist", help="Hugging Face to distributed, for `pretrain_hy.py --load`")
-    to_hf = commands.add_parser("dist-to-hf", help="distributed, as training saved it, to Hugging Face")
-    to_peft = commands.add_parser("adapter-to-peft", help="a trained adapter to a peft folder")
-    to_adapter = commands.add_parser("peft-to-adapter", help="a peft folder to distributed, to train on from")
-    merge_in = commands.add_parser("merge", help="an adapter into the weights of its base, to Hugging Face")
+    for name, command in COMMANDS.items():
+        of_command = commands.add_parser(name, help=command.help)
+        for folder, what in command.folders.items():
+            if folder == "folders":
+                of_command.add_argument(folder, nargs="+", metavar="DIR", help=what)
+            else:
+                of_command.add_argument(f"--{folder}", required=True, metavar="DIR", help=what)
+        if name == "average":
+            target = of_command.add_mutually_exclusive_group(required=True)
+            for kind in ("hf", "dist"):
+                target.add_argument(f"--{kind}", metavar="DIR", help=NEEDED)
+        for option in command.options:
+            settings = OPTIONS[option]
+            if name == "peft-to-adapter" and option == "base-hf":
+                settings = settings | {"required": True}
+            of_command.add_argument("--layout" if option == "peft-layout" else f"--{option}", **settings)
     inspect = commands.add_parser("inspect", help="say what a folder holds")
-    to_dist.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder to read; hub or fused names")
-    to_dist.add_argument("--dist", required=True, metavar="DIR", help="folder to write; must be empty or not exist")
-    to_hf.add_argument("--dist", required=True, metavar="DIR", help="folder to read, with its tracker file")
-    to_hf.add_argument("--hf", required=True, metavar="DIR", help="folder to write; must be empty or not exist")
-    to_hf.add_argument("--iteration", type=int, metavar="N", help="which one (default: the one that the tracker names)")
-    for command in (to_hf, merge_in):
-        command.add_argument(
-            "--layout",
-            choices=HF_LAYOUTS,
-            default="hub",
-            help="tensor names: as published, or as in transformers' memory (default: hub)",
-        )
-        command.add_argument(
-            "--shard-size",
-            default="5GB",
-            metavar="BYTES",
-            help="largest safetensors file, such as 500MB (default: 5GB)",
-        )
-    to_hf.add_argument(
-        "--cut-vocabulary",
-        action="store_true",
-        help="lose rows of the vocabulary beyond config.json's even where they are not zero",
-    )
-    to_peft.add_argument("--adapter", required=True, metavar="DIR", help="distributed checkpoint of an adapter to read")
-    to_peft.add_argument("--peft", required=True, metavar="DIR", help="folder to write; must be empty or not exist")
-    to_peft.add_argument(
-        "--layout",
-        choices=PEFT_LAYOUTS,
-        default="peft",
-        help="for PeftModel.from_pretrained, or, every expert by its own name, for vLLM and SGLang (default: peft)",
-    )
-    to_adapter.add_argument("--peft", required=True, metavar="DIR", help="peft folder to read, in either layout")
-    to_adapter.add_argument("--dist", required=True, metavar="DIR", help="folder to write; must be empty or not exist")
-    merge_in.add_argument(
-        "--base-hf", required=True, metavar="DIR", help="Hugging Face folder of the base model to read"
-    )
-    merge_in.add_argument("--adapter", required=True, metavar="DIR", help="to read: distributed or a peft folder")
-    merge_in.add_argument("--hf", required=True, metavar="DIR", help="folder to write; must be empty or not exist")
-    to_peft.add_argument(
-        "--base-hf", metavar="DIR", help="Hugging Face folder of its base (default: its own config.json)"
-    )
-    to_adapter.add_argument("--base-hf", required=True, metavar="DIR", help="Hugging Face folder of its base model")
-    for command in (to_peft, merge_in):
-        command.add_argument("--iteration", type=int, metavar="N", help="which one (default: the tracker's)")
-    for command in (to_dist, to_hf):
-        command.add_argument(
-            "--base-hf",
-            metavar="DIR",
-            help="Hugging Face folder that training began with: for what is missing, such as MTP layers",
-        )
-        command.add_argument("--drop-mtp", action="store_true", help="leave multi-token-prediction layers out")
-    for command in (to_dist, to_hf, to_peft, to_adapter, merge_in):
-        command.add_argument(
-            "--dtype",
-            choices=ROUNDED_TO,
-            default="keep",
-            help="of all but the fp32 expert bias (default: keep)",
-        )
-        command.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
-        command.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
-    for command in (to_dist, to_hf, to_adapter, merge_in):
-        command.add_argument(
-            "--verify", action="store_true", help="read everything back and compare it, before the folder appears"
-        )
     inspect.add_argument("folder", metavar="DIR", help="Hugging Face or distributed checkpoint")
-    inspect.add_argument(
-        "--iteration", type=int, metavar="N", help="of a distributed one (default: the one that the tracker names)"
-    )
+    inspect.add_argument("--iteration", **OPTIONS["iteration"])
+    inspect.add_argument("--tensors", action="store_true", help="list them, too: name, dtype, shape")
+    inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.add_argument(
         "--verify",
         action="store_true",
         help="read every file, of all iterations, and compare it with its checksum; exit code 1 where one is damaged",
     )
     inspect.add_argument("--workers", type=int, default=2, metavar="N", help="--verify: processes (default: 2)")
-    args = parser.parse_args()
+    return parser
 
+
+def _inspect(folder: str, iteration: int | None, tensors: bool, as_json: bool) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect | head`
+    found = describe(folder, iteration, tensors)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    listed = found.pop("list of tensors", {})
+    print("\n".join(f"{name}: {value}" for name, value in found.items()))
+    for name, (dtype, shape) in listed.items():
+        print(f"{name} {dtype} {shape}")
+
+
+def _verify(folder: str, workers: int) -> None:
+    found = verify_folder(folder, workers)
+    print("\n".join([*map(str, found.damaged), f"{folder}: {found}"]))
+    sys.exit(1 if found.damaged else 0)
+
+
+def main() -> None:
+    args = vars(_parser().parse_args())
     with exit_on_user_error():
-        if args.command == "inspect" and args.verify:
-            found = verify_folder(args.folder, args.workers)
-            print("\n".join([*map(str, found.damaged), f"{args.folder}: {found}"]))
-            sys.exit(1 if found.damaged else 0)
-        if args.command == "inspect":
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect | head`
-            print("\n".join(describe(args.folder, args.iteration)))
+        name = args.pop("command")
+        if name == "inspect":
+            if args["verify"]:
+                _verify(args["folder"], args["workers"])
+            _inspect(args["folder"], args["iteration"], args["tensors"], args["json"])
             return
-        given = vars(args)
-        convert, folders = COMMANDS[given.pop("command")]
-        target = given[folders[-1]]
-        if "shard_size" in given:
-            given["max_shard_bytes"] = parse_bytes(given.pop("shard_size"))
+        command = COMMANDS[name]
+        folders = [args.pop(folder.replace("-", "_")) for folder in command.folders]
+        target = folders[-1] if name != "average" else args["hf"] or args["dist"]
+        if "shard_size" in args:
+            args["max_shard_bytes"] = parse_bytes(args.pop("shard_size"))
         try:
-            read_and_written = [given.pop(name) for name in folders]
-            summary = convert(*read_and_written, **given, say=functools.partial(print, flush=True))
+            summary = command.run(*folders, **args, say=functools.partial(print, flush=True))
         except KeyboardInterrupt:
             raise UserError("interrupted; nothing was left behind") from None
-        print(f"{target}: {summary}{', verified' if given.get('verify') else ''}")
+        print(f"{target}: {summary}{', verified' if args.get('verify') else ''}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What is done with adapters' files: from distributed to peft folders and back, and into the weights of their base.
-Streaming, in several processes, through the one pipe of `convert`.
+Streaming, in several processes, through the one pipe of `conversion`.
 """
 
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
-from hymeg.checkpoint.convert import Conversion, Say, Summary, as_path, carry_out, check_apart
+from hymeg.checkpoint.conversion import Conversion, Say, Summary, as_path, carry_out, check_apart
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
 from hymeg.checkpoint.mapping import Entry, hf_entries
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank

@@ -2,24 +2,22 @@
 distributed on either side.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.checkpoint.adapter_settings import AdapterSettings
-from hymeg.checkpoint.mapping import Range, fits, hf_entries, num_parameters, num_rows
+from hymeg.checkpoint.mapping import Range, fits, hf_entries, num_rows
 from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, block_height
 from hymeg.checkpoint.sinks.transfer import shares
-from hymeg.checkpoint.sources import is_adapter, is_peft, open_adapter, open_any, open_dist
-from hymeg.checkpoint.sources.peft_folder import peft_contents
-from hymeg.checkpoint.workers import Outcome, Progress, check_num_workers, run
+from hymeg.checkpoint.sources import is_adapter, is_peft, open_adapter, open_any
+from hymeg.checkpoint.workers import Outcome, check_num_workers, run
 from hymeg.errors import UserError
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
+from hymeg.progress import Progress
 
 
 class Pair(NamedTuple):
@@ -181,66 +179,3 @@ def compare_adapters(
     progress = Progress("comparing", sum(pair.nbytes for pair in pairs))
     outcome = compare_pairs(shares(pairs, workers), progress, tolerance)
     return differences + [found for of_worker in outcome.results for found in of_worker]
-
-
-def _describe_adapter(folder: Path, iteration: int | None) -> list[str]:
-    lines: dict[str, object]
-    if is_peft(folder):
-        found, held = peft_contents(folder)
-        lines = {"format": "adapter, peft folder", "rank": found["r"], "alpha": found["lora_alpha"]}
-        lines["scaling"] = "rslora" if found.get("use_rslora") else "lora"
-        targets = [*(found.get("target_modules") or []), *(found.get("target_parameters") or [])]
-        lines |= {"targets": ", ".join(sorted(targets)), "base": found.get("base_model_name_or_path")}
-    else:
-        source = open_dist(folder, iteration)
-        settings, held = AdapterSettings.from_folder(source.folder), source.tensors
-        lines = {
-            "format": "adapter, distributed (torch_dist)",
-            "iteration": "release (no training)" if source.iteration is None else source.iteration,
-            "optimizer state": "yes" if source.has_optimizer else "no",
-            "rank": settings.rank,
-            "alpha": f"{settings.alpha:g}",
-            "scaling": settings.scaling,
-            "targets": ", ".join(settings.targets),
-            "base": (settings.base or {}).get("source"),
-        }
-    counts = {name: math.prod(tensor.shape) for name, tensor in held.items()}
-    lines["tensors"] = f"{len(held):,} tensors, {sum(counts.values()):,} elements"
-    lines["bytes"] = f"{sum(count * ITEM_SIZES[held[name].dtype] for name, count in counts.items()):,}"
-    lines["dtypes"] = ", ".join(sorted({tensor.dtype for tensor in held.values()}))
-    return [f"{name}: {value}" for name, value in lines.items()]
-
-
-def describe(folder: str | Path, iteration: int | None = None) -> list[str]:
-    """What a folder holds, in lines of "name: value"."""
-    if is_adapter(folder, iteration):
-        return _describe_adapter(Path(folder), iteration)
-    found = open_any(folder, iteration)
-    elements = {key: int(np.prod(tensor.shape, dtype=object)) for key, tensor in found.tensors.items()}
-    dtypes: dict[str, int] = {}
-    for key, tensor in found.tensors.items():
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + elements[key]
-    config = found.config
-    lines = {"format": found.what}
-    if found.what.startswith("distributed"):
-        lines["iteration"] = "release (no training)" if found.iteration is None else str(found.iteration)
-        lines["optimizer state"] = "yes" if found.has_optimizer else "no"
-    if config is not None:
-        num_moe = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
-        lines["model"] = f"{', '.join(config.raw.get('architectures') or ['?'])} ({config.raw.get('model_type')})"
-        lines["layers"] = f"{config.num_hidden_layers} ({config.num_hidden_layers - num_moe} dense, {num_moe} MoE)"
-        lines["MTP layers"] = (
-            f"{config.num_nextn_predict_layers}, "
-            f"{'held' if any(key.startswith('mtp.') for key in found.tensors) else 'not held'}"
-        )
-        lines["experts"] = (
-            f"{config.num_experts}, {config.num_experts_per_tok} of them and {config.num_shared_experts} shared for "
-            "each token"
-        )
-        lines["parameters"] = f"{num_parameters(config):,} by config.json"
-    lines["tensors"] = f"{len(found.tensors):,} distributed tensors, {sum(elements.values()):,} elements"
-    if found.unknown:
-        lines["not known"] = f"{len(found.unknown):,} tensors, such as {found.unknown[0]}"
-    lines["bytes"] = f"{sum(count * ITEM_SIZES[dtype] for dtype, count in dtypes.items()):,}"
-    lines["dtypes"] = ", ".join(f"{dtype}: {count:,}" for dtype, count in sorted(dtypes.items()))
-    return [f"{name}: {value}" for name, value in lines.items()]

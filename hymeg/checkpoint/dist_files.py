@@ -29,6 +29,9 @@ ADAPTER_KEYS = "adapter."
 COMMON_STATE_KEY = "common_state/shard_0_1"
 
 
+_ITERATION = re.compile(r"iter_(\d{7,18})")
+
+
 class StoredChunk(NamedTuple):
     """A block of a tensor and where it is stored: `length` bytes from `position` on."""
 
@@ -64,14 +67,7 @@ def iteration_folder(directory: str | os.PathLike, iteration: int | None = None)
     if (directory / FORMAT_FILE).is_file() and iteration is None:
         named = re.fullmatch(r"iter_(\d+)", directory.resolve().name)
         return directory, int(named[1]) if named else None
-    names = {
-        name: int(match[1])
-        for name in sorted(os.listdir(directory))
-        if (match := re.fullmatch(r"iter_(\d{7,18})", name))
-    }
-    if (directory / RELEASE).is_dir():
-        names[RELEASE] = None
-    complete = [name for name in names if (directory / name / FORMAT_FILE).is_file()]
+    complete = complete_iterations(directory)
     available = f"complete in it: {', '.join(complete[-5:])}" if complete else "there is no complete one in it"
     if iteration is None:
         if not (directory / TRACKER).is_file():
@@ -93,6 +89,13 @@ def iteration_folder(directory: str | os.PathLike, iteration: int | None = None)
             "complete one"
         )
     return directory / name, iteration
+
+
+def complete_iterations(directory: Path) -> list[str]:
+    """The folders of a checkpoint's iterations that were saved to the end, in order."""
+    numbers = sorted((int(found[1]), name) for name in os.listdir(directory) if (found := _ITERATION.fullmatch(name)))
+    names = [name for _, name in numbers] + [RELEASE]
+    return [name for name in names if (directory / name / FORMAT_FILE).is_file()]
 
 
 def _tracker_content(path: Path) -> str:

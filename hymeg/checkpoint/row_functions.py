@@ -82,6 +82,29 @@ class PlusLowRank(NamedTuple):
                 changed += b @ numbers
 
 
+class Mean(NamedTuple):
+    """The mean of the same rows of each: their sum in fp32, in order, divided by their number, and rounded, if at all,
+    by whoever writes it.
+    """
+
+    sources: tuple[RowTensor, ...]
+
+    @property
+    def dtype_kept(self) -> str:
+        kinds = {source.dtype_kept for source in self.sources}
+        return kinds.pop() if len(kinds) == 1 else "F32"
+
+    def only(self, ranges: Sequence[Range]) -> "Mean":
+        return Mean(tuple(source.only(ranges) for source in self.sources))
+
+    def fill(self, reader: TensorReader, low: int, high: int, into: memoryview) -> None:
+        rows = np.frombuffer(into, np.float32).reshape(high - low, -1)
+        rows[:] = reader.numbers(self.sources[0], [(low, high)])
+        for source in self.sources[1:]:
+            rows += reader.numbers(source, [(low, high)])
+        rows /= np.float32(len(self.sources))
+
+
 class Rearranged(NamedTuple):
     """The rows of what `arrange` makes of its sources, read whole: for tensors of an adapter, which are small."""
 

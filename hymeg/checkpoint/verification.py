@@ -19,11 +19,12 @@ from isal import isal_zlib
 
 from hymeg.checkpoint.dist_files import METADATA
 from hymeg.checkpoint.stored_tensor import FileWindow
-from hymeg.checkpoint.workers import Progress, check_num_workers, dealt, run
+from hymeg.checkpoint.workers import check_num_workers, dealt, run
 from hymeg.checksums import MANIFEST, Damaged, FileSum, damaged_blocks, read_manifest, sum_of_file
 from hymeg.errors import UserError
 from hymeg.files import drop_from_cache, opened
 from hymeg.hf.safetensors_files import SafetensorsFile
+from hymeg.progress import Progress
 
 _BIG = re.compile(r".*\.(safetensors|distcp)|\.metadata|model\.safetensors\.index\.json|metadata\.json|\d+")
 _READ_BYTES = 4 << 20

@@ -7,16 +7,14 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from hymeg.errors import UserError
+from hymeg.progress import Progress
 
-_SECONDS_BETWEEN_LINES = 10
 _SECONDS_BETWEEN_REDRAWS = 0.2
 _MAX_WORKERS = 256
 
@@ -31,30 +29,6 @@ def check_num_workers(workers: int) -> None:
 class Outcome(NamedTuple):
     results: list  # what `work` returned, share by share
     peak_bytes: int  # of resident memory, of the workers and this process together; what they share counts once
-
-
-class Progress:
-    """Bytes done, rate and remaining time: a bar on a terminal, elsewhere a line each ten seconds."""
-
-    def __init__(self, what: str, num_bytes: int, stream: TextIO | None = None):
-        self.what, self.num_bytes, self.stream = what, num_bytes, stream or sys.stderr
-        self.is_terminal = self.stream.isatty()
-        self.started = self.shown = time.monotonic()
-
-    def show(self, done: int, at_end: bool = False) -> None:
-        now = time.monotonic()
-        if not at_end and now - self.shown < (_SECONDS_BETWEEN_REDRAWS if self.is_terminal else _SECONDS_BETWEEN_LINES):
-            return
-        if at_end and not self.is_terminal:
-            return
-        self.shown = now
-        seconds, share = max(now - self.started, 1e-6), min(done / self.num_bytes, 1.0) if self.num_bytes else 1.0
-        left = f"{seconds / share * (1 - share):,.0f} s left" if share > 0 else "remaining time unknown"
-        text = f"{self.what}: {share:4.0%} of {self.num_bytes / 1e9:,.2f} GB, {done / seconds / 1e9:.2f} GB/s, {left}"
-        if self.is_terminal:
-            filled = round(share * 20)
-            text = f"\r[{'#' * filled}{'.' * (20 - filled)}] {text}\x1b[K" + ("\n" if at_end else "")
-        print(text, end="" if self.is_terminal else "\n", file=self.stream, flush=True)
 
 
 def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> Outcome:
@@ -94,6 +68,8 @@ def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> 
         return Outcome(results, sum(peaks) + memory_of_process("status", "VmRSS"))
     finally:
         gc.unfreeze()
+        if progress:
+            progress.close()
         for process in processes:
             if waiting:
                 process.kill()

@@ -219,6 +219,10 @@ class HyConfig:
         """The same model without its multi-token-prediction layers."""
         return self.from_dict(self.raw | {"num_nextn_predict_layers": 0})
 
+    def with_vocabulary(self, vocab_size: int) -> "HyConfig":
+        """The same model with another size of vocabulary."""
+        return self.from_dict(self.raw | {"vocab_size": vocab_size})
+
     def without_quantization(self) -> "HyConfig":
         """The same model in plain weights."""
         raw = {key: value for key, value in self.raw.items() if key not in _QUANTIZATION}

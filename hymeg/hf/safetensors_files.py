@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Buffer, Callable, Iterable
+from collections.abc import Buffer, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -148,25 +148,47 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
     return tensors
 
 
-def into_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
-    """Distribute `tensors`, in order, over files of at most `max_shard_bytes` bytes of tensors; a tensor above that
-    gets a file of its own.
+def files_by_tensor(directory: str | os.PathLike) -> dict[str, str]:
+    """The file of each tensor of the checkpoint in `directory`. Raises UserError as `open_checkpoint` does."""
+    return {name: entry.file.name for name, entry in open_checkpoint(directory).items()}
+
+
+def into_shards(tensors: Iterable[TensorSpec], sharding: int | Mapping[str, str] = MAX_SHARD_BYTES) -> list[Shard]:
+    """Distribute `tensors`, in order, over files of at most so many bytes of tensors, `sharding`; a tensor above that
+    gets a file of its own. Or over the files that `sharding` gives to their names.
+
+    Raises:
+        UserError: it gives none to one of them.
 
     Within a file wider dtypes come first, so that each tensor is aligned to its own item size. One file alone is
     `model.safetensors`, as transformers names it.
     """
+    if not isinstance(sharding, int):
+        return _into_named_shards(tensors, sharding)
     groups: list[list[TensorSpec]] = [[]]
     group_bytes = 0
     for tensor in tensors:
-        if groups[-1] and group_bytes + tensor.nbytes > max_shard_bytes:
+        if groups[-1] and group_bytes + tensor.nbytes > sharding:
             groups.append([])
             group_bytes = 0
         groups[-1].append(tensor)
         group_bytes += tensor.nbytes
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [SINGLE_FILE]
-    by_width = [sorted(group, key=lambda tensor: -ITEM_SIZES[tensor.dtype]) for group in groups]
-    return [Shard(name, tuple(group)) for name, group in zip(names, by_width, strict=True)]
+    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _shard(name: str, tensors: Iterable[TensorSpec]) -> Shard:
+    return Shard(name, tuple(sorted(tensors, key=lambda tensor: -ITEM_SIZES[tensor.dtype])))
+
+
+def _into_named_shards(tensors: Iterable[TensorSpec], file_names: Mapping[str, str]) -> list[Shard]:
+    groups: dict[str, list[TensorSpec]] = {}
+    for tensor in tensors:
+        if tensor.name not in file_names:
+            raise UserError(f"{tensor.name}: is in no file of the folder whose files were asked for; leave that out")
+        groups.setdefault(file_names[tensor.name], []).append(tensor)
+    return [_shard(name, groups[name]) for name in sorted(groups)]
 
 
 def shard_header(shard: Shard) -> bytes:

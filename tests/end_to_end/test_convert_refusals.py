@@ -18,9 +18,10 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hymeg.checkpoint.compare import compare_checkpoints, describe
+from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.sinks import new_folder, transfer
 from hymeg.checkpoint.sources import open_dist
 from hymeg.errors import UserError

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import adapter_modules
 from hymeg.checkpoint.adapters import adapter_to_peft, merge, peft_to_adapter
-from hymeg.checkpoint.compare import compare_checkpoints, describe
+from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import num_rows
 from hymeg.checkpoint.row_tensors import TensorReader
 from hymeg.checkpoint.sources import open_adapter
@@ -275,7 +276,7 @@ def test_comparison_sees_one_bit_and_one_setting(folders, tmp_path, base):
 
 
 def test_inspection_says_what_an_adapter_is(folders):
-    said = {name: describe(folders / name) for name in ("dist", "peft", "served")}
+    said = {name: [f"{a}: {b}" for a, b in describe(folders / name).items()] for name in ("dist", "peft", "served")}
     assert {"format: adapter, distributed (torch_dist)", "iteration: 5", "optimizer state: yes"} <= set(said["dist"])
     assert any(line.startswith("targets: ") and "mlp.experts.gate_up_proj" in line for line in said["peft"])
     for lines in said.values():

@@ -23,9 +23,10 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from hymeg.checkpoint import row_tensors
 from hymeg.checkpoint.adapter import HyStateDictAdapter
-from hymeg.checkpoint.compare import compare_checkpoints, describe
+from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.sinks import dist_folder
 from hymeg.checkpoint.sources.dist_folder import open_dist, stored_shapes
 from hymeg.checksums import MANIFEST
@@ -275,4 +276,4 @@ def test_the_tools_say_it_and_exit_with_it(hf_checkpoint, dist_checkpoint, tmp_p
     failed = run(TOOLS / "convert_checkpoint.py", "hf-to-dist", "--hf", tmp_path / "nothing", "--dist", tmp_path / "x")
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
     assert "optimizer state: no" in run(TOOLS / "convert_checkpoint.py", "inspect", dist_checkpoint).stdout
-    assert "MTP layers: 1, held" in describe(hf_checkpoint)
+    assert describe(hf_checkpoint)["MTP layers"] == "1, held"

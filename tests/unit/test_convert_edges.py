@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hymeg.checkpoint import convert, workers
+from hymeg.checkpoint import conversion, workers
 from hymeg.checkpoint.companions import carried_files
-from hymeg.checkpoint.compare import compare_checkpoints, describe
+from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.inspection import describe
+from hymeg.checkpoint.mapping import VOCABULARY_KEYS
 from hymeg.checkpoint.sinks import new_folder, transfer
 from hymeg.checkpoint.sources import open_any, open_dist, open_hf
 from hymeg.checkpoint.stored_tensor import stored_object
@@ -98,7 +100,7 @@ def test_what_comes_to_the_target_meanwhile_is_left_alone(dist_checkpoint, tmp_p
         (tmp_path / "out" / "precious").touch()
         return transfer.write(*args)
 
-    monkeypatch.setattr(convert, "write", write_late)
+    monkeypatch.setattr(conversion, "write", write_late)
     with pytest.raises(UserError, match=r"out: (something was written there meanwhile|--overwrite replaces)"):
         dist_to_hf(dist_checkpoint, tmp_path / "out", overwrite=overwrite)
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["precious"]
@@ -138,7 +140,7 @@ def test_only_what_a_conversion_wrote_is_replaced(dist_checkpoint, tmp_path):
             dist_to_hf(dist_checkpoint, tmp_path / "out", overwrite=True)
         (tmp_path / "out" / path).unlink()
     dist_to_hf(dist_checkpoint, tmp_path / "out", overwrite=True, layout="fused")
-    assert describe(tmp_path / "out")[0] == "format: Hugging Face, fused layout"
+    assert describe(tmp_path / "out")["format"] == "Hugging Face, fused layout"
     assert os.listdir(tmp_path).count("out") == 1 and len(os.listdir(tmp_path)) == 2
 
 
@@ -345,7 +347,7 @@ def test_a_trained_vocabulary_is_not_cut_without_a_word(tmp_path, said):
     with pytest.raises(UserError, match=r"word_embeddings.weight has 1030 rows, config.json a vocabulary of 1024"):
         dist_to_hf(tmp_path / "dist", tmp_path / "out")
     dist_to_hf(tmp_path / "dist", tmp_path / "out", cut_vocabulary=True, say=said.append)
-    cut = [f"cut off: 6 rows of {key} beyond the vocabulary of 1024" for key in convert.VOCABULARY_KEYS]
+    cut = [f"cut off: 6 rows of {key} beyond the vocabulary of 1024" for key in VOCABULARY_KEYS]
     assert said == cut and weights(tmp_path / "out")["lm_head.weight"].shape == (1024, 64)
     tensors = weights(tmp_path / "hf")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -370,7 +372,7 @@ def test_verification_finds_what_was_not_written_as_it_was_read(hf_checkpoint, d
                 file.seek(-1, os.SEEK_CUR)
                 file.write(bytes([byte[0] ^ 1]))
 
-    monkeypatch.setattr(convert, "drop_from_cache", spoiled)
+    monkeypatch.setattr(conversion, "drop_from_cache", spoiled)
     for use, given, others in (
         (hf_to_dist, hf_checkpoint, {}),
         (dist_to_hf, dist_checkpoint, {"max_shard_bytes": 300_000}),
@@ -439,7 +441,8 @@ def test_the_iteration_asked_for_is_exported(dist, tmp_path):
     assert compare_checkpoints(tmp_path / "newer", tmp_path / "seven") == []
     assert len(compare_checkpoints(tmp_path / "newer", tmp_path / "three")) == 166
     assert json.loads((tmp_path / "three" / "conversion.json").read_text())["iteration"] == 3
-    assert "iteration: 3" in describe(dist, 3) and "iteration: 7" in describe(dist)
+    assert describe(dist, 3)["iteration"] == "3" and describe(dist)["iteration"] == "7"
+    assert describe(dist)["iterations"] == "iter_0000003, iter_0000007"
     with pytest.raises(UserError, match=r"iter_0000005 is missing .*iter_0000003, iter_0000007"):
         dist_to_hf(dist, tmp_path / "five", iteration=5)
 
@@ -511,13 +514,13 @@ def test_the_plans_that_megatron_leaves_in_metadata_are_read_and_not_run(dist):
 
 
 def test_tensors_under_unknown_names_are_counted_named_and_refused(dist, tmp_path):
-    def to_nemo(metadata):
-        metadata.state_dict_metadata = {f"module.{key}": value for key, value in metadata.state_dict_metadata.items()}
+    def to_others(metadata):
+        metadata.state_dict_metadata = {f"vision.{key}": value for key, value in metadata.state_dict_metadata.items()}
 
-    edit_metadata(dist, to_nemo)
-    with pytest.raises(UserError, match=r"63 tensors that hymeg does not know \(module\.\w+.*begin with embedding"):
+    edit_metadata(dist, to_others)
+    with pytest.raises(UserError, match=r"63 tensors that hymeg does not know \(vision\.\w+.*begin with embedding"):
         dist_to_hf(dist, tmp_path / "out")
-    assert any(line.startswith("not known: 63 tensors, such as module.") for line in describe(dist))
+    assert describe(dist)["not known"].startswith("63 tensors, such as vision.")
     assert len(compare_checkpoints(dist, dist)) == 126
 
 
@@ -609,19 +612,19 @@ def test_a_dtype_that_cannot_be_compared_is_an_error_not_a_traceback(hf, hf_chec
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name].to(torch.float64)}, path)
     for use in (lambda: compare_checkpoints(hf, hf_checkpoint), lambda: describe(hf), lambda: open_hf(hf)):
-        with pytest.raises(UserError, match=rf"{name} is F64; allowed are BF16, F16, F32"):
+        with pytest.raises(UserError, match=rf"{name} is F64; allowed are BF16, F16, F32, F8_E4M3"):
             use()
 
 
 def test_inspection_sees_an_optimizer(dist):
-    assert "optimizer state: no" in describe(dist)
+    assert describe(dist)["optimizer state"] == "no"
 
     def add(metadata):
         key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
         metadata.state_dict_metadata[key] = metadata.state_dict_metadata["decoder.final_layernorm.weight"]
 
     edit_metadata(dist, add)
-    assert "optimizer state: yes" in describe(dist) and not open_any(dist).unknown
+    assert describe(dist)["optimizer state"] == "yes" and not open_any(dist).unknown
 
 
 def test_inspection_may_be_cut_short(dist_checkpoint):

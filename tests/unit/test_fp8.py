@@ -11,8 +11,9 @@ from fp8_folders import PROJECTION, quantised_folder, weights
 from safetensors.torch import load_file, save_file
 
 from hymeg.checkpoint import row_tensors
-from hymeg.checkpoint.compare import compare_checkpoints, describe
+from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.rounding import converted, dequantised, e4m3_numbers
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -48,7 +49,7 @@ def test_what_is_read_is_the_weight_times_its_scale_to_the_one_rounding(tmp_path
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert "quantization_config" not in config and "attn_quant_config" not in config
     assert compare_checkpoints(tmp_path / "fp8", tmp_path / "dist") == []
-    assert f"format: Hugging Face, {layout} layout, {num} weights in FP8" in describe(tmp_path / "fp8")
+    assert describe(tmp_path / "fp8")["format"] == f"Hugging Face, {layout} layout, {num} weights in FP8"
     hf_to_dist(tmp_path / "fp8", tmp_path / "fp32", dtype="fp32", workers=1)
     dist_to_hf(tmp_path / "fp32", tmp_path / "out-fp32", layout=layout, workers=1)
     found = weights(tmp_path / "out-fp32")

@@ -15,55 +15,14 @@ from hymeg.checkpoint import row_tensors, workers
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.sinks import transfer
-from hymeg.checkpoint.workers import Progress, run
+from hymeg.checkpoint.workers import run
 from hymeg.errors import UserError
+from hymeg.progress import Progress
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Seconds, set by the test."""
-    now = [1000.0]
-    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_elsewhere_a_line_is_said_every_ten_seconds(clock):
-    stream = io.StringIO()
-    progress = Progress("to distributed", 40_000_000_000, stream)
-    for second in range(1, 26):
-        clock[0] = 1000.0 + second
-        progress.show(second * 10**9)
-    progress.show(40_000_000_000, at_end=True)
-    assert stream.getvalue().splitlines() == [
-        "to distributed:  25% of 40.00 GB, 1.00 GB/s, 30 s left",
-        "to distributed:  50% of 40.00 GB, 1.00 GB/s, 20 s left",
-    ]
-
-
-def test_on_a_terminal_a_bar_is_redrawn_and_ends_full(clock):
-    stream = Terminal()
-    progress = Progress("verifying", 2_000_000_000, stream)
-    progress.show(0)
-    for tenth in (1, 3, 5, 10):
-        clock[0] = 1000.0 + tenth / 10
-        progress.show(tenth * 10**8)
-    progress.show(2_000_000_000, at_end=True)
-    bars = stream.getvalue().split("\r")[1:]
-    assert [bar[:22] for bar in bars] == [
-        "[###.................]",
-        "[#####...............]",
-        "[##########..........]",
-        "[####################]",
-    ]
-    assert bars[0].startswith("[###.................] verifying:  15% of 2.00 GB, 1.00 GB/s, 2 s left")
-    assert all(bar.endswith("\x1b[K") for bar in bars[:-1]) and bars[-1].endswith(
-        "100% of 2.00 GB, 2.00 GB/s, 0 s left\x1b[K\n"
-    )
 
 
 def test_nothing_to_do_is_done():

@@ -31,12 +31,17 @@ class Plan(NamedTuple):
 
 
 def planned(
-    config: HyConfig, dtypes: Mapping[str, str], layout: str, max_shard_bytes: int, dtype: str | None = None
+    config: HyConfig,
+    dtypes: Mapping[str, str],
+    layout: str,
+    sharding: int | Mapping[str, str],
+    dtype: str | None = None,
 ) -> Plan:
     """A folder under the names of `layout`, in `dtype`.
 
     Args:
         dtypes: of the distributed tensors, by key.
+        sharding: the most bytes for a file, or the file of each tensor by its name.
         dtype: None: their own. The expert bias is always F32.
     """
     entries = {entry.hf_name: entry for entry in hf_entries(config, layout)}
@@ -44,7 +49,7 @@ def planned(
         TensorSpec(name, "F32" if entry.is_fp32_buffer else dtype or dtypes[entry.dist_key], entry.hf_shape)
         for name, entry in entries.items()
     ]
-    shards = into_shards(specs, max_shard_bytes)
+    shards = into_shards(specs, sharding)
     headers, places = {shard.file_name: shard_header(shard) for shard in shards}, []
     for shard in shards:
         position = len(headers[shard.file_name])
@@ -58,13 +63,13 @@ def files_of_hf(
     config: HyConfig,
     tensors: Mapping[str, RowTensor],
     layout: str,
-    max_shard_bytes: int,
+    sharding: int | Mapping[str, str],
     dtype: str | None,
     workers: int,
 ) -> tuple[FilesToWrite, HyConfig]:
     """A folder that holds `tensors`, and its config; the arguments as for `planned`."""
     dtypes = {key: tensor.dtype_kept for key, tensor in tensors.items()}
-    plan = planned(config, dtypes, layout, max_shard_bytes, dtype)
+    plan = planned(config, dtypes, layout, sharding, dtype)
     tasks = [
         Task(tensors[entry.dist_key], entry.rows, dtype, file, position) for entry, dtype, file, position in plan.places
     ]

@@ -20,11 +20,12 @@ from hymeg.checkpoint.mapping import Range, Shape
 from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.stored_tensor import envelope
-from hymeg.checkpoint.workers import Outcome, Progress, dealt, run
+from hymeg.checkpoint.workers import Outcome, dealt, run
 from hymeg.checksums import MANIFEST, FileSum, Piece, Summer, joined, sum_of, write_manifest
 from hymeg.errors import UserError
 from hymeg.files import reserve, write_start, write_whole
 from hymeg.hf.dtypes import ITEM_SIZES
+from hymeg.progress import Progress
 
 _SYNC_BYTES = 128 << 20  # after so many the disk is set to work; it is waited for at the end
 _MAX_FLUSHES = 64  # that are waited for at a time, each with an open file

@@ -15,6 +15,7 @@ from hymeg.hf.config import HyConfig
 
 __all__ = [
     "is_adapter",
+    "is_hf",
     "is_peft",
     "open_adapter",
     "open_any",
@@ -25,6 +26,21 @@ __all__ = [
 ]
 
 
+def is_hf(folder: Path, iteration: int | None = None) -> bool:
+    """Whether it is a Hugging Face folder, and no distributed one.
+
+    Raises:
+        UserError: there is no such folder, or it is one and an iteration is asked for.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a Hugging Face or a distributed checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        return False
+    if iteration is not None:
+        raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has none; leave it out")
+    return True
+
+
 def open_any(folder: str | Path, iteration: int | None = None) -> Source:
     """The Hugging Face or distributed checkpoint in `folder`.
 
@@ -32,13 +48,7 @@ def open_any(folder: str | Path, iteration: int | None = None) -> Source:
         UserError: it holds neither, or one that is incomplete or broken.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a Hugging Face or a distributed checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        return open_dist(folder, iteration)
-    if iteration is not None:
-        raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has none; leave it out")
-    return open_hf(folder)
+    return open_hf(folder) if is_hf(folder, iteration) else open_dist(folder, iteration)
 
 
 def is_peft(folder: str | Path) -> bool:

@@ -20,6 +20,9 @@ WRAPPERS = ("module.",)  # what NeMo 2 puts before every key
 _LAYER = re.compile(r"(decoder\.layers\.\d+\.|mtp\.layers\.\d+\.)((?:mtp_model_layer|transformer_layer)\.)?(.+)")
 
 
+_OF_MOE = re.compile(r"(.+?\.)mlp\.(?:router|experts)\.")
+
+
 class Alias(NamedTuple):
     theirs: str  # below a layer; {e}: an expert's number
     ours: str
@@ -73,7 +76,7 @@ def is_of_model(key: str) -> bool:
 def our_parts(keys: Iterable[str]) -> dict[str, Part]:
     """What each key is. One that the table does not have stands for itself."""
     plain = {key: unwrapped(key) for key in keys}
-    moe_layers = {key.removesuffix("mlp.router.weight") for key in plain.values() if key.endswith("mlp.router.weight")}
+    moe_layers = {found[1] for key in plain.values() if (found := _OF_MOE.match(key))}
     return {key: _our_part(name, moe_layers) for key, name in plain.items()}
 
 

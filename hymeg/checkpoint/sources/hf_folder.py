@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hymeg.checkpoint.mapping import VOCABULARY_KEYS, Entry, distributed_shapes, is_mtp, match_hf_tensors
+from hymeg.checkpoint.mapping import TABLE, VOCABULARY_KEYS, Entry, Shape, distributed_shapes, is_mtp, match_hf_tensors
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.errors import UserError
@@ -13,6 +13,7 @@ from hymeg.hf.fp8 import WeightScale, listed, told_apart
 from hymeg.hf.safetensors_files import TensorEntry, open_checkpoint
 
 DEQUANTISED = "BF16"  # what FP8 becomes unless asked
+_VOCABULARY = [row.hf for row in TABLE["model"] if row.dist in VOCABULARY_KEYS]
 
 
 def open_hf(
@@ -41,6 +42,9 @@ def open_hf(
     stored, scales, aside = told_apart(open_checkpoint(folder), own.fp8_block)
     is_promised = own is not own.without_quantization()
     notes = [f"{CONFIG_FILE} speaks of FP8, but no tensor in {folder} is"] if is_promised and not scales else []
+    if own is config:
+        config, more = with_all_rows(config, [stored[name].shape for name in _VOCABULARY if name in stored])
+        notes += more
     config = config.without_quantization()
     of_mtp = [name for name in stored if is_mtp(config, name)]
     mtp = settle_mtp(folder, config, of_mtp, base_hf, drop_mtp, dtype)
@@ -61,6 +65,18 @@ def open_hf(
     if aside:
         notes.append(f"set aside, scales of inputs and of the KV cache: {listed(aside)}")
     return Source(what, folder, mtp.written, tensors | mtp.of_base, tuple(notes))
+
+
+def with_all_rows(config: HyConfig, shapes: Sequence[Shape]) -> tuple[HyConfig, list[str]]:
+    """The config that counts as many tokens as embedding and output layer, of these shapes, have rows, where those are
+    of one mind and more than it counts: of a vocabulary that was extended. And what to say of it.
+    """
+    rows = {shape[0] for shape in shapes if len(shape) == 2}
+    if len(shapes) < len(_VOCABULARY) or len(rows) > 1 or max(rows, default=0) <= config.vocab_size:
+        return config, []
+    [num_rows] = rows
+    note = f"the vocabulary was extended to {num_rows}: all rows are kept, and {CONFIG_FILE}, which says "
+    return config.with_vocabulary(num_rows), [f"{note}{config.vocab_size}, is corrected"]
 
 
 class Mtp(NamedTuple):

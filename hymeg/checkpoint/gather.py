@@ -1,0 +1,170 @@
+"""A distributed checkpoint whose files lie on several nodes' own disks, put together: every rank writes its files where
+it runs, and rank 0 alone what describes them. The files are copied as they are, optimizer state included.
+"""
+
+import filecmp
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hymeg.checkpoint.companions import carry, companions
+from hymeg.checkpoint.dist_files import FORMAT_FILE, METADATA, RELEASE, TRACKER, iteration_folder
+from hymeg.checkpoint.sinks.new_folder import new_folder
+from hymeg.checkpoint.sources.dist_folder import open_dist, stored_places
+from hymeg.checksums import MANIFEST, open_verified
+from hymeg.errors import UserError
+from hymeg.files import write_whole
+from hymeg.hf.config import CONFIG_FILE
+from hymeg.progress import Progress
+
+_BLOCK_BYTES = 8 << 20
+_NUM_NAMED = 5
+
+
+class Gathered(NamedTuple):
+    """What was put together."""
+
+    iteration: int | None  # None: no training made it
+    num_files: int
+    num_bytes: int
+
+
+def gather(
+    folders: Sequence[str | Path],
+    dist: str | Path,
+    *,
+    iteration: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Gathered:
+    """Copy the one checkpoint that lies scattered over `folders` into the folder `dist`.
+
+    Args:
+        folders: what --save named on each node, or the iteration's folders in them.
+        iteration: which one; None: the one that the tracker beside its `.metadata` names.
+        overwrite: replace what an earlier call wrote to `dist`.
+        say: is given lines for the user.
+
+    Raises:
+        UserError: a file is missing in all folders, truncated, or differs in two of them; `dist` cannot be written.
+            Nothing is left behind.
+    """
+    dist, folders = Path(dist), [Path(folder) for folder in folders]
+    described, iteration = _described(folders, iteration)
+    name = RELEASE if iteration is None else f"iter_{iteration:07d}"
+    parts = list(dict.fromkeys(part.resolve() for folder in folders if (part := _part(folder, name, described))))
+    for part in parts:
+        if dist.resolve() in (part, *part.parents) or part in dist.resolve().parents:
+            raise UserError(f"{dist}: is, holds or lies in {part}, which is read; give a folder elsewhere")
+    files = _files(parts, described, say)
+    num_bytes = sum(path.stat().st_size for path in files.values())
+    beside = companions(dict.fromkeys([*parts, *(part.parent for part in parts)]))
+    record = {"command": "gather", "from": [str(part) for part in parts], "iteration": iteration}
+    with new_folder(dist, num_bytes, overwrite, record, say) as partial:
+        (partial / name).mkdir()
+        progress, done = Progress("gathering", num_bytes), 0
+        # FORMAT_FILE makes it valid, and comes last.
+        for file_name, path in sorted(files.items(), key=lambda item: item[0] == FORMAT_FILE):
+            done = _copy(path, partial / name / file_name, progress, done)
+        progress.show(done, at_end=True)
+        open_dist(partial / name)
+        configs = (folder / CONFIG_FILE for part in parts for folder in (part, part.parent))
+        config = next((path for path in configs if path.is_file()), None)
+        carry(beside | ({CONFIG_FILE: config} if config else {}), partial)
+        write_whole(partial / TRACKER, (RELEASE if iteration is None else str(iteration)).encode())
+    return Gathered(iteration, len(files), num_bytes)
+
+
+def _described(folders: Sequence[Path], iteration: int | None) -> tuple[Path, int | None]:
+    """The iteration's folder that holds its `.metadata`, and which iteration it is."""
+    found, errors = [], []
+    for folder in folders:
+        try:
+            place, number = iteration_folder(folder, iteration)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        if (place / METADATA).is_file():
+            found.append((place, number))
+    if not found:
+        raise UserError(
+            f"no folder holds {METADATA} and {FORMAT_FILE}, which rank 0 writes on its node; give that node's folder, "
+            f"too ({'; '.join(errors[:2]) or folders[0]})"
+        )
+    for place, number in found[1:]:
+        if number != found[0][1] or not filecmp.cmp(place / METADATA, found[0][0] / METADATA, shallow=False):
+            raise UserError(
+                f"{found[0][0]} and {place} are two saves, not parts of one; give --iteration N, or one of them"
+            )
+    return found[0]
+
+
+def _part(folder: Path, name: str, described: Path) -> Path | None:
+    """Where in `folder` files of the iteration may be: in its folder, or in `folder` itself."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give what --save named on each node")
+    if (folder / name).is_dir():
+        return folder / name
+    return folder if folder.resolve() == described.resolve() or any(folder.glob("*.distcp")) else None
+
+
+def _files(parts: Sequence[Path], described: Path, say: Callable[[str], None]) -> dict[str, Path]:
+    """Every file of the checkpoint, by its name: those that `.metadata` names, and what is beside them."""
+    needed: dict[str, int] = {}
+    for _, file, position, length in stored_places(described):
+        needed[file] = max(needed.get(file, 0), position + length)
+    files, surplus = {METADATA: described / METADATA, FORMAT_FILE: described / FORMAT_FILE}, []
+    for part in parts:
+        for path in sorted(part.iterdir()):
+            if path.suffix == ".distcp" and path.name not in needed:
+                surplus.append(path)
+                continue
+            is_taken = path.is_file() and path.name != MANIFEST
+            if is_taken and files.setdefault(path.name, path) != path and path.name in needed:
+                _check_same(files[path.name], path)
+    if missing := sorted(needed.keys() - files.keys(), key=_rank):
+        ranks = sorted({rank for name in missing if (rank := _rank(name)[0]) is not None})
+        raise UserError(
+            f"{len(missing)} of {len(needed)} files are in none of the {len(parts)} folders: {_some(missing)} (of "
+            f"ranks {_some(ranks)}); give the folders of the nodes on which they ran, too"
+        )
+    for name, size in needed.items():
+        if (found := files[name].stat().st_size) < size:
+            raise UserError(f"{files[name]}: truncated: {found} bytes, {size} are needed; copy it again")
+    if surplus:
+        say(f"left out, of another save: {_some([path.name for path in surplus])}")
+    return files
+
+
+def _rank(name: str) -> tuple[int | None, str]:
+    """Of the rank that wrote a file, `__RANK_NUMBER.distcp`."""
+    found = re.match(r"__(\d+)_\d+\.distcp", name)
+    return int(found[1]) if found else 0, name
+
+
+def _some(items: Iterable) -> str:
+    items = list(items)
+    return ", ".join(map(str, items[:_NUM_NAMED])) + (", ..." if len(items) > _NUM_NAMED else "")
+
+
+def _check_same(one: Path, other: Path) -> None:
+    if not filecmp.cmp(one, other, shallow=False):
+        raise UserError(f"{one} and {other} differ; they are of two saves: remove the one that does not belong here")
+
+
+def _copy(source: Path, target: Path, progress: Progress, done: int) -> int:
+    """Copy a file to the disk; the bytes of all so far."""
+    try:
+        with open_verified(source) as file, open(target, "wb") as copy:
+            while block := file.read(_BLOCK_BYTES):
+                copy.write(block)
+                done += len(block)
+                progress.show(done)
+            copy.flush()
+            os.fsync(copy.fileno())
+    except OSError as error:
+        progress.close()
+        raise UserError(f"{source}: cannot be copied to {target}: {error.strerror or error}") from error
+    return done
