@@ -9,6 +9,7 @@ import sys
 
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.errors import exit_on_user_error
+from hymeg.hf.hub import local_folder
 
 
 def main() -> None:
@@ -27,7 +28,8 @@ def main() -> None:
     args = parser.parse_args()
 
     with exit_on_user_error():
-        differences = compare_checkpoints(args.a, args.b, args.tolerance, args.workers, args.base_hf)
+        a, b = local_folder(args.a), local_folder(args.b)
+        differences = compare_checkpoints(a, b, args.tolerance, args.workers, args.base_hf)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`
         for difference in differences:
             print(f"{difference.name}: {difference.what}")

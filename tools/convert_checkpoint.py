@@ -21,6 +21,7 @@ from hymeg.checkpoint.verification import verify_folder
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.files import parse_bytes
 from hymeg.hf.dtypes import ROUNDED_TO
+from hymeg.hf.hub import local_folder
 
 
 def _numbers(text: str) -> list[int]:
@@ -174,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(folder: str, iteration: int | None, tensors: bool, as_json: bool) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect | head`
-    found = describe(folder, iteration, tensors)
+    found = describe(local_folder(folder), iteration, tensors)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -182,6 +183,11 @@ def _inspect(folder: str, iteration: int | None, tensors: bool, as_json: bool) -
     print("\n".join(f"{name}: {value}" for name, value in found.items()))
     for name, (dtype, shape) in listed.items():
         print(f"{name} {dtype} {shape}")
+
+
+def _local(given: str | list[str]) -> Any:
+    """The cache's folder in place of an id of the Hugging Face hub."""
+    return [local_folder(folder) for folder in given] if isinstance(given, list) else local_folder(given)
 
 
 def _verify(folder: str, workers: int) -> None:
@@ -204,7 +210,10 @@ def main() -> None:
         target = folders[-1] if name != "average" else args["hf"] or args["dist"]
         if "shard_size" in args:
             args["max_shard_bytes"] = parse_bytes(args.pop("shard_size"))
+        num_read = len(folders) if name == "average" else len(folders) - 1
         try:
+            folders[:num_read] = [_local(folder) for folder in folders[:num_read]]
+            args |= {key: _local(args[key]) for key in ("base_hf", "shards_like") if args.get(key)}
             summary = command.run(*folders, **args, say=functools.partial(print, flush=True))
         except KeyboardInterrupt:
             raise UserError("interrupted; nothing was left behind") from None

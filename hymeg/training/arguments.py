@@ -22,6 +22,7 @@ from hymeg.data.packing import TRUNCATIONS
 from hymeg.errors import UserError
 from hymeg.flag_table import ALWAYS, ON_CPU, TABLE, WITH_LORA, WITH_SFT, WITHOUT, Row, cpu_values
 from hymeg.hf.config import HyConfig
+from hymeg.hf.hub import is_hub_id, local_folder
 from hymeg.models.flags import architecture_flags, default_flags
 from hymeg.platform import device
 from hymeg.platform import flags as platform_flags
@@ -163,6 +164,14 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
+def _fetch(args: argparse.Namespace) -> None:
+    """Put the cache's folders in place of ids of the Hugging Face hub."""
+    for dest, weights in (("hf_model", False), ("load", True), ("pretrained_checkpoint", True)):
+        given = getattr(args, dest)
+        if given is not None and given != args.save:
+            setattr(args, dest, str(local_folder(given, weights)) if is_hub_id(given) else given)
+
+
 def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespace, HyConfig]:
     """Parse `argv` (without the program's name) into Megatron's args, not validated yet, and the model's configuration.
 
@@ -203,6 +212,7 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
                 "--hf-model is missing: give the folder that holds config.json and the tokenizer; it sets the "
                 "architecture"
             )
+        _fetch(args)
         try:
             config = HyConfig.from_dir(args.hf_model)
         except UserError as error:

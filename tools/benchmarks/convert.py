@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
 from hymeg.checkpoint.mapping import hf_entries
 from hymeg.checkpoint.sinks.dist_folder import files_of_dist
@@ -29,7 +31,15 @@ from hymeg.checkpoint.sources import open_hf
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.files import read_json
 from hymeg.hf.config import HyConfig
-from hymeg.hf.safetensors_files import INDEX_FILE, TensorSpec, index_files, into_shards, shard_header
+from hymeg.hf.safetensors_files import (
+    INDEX_FILE,
+    TensorSpec,
+    index_files,
+    into_shards,
+    open_checkpoint,
+    shard_header,
+    write_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = ROOT / "tools" / "convert_checkpoint.py"
@@ -132,6 +142,27 @@ class Bench:
                 ratio = medians["transformers"] / max(medians["hf-to-dist"], medians["dist-to-hf"])
                 found = f"{_spread(seconds['transformers'])}: {ratio:.1f} x the slower of ours"
                 rows.append(Row(f"transformers load and save, {how}", found, ">= 10 x", ratio >= 10))
+        self._clear()
+        return rows
+
+    def fp8(self, num_gb: float) -> list[Row]:
+        """hf-to-dist of FP8 in both forms, against `cp -r` of what it writes, in turns, with fsync."""
+        plain, dist, target = (self.folder / name for name in ("hf", "dist", "target"))
+        self._make_random(plain, num_gb)
+        self._convert("hf-to-dist", plain, dist, sync=True)
+        folders = {name: self.folder / name.replace(" ", "-") for name in ("one scale", "scales by block")}
+        for name, folder in folders.items():
+            _make_fp8(plain, folder, name == "scales by block")
+        ways = {"cp": lambda sync: (_timed_copy(dist, target, sync), 0)}
+        for name, folder in folders.items():
+            ways[name] = lambda sync, folder=folder: self._timed_conversion("hf-to-dist", folder, target, sync)
+        seconds, peak = self._in_turns(ways, True)
+        rows = [Row("cp of what FP8 becomes", _spread(seconds["cp"]), "", True)]
+        for name in folders:
+            ratio = statistics.median(seconds[name]) / statistics.median(seconds["cp"])
+            found = f"{_spread(seconds[name])}: {ratio:.2f} x cp"
+            rows.append(Row(f"hf-to-dist of FP8, {name}", found, "<= 1.5 x cp", ratio <= 1.5))
+        rows.append(Row("memory of all processes, FP8", f"{peak / 1e6:,.0f} MB", "<= 600 MB", peak <= 600e6))
         self._clear()
         return rows
 
@@ -300,6 +331,31 @@ def _config(num_gb: float) -> HyConfig:
     return HyConfig.from_dict(SHAPE | {"num_hidden_layers": max(2, round((num_gb - 0.14) / 0.21))})
 
 
+def _make_fp8(plain: Path, folder: Path, by_block: bool) -> None:
+    """The tensors of `plain`, their upper bytes for codes, with scales of one form."""
+    folder.mkdir()
+    stored, specs = open_checkpoint(plain), []
+    for name, entry in stored.items():
+        is_fp8 = name.endswith("_proj.weight")
+        specs.append(TensorSpec(name, "F8_E4M3" if is_fp8 else entry.dtype, entry.shape))
+        if is_fp8 and by_block:
+            specs.append(TensorSpec(f"{name}_scale_inv", "F32", tuple(-(-length // 128) for length in entry.shape)))
+        elif is_fp8:
+            specs.append(TensorSpec(f"{name}_scale", "F32", (1,)))
+
+    def read(spec: TensorSpec) -> list[np.ndarray]:
+        if spec.name not in stored:
+            return [np.full(spec.shape, 0.01, np.float32)]
+        entry = stored[spec.name]
+        data = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.offset)
+        return [np.minimum(data[1::2] & 0x7F, 0x7E) if spec.dtype == "F8_E4M3" else data]
+
+    write_checkpoint(folder, specs, read, SHARD_BYTES)
+    config = HyConfig.from_dir(plain).to_dict()
+    quantization = {"quant_method": "fp8"} | ({"weight_block_size": [128, 128]} if by_block else {})
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
 def _clean(source: Path, target: Path) -> None:
     """Nothing at `target`, `source` in memory, which transformers needs so much of that part of it had to go, and an
     idle disk.
@@ -359,7 +415,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=("speed", "memory", "planning", "limit"),
+        choices=("speed", "fp8", "memory", "planning", "limit"),
         help="some of the measurements (default: all)",
     )
     parser.add_argument(
@@ -401,6 +457,7 @@ def main() -> None:
             parts = {
                 "planning": bench.planning,
                 "speed": lambda: bench.speed(args.gb),
+                "fp8": lambda: bench.fp8(args.gb),
                 "memory": lambda: bench.memory(*args.memory_gb),
                 "limit": lambda: bench.limit(*args.limit_gb),
             }
