@@ -3,6 +3,7 @@ come to the same collectives.
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from generated import generated
 from megatron.training import training
 
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
+from hymeg.platform import megatron
 from hymeg.platform.patches import patched
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
@@ -120,3 +122,27 @@ def _said(tool: str, argv: list[str]) -> dict:
     ):
         runpy.run_path(str(path), run_name="__main__")
     return {"said": said.getvalue()}
+
+
+def hand_over(argv: list[str]) -> dict:
+    """Train with examples/hand_over.py, every two steps; how far the logits differ from those of the other process, and
+    from hand-over to hand-over.
+    """
+    spec = importlib.util.spec_from_file_location("hand_over", Path(__file__).parents[2] / "examples" / "hand_over.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    args, config = parse(argv)
+    preflight(args, config, lambda note: None)
+    hand_over, logits = example.HandOver(2), []
+
+    def after_step(*step):
+        hand_over.after_step(*step)
+        logits.append(hand_over.logits)
+
+    with megatron.after_steps(after_step):
+        try:
+            train(args, config)
+        finally:
+            hand_over.end()
+    moved = [(b - a).abs().max().item() for a, b in zip(logits[1::2], logits[3::2], strict=False)]
+    return {"differences": hand_over.differences, "moved": moved, "largest": logits[-1].abs().max().item()}
