@@ -124,8 +124,8 @@ def train(args, config: HyConfig) -> None:
         )
 
     datasets.is_distributed = True
-    if args.save is not None:
-        before_save[:] = [functools.partial(save_lock.check_still_ours, args.save)]
+    before_save[:] = [functools.partial(save_lock.check_still_ours, args.save)] if args.save is not None else []
+    once_saved.clear()
     if args.keep_last is not None:
         keep_every, args.save_retain_interval = args.save_retain_interval, None  # whose own removal knows no number
         once_saved[:] = [lambda: remove_older(args.save, args.keep_last, keep_every, get_loaded_iteration())]
