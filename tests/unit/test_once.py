@@ -11,7 +11,7 @@ from hymeg.training import once
 def rank(monkeypatch):
     """Runs `once_per_node` as this rank of two nodes with two each; one rank after the other."""
     store = HashStore()
-    monkeypatch.setattr(once, "_store", lambda: store)
+    monkeypatch.setattr(once, "job_store", lambda: store)
     monkeypatch.setattr(once, "_SECONDS_TO_APPEAR", 0.0)
 
     def run(rank, is_done, make):
@@ -58,7 +58,7 @@ def test_what_rank_0_could_not_do_ends_every_rank(rank):
 
 def test_a_process_alone_needs_no_store(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(once, "_store", None)
+    monkeypatch.setattr(once, "job_store", None)
     made = []
     for _ in range(2):
         once.once_per_node("work", *on(made, "here"))
