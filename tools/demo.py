@@ -7,6 +7,7 @@ them is in tools/tour.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -25,7 +26,11 @@ LAYOUTS = {
     "--expert-tensor-parallel-size 1",
     **dict.fromkeys((SECOND, TUNING), "--context-parallel-size 2 --expert-model-parallel-size 2"),
 }
-TRANSLATIONS = "--data-path examples/data/translations.jsonl --valid-data-path examples/data/translations_heldout.jsonl"
+HELD_OUT = "examples/data/translations_heldout.jsonl"
+TRANSLATIONS = (
+    f"--data-path examples/data/translations.jsonl --valid-data-path {HELD_OUT} --valid-translations {HELD_OUT} "
+    "--valid-generate 8"
+)
 NUM_STAGES = 11
 
 
@@ -47,7 +52,9 @@ class Tour:
         self.model, self.dist, self.back, self.export = (
             shown(out / name) for name in ("model", "distributed", "back", "export")
         )
-        self.saves, self.tuned, self.curves = (shown(out / name) for name in ("checkpoints", "tuned", "tensorboard"))
+        self.saves, self.untuned, self.tuned, self.curves = (
+            shown(out / name) for name in ("checkpoints", "untuned", "tuned", "tensorboard")
+        )
         self.picture, self.data = shown(out / "loss.png"), shown(out / "udhr")
         self.python, self.torchrun = (
             shown(Path(sys.executable)),
@@ -104,13 +111,16 @@ class Tour:
         self.rows[-1] = self.rows[-1]._replace(result=f"{self.rows[-1].result}; as under the first layout, {how_well}")
 
     def tune(self) -> None:
-        """On translations; the loss on articles that were held out, before and after."""
+        """On translations; the loss on articles that were held out, and what it says of them, before and after."""
         settings = (
             f"--config {TINY}/finetune_fp32.yaml --hf-model {self.model} {TRANSLATIONS} --data-cache-path "
             f"{shown(self.out / 'translations')}"
         )
         load = f"--load {self.saves} --finetune --train-iters {self.num_steps // 2}"
-        before = f"env HYMEG_PLATFORM=cpu {self.python} pretrain_hy.py {settings} {load} --skip-train"
+        before = (
+            f"env HYMEG_PLATFORM=cpu {self.python} pretrain_hy.py {settings} {load} --skip-train --tensorboard-dir "
+            f"{self.untuned}"
+        )
         self.step("its loss on held-out translations, so far", "", "untuned", before, TrainingScreen())
         tune = f"{self.launch(2)} {settings} {load} --save {self.tuned} {LAYOUTS[TUNING]}"
         self.step("fine-tune it on translations", TUNING, "tuned", tune, TrainingScreen())
@@ -153,10 +163,12 @@ class Tour:
         for number, row in enumerate(self.rows, 1):
             print(f"{number:>3} {row.what:42}{row.layout:18}{row.seconds:>7.0f}   {row.result}")
         print(f"{'':4}{'in all':42}{'':18}{sum(row.seconds for row in self.rows):>7.0f}\n")
+        self.show_translations()
         places = {
             "loss curve": self.picture,
             "checkpoints": self.saves,
             "fine-tuned": self.tuned,
+            "translations": f"{self.tuned}/records/translations",
             "exported": self.export,
             "TensorBoard": self.curves,
             "all, logs": shown(self.out),
@@ -171,7 +183,23 @@ class Tour:
             f"\nSee all figures:\n\n  {shown(Path(sysconfig.get_path('scripts')) / 'tensorboard')} --logdir "
             f"{self.curves}"
         )
+        print(f"\nSee both trainings on a page:\n\n  {self.python} tools/report.py {self.saves} {self.tuned}")
         print(f"\nGo on from the last checkpoint with one process:\n\n  {wrapped(alone)}")
+
+    def show_translations(self) -> None:
+        """Two held-out rows, before and after; of so small a model and so few steps they are no translations yet."""
+        files = [self.out / name / "records" / "translations" for name in ("untuned", "tuned")]
+        before, after = (
+            [json.loads(line) for line in max(folder.glob("iter_*.jsonl")).read_text().splitlines()] for folder in files
+        )
+        print("Held-out translations, before and after fine-tuning:")
+        for old, new in list(zip(before, after, strict=True))[:2]:
+            texts = {"source": old["source"], "reference": old["reference"]}
+            texts |= {"before": old["hypothesis"], "after": new["hypothesis"]}
+            print()
+            for what, text in texts.items():
+                print(f"{what:12} {' '.join(text.split())[:100]}")
+        print()
 
 
 def main() -> None:

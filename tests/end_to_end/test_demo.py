@@ -16,6 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hymeg.checkpoint.compare import compare_checkpoints
+from hymeg.reporting.reading import read_run
 
 DEMO = Path(__file__).parents[2] / "tools" / "demo.py"
 NUM_STEPS, LAST_STEP = 10, 14
@@ -82,11 +83,16 @@ def test_screen_shows_every_step_and_the_loss_of_that_step(screen, losses):
     assert [loss for _, loss in shown] == pytest.approx([loss for _, loss in expected], abs=6e-4)
 
 
-def test_the_loss_on_held_out_translations_falls_with_fine_tuning(screen):
-    """Shown in the table: before, after."""
-    rows = r"^ +[89] (?:its loss|fine-tune it) on .*loss on all validation data: (\S+)$"
-    before, after = map(float, re.findall(rows, screen, re.MULTILINE))
-    assert after < before - 0.1
+def test_the_loss_on_held_out_translations_falls_with_fine_tuning(screen, out):
+    """Shown in the table: before, after; with chrF, and the texts below."""
+    result = r"loss on all validation data: (\S+); chrF of held-out translations: (\S+)"
+    rows = re.findall(rf"^ +[89] (?:its loss|fine-tune it) on .*{result}$", screen, re.MULTILINE)
+    (before, chrf_before), (after, chrf_after) = rows
+    assert float(after) < float(before) - 0.1
+    for name, chrf in (("untuned", chrf_before), ("tuned", chrf_after)):
+        [scores] = read_run(out / name).translations
+        assert f"{scores['overall']['chrF']:.2f}" == chrf
+    assert len(re.findall(r"^(?:source|reference|before|after) +\S", screen, re.MULTILINE)) >= 4
 
 
 def test_what_it_made_is_there(screen, out):

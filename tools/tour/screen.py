@@ -58,6 +58,7 @@ class TrainingScreen(Screen):
             r"validation loss at iteration \d+ on validation set \| lm loss value: ([\d.E+-]+)",
             "loss on all validation data: {}",
         ),
+        (r"translations at iteration \d+ \| chrF: ([\d.]+)", "chrF of held-out translations: {}"),
         (r"successfully saved checkpoint from iteration +(\d+) to (.+) \[", "step {0} is saved in {1}"),
     )
     STEP = re.compile(
@@ -82,8 +83,9 @@ class TrainingScreen(Screen):
             return
         for pattern, text in self.MILESTONES:
             if found := re.search(pattern, line):
-                self.last_line = text.format(*found.groups())
-                self.show(f"{self.seconds:4.0f} s  {text.format(*found.groups())}")
+                said = text.format(*found.groups())
+                self.last_line = f"{self.last_line}; {said}" if said.startswith("chrF") else said
+                self.show(f"{self.seconds:4.0f} s  {said}")
                 self.doing = "at work"
 
 
