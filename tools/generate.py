@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Let a checkpoint speak: a Hugging Face folder or a distributed checkpoint, in one process or under torchrun.
+"""Let a checkpoint speak: a Hugging Face folder or a distributed checkpoint, with an adapter or without, in one process
+or under torchrun.
 
     tools/generate.py Hy-MT2-30B-A3B --to German --text "How are you?"
     tools/generate.py Hy-MT2-30B-A3B --prompt "Who wrote Faust?" --prompt "And when?"
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder or a distributed checkpoint")
     parser.add_argument("--hf-model", metavar="DIR", help="config.json and tokenizer, if not in CHECKPOINT")
+    parser.add_argument("--adapter", metavar="DIR", help="of CHECKPOINT: a run's with --lora-rank, or a peft folder")
     asked = parser.add_argument_group("what is asked")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     asked.add_argument("--text", action="append", default=[], metavar="TEXT", help="to be translated; needs --to")
@@ -181,7 +183,7 @@ def _speak(args: argparse.Namespace, flags: list[str]) -> None:
         _check_lengths(prompts, sampling.max_new_tokens, config)
     if device.current().type == "cuda" and not {"--bf16", "--fp16"} & set(flags):
         flags = ["--bf16", *flags]
-    model, config = load_model(args.checkpoint, flags, hf_model=args.hf_model)
+    model, config = load_model(args.checkpoint, flags, hf_model=args.hf_model, adapter=args.adapter)
     if prompts:
         _answer(args, model, sampling, tokenizer, prompts)
     elif args.file:

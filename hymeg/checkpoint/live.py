@@ -2,7 +2,7 @@
 any layout, without a conversion on disk.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -57,16 +57,27 @@ def load_weights(model_chunks: Sequence[torch.nn.Module], config: HyConfig, fold
     Raises:
         UserError: the folder holds no checkpoint, a broken one or another model's.
     """
-    shards, source = held_shards(model_chunks), open_any(folder)
+    source = open_any(folder)
+    load_tensors(model_chunks, config, source.tensors, source.folder)
+
+
+@torch.no_grad()
+def load_tensors(
+    model_chunks: Sequence[torch.nn.Module], config: HyConfig, tensors: Mapping[str, RowTensor], folder: Path
+) -> None:
+    """As `load_weights`, from distributed tensors by key, which are those of the checkpoint in `folder`, or made of
+    them.
+    """
+    shards = held_shards(model_chunks)
     held = {shard.key: tuple(shard.global_shape) for shard in shards}
     check_distributed_tensors(config, held, required=())
     try:
-        check_distributed_tensors(config, {key: tensor.shape for key, tensor in source.tensors.items()})
+        check_distributed_tensors(config, {key: tensor.shape for key, tensor in tensors.items()})
     except UserError as error:
-        raise UserError(f"{source.folder}: {error}") from None
+        raise UserError(f"{folder}: {error}") from None
     with TensorReader() as reader:
         for shard in shards:
-            _fill(shard, source.tensors[shard.key], reader)
+            _fill(shard, tensors[shard.key], reader)
 
 
 def _fill(shard: ShardedTensor, tensor: RowTensor, reader: TensorReader) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from hymeg.checkpoint.live import load_weights
+from hymeg.checkpoint.adapters import merged
+from hymeg.checkpoint.live import load_tensors
+from hymeg.checkpoint.sources import open_adapter, open_any
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.training.arguments import parse
@@ -26,6 +28,7 @@ def load_model(
     flags: Sequence[str] = (),
     *,
     hf_model: str | os.PathLike | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[list[torch.nn.Module], HyConfig]:
     """The model in `checkpoint`, as this rank's virtual stages, and its config. Without a launcher this process is a
     world of its own; otherwise every rank calls it.
@@ -34,6 +37,7 @@ def load_model(
         checkpoint: a Hugging Face folder or a distributed checkpoint.
         flags: pretrain_hy.py's, of layout and precision.
         hf_model: the folder with config.json and tokenizer, if it is another.
+        adapter: whose delta is added to the weights: a distributed checkpoint of adapters or a peft folder.
 
     Raises:
         UserError: a flag or the checkpoint cannot be used.
@@ -48,7 +52,9 @@ def load_model(
     preflight(args, config, lambda note: None)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # standard output is the answers'
         model = build_model(args)
-    load_weights(model, config, checkpoint)
+    base = open_any(checkpoint)
+    tensors = base.tensors if adapter is None else merged(config, base.tensors, open_adapter(Path(adapter), config))
+    load_tensors(model, config, tensors, base.folder)
     return model, config
 
 

@@ -3,11 +3,19 @@ data-parallel and context-parallel ranks; drawn, with the same prompts on all of
 """
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from test_layouts import CP2, EP2, PP2, TP2, VPP2
 
+from hymeg.checkpoint.adapter_settings import AdapterSettings
+from hymeg.checkpoint.adapters import merge
 from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.hf.config import HyConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from adapter_files import random_adapter, save_adapter
 
 LAYOUTS = {
     2: {
@@ -56,3 +64,14 @@ def test_the_command_says_the_same_of_a_hugging_face_folder_and_of_a_distributed
     assert said == "".join(f"[{i}] {row['prompt']}\n{row['response']}\n\n" for i, row in enumerate(rows, start=1))
     place = [str(folder / "trunk-dist"), "--hf-model", str(folder / "trunk"), "--tensor-model-parallel-size", "2"]
     assert worlds.run(2, [*place, *asked], "spoken")["said"] == said
+
+
+def test_an_adapter_beside_its_base_says_what_the_merged_weights_say(worlds, folder):
+    config = HyConfig.from_dir(folder / "trunk")
+    settings = AdapterSettings(4, 8.0, "lora", 0.0, ("q_proj", "o_proj", "experts.gate_proj", "shared_mlp.down_proj"))
+    save_adapter(folder / "adapter", config, settings, random_adapter(config, settings))
+    merge(folder / "trunk", folder / "adapter", folder / "merged")
+    asked = ["--raw", "--prompt", "Good day", "--max-new-tokens", "8", "--greedy"]
+    base, merged = (worlds.run(1, [str(folder / name), *asked], "spoken") for name in ("trunk", "merged"))
+    layout = ["--tensor-model-parallel-size", "2", "--adapter", str(folder / "adapter")]
+    assert worlds.run(2, [str(folder / "trunk"), *asked, *layout], "spoken") == merged != base
