@@ -75,13 +75,15 @@ class Adapter(torch.nn.Module):
         groups: Groups,
         settings: AdapterSettings,
         seed: int,
-        weight: torch.Tensor,
+        linears: Sequence[torch.nn.Module],
         sequence_parallel: bool,
     ):
         super().__init__()
+        self.linears = tuple(linears)  # no children of this module
         self.parts, self.rows, self.num_runs = tuple(parts), tuple(rows), num_runs
         self.is_row_parallel, self.groups = is_row_parallel, groups
         self.rank, self.scale, self.dropout = settings.rank, settings.scale, settings.dropout
+        self.seed = seed
         self.of_experts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for part, num_rows in zip(parts, rows, strict=True):
             if part is None:
@@ -91,7 +93,7 @@ class Adapter(torch.nn.Module):
                 a = a.chunk(groups.shards.size(), dim=-1)[groups.shards.rank()]
             b = torch.zeros(*a.shape[:-2], num_runs * num_rows, settings.rank)
             for letter, tensor, is_cut, dim in (("A", a, is_row_parallel, -1), ("B", b, not is_row_parallel, -2)):
-                parameter = torch.nn.Parameter(tensor.to(weight, copy=True).contiguous())
+                parameter = torch.nn.Parameter(tensor.to(next(self.weights()), copy=True).contiguous())
                 set_tensor_model_parallel_attributes(parameter, is_cut, parameter.dim() + dim if is_cut else -1, 1)
                 if groups.experts is not None:
                     parameter.allreduce = False
@@ -105,6 +107,13 @@ class Adapter(torch.nn.Module):
             return None
         each, group = part.num_experts // self.groups.experts.size(), self.groups.experts
         return range(group.rank() * each, (group.rank() + 1) * each)
+
+    def weights(self) -> Iterator[torch.Tensor]:
+        """Of the layer, `[out, in]` on this rank; of experts one after the other."""
+        for linear in self.linears:
+            for name, parameter in linear.named_parameters(recurse=False):
+                if name.startswith("weight"):
+                    yield parameter
 
     def pairs(self) -> Iterator[tuple[Module, torch.Tensor, torch.Tensor]]:
         """Each projection that has an adapter, its A and its B."""
@@ -187,7 +196,7 @@ class Adapter(torch.nn.Module):
         if self.is_row_parallel:
             return tracker.fork(get_expert_parallel_rng_tracker_name())
         if _SAME_ON_ALL_SHARDS not in tracker.get_states():
-            tracker.add(_SAME_ON_ALL_SHARDS, torch.initial_seed() + 50_000 + self.groups.experts.rank())
+            tracker.add(_SAME_ON_ALL_SHARDS, self.seed + 50_000 + self.groups.experts.rank())
         return tracker.fork(_SAME_ON_ALL_SHARDS)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -242,17 +251,17 @@ def add_adapters(model: torch.nn.Module, config: HyConfig, settings: AdapterSett
         for path, owner, is_expert in _owners(layer):
             for name, names, is_row_parallel in _LINEARS:
                 parts = [wanted.get(f"{prefix}{path}{projection}") for projection in names]
-                linear = getattr(owner, name, None) or _first_of_experts(owner, name)
-                if linear is None or not any(parts):
+                linears = _linears(owner, name)
+                if not linears or not any(parts):
                     continue
                 adapter = Adapter(
                     parts,
-                    *_rows(names, config, model.config, linear),
+                    *_rows(names, config, linears[0]),
                     is_row_parallel,
                     _groups(model.pg_collection, is_expert),
                     settings,
                     seed,
-                    next(linear.parameters()),
+                    linears,
                     model.config.sequence_parallel,
                 )
                 model.adapters[f"{prefix}{path}{name}".replace(".", "-")] = adapter
@@ -290,11 +299,13 @@ def _owners(layer: TransformerLayer) -> Iterator[tuple[str, torch.nn.Module, boo
     yield "mlp.experts.", layer.mlp.experts, True
 
 
-def _first_of_experts(owner: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    return getattr(owner.local_experts[0], name, None) if isinstance(owner, SequentialMLP) else None
+def _linears(owner: torch.nn.Module, name: str) -> list[torch.nn.Module]:
+    """The layers of that name: one, or one for each local expert, or none."""
+    of = owner.local_experts if isinstance(owner, SequentialMLP) else [owner]
+    return [getattr(one, name) for one in of if hasattr(one, name)]
 
 
-def _rows(names: Sequence[str], config: HyConfig, sizes, linear: torch.nn.Module) -> tuple[list[int], int]:
+def _rows(names: Sequence[str], config: HyConfig, linear: torch.nn.Module) -> tuple[list[int], int]:
     """Rows of each projection on this rank, in each run, and the number of runs."""
     num_rows = next(p for name, p in linear.named_parameters() if name.startswith("weight")).shape[0]
     if len(names) == 3:

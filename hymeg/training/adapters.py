@@ -30,9 +30,10 @@ from hymeg.checkpoint.sources.dist_folder import stored_shapes
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.models.lora import add_adapters
-from hymeg.platform import device
+from hymeg.platform import device, megatron
 from hymeg.platform.patches import patched
 from hymeg.training import weights
+from hymeg.training.adapter_log import AdapterLog
 
 Say = Callable[[str], None]
 
@@ -199,13 +200,18 @@ class AdapterTraining:
 
 
 @contextlib.contextmanager
-def training_adapters(args: argparse.Namespace, config: HyConfig, model_config) -> Iterator[None]:
-    """While the context is open, the model that Megatron builds has adapters, and its saves hold them."""
+def training_adapters(args: argparse.Namespace, config: HyConfig, model_config, say: Say) -> Iterator[None]:
+    """While the context is open, the model that Megatron builds has adapters, its saves hold them, and what they do to
+    the weights is said.
+    """
     training = AdapterTraining(args, config)
     model_config.pre_wrap_hooks = [*(model_config.pre_wrap_hooks or []), training.attach]
     model_config.post_wrap_hooks = [*(model_config.post_wrap_hooks or []), training.load_base]
     save = functools.partial(training.save_settings, serialization.save_config)
-    with patched(serialization, "save_config", save, "serialization.py:449: the mark that makes a save valid"):
+    with (
+        patched(serialization, "save_config", save, "serialization.py:449: the mark that makes a save valid"),
+        megatron.after_steps(AdapterLog(args, config, say)),
+    ):
         yield
 
 

@@ -129,7 +129,9 @@ def train(args, config: HyConfig) -> None:
     if args.keep_last is not None:
         keep_every, args.save_retain_interval = args.save_retain_interval, None  # whose own removal knows no number
         once_saved[:] = [lambda: remove_older(args.save, args.keep_last, keep_every, get_loaded_iteration())]
-    adapters = contextlib.nullcontext() if args.lora_rank is None else training_adapters(args, config, model_config)
+    adapters = (
+        contextlib.nullcontext() if args.lora_rank is None else training_adapters(args, config, model_config, _say)
+    )
     with (
         recording(args, config, data, _say) as record,
         metrics.logging(args, config, model_config, record, _say),

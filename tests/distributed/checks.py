@@ -3,6 +3,7 @@ come to the same collectives.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -18,6 +19,7 @@ from generated import generated
 from megatron.training import training
 
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
+from hymeg.models.lora import Adapter
 from hymeg.platform import megatron
 from hymeg.platform.patches import patched
 from hymeg.training.arguments import parse
@@ -44,6 +46,25 @@ def save_untrained(argv: list[str]) -> dict:
 def generation(argv: list[str]) -> dict:
     """What this layout generates."""
     return generated(*parse(argv))
+
+
+def adapter_masks(argv: list[str]) -> dict:
+    """What every rank's adapters drop in a training: `[is of experts, is row-parallel, shape, digest]` of each mask."""
+    noted, dropped = [], Adapter._dropped
+
+    def noting(adapter, x, *args):
+        kept = dropped(adapter, x, *args)
+        digest = hashlib.sha256((kept == 0).numpy().tobytes()).hexdigest()
+        noted.append([adapter.groups.experts is not None, adapter.is_row_parallel, list(x.shape), digest])
+        return kept
+
+    args, config = parse(argv)
+    preflight(args, config, lambda note: None)
+    with patched(Adapter, "_dropped", noting, "masks are seen nowhere else"):
+        train(args, config)
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, noted)
+    return {"ranks": ranks}
 
 
 def vocabulary_shards(argv: list[str]) -> dict:

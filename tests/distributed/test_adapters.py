@@ -1,11 +1,21 @@
 """Adapters train in every layout as in one process: losses, gradient norms, and every number of A and B after five
 steps, to 1e-5; copies of them to the bit. The base is frozen and costs neither gradients nor optimizer."""
 
+import re
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_conversations import write_rows
 from test_layouts import CP2, EP2, PP2, TP2, VPP2
 from worlds import assert_same_training, largest_difference
+
+from hymeg.checkpoint.adapter_settings import AdapterSettings
+from hymeg.checkpoint.adapter_table import adapter_modules, check_adapter_tensors
+from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.checkpoint.sources.dist_folder import stored_shapes
+from hymeg.hf.config import HyConfig
 
 RANK, STEPS = 4, 5
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
@@ -116,11 +126,6 @@ def test_resumed_in_another_layout_goes_on_as_if_nothing_had_happened(worlds, co
 
 def test_a_save_holds_the_adapters_alone(worlds, command, folder):
     """Under the keys of the table, and the settings beside them."""
-    from hymeg.checkpoint.adapter_settings import AdapterSettings
-    from hymeg.checkpoint.adapter_table import check_adapter_tensors
-    from hymeg.checkpoint.sources.dist_folder import stored_shapes
-    from hymeg.hf.config import HyConfig
-
     save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
     worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
     saved = save / "iter_0000003"
@@ -135,12 +140,6 @@ def test_a_save_holds_the_adapters_alone(worlds, command, folder):
 
 def test_resume_on_another_base_is_refused(worlds, command, folder):
     """Whose weights differ in one number; the same weights from a distributed checkpoint are taken."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    from hymeg.checkpoint.convert import hf_to_dist
-
     save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
     worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
     hf_to_dist(folder / "trunk", folder / "trunk-dist", overwrite=True)
@@ -172,10 +171,37 @@ def test_packed_conversations(worlds, command, folder):
 
 
 def test_ranks_that_hold_the_same_tokens_drop_the_same(worlds, command):
-    """What several ranks hold copies of stays the same to the bit, and drops do something. Without experts cut among
-    them two ranks would part at the first step."""
-    flags = f"{TP2} --expert-tensor-parallel-size 2"
-    dropped = worlds.run(2, lora(command, f"{flags} --lora-dropout 0.5", steps=3))
-    kept = worlds.run(2, lora(command, flags, steps=3))
-    assert all(one["apart"] == 0 for one in dropped["adapters"].values())
-    assert largest_difference(dropped["steps"], kept["steps"], "loss") > 1e-4
+    """Under expert tensor parallelism the two ranks' experts are given the same tokens; all else is parts of them."""
+    flags = f"{TP2} --expert-tensor-parallel-size 2 --lora-dropout 0.5"
+    first, second = worlds.run(2, lora(command, flags, steps=1), "adapter_masks")["ranks"]
+    assert len(first) == len(second)
+    kinds = set()
+    for (of_experts, is_row, shape, digest), other in zip(first, second, strict=True):
+        assert other[:3] == [of_experts, is_row, shape]
+        if shape[0] > 0:
+            assert (digest == other[3]) == (of_experts and not is_row), (of_experts, is_row, shape)
+            kinds.add((of_experts, is_row))
+    assert len(kinds) == 4
+
+
+def test_the_update_is_told_by_its_size_against_the_weights(worlds, command, alone, folder):
+    """As B A itself says, over the layers."""
+    layout = f"{TP2} --expert-tensor-parallel-size 2"
+    said = worlds.run(2, lora(command, f"{layout} --log-interval 1"))["said"]
+    (line,) = [line for line in said if "update against weights" in line]
+    found = {name: float(ratio) for name, ratio in re.findall(r"([\w.]+) (\d\.\d\de[+-]\d\d)", line)}
+    weights, adapters = load_file(folder / "trunk" / "model.safetensors"), alone["trunk"]["adapters"]
+    squares = {}
+    for module in adapter_modules(HyConfig.from_dir(folder / "trunk"), TARGETS.split()):
+        a, b = (torch.tensor(adapters[k]["values"]).view(adapters[k]["shape"]) for k in (module.lora_a, module.lora_b))
+        names = [module.weight(e) for e in range(module.num_experts)] if module.num_experts else [module.weight()]
+        both = squares.setdefault(module.target, [0.0, 0.0])
+        both[0] += (2.0 * b @ a).square().sum().item()
+        both[1] += sum(weights[name].square().sum().item() for name in names)
+    assert found == {name: pytest.approx((d / w) ** 0.5, rel=1e-2) for name, (d, w) in squares.items()}
+
+
+def test_adapters_that_do_not_move_are_said(worlds, command):
+    still = worlds.run(1, lora(command, "--lr 0 --min-lr 0", steps=11))["said"]
+    (line,) = [line for line in still if "have not moved" in line]
+    assert "37 of 37" in line and "model.layers.0.self_attn.q_proj" in line

@@ -21,6 +21,7 @@ from static_bytes import static_bytes
 
 from hymeg.data.conversations import ConversationDataset
 from hymeg.platform.patches import patch, patched
+from hymeg.training import run
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
 from hymeg.training.run import train
@@ -49,7 +50,7 @@ def _train(argv: list[str]) -> dict:
     args, config = parse(argv)
     notes = []
     preflight(args, config, notes.append)
-    steps, evaluations, held, drawn, live = [], [], [], [], {}
+    steps, evaluations, held, drawn, said, live = [], [], [], [], [], {}
     train_step, set_up, evaluate, sequence = (
         training.train_step,
         training.setup_model_and_optimizer,
@@ -82,6 +83,7 @@ def _train(argv: list[str]) -> dict:
         return made
 
     with (
+        patched(run, "_say", said.append, "tests read what is said"),
         patched(training, "train_step", recorded, "tests read losses unrounded"),
         patched(training, "evaluate", evaluated, "tests read losses unrounded"),
         patched(ConversationDataset, "sequence", noted, "tests read what is drawn"),
@@ -99,7 +101,7 @@ def _train(argv: list[str]) -> dict:
     static = [static_of_rank for *_, static_of_rank in gathered]
     live = [live_of_rank for *_, live_of_rank, _ in gathered]
     figures = {"steps": steps, "evaluations": evaluations, "static": static, "live": live}
-    return {"notes": notes, "called": sorted(CALLED), "adapters": adapters, **figures}
+    return {"notes": notes, "called": sorted(CALLED), "adapters": adapters, "said": said, **figures}
 
 
 def _speaks_for_its_data() -> bool:
