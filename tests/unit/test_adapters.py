@@ -27,6 +27,7 @@ from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import num_rows
 from hymeg.checkpoint.row_tensors import TensorReader
 from hymeg.checkpoint.sources import open_adapter
+from hymeg.checksums import MANIFEST
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
@@ -248,6 +249,7 @@ def changed(folders: Path, tmp_path: Path, layout: str, config=None, tensors=Non
     """A copy of the peft folder, with other settings or tensors."""
     copy = tmp_path / "changed"
     shutil.copytree(folders / layout, copy)
+    (copy / MANIFEST).unlink()  # of checksums, which would say it first
     found = json.loads((copy / "adapter_config.json").read_bytes())
     (copy / "adapter_config.json").write_text(json.dumps(found | (config or {})))
     if tensors:
