@@ -118,6 +118,16 @@ def test_drawn_text_is_the_same_too_and_so_is_where_it_ends(trained):
         assert found == plain and streamed == [answer.tokens for answer in plain]
 
 
+def test_counts_do_not_depend_on_what_else_is_in_the_batch(trained):
+    """The first sequence ends early, and the last one moves into its slot, with what the layers keep of it."""
+    first, *_ = generate(trained, PROMPTS, Sampling(NUM_NEW))
+    alone, together = Drafting(DEPTHS), Drafting(DEPTHS)
+    for drafting, batch_size in ((alone, 1), (together, len(PROMPTS))):
+        sampling = Sampling(NUM_NEW, stop_ids=(first.tokens[1],))
+        generate(trained, PROMPTS, sampling, drafting=drafting, batch_size=batch_size)
+    assert alone == together
+
+
 def test_no_more_is_drafted_than_there_are_layers(untrained):
     with pytest.raises(UserError, match="3 tokens are to be drafted at a time, and the model has 2"):
         generate(untrained, [[1]], Sampling(), drafting=Drafting(3))
