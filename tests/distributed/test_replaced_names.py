@@ -20,6 +20,8 @@ BY_FLAGS = {
     "memory_stats": "--log-memory-to-tensorboard",
     "is_current_stream_capturing": "--moe-routing-trace-path",
     "set_rng_state": "checkpointing.py:2665, where the layout has not changed",
+    "get_async_strategy": "--save",
+    "save_config": "--save",
 }
 """Called under flags that no test here gives, or elsewhere."""
 
