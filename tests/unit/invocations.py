@@ -620,11 +620,6 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "--save-hf {file}/x",
         ("--save-hf {file}/x", "{file} is a file", "give a folder"),
     ),
-    "save-hf-of-adapters": (
-        1,
-        "--save-hf {tmp}/new --lora-rank 4",
-        ("--save-hf {tmp}/new", "--lora-rank 4", "tools/convert_checkpoint.py", "leave --save-hf out"),
-    ),
     "Hugging Face folders among the checkpoints": (
         1,
         "--save {tmp}/new --save-hf {tmp}/new",
