@@ -92,12 +92,14 @@ def install() -> None:
         torch_cuda.install()
         gloo.install()
     _installed = True
-    from hymeg.platform import megatron, saving
+    from hymeg.platform import megatron
 
     for message in (r"`torch.distributed.\w+` is deprecated", "MimoModelConfig is experimental"):
         warnings.filterwarnings("ignore", message=message)
     if is_cpu():
         megatron.quieten()
+    from hymeg.platform import saving  # imports Megatron, which warns
+
     megatron.use_shipped_dataset_helpers()
     megatron.mend_mtp_rolls()
     megatron.count_mtp_hits_without_logits()

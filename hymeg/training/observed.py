@@ -33,7 +33,10 @@ def observe(folder: str, hf: str | None, machine: Machine, attended: float | Non
     Raises:
         UserError: there is no record, too few steps in it, or a command line that is not understood.
     """
-    run = read_run(folder)
+    try:
+        run = read_run(folder)
+    except UserError as error:
+        raise UserError(f"--measured {error}") from error
     seconds = [value for _, value in run.curves.get(_SECONDS, [])][_FIRST:]
     if not seconds:
         raise UserError(

@@ -61,6 +61,12 @@ from megatron.core.transformer import transformer_block as block; print(block.HA
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
+def test_tools_are_not_drowned_in_warnings():
+    code = "from hymeg import platform; platform.install(); import hymeg.training.preflight"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_platform_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.setattr(platform, "_name", None)
     monkeypatch.setenv("HYMEG_PLATFORM", "tpu")
