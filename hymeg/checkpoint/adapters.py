@@ -2,27 +2,28 @@
 Streaming, in several processes, through the one pipe of `conversion`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.conversion import Conversion, Say, Summary, as_path, carry_out, check_apart
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
-from hymeg.checkpoint.mapping import Entry, hf_entries
+from hymeg.checkpoint.mapping import Entry, hf_entries, num_rows
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
-from hymeg.checkpoint.row_tensors import RowTensor
+from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.sinks.dist_folder import files_of_adapter
 from hymeg.checkpoint.sinks.hf_folder import files_of_hf
 from hymeg.checkpoint.sinks.peft_folder import files_of_peft
 from hymeg.checkpoint.sources import open_adapter, open_dist_adapter, open_hf, open_peft
 from hymeg.checkpoint.sources.adapter_folder import Adapter
 from hymeg.checkpoint.sources.hf_folder import DEQUANTISED
-from hymeg.checkpoint.workers import check_num_workers
+from hymeg.checkpoint.workers import aside, check_num_workers, run
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.dtypes import ROUNDED_TO
+from hymeg.hf.dtypes import ROUNDED_TO, WEIGHTS
 from hymeg.hf.safetensors_files import MAX_SHARD_BYTES
+from hymeg.progress import Progress
 
 
 def adapter_to_peft(
@@ -143,7 +144,8 @@ def merge(
         layout, max_shard_bytes, dtype, workers, overwrite, verify, say: as for `convert.dist_to_hf`.
 
     Raises:
-        UserError: one of them is broken, or they do not belong together; `hf` cannot be written.
+        UserError: one of them is broken, or they do not belong together (of a distributed one by the fingerprint of its
+            base); `hf` cannot be written.
     """
     base_hf, adapter, hf = Path(base_hf), Path(adapter), Path(hf)
     check_num_workers(workers)
@@ -170,7 +172,48 @@ def merge(
             notes=[*base.notes, f"adapters of {len(found.modules):,} modules, scale {found.settings.scale:g}"],
         )
 
+    check_base(base_hf, adapter, iteration, workers, say)
     return carry_out(planned, hf, "merging", workers, overwrite, verify, say)
+
+
+def check_base(base_hf: Path, adapter: Path, iteration: int | None, workers: int, say: Say) -> None:
+    """Whether the adapter was trained on these weights, by the fingerprint that training left in adapter.json.
+
+    Raises:
+        UserError: it was trained on others; or one of the folders cannot be read.
+    """
+    record, _ = aside(lambda: open_adapter(adapter, open_hf(base_hf).config, iteration).settings.base)
+    wanted = (record or {}).get("fingerprint")
+    if wanted is None:
+        say(f"{adapter} does not say which weights it was trained on: that they are {base_hf}'s is not checked")
+        return
+
+    def work(number: int, report: Callable[[int], None]) -> int:
+        import torch  # not needed for anything else here, and large
+
+        from hymeg.checkpoint.fingerprint import part_of_fingerprint
+
+        torch.set_num_threads(1)
+        total = 0
+        with TensorReader() as reader:
+            for place, tensor in enumerate(open_hf(base_hf).tensors.values()):
+                if place % workers != number:
+                    continue
+                row, dtype = 0, getattr(torch, WEIGHTS[tensor.dtype].torch)
+                for block in reader.blocks(tensor, [(0, num_rows(tensor.shape))]):
+                    rows = torch.frombuffer(block, dtype=dtype).view(-1, tensor.num_columns)
+                    total += part_of_fingerprint(tensor.key, rows, row)
+                    row += len(rows)
+                    report(block.nbytes)
+        return total
+
+    num_bytes = sum(path.stat().st_size for path in base_hf.glob("*.safetensors"))
+    totals = run(work, range(workers), Progress("reading the base", num_bytes)).results
+    if (found := f"{sum(totals) % 2**48:012x}") != wanted:
+        raise UserError(
+            f"{adapter}: trained on other weights than {base_hf} holds (fingerprint {wanted}, found {found}); give "
+            f"their base, {record.get('source')}, with --base-hf"
+        )
 
 
 def merged(config: HyConfig, base: dict[str, RowTensor], adapter: Adapter) -> dict[str, RowTensor]:

@@ -138,7 +138,7 @@ def test_the_command_plans_with_what_was_measured(run, monkeypatch, capsys):
 
 
 def test_what_is_no_measurement_is_said(run, tmp_path):
-    with pytest.raises(UserError, match="--measured .*model: no record of a run"):
+    with pytest.raises(UserError, match=r"--measured .*model: no record of a run"):
         observe(str(tmp_path / "model"), None, MACHINE, None)
     with pytest.raises(UserError, match=r"its command line: --hf-model /gone"):
         observe(run / "run", None, MACHINE, None)

@@ -13,8 +13,10 @@ from worlds import assert_same_training, largest_difference
 
 from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import adapter_modules, check_adapter_tensors
+from hymeg.checkpoint.adapters import merge
 from hymeg.checkpoint.convert import hf_to_dist
 from hymeg.checkpoint.sources.dist_folder import stored_shapes
+from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 
 RANK, STEPS = 4, 5
@@ -138,8 +140,10 @@ def test_a_save_holds_the_adapters_alone(worlds, command, folder):
     assert settings.base["source"] == str(folder / "trunk") and len(settings.base["fingerprint"]) == 12
 
 
-def test_resume_on_another_base_is_refused(worlds, command, folder):
-    """Whose weights differ in one number; the same weights from a distributed checkpoint are taken."""
+def test_another_base_is_refused(worlds, command, folder):
+    """Whose weights differ in one number; the same weights from a distributed checkpoint are taken. In a resume and in
+    a merge.
+    """
     save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
     worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
     hf_to_dist(folder / "trunk", folder / "trunk-dist", overwrite=True)
@@ -153,6 +157,12 @@ def test_resume_on_another_base_is_refused(worlds, command, folder):
     save_file(tensors, other / "model.safetensors")
     with pytest.raises(AssertionError, match="its adapters were trained on other weights than"):
         worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=4), "--pretrained-checkpoint", str(other)])
+    said = []
+    merge(folder / "trunk", save, folder / "merged", say=said.append)
+    assert not any("not checked" in line for line in said) and (folder / "merged" / "model.safetensors").exists()
+    with pytest.raises(UserError, match=r"trained on other weights than .*another holds .* give their base, .*trunk"):
+        merge(other, save, folder / "merged-into-another")
+    assert not (folder / "merged-into-another").exists()
 
 
 def test_packed_conversations(worlds, command, folder):
