@@ -25,11 +25,6 @@ def check_save_hf(args: argparse.Namespace, config: HyConfig) -> None:
     """Raises UserError: there is no room for one folder, or the place is another's."""
     if args.save_hf is None:
         return
-    if args.lora_rank is not None:
-        raise UserError(
-            f"--save-hf {args.save_hf} with --lora-rank {args.lora_rank}: adapters are saved by --save, and merged or "
-            "made a peft folder by tools/convert_checkpoint.py; leave --save-hf out"
-        )
     check_writable("--save-hf", args.save_hf)
     for dest in ("save", "hf_model", "load", "pretrained_checkpoint"):
         other = getattr(args, dest)

@@ -34,3 +34,19 @@ def test_next_losses_equal_the_uninterrupted_run(resumed, one_process, name):
     expected = one_process[PAIRS[name][2]]["steps"]
     assert_same_training(resumed[f"save {name}"]["steps"], expected[:3])
     assert_same_training(resumed[name]["steps"], expected[3:])
+
+
+def test_a_damaged_checkpoint_is_named_and_fallen_back_from_when_asked(worlds, folder, command, one_process):
+    """The run then goes on from the one before it as if that were the newest."""
+    save = folder / "saves" / "damaged"
+    worlds.run(2, command(f"{DISTRIBUTED} --save {save} --save-interval 1", steps=3))
+    damaged = sorted((save / "iter_0000003").glob("*.distcp"))[0]
+    with open(damaged, "r+b") as file:
+        file.seek(damaged.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 16]))
+    with pytest.raises(AssertionError, match=rf"iter_0000003/{damaged.name}: damaged.* is 2: give --ckpt-step 2 or"):
+        worlds.run(2, command(DISTRIBUTED, load=str(save), steps=4))
+    found = worlds.run(2, command(f"{DISTRIBUTED} --fall-back-to-older-checkpoint", load=str(save), steps=4))
+    assert_same_training(found["steps"], one_process["trunk"]["steps"][2:4])
