@@ -31,6 +31,10 @@ class Outcome(NamedTuple):
     peak_bytes: int  # of resident memory, of the workers and this process together; what they share counts once
 
 
+told_to_end: list[int] = []
+"""Signals that this process was ended by and that it does not ignore."""
+
+
 def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> Outcome:
     """Call `work(share, report)` for every share, each in a process of its own, forked from this one; `report(n)` tells
     that n more bytes are done.
@@ -61,6 +65,8 @@ def run(work: Work, shares: Sequence[Any], progress: Progress | None = None) -> 
             for connection in wait(list(waiting), timeout=_SECONDS_BETWEEN_REDRAWS):
                 number = waiting.pop(connection)
                 results[number], peaks[number] = _received(connection, processes[number])
+            if told_to_end:  # the handler's SystemExit is lost where it meets a finalizer
+                raise SystemExit(128 + told_to_end[-1])
             if progress:
                 progress.show(sum(done))
         if progress:

@@ -57,7 +57,8 @@ def local_folder(name: str | os.PathLike, weights: bool = True) -> Path:
             return folder
     raise UserError(
         f"{name}: no such folder, and a model of this name is neither in the Hugging Face cache nor can be fetched "
-        f"({reason}); give a folder, or check name, revision and network (HF_HOME says where the cache is)"
+        f"({reason}); give a folder, fetch it with hf download where there is a network, or check name and revision "
+        "(HF_HOME says where the cache is)"
     )
 
 

@@ -169,7 +169,10 @@ def _fetch(args: argparse.Namespace) -> None:
     for dest, weights in (("hf_model", False), ("load", True), ("pretrained_checkpoint", True)):
         given = getattr(args, dest)
         if given is not None and given != args.save:
-            setattr(args, dest, str(local_folder(given, weights)) if is_hub_id(given) else given)
+            try:
+                setattr(args, dest, str(local_folder(given, weights)) if is_hub_id(given) else given)
+            except UserError as error:
+                raise UserError(f"--{dest.replace('_', '-')} {error}") from error
 
 
 def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespace, HyConfig]:

@@ -212,6 +212,24 @@ def test_a_conversion_that_is_told_to_end_leaves_nothing(dist_checkpoint, tmp_pa
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+def test_a_signal_whose_exception_was_lost_ends_a_conversion_too(dist_checkpoint, tmp_path, monkeypatch):
+    """An exception that a handler raises inside a finalizer goes nowhere."""
+    parent = os.getpid()
+
+    def told(*_):
+        os.kill(parent, signal.SIGTERM)
+        signal.pause()
+
+    def lost(number, _):
+        workers.told_to_end.append(number)
+
+    monkeypatch.setattr(transfer, "_write_task", told)
+    monkeypatch.setattr(new_folder, "_exit", lost)
+    with pytest.raises(SystemExit) as ended:
+        dist_to_hf(dist_checkpoint, tmp_path / "out", workers=1)
+    assert ended.value.code == 128 + signal.SIGTERM and os.listdir(tmp_path) == [] and not workers.told_to_end
+
+
 # ---- file systems that cannot do everything
 
 

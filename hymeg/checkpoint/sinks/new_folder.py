@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hymeg import __version__
+from hymeg.checkpoint import workers
 from hymeg.checkpoint.dist_files import SOURCE_FILE
 from hymeg.checksums import MANIFEST, FileSum, read_manifest, sum_of, sum_of_file, write_manifest
 from hymeg.errors import UserError
@@ -229,7 +230,9 @@ def _tidy_end() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+        workers.told_to_end.clear()
 
 
 def _exit(number: int, _: Any) -> None:
+    workers.told_to_end.append(number)
     raise SystemExit(128 + number)
