@@ -140,17 +140,17 @@ def test_a_save_holds_the_adapters_alone(worlds, command, folder):
     assert settings.base["source"] == str(folder / "trunk") and len(settings.base["fingerprint"]) == 12
 
 
-def test_another_base_is_refused(worlds, command, folder):
+def test_another_base_is_refused(worlds, command, folder, tmp_path):
     """Whose weights differ in one number; the same weights from a distributed checkpoint are taken. In a resume and in
     a merge.
     """
     save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
     worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
-    hf_to_dist(folder / "trunk", folder / "trunk-dist", overwrite=True)
-    load = ["--pretrained-checkpoint", str(folder / "trunk-dist")]
+    hf_to_dist(folder / "trunk", tmp_path / "dist")
+    load = ["--pretrained-checkpoint", str(tmp_path / "dist")]
     same = worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=4), *load])
     assert len(same["steps"]) == 1
-    other = folder / "another"
+    other = tmp_path / "another"
     shutil.copytree(folder / "trunk", other)
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.2.mlp.experts.5.down_proj.weight"][3, 7] *= 1.1
@@ -158,11 +158,11 @@ def test_another_base_is_refused(worlds, command, folder):
     with pytest.raises(AssertionError, match="its adapters were trained on other weights than"):
         worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=4), "--pretrained-checkpoint", str(other)])
     said = []
-    merge(folder / "trunk", save, folder / "merged", say=said.append)
-    assert not any("not checked" in line for line in said) and (folder / "merged" / "model.safetensors").exists()
+    merge(folder / "trunk", save, tmp_path / "merged", say=said.append)
+    assert not any("not checked" in line for line in said) and (tmp_path / "merged" / "model.safetensors").exists()
     with pytest.raises(UserError, match=r"trained on other weights than .*another holds .* give their base, .*trunk"):
-        merge(other, save, folder / "merged-into-another")
-    assert not (folder / "merged-into-another").exists()
+        merge(other, save, tmp_path / "into-another")
+    assert not (tmp_path / "into-another").exists()
 
 
 def test_packed_conversations(worlds, command, folder):

@@ -53,25 +53,25 @@ def test_answers_differ_in_length_and_end(one):
 
 
 def test_the_command_says_the_same_of_a_hugging_face_folder_and_of_a_distributed_checkpoint_in_another_layout(
-    worlds, folder
+    worlds, folder, tmp_path
 ):
-    hf_to_dist(folder / "trunk", folder / "trunk-dist")
+    hf_to_dist(folder / "trunk", tmp_path / "dist")
     asked = ["--to", "German", "--text", "Good day", "--text", "Bye", "--max-new-tokens", "5", "--temperature", "0.9"]
-    alone = worlds.run(1, [str(folder / "trunk"), *asked, "--out", str(folder / "alone.jsonl")], "spoken")
+    alone = worlds.run(1, [str(folder / "trunk"), *asked, "--out", str(tmp_path / "alone.jsonl")], "spoken")
     said = alone["said"]
-    rows = [json.loads(line) for line in (folder / "alone.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Good day", "Bye"] and all(row["response"] for row in rows)
     assert said == "".join(f"[{i}] {row['prompt']}\n{row['response']}\n\n" for i, row in enumerate(rows, start=1))
-    place = [str(folder / "trunk-dist"), "--hf-model", str(folder / "trunk"), "--tensor-model-parallel-size", "2"]
+    place = [str(tmp_path / "dist"), "--hf-model", str(folder / "trunk"), "--tensor-model-parallel-size", "2"]
     assert worlds.run(2, [*place, *asked], "spoken")["said"] == said
 
 
-def test_an_adapter_beside_its_base_says_what_the_merged_weights_say(worlds, folder):
+def test_an_adapter_beside_its_base_says_what_the_merged_weights_say(worlds, folder, tmp_path):
     config = HyConfig.from_dir(folder / "trunk")
     settings = AdapterSettings(4, 8.0, "lora", 0.0, ("q_proj", "o_proj", "experts.gate_proj", "shared_mlp.down_proj"))
-    save_adapter(folder / "adapter", config, settings, random_adapter(config, settings))
-    merge(folder / "trunk", folder / "adapter", folder / "merged")
+    save_adapter(tmp_path / "adapter", config, settings, random_adapter(config, settings))
+    merge(folder / "trunk", tmp_path / "adapter", tmp_path / "merged")
     asked = ["--raw", "--prompt", "Good day", "--max-new-tokens", "8", "--greedy"]
-    base, merged = (worlds.run(1, [str(folder / name), *asked], "spoken") for name in ("trunk", "merged"))
-    layout = ["--tensor-model-parallel-size", "2", "--adapter", str(folder / "adapter")]
+    base, merged = (worlds.run(1, [str(place), *asked], "spoken") for place in (folder / "trunk", tmp_path / "merged"))
+    layout = ["--tensor-model-parallel-size", "2", "--adapter", str(tmp_path / "adapter")]
     assert worlds.run(2, [str(folder / "trunk"), *asked, *layout], "spoken") == merged != base
