@@ -235,6 +235,7 @@ def test_what_a_hostile_object_in_a_checkpoint_wants_is_not_done(folder, tmp_pat
         (tmp_path / "dist/release/__1_0.distcp").stat().st_size
     )
     metadata.write_bytes(pickle.dumps(stored))
+    (tmp_path / "dist/release/checksums.sfv").unlink()  # an attacker would write his own
     words = [
         "--config",
         str(folder / "recipe.yaml"),

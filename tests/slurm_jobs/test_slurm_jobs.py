@@ -182,8 +182,9 @@ def test_a_job_whose_time_is_up_leaves_and_goes_on(jobs):
     job = jobs["time is up"]
     job.requeued(1)
     assert job.ended() == "COMPLETED 0:0"
-    left, finished = outcomes(job)
-    assert left.startswith("left ") and int(left.split()[1]) > 1 and finished == "finished 3"
+    *left, finished = outcomes(job)  # twice on a slow machine: ten seconds are short
+    steps = [int(line.removeprefix("left ")) for line in left]
+    assert steps and steps[0] > 1 and steps == sorted(steps) and finished == "finished 3"
 
 
 def kill_step_daemons(job, node: str) -> None:
