@@ -16,6 +16,7 @@ from typing import NamedTuple
 import psutil
 import yaml
 
+import hymeg
 from hymeg.errors import UserError
 
 _DISTRIBUTIONS = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "transformer-engine")
@@ -112,7 +113,7 @@ def check_num_gpus(recipe: str, num_nodes: int, processes: int, any_number: bool
     return f"{said}: the global batch stays the recipe's, data parallelism takes the rest"
 
 
-def versions(root: Path) -> dict[str, str]:
+def versions(package: Path = Path(hymeg.__file__).parent) -> dict[str, str]:
     """Of everything that must be the same on all nodes: packages, Python, and hymeg's own files by their digest."""
     found = {"Python": platform.python_version()}
     for name in _DISTRIBUTIONS:
@@ -121,8 +122,8 @@ def versions(root: Path) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     digest = hashlib.sha256()
-    for path in sorted(root.glob("hymeg/**/*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    for path in sorted(package.glob("**/*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return found | {"hymeg's files": digest.hexdigest()[:12]}
 
 

@@ -22,7 +22,6 @@ from typing import Any, TextIO
 from hymeg.errors import EXIT_CODE, UserError
 from hymeg.launch.checks import check_num_gpus, check_run, host_gib, node_problems, read_run, versions
 
-ROOT = Path(__file__).parents[2]
 _SECONDS_BETWEEN_CLOCKS = 10.0
 
 
@@ -64,7 +63,7 @@ def main() -> None:
     facts = {
         "name": args.name,
         "problems": [*problems, *node_problems(args.processes, needed_gib, folders)],
-        "versions": versions(ROOT),
+        "versions": versions(),
     }
     host, _, port = args.head.rpartition(":")
     if first:

@@ -86,7 +86,7 @@ class Activations:
         """One multi-token-prediction layer with its logits. Under full recomputation its block keeps its two inputs;
         the "block" method does not know it (multi_token_prediction.py:1415)."""
         width, tokens = self.config.hidden_size, self.shared_tokens
-        around = self.head() + 8 * self.tokens
+        around = self.head() + 16 * self.tokens  # the rolled tokens, mask and losses
         if self.settings.recompute_granularity == "full" and self.settings.recompute_method == "uniform":
             return around + 2 * self.hidden()
         joined = 2 * width * self.a * tokens  # eh_proj's input

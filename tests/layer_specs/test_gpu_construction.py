@@ -59,7 +59,11 @@ def constructed(te_site, tmp_path_factory) -> dict:
         world_size = int(re.search(r"_(\d+)x", path.stem)[1])
         data = EXAMPLES / "data" / "conversations.jsonl"
         argv = f"--config {path} --hf-model {folder / path.parent.name} --init-from-scratch"
-        argv += f" --data-path {data} --data-cache-path {folder / 'cache'}" if "\nsft: true" in path.read_text() else " --mock-data"
+        argv += (
+            f" --data-path {data} --data-cache-path {folder / 'cache'}"
+            if "\nsft: true" in path.read_text()
+            else " --mock-data"
+        )
         for rank in (0, world_size - 1):
             wanted[f"{path.parent.name}/{path.name} {rank == 0}"] = (argv, rank, world_size)
     for name, widths in WIDTHS.items():

@@ -5,6 +5,7 @@ name, and nothing starts.
 import contextlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 import torch
 from cluster import free_port
 
+import hymeg
 from hymeg.errors import UserError
-from hymeg.launch.checks import check_num_gpus, check_run, gpu_problems, host_gib, node_problems, read_run
+from hymeg.launch.checks import check_num_gpus, check_run, gpu_problems, host_gib, node_problems, read_run, versions
 from hymeg.launch.health import compare
 from hymeg.platform import device
 
@@ -231,6 +233,16 @@ def test_what_differs_between_nodes_is_said_of_the_node(tmp_path):
     assert list(found) == ["n2", "n3", "n4", "n5"]
     assert "torch is 2.12.0, but 2.13.0 on n0" in found["n2"] and "-61 s off that of n0" in found["n3"]
     assert "not the same folder as on n0" in found["n4"] and "no word within 180 s" in found["n5"]
+
+
+def test_another_copy_of_hymeg_is_another_version(tmp_path):
+    package = Path(hymeg.__file__).parent
+    shutil.copytree(package, tmp_path / "hymeg", ignore=shutil.ignore_patterns("__pycache__"))
+    assert versions(tmp_path / "hymeg") == versions()
+    with open(tmp_path / "hymeg" / "checkpoint" / "convert.py", "a") as file:
+        file.write("# edited here alone\n")
+    (changed,) = versions(tmp_path / "hymeg").items() - versions().items()
+    assert changed[0] == "hymeg's files"
 
 
 def test_number_of_gpus_is_held_against_the_recipes_name():

@@ -20,7 +20,7 @@ from hymeg.flag_table import _DEFAULT, ALWAYS, ON_CPU, TABLE, WITHOUT, Row, cpu_
 from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG  # noqa: E402
 from hymeg.models.flags import architecture_flags  # noqa: E402
-from hymeg.training import schedule  # noqa: E402
+from hymeg.training import flag_names, schedule  # noqa: E402
 from hymeg.training.arguments import _DEFAULTS, _names, _parser, _refuse  # noqa: E402
 
 MEGATRON = Path(megatron.training.__file__).parents[1]
@@ -199,3 +199,11 @@ def _another_value(action: argparse.Action, row: Row, default: Any) -> Any:
 def _nothing_set(defaults: dict[str, Any], row: Row) -> dict[str, Any]:
     """What all flags are where none that the row asks for is set."""
     return defaults | {re.split("[=>]", need)[0]: 0 if ">" in need else None for need in row.needs.split()}
+
+
+@pytest.mark.parametrize("name", sorted(flag_names._BY_NAME))
+def test_every_name_from_elsewhere_leads_to_a_flag(name):
+    options = [option for action in _parser()._actions for option in action.option_strings]
+    right = flag_names._BY_NAME[name]
+    assert f"--{right}" in options and f"--{name}" not in options
+    assert flag_names.hint(f"--{name}", options) == f"; did you mean --{right}?"

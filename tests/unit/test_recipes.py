@@ -1,6 +1,7 @@
 """The recipes under examples/: the trainer's command line takes them, they are legal and fit the GPUs in their names,
 none is much slower than what the planner would choose, and their comments say what the planner says."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -93,6 +94,13 @@ def test_recipe_has_the_flags_that_the_planner_writes(planned):
         assert getattr(args, {"recompute-logits": "hy_recompute_logits"}.get(name, name.replace("-", "_"))) == value, (
             name
         )
+
+
+def test_virtual_stages_are_a_flag_where_the_layers_are_not_given_one_by_one():
+    staged = Layout(8, 4096, 8, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    assert flags_of(staged, Settings())["num-virtual-stages-per-pipeline-rank"] == 2
+    given = dataclasses.replace(staged, pipeline_model_parallel_layout="Et|t|t|t|t|t|t|tL")
+    assert "num-virtual-stages-per-pipeline-rank" not in flags_of(given, Settings())
 
 
 @every_recipe
