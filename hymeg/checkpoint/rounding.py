@@ -7,6 +7,8 @@ import functools
 
 import numpy as np
 
+_CACHED = 1 << 15  # so many fp32 numbers stay in a core's cache from one step to the next
+
 
 def converted(data: memoryview, found: str, wanted: str) -> memoryview:
     """The numbers in `data` in another dtype. dtypes are "BF16", "F16" or "F32"."""
@@ -23,14 +25,20 @@ def converted(data: memoryview, found: str, wanted: str) -> memoryview:
 
 def _bf16_bits(numbers: np.ndarray) -> np.ndarray:
     bits = numbers.view("<u4")
+    upper = _upper_halves(bits)
+    if np.isnan(numbers).any():
+        upper = np.where(np.isnan(numbers), (bits >> 16) | 0x40, upper).astype("<u2")
+    return upper
+
+
+def _upper_halves(bits: np.ndarray) -> np.ndarray:
+    """Of fp32 numbers that are not NaN, rounded."""
     rounded = bits >> 16
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
-    upper = rounded.view("<u2")[1::2].copy()
-    if np.isnan(numbers).any():
-        upper = np.where(np.isnan(numbers), (bits >> 16) | 0x40, upper).astype("<u2")
-    return upper
+    rounded >>= 16
+    return rounded.astype("<u2")
 
 
 @functools.cache
@@ -45,18 +53,42 @@ def e4m3_numbers() -> np.ndarray:
     return np.where(codes < 128, magnitude, -magnitude).astype("<f4")
 
 
-def dequantised(codes: memoryview, scales: np.ndarray, wanted: str) -> memoryview:
-    """fp32(codes) * scales in `wanted`, "BF16" or "F32".
+def dequantised(codes: memoryview, factors: np.ndarray, of_row: np.ndarray, wanted: str) -> memoryview:
+    """fp32(codes) * factors in `wanted`, "BF16" or "F32".
 
     Args:
         codes: [rows, columns], F8_E4M3.
-        scales: fp32, [rows, columns] or [1]: the same for all.
+        factors: fp32, [n, columns], or [1, 1]: the same for all.
+        of_row: [rows], ascending: which of the n are a row's.
     """
-    if scales.size == 1:
-        return memoryview(_looked_up(codes, scales.item(), wanted)).cast("B")
-    numbers = _looked_up(codes, 1.0, "F32").reshape(scales.shape)
-    np.multiply(numbers, scales, out=numbers)
-    return converted(memoryview(numbers).cast("B"), "F32", wanted)
+    if factors.size == 1:
+        return memoryview(_looked_up(codes, factors.item(), wanted)).cast("B")
+    rows = np.frombuffer(codes, np.int8).reshape(len(of_row), factors.shape[1])
+    made = np.empty(rows.shape, {"BF16": "<u2", "F32": "<f4"}[wanted])
+    height = max(_CACHED // factors.shape[1], 1)
+    for number, factor in enumerate(factors):
+        low, high = np.searchsorted(of_row, [number, number + 1])
+        for start in range(low, high, height):
+            part = slice(start, min(start + height, high))
+            numbers = _e4m3_as_fp32(rows[part])
+            with np.errstate(over="ignore"):
+                numbers *= factor
+            made[part] = _upper_halves(numbers.view("<u4")) if wanted == "BF16" else numbers
+    if (nan := (rows & 0x7F) == 0x7F).any():
+        made[nan] = {"BF16": 0x7FC0, "F32": np.nan}[wanted]
+    return memoryview(made).cast("B")
+
+
+def _e4m3_as_fp32(codes: np.ndarray) -> np.ndarray:
+    """But for NaN: sign, exponent and mantissa moved to fp32's places are the number, less the difference of the
+    exponents' biases, 7 and 127.
+    """
+    bits = codes.astype("<i4")  # of int8: the sign is in all upper bits
+    bits <<= 20
+    bits &= np.int32(-0x78100000)
+    numbers = bits.view("<f4")
+    numbers *= np.float32(2.0**120)
+    return numbers
 
 
 def _looked_up(codes: memoryview, scale: float, wanted: str) -> np.ndarray:

@@ -229,15 +229,15 @@ class TensorReader:
         self._read_bytes(tensor, piece, first, data)
         found = piece.dtype
         if piece.scales:
-            factors = self._factors(tensor, piece, piece.row + row, num_rows)
-            data, found = dequantised(data, factors, piece.scales.wanted), piece.scales.wanted
+            factors, of_row = self._factors(tensor, piece, piece.row + row, num_rows)
+            data, found = dequantised(data, factors, of_row, piece.scales.wanted), piece.scales.wanted
         unsigned = np.dtype(f"u{ITEM_SIZES[tensor.dtype]}")
         rows = np.frombuffer(into, unsigned).reshape(num_rows, tensor.num_columns)
         columns = np.frombuffer(converted(data, found, tensor.dtype), unsigned)
         rows[:, piece.first_column : piece.first_column + piece.num_columns] = columns.reshape(num_rows, -1)
 
-    def _factors(self, tensor: RowTensor, piece: Piece, row: int, num_rows: int) -> np.ndarray:
-        """The scale of each number, [num_rows, columns], or [1] where one is for all, fp32."""
+    def _factors(self, tensor: RowTensor, piece: Piece, row: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The scales, fp32 [n, columns], or [1, 1] where one is for all; and which of the n are a row's, [num_rows]."""
         scales, size = piece.scales, ITEM_SIZES[piece.scales.dtype]
         a_row, a_matrix = (
             math.ceil(n / m) for n, m in ((piece.num_columns, scales.columns), (scales.height, scales.rows))
@@ -252,9 +252,9 @@ class TensorReader:
         if not np.isfinite(factors).all() or (factors < 0).any():
             wrong = factors[~np.isfinite(factors) | (factors < 0)][0]
             raise UserError(f"{scales.file}: a scale of {tensor.key} is {wrong}; a finite number from 0 is needed")
-        if factors.size == 1:
-            return factors.reshape(1)
-        return np.repeat(factors, scales.columns, axis=1)[:, : piece.num_columns][block_rows - first]
+        if factors.size > 1:
+            factors = np.repeat(factors, scales.columns, axis=1)[:, : piece.num_columns]
+        return factors, block_rows - first
 
     def _read_bytes(self, tensor: RowTensor, piece: Piece, first: int, into: memoryview) -> None:
         try:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from fp8_folders import PROJECTION, quantised_folder, weights
@@ -67,13 +68,27 @@ def test_every_code_and_a_scale_that_needs_rounding():
     assert torch.equal(torch.from_numpy(e4m3_numbers().copy()).nan_to_num(9e9), numbers.nan_to_num(9e9))
     for scale in (torch.tensor([1.2345678e-3]), torch.tensor([3e38])):
         expected = (numbers * scale).bfloat16().view(torch.int16)
-        data = dequantised(memoryview(codes.numpy()).cast("B"), scale.numpy(), "BF16")
+        one = np.ones((1, 1), np.float32) * scale.numpy()
+        data = dequantised(memoryview(codes.numpy()).cast("B"), one, np.zeros(1), "BF16")
         found = torch.frombuffer(bytearray(data), dtype=torch.int16)
         finite = ~numbers.isnan()
         assert torch.equal(found[finite], expected[finite])
         assert found.view(torch.bfloat16)[~finite].isnan().all() and (~finite).sum() == 2
-        odd = dequantised(memoryview(codes.numpy()[:7]).cast("B"), scale.numpy(), "F32")
+        odd = dequantised(memoryview(codes.numpy()[:7]).cast("B"), one, np.zeros(1), "F32")
         assert torch.equal(torch.frombuffer(bytearray(odd), dtype=torch.float32), (numbers * scale)[:7])
+
+
+def test_every_code_by_each_of_many_scales():
+    """A row of factors at a time, in more steps than one."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(300, 4)
+    factors = torch.logspace(-30, 38, 3 * 1024, base=10).view(3, 1024)[:, torch.randperm(1024)]
+    of_row = np.sort(np.random.default_rng(0).integers(0, 3, 300))
+    product = codes.view(torch.float8_e4m3fn).float() * factors[of_row]
+    for wanted, dtype in (("BF16", torch.bfloat16), ("F32", torch.float32)):
+        data = dequantised(memoryview(codes.numpy()).cast("B"), factors.numpy(), of_row, wanted)
+        found = torch.frombuffer(bytearray(data), dtype=dtype).view(300, 1024)
+        assert torch.equal(found.isnan(), product.isnan()) and found.isnan().sum() == 2400
+        assert torch.equal(found.nan_to_num(7), product.to(dtype).nan_to_num(7))
 
 
 def test_rounding_to_bf16_is_torchs_for_every_upper_half():
