@@ -300,7 +300,7 @@ _WITH_LORA = (
 
 _EFFECTLESS = (
     _no_effect_without("lora_rank", "lora_alpha lora_targets lora_dropout lora_scaling"),
-    _no_effect_without("sft", "sft_packing sft_truncation sft_bad_rows"),
+    _no_effect_without("sft", "train_epochs sft_packing sft_truncation sft_bad_rows"),
     _no_effect_without(
         "save",
         """no_save_optim no_save_rng save_activations_interval save_dgrads_interval

@@ -118,6 +118,12 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "a third more time in the head",
     )
     group.add_argument(
+        "--train-epochs",
+        type=int,
+        metavar="N",
+        help="--sft: in place of --train-iters, as many as N passes over the training data take",
+    )
+    group.add_argument(
         "--no-sft-packing", dest="sft_packing", action="store_false", help="--sft: one conversation a sequence, padded"
     )
     group.add_argument(

@@ -46,6 +46,8 @@ def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Call
     if args.load is not None and not args.finetune and is_distributed_checkpoint(args.load):
         iteration = _iteration(args)
         kept = [entry for entry in _kept(args.load) if entry["after"] < iteration]
+        if args.train_iters is not None and iteration >= args.train_iters:
+            say(f"nothing left to train: {args.load} is at iteration {iteration} of --train-iters {args.train_iters}")
         for key, was in kept[-1]["data"].items() if kept else ():
             if key in record and record[key] != was:
                 say(

@@ -19,8 +19,8 @@ _ELSEWHERE = {
     "global-batch-size": "gbs global-batch train-batch total-batch gradient-accumulation "
     "gradient-accumulation-steps grad-accum",
     "seq-length": "seq-len sequence-length max-seq-len max-seq-length max-length model-max-length context-length",
-    "train-iters": "steps max-steps train-steps num-steps iters num-iters total-steps iterations epochs num-epochs "
-    "num-train-epochs",
+    "train-iters": "steps max-steps train-steps num-steps iters num-iters total-steps iterations",
+    "train-epochs": "epochs num-epochs num-train-epochs max-epochs",
     "lr": "learning-rate max-lr peak-lr",
     "min-lr": "end-lr final-lr lr-min",
     "lr-warmup-iters": "warmup-steps warmup-iters num-warmup-steps lr-warmup-steps",

@@ -253,12 +253,14 @@ def _correct(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     if args.load is not None and not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
         # A resume under another --train-iters or --lr would otherwise end in an assertion of the scheduler.
         args.override_opt_param_scheduler = True
-        if "train_iters" in args.explicit and is_distributed_checkpoint(args.load):
+        if args.explicit.keys() & {"train_iters", "train_epochs"} and is_distributed_checkpoint(args.load):
             say(
                 "--override-opt-param-scheduler set: the learning-rate schedule is this command's, not the checkpoint's"
             )
     if args.save is None and args.save_interval is not None:
         say(f"--save-interval {args.save_interval} has no effect: without --save nothing is saved")
-    if args.save is not None and args.save_interval is None:
+    if args.save is not None and args.save_interval is None and args.train_epochs is not None:
+        args.save_interval = 2**31  # Megatron wants one; set once the iterations are known
+    elif args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or max(1, args.train_samples // (args.global_batch_size or 1))
         say(f"--save-interval {args.save_interval} set: one checkpoint, at the end")

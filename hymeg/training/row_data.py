@@ -59,6 +59,11 @@ def settle_rows(args: argparse.Namespace) -> None:
     blends = row_blends(args)
     if blends[0] is None:
         raise UserError("no data: give --data-path FILE.jsonl with conversations or translations, one a line")
+    if args.train_epochs is not None and blends[0].weights is not None:
+        raise UserError(
+            f"--train-epochs {args.train_epochs}: {flag(_flags(args)[0])} gives weights, under which each file has "
+            "epochs of its own; leave the weights out, or give --train-iters"
+        )
     for dest, blend in zip(_flags(args), blends, strict=True):
         for path in blend.paths if blend else ():
             _check_file(flag(dest), path, args.data_cache_path)
@@ -97,6 +102,8 @@ class RowData:
         for path, index in indices.items():
             for line in told_bad_rows(index.bad_rows, len(index)):
                 say(f"{path}: {line}")
+        # Iterations of --train-epochs are counted in it.
+        self.batches = {} if args.train_epochs is None else {"global_batch_size": args.global_batch_size}
         self.weights = [blend.weights if blend else blends[0].weights for blend in blends]
         split = _split(args, {path: len(index) for path, index in indices.items()}, blends, say)
         self.sources = [
@@ -118,10 +125,15 @@ class RowData:
                 say(f"--valid-data-path {source.index.path} is trained on too: its loss says nothing about new data")
         set_evaluation(args, self.sources[1], say)
 
+    @property
+    def num_training_sequences(self) -> int:
+        """Of an epoch, where no weights are given."""
+        return sum(map(len, self.sources[0]))
+
     def record(self) -> dict[str, list]:
         """What decides the order of the samples (hymeg.training.data_record)."""
         train = self.sources[0]
-        return {
+        return self.batches | {
             "train_data": [
                 [os.path.basename(source.index.path), source.index.digest, int(source.index.starts[-1]), *source.rows]
                 for source in train

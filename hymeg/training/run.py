@@ -19,7 +19,7 @@ from hymeg.launch import rank
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
 from hymeg.training import metrics, save_lock
 from hymeg.training.adapters import training_adapters
-from hymeg.training.arguments import parse
+from hymeg.training.arguments import naming_lines, parse
 from hymeg.training.batch import is_reader, takes_data
 from hymeg.training.data_record import compare_and_keep, text_record
 from hymeg.training.hf_folders import saving_hf
@@ -27,6 +27,7 @@ from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
 from hymeg.training.retention import remove_older
 from hymeg.training.run_record import recording
+from hymeg.training.schedule import set_iterations
 from hymeg.training.step import forward_step
 from hymeg.training.weights import convert_hf_weights, none_but_undamaged
 
@@ -106,6 +107,9 @@ def train(args, config: HyConfig) -> None:
         set_global_variables(args)
         model_config = model_config_from_args(args)
         rows = RowData(args, config, _say) if args.sft_rows else None
+        if args.train_epochs is not None:
+            with naming_lines(args.explicit):
+                set_iterations(args, rows.num_training_sequences, _say)
         convert_hf_weights(args)
         data = text_record(args) if rows is None else rows.record()
         if int(os.environ["RANK"]) == 0:

@@ -4,6 +4,7 @@ the model is built.
 
 import argparse
 import math
+from collections.abc import Callable
 
 from hymeg.errors import UserError
 from hymeg.training.flag_names import flag
@@ -15,6 +16,7 @@ _RANGES: dict[str, tuple[float, float]] = {
         (
             "train_iters",
             "train_samples",
+            "train_epochs",
             "lr_decay_iters",
             "lr_decay_samples",
             "lr_wsd_decay_iters",
@@ -77,10 +79,7 @@ _ADVICE = {
 
 def check_schedule(args: argparse.Namespace) -> None:
     """Raises UserError: a length, an interval or a rate that cannot work, alone or with the others."""
-    if args.train_iters is None and args.train_samples is None:
-        raise UserError(
-            "--train-iters is missing: say how long to train, in iterations (or in samples with --train-samples)"
-        )
+    _check_length(args)
     if args.lr is None:
         raise UserError("--lr is missing: give the peak learning rate, e.g. --lr 1e-5 for fine-tuning")
     for dest, (lowest, highest) in _RANGES.items():
@@ -127,34 +126,80 @@ def check_schedule(args: argparse.Namespace) -> None:
         )
 
 
+def set_iterations(args: argparse.Namespace, num_sequences: int, say: Callable[[str], None]) -> None:
+    """`--train-epochs` in iterations, once the sequences of an epoch are counted. The last batch is filled up with the
+    first sequences of the epoch that would come next: a run that goes on with more epochs goes on after these.
+
+    Raises:
+        UserError: all epochs do not fill one batch; a warmup as long as the training.
+    """
+    batch, total = args.global_batch_size, args.train_epochs * num_sequences
+    if total < batch:
+        raise UserError(
+            f"--train-epochs {args.train_epochs}: {num_sequences:,} sequences an epoch do not fill one "
+            f"--global-batch-size {batch}; lower that, or give more epochs or a shorter --seq-length"
+        )
+    args.train_iters = -(-total // batch)
+    if args.save is not None and "save_interval" not in args.explicit:
+        args.save_interval = args.train_iters
+    beyond = args.train_iters * batch - total
+    filled = f"; the last batch is filled up with {beyond:,} of the next epoch" if beyond else ""
+    say(
+        f"--train-iters {args.train_iters} set: --train-epochs {args.train_epochs} of {num_sequences:,} sequences, "
+        f"{batch:,} an iteration{filled}"
+    )
+    _check_warmup(args)
+
+
 def _allowed(lowest: float, highest: float, value: float) -> str:
     if highest == _INFINITY:
         return f"{'a finite number, ' if isinstance(value, float) else ''}at least {lowest}"
     return f"from {lowest} to {highest}" if highest >= 1 else f"at least {lowest} and below 1"
 
 
+def _check_length(args: argparse.Namespace) -> None:
+    """One length of the training. That of the command line wins over another of the recipe, and so makes it None."""
+    given = [dest for dest in ("train_iters", "train_samples", "train_epochs") if getattr(args, dest) is not None]
+    if not given:
+        raise UserError(
+            "--train-iters is missing: say how long to train, in iterations (or in samples with --train-samples, or "
+            "with --sft in --train-epochs)"
+        )
+    typed = [dest for dest in given if not args.explicit[dest][1]]
+    for dest in given if len(typed) == 1 else ():
+        if dest not in typed:
+            setattr(args, dest, None)
+    if len(typed or given) > 1:
+        raise UserError(f"{' and '.join(map(flag, typed or given))} are given; keep one")
+    if args.train_epochs is not None and args.step_batch_size_schedule is not None:
+        raise UserError(
+            f"--train-epochs {args.train_epochs}: iterations are counted for one batch size, which "
+            f"--step-batch-size-schedule {args.step_batch_size_schedule} changes; give --train-samples"
+        )
+
+
 def _check_units(args: argparse.Namespace) -> None:
     """A schedule counts iterations or samples, never both."""
-    if args.train_iters is not None and args.train_samples is not None:
-        raise UserError("--train-iters and --train-samples are both given; keep one")
-    unit, other = ("iters", "samples") if args.train_iters is not None else ("samples", "iters")
+    unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
+    length = "epochs" if args.train_epochs is not None else unit
     for name in ("lr_decay", "lr_wsd_decay", "lr_warmup"):
         if getattr(args, f"{name}_{other}"):
             wrong, right = flag(f"{name}_{other}"), flag(f"{name}_{unit}")
             raise UserError(
-                f"{wrong} {getattr(args, f'{name}_{other}')} does not go with --train-{unit}: give {right}, so that "
+                f"{wrong} {getattr(args, f'{name}_{other}')} does not go with --train-{length}: give {right}, so that "
                 f"both count {unit}"
             )
 
 
 def _check_warmup(args: argparse.Namespace) -> None:
-    unit = "iters" if args.train_iters is not None else "samples"
+    unit = "samples" if args.train_samples is not None else "iters"
     warmup, decay, length = (getattr(args, f"{name}_{unit}") for name in ("lr_warmup", "lr_decay", "train"))
     if warmup and args.lr_warmup_fraction is not None:
         raise UserError(
             f"--lr-warmup-{unit} {warmup} and --lr-warmup-fraction {args.lr_warmup_fraction} are both given; keep one"
         )
-    if warmup >= (decay or length):
+    end = decay or length
+    if end is not None and warmup >= end:
         until = f"--lr-decay-{unit} {decay}" if decay else f"--train-{unit} {length}"
         raise UserError(
             f"--lr-warmup-{unit} {warmup} is not below {until}, so that the learning rate would never reach its peak; "

@@ -195,8 +195,6 @@ def _check_distributed(
         )
         for note in verification_notes(Path(folder, name)):
             say(note)
-    if goes_on and args.train_iters is not None and int(content) >= args.train_iters:
-        say(f"nothing left to train: {folder} is at iteration {int(content)} of --train-iters {args.train_iters}")
 
 
 def _fall_back(

@@ -240,3 +240,26 @@ def test_a_split_is_evaluated_whole_each_time(tuned):
     assert len(alone) == 2
     assert alone[1] == pytest.approx(alone[0], rel=1e-6)
     assert two == pytest.approx(alone, rel=1e-5)
+
+
+def test_epochs_draw_every_sequence_as_often_and_are_a_number_of_iterations(worlds, tuning, num_packs, tmp_path):
+    """The last batch is filled up from the next epoch, rate and all figures are those of as many --train-iters, and a
+    resume under another number of processes goes on in the middle.
+    """
+    total, batch = 3 * num_packs[1], 4
+    iterations = -(-total // batch)
+    assert total % batch, "the last batch must be one that is filled up"
+
+    def run(size: int, length: str, more: str = "", **others) -> dict:
+        argv = tuning(f"--lr-decay-style linear --lr-warmup-fraction 0.4 {more}", batch=batch, **others)
+        at = argv.index("--train-iters")
+        return worlds.run(size, [*argv[:at], *length.split(), *argv[at + 2 :]])
+
+    whole = run(1, "--train-epochs 3", f"--save {tmp_path}/saved --save-interval 1")
+    counted = run(1, f"--train-iters {iterations}")
+    assert whole["steps"] == counted["steps"] and len(whole["steps"]) == iterations
+    drawn = [number for step in whole["steps"] for _, number in step["drawn"]]
+    assert sorted(drawn[:total]) == sorted(3 * list(range(num_packs[1])))
+    resumed = run(2, "--train-epochs 3", "--ckpt-step 1", load=str(tmp_path / "saved"))
+    assert [sorted(step["drawn"]) for step in resumed["steps"]] == [sorted(s["drawn"]) for s in whole["steps"][1:]]
+    assert_same_training(resumed["steps"], whole["steps"][1:])

@@ -228,6 +228,18 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     # ---- schedule
     "no iterations": (1, "--train-iters 0", ("--train-iters 0", "at least 1")),
     "iterations and samples": (1, "--train-samples 100", ("--train-iters", "--train-samples", "keep one")),
+    "iterations and epochs": (
+        1,
+        f"{SFT} --data-path {{rows}} --train-epochs 2",
+        ("--train-iters and --train-epochs are given", "keep one"),
+    ),
+    "epochs of text": (1, "--train-epochs 2", ("--train-epochs 2", "no effect without --sft", "add that")),
+    "epochs of nothing": (
+        1,
+        "--sft --train-epochs 2",
+        ("--mock-data has no place with --sft", "give them with --data-path"),
+    ),
+    "name of epochs elsewhere": (1, "--num-epochs 2", ("--num-epochs", "did you mean --train-epochs?")),
     "warm-up to the end": (1, "--lr-warmup-iters 20", ("--lr-warmup-iters 20", "--train-iters 10", "lower it")),
     "warm-up in samples": (1, "--lr-warmup-samples 5", ("--lr-warmup-samples 5", "--train-iters", "--lr-warmup-iters")),
     "warm-up twice": (

@@ -12,7 +12,8 @@ from hymeg.training.data_record import compare_and_keep, text_record
 def start(folder, record, iteration=None, **others):
     """What a run says that goes on from `iteration` (None: from what `folder` names), if from any."""
     said = []
-    args = {"load": str(folder), "save": str(folder), "finetune": False, "ckpt_step": iteration} | others
+    args = {"load": str(folder), "save": str(folder), "finetune": False, "ckpt_step": iteration, "train_iters": 50}
+    args |= others
     compare_and_keep(SimpleNamespace(**args), record, said.append)
     return said
 
@@ -33,6 +34,13 @@ def folder(tmp_path):
 
 def test_the_same_data_are_nothing_to_talk_about(folder):
     assert start(folder, {"data": "A", "seed": 1}) == []
+
+
+def test_a_run_at_its_end_is_said(folder):
+    said = [f"nothing left to train: {folder} is at iteration 10 of --train-iters 10"]
+    assert start(folder, {"data": "A"}, train_iters=10) == said
+    assert start(folder, {"data": "A"}, train_iters=11) == start(folder, {"data": "A"}, train_iters=None) == []
+    assert start(folder, {"data": "A"}, train_iters=10, finetune=True) == []
 
 
 def test_what_has_changed_is_said_until_something_was_trained_on_it(folder):

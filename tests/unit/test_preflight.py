@@ -311,6 +311,27 @@ def test_a_right_invocation_passes_and_megatron_takes_it(checked, monkeypatch, c
     validate_quietly(args)
 
 
+def test_a_length_on_the_command_line_wins_over_another_kind_in_the_recipe(checked, places):
+    recipe = f"{places['tmp']}/length.yaml"
+    with open(recipe, "w") as file:
+        file.write("train-iters: 1000\nsft: true\neval-iters: 0\nlr-warmup-iters: 5\n")
+    needed = f"--config {recipe} {NEEDED.replace('--train-iters 10', '').replace('--mock-data', '')}"
+    data = "--data-path {rows} --split 100,0,0 --save {tmp}/epochs"
+    args, _ = checked(f"{data} --train-epochs 3", needed=needed)
+    assert (args.train_iters, args.train_epochs) == (None, 3)
+    destroy_num_microbatches_calculator()
+    validate_quietly(args)
+    assert checked(data, needed=needed)[0].train_iters == 1000
+    with open(recipe, "a") as file:
+        file.write("train-epochs: 2\n")
+    said = told(checked, data, 1, needed)
+    assert "--train-iters and --train-epochs are given" in said and "line 1" in said and "line 5" in said
+    said = told(checked, f"{data} --train-epochs 2 --lr-warmup-samples 3", 1, needed)
+    assert "--lr-warmup-samples 3 does not go with --train-epochs: give --lr-warmup-iters" in said
+    said = told(checked, f"{data} --train-epochs 2 --step-batch-size-schedule 0:4", 1, needed)
+    assert "--train-epochs 2: iterations are counted for one batch size" in said
+
+
 def test_samples_instead_of_iterations(checked):
     args, _ = checked(
         "--train-samples 100 --lr-warmup-samples 10 --save {tmp}/new", 1, NEEDED.replace("--train-iters 10", "")
@@ -381,7 +402,6 @@ def test_the_default_split_leaves_no_part_without_documents(checked, places, add
             "--eval-iters 0 set: there is no data for validation",
         ),
         (1, "--config {interval}", "save_interval", 7, "--save-interval 7 has no effect"),
-        (1, f"{LOAD} --load {{ckpt}}", "train_iters", 10, "nothing left to train: {ckpt} is at iteration 20"),
     ],
 )
 def test_what_is_corrected_is_said(checked, places, world_size, added, dest, value, word):

@@ -9,6 +9,7 @@ from hymeg.data.index_building import RowEncoder, build_indices
 from hymeg.data.row_index import index_folder
 from hymeg.errors import UserError
 from hymeg.training.row_data import RowData, settle_rows
+from hymeg.training.schedule import set_iterations
 
 CONFIG = SimpleNamespace(vocab_size=600, pad_token_id=0)
 BAD = '{"messages": []}'
@@ -51,10 +52,14 @@ def arguments(tmp_path, tokenizer_dir):
             "eval_iters": 10,
             "eval_interval": 5,
             "eval_global_batch_size": 2,
+            "global_batch_size": 4,
+            "lr_warmup_iters": 0,
+            "lr_decay_style": "linear",
         }
         absent = (
             "data_path train_data_path valid_data_path test_data_path split mock_data "
-            "virtual_pipeline_model_parallel_size"
+            "virtual_pipeline_model_parallel_size train_epochs train_iters train_samples lr_warmup_fraction save "
+            "lr_decay_iters"
         )
         explicit = {dest: (f"--{dest.replace('_', '-')}", "") for dest in given}
         args = SimpleNamespace(**dict.fromkeys(absent.split()) | settings | given | {"explicit": explicit})
@@ -138,3 +143,52 @@ def test_without_evaluation_there_is_no_data_set_for_it(arguments, files):
     data, _ = made(args)
     train, validation, test = data.datasets(args, (4, 0, 0))
     assert len(train) == 4 and validation is None and test is None
+
+
+EPOCHS = "--train-iters {} set: --train-epochs {} of {} sequences, 4 an iteration"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_rows", "iterations", "filled"),
+    [
+        (1, 8, 2, ""),
+        (1, 9, 3, "; the last batch is filled up with 3 of the next epoch"),
+        (3, 5, 4, "; the last batch is filled up with 1 of the next epoch"),
+    ],
+)
+def test_epochs_are_counted_in_iterations(arguments, tmp_path, epochs, num_rows, iterations, filled):
+    """Of the sequences that are trained on alone, whatever is left for validation; a save then comes at the end."""
+    path = write(tmp_path / "c.jsonl", *range(num_rows + 2))
+    split = f"{num_rows},2,0"
+    args = arguments(data_path=[path], split=split, packed=False, train_epochs=epochs, save_interval=99)
+    args.save = "somewhere"
+    del args.explicit["save_interval"]
+    said = []
+    set_iterations(args, made(args)[0].num_training_sequences, said.append)
+    assert said == [EPOCHS.format(iterations, epochs, num_rows) + filled]
+    assert args.train_iters == args.save_interval == iterations
+
+
+def test_epochs_of_several_files_are_all_of_their_sequences(arguments, files):
+    args = arguments(data_path=list(files), split="100,0,0", packed=False, train_epochs=2, save_interval=7, save="s")
+    set_iterations(args, made(args)[0].num_training_sequences, lambda line: None)
+    assert (args.train_iters, args.save_interval) == (15, 7)
+
+
+def test_epochs_that_are_none_are_refused(arguments, files):
+    with pytest.raises(UserError, match=r"--train-epochs 2: --data-path gives weights, .*; leave the weights out, or"):
+        arguments(data_path=["0.5", files[0], "0.5", files[1]], train_epochs=2)
+    args = arguments(data_path=[files[1]], split="100,0,0", packed=False, train_epochs=2, global_batch_size=21)
+    with pytest.raises(UserError, match="--train-epochs 2: 10 sequences an epoch do not fill one --global-batch-size"):
+        set_iterations(args, made(args)[0].num_training_sequences, lambda line: None)
+    args.global_batch_size, args.lr_warmup_iters = 4, 5
+    with pytest.raises(UserError, match="--lr-warmup-iters 5 is not below --train-iters 5"):
+        set_iterations(args, made(args)[0].num_training_sequences, lambda line: None)
+
+
+def test_another_batch_is_in_the_record_where_epochs_are_counted_in_it(arguments, files):
+    records = [
+        made(arguments(data_path=[files[0]], train_epochs=epochs, global_batch_size=batch))[0].record()
+        for epochs, batch in ((2, 4), (3, 4), (2, 8), (None, 4), (None, 8))
+    ]
+    assert records[0] == records[1] != records[2] and records[3] == records[4]
