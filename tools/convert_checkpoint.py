@@ -49,6 +49,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "largest safetensors file, such as 500MB (default: 5GB)",
     },
     "shards-like": {"metavar": "DIR", "help": "put each tensor into the file that it has in this Hugging Face folder"},
+    "quantize": {
+        "choices": ("fp8",),
+        "help": "as Tencent publishes FP8: a scale for each Linear of attention and MLPs (--dtype is of the rest)",
+    },
+    "scales-from": {
+        "metavar": "DIR",
+        "help": "--quantize: the published FP8 folder, for its scales of inputs and KV cache (default: none, dynamic)",
+    },
     "cut-vocabulary": {
         "action": "store_true",
         "help": "lose rows of the vocabulary beyond config.json's even where they are not zero",
@@ -65,7 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 ADAPTER = ("dtype", "workers", "overwrite")
 MOVE = (*ADAPTER, "verify")
-TO_HF = ("layout", "shard-size", "shards-like")
+TO_HF = ("layout", "shard-size", "shards-like", "quantize", "scales-from")
 VOCABULARY = ("cut-vocabulary", "keep-vocabulary")
 WHOLE = ("base-hf", "drop-mtp")
 NEEDED = "folder to write; must be empty or not exist"
@@ -93,7 +101,7 @@ COMMANDS = {
     ),
     "hf-to-hf": Command(
         hf_to_hf,
-        "Hugging Face anew: another layout, dtype, size of files; out of FP8; with MTP layers or without",
+        "Hugging Face anew: another layout, dtype, size of files; out of FP8 or into it; with MTP layers or without",
         {"hf": "Hugging Face folder to read", "to": NEEDED},
         (*MOVE, *WHOLE, *TO_HF),
     ),
@@ -213,7 +221,7 @@ def main() -> None:
         num_read = len(folders) if name == "average" else len(folders) - 1
         try:
             folders[:num_read] = [_local(folder) for folder in folders[:num_read]]
-            args |= {key: _local(args[key]) for key in ("base_hf", "shards_like") if args.get(key)}
+            args |= {key: _local(args[key]) for key in ("base_hf", "shards_like", "scales_from") if args.get(key)}
             summary = command.run(*folders, **args, say=functools.partial(print, flush=True))
         except KeyboardInterrupt:
             raise UserError("interrupted; nothing was left behind") from None

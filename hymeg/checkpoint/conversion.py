@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 from hymeg.checkpoint.companions import carry
 from hymeg.checkpoint.compare import Pair, compare_pairs
+from hymeg.checkpoint.sinks.fp8_folder import fp8_errors
 from hymeg.checkpoint.sinks.new_folder import new_folder
 from hymeg.checkpoint.sinks.transfer import FilesToWrite, unpacked, write
 from hymeg.checkpoint.sources import open_dist, open_hf
+from hymeg.checkpoint.sources.hf_folder import as_stored
 from hymeg.checkpoint.workers import aside
 from hymeg.errors import UserError
 from hymeg.files import drop_from_cache, write_whole
 from hymeg.hf.config import HyConfig
+from hymeg.hf.safetensors_files import open_checkpoint
 from hymeg.progress import Progress
 
 _SPARE_BYTES = 16 << 20  # for small files
@@ -73,7 +76,11 @@ def carry_out(
     with new_folder(target, sum(made.files.sizes.values()) + small, overwrite, made.record, say) as partial:
         folder = partial / made.subfolder
         folder.mkdir(exist_ok=True)
-        peak = write(folder, made.files, workers, Progress(what, made.files.num_bytes)).peak_bytes
+        outcome = write(folder, made.files, workers, Progress(what, made.files.num_bytes))
+        peak = outcome.peak_bytes
+        if errors := fp8_errors(outcome.results):
+            made.record["relative_rms_error"] = errors
+            say(f"FP8: relative RMS error: {', '.join(f'{kind} {error:.3%}' for kind, error in errors.items())}")
         if verify:
             peak = max(peak, _verify(made, folder, workers))
         carry(made.carried, partial)
@@ -88,6 +95,8 @@ def carry_out(
 def _verify(made: Conversion, folder: Path, workers: int) -> int:
     """Read all back from the disk, through the files' own headers, and compare; the peak memory."""
     written = (open_dist(folder) if made.tracker else open_hf(folder, made.config)).tensors
+    if made.config is not None and made.config is not made.config.without_quantization():
+        written |= {name: as_stored(name, entry) for name, entry in open_checkpoint(folder).items()}
     for name in made.files.sizes:
         drop_from_cache(folder / name)
     packed = [some for turn in made.files.turns for some in turn]

@@ -13,6 +13,7 @@ from hymeg.checkpoint.conversion import Conversion, Say, Summary, as_path, carry
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
 from hymeg.checkpoint.reading import Completion, Read, read_dist, read_hf, read_mean
 from hymeg.checkpoint.sinks.dist_folder import files_of_dist
+from hymeg.checkpoint.sinks.fp8_folder import files_of_fp8
 from hymeg.checkpoint.sinks.hf_folder import files_of_hf
 from hymeg.checkpoint.workers import check_num_workers
 from hymeg.errors import UserError
@@ -63,6 +64,8 @@ def dist_to_hf(
     layout: str = "hub",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     shards_like: str | Path | None = None,
+    quantize: str | None = None,
+    scales_from: str | Path | None = None,
     dtype: str = "keep",
     base_hf: str | Path | None = None,
     drop_mtp: bool = False,
@@ -83,6 +86,10 @@ def dist_to_hf(
         base_hf: the Hugging Face folder that training began with. From it come MTP layers that training did not hold,
             and, where `dist` has none, config.json and the tokenizer.
         shards_like: a Hugging Face folder; every tensor goes into the file that it has there, whatever the size.
+        quantize: "fp8": Linears in FP8, in Tencent's form, with new scales; in the layout "hub" only. `dtype` is then
+            of the rest.
+        scales_from: for "fp8", the published FP8 folder whose scales of inputs and of the KV cache go along, and which
+            says which weights are in FP8. None: config.json tells engines to scale inputs as they come.
         cut_vocabulary: rows of embedding and output layer beyond the config's vocabulary may hold numbers, which are
             lost. (Zeros are padding, and always cut.)
         keep_vocabulary: they are kept instead, padding included, and counted in config.json.
@@ -93,7 +100,8 @@ def dist_to_hf(
             holds what no conversion wrote. Nothing is left behind.
     """
     how = Completion(as_path(base_hf), drop_mtp, ROUNDED_TO[dtype], cut_vocabulary, keep_vocabulary)
-    write = _to_hf("dist-to-hf", Path(hf), layout, _sharding(max_shard_bytes, shards_like), dtype, workers)
+    sharding = _sharding(max_shard_bytes, shards_like)
+    write = _to_hf("dist-to-hf", Path(hf), layout, sharding, dtype, workers, quantize, as_path(scales_from))
     return _carry_out(lambda: read_dist(Path(dist), iteration, how), write, Path(hf), workers, overwrite, verify, say)
 
 
@@ -104,6 +112,8 @@ def hf_to_hf(
     layout: str = "hub",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     shards_like: str | Path | None = None,
+    quantize: str | None = None,
+    scales_from: str | Path | None = None,
     dtype: str = "keep",
     base_hf: str | Path | None = None,
     drop_mtp: bool = False,
@@ -116,7 +126,8 @@ def hf_to_hf(
     of FP8, with MTP layers or without. The arguments as for `hf_to_dist` and `dist_to_hf`, which say what is raised.
     """
     how = Completion(as_path(base_hf), drop_mtp, ROUNDED_TO[dtype])
-    write = _to_hf("hf-to-hf", Path(hf), layout, _sharding(max_shard_bytes, shards_like), dtype, workers)
+    sharding = _sharding(max_shard_bytes, shards_like)
+    write = _to_hf("hf-to-hf", Path(hf), layout, sharding, dtype, workers, quantize, as_path(scales_from))
     return _carry_out(lambda: read_hf(Path(source), how), write, Path(hf), workers, overwrite, verify, say)
 
 
@@ -205,9 +216,32 @@ def _to_dist(command: str, dist: Path, dtype: str, workers: int) -> Write:
     return write
 
 
-def _to_hf(command: str, hf: Path, layout: str, sharding: int | dict[str, str], dtype: str, workers: int) -> Write:
+def _to_hf(
+    command: str,
+    hf: Path,
+    layout: str,
+    sharding: int | dict[str, str],
+    dtype: str,
+    workers: int,
+    quantize: str | None = None,
+    scales_from: Path | None = None,
+) -> Write:
+    assert quantize in (None, "fp8")
+    if scales_from and not quantize:
+        raise UserError(f"--scales-from {scales_from}: scales are those of FP8; give --quantize fp8 as well")
+    if quantize and layout != "hub":
+        raise UserError(f"--quantize {quantize} --layout {layout}: no engine reads it; --layout hub is needed")
+
     def write(read: Read) -> Conversion:
-        files, config = files_of_hf(read.config, read.source.tensors, layout, sharding, ROUNDED_TO[dtype], workers)
+        record = {"command": command, **read.record, "dtype": dtype, "layout": layout}
+        tensors, notes, rounded_to = read.source.tensors, list(read.source.notes), ROUNDED_TO[dtype]
+        if quantize:
+            check_apart(hf, [scales_from])
+            files, config, more = files_of_fp8(read.config, tensors, sharding, rounded_to, scales_from, workers)
+            record |= {"quantize": quantize, "scales_from": scales_from and str(scales_from.resolve())}
+            notes += more
+        else:
+            files, config = files_of_hf(read.config, tensors, layout, sharding, rounded_to, workers)
         return Conversion(
             files=files,
             subfolder="",
@@ -215,8 +249,8 @@ def _to_hf(command: str, hf: Path, layout: str, sharding: int | dict[str, str], 
             config=config,
             carried=read.carried,
             tracker={},
-            record={"command": command, **read.record, "dtype": dtype, "layout": layout},
-            notes=list(read.source.notes),
+            record=record,
+            notes=notes,
         )
 
     return write

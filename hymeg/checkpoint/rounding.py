@@ -1,6 +1,6 @@
 """Numbers as bytes, from one dtype to another. Every way rounds once, to the nearest, ties to even.
 
-FP8 becomes numbers with its scales only, fp32(weight) * scale: `hymeg.hf.fp8` says which scale is whose.
+FP8 becomes weights with its scales only, fp32(weight) * scale, and they FP8: `hymeg.hf.fp8` says which scale is whose.
 """
 
 import functools
@@ -8,14 +8,17 @@ import functools
 import numpy as np
 
 _CACHED = 1 << 15  # so many fp32 numbers stay in a core's cache from one step to the next
+E4M3_MAX = 448.0  # the largest number of E4M3
 
 
 def converted(data: memoryview, found: str, wanted: str) -> memoryview:
-    """The numbers in `data` in another dtype. dtypes are "BF16", "F16" or "F32"."""
+    """The numbers in `data` in another dtype. dtypes are "BF16", "F16" or "F32"; `found` may be "F8_E4M3", too."""
     if found == wanted:
         return data
     if found == "BF16":
         numbers = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    elif found == "F8_E4M3":
+        numbers = np.take(e4m3_numbers(), np.frombuffer(data, "u1"))
     else:
         numbers = np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[found]).astype("<f4", copy=False)
     if wanted == "BF16":
@@ -51,6 +54,32 @@ def e4m3_numbers() -> np.ndarray:
     magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
     magnitude[codes & 127 == 127] = np.nan
     return np.where(codes < 128, magnitude, -magnitude).astype("<f4")
+
+
+def e4m3_codes(numbers: np.ndarray) -> np.ndarray:
+    """The byte of each fp32 number: the nearest, ties to even, and beyond E4M3_MAX that. NaN is 0x7F."""
+    is_nan = np.isnan(numbers)
+    magnitude = np.minimum(np.where(is_nan, np.float32(0), np.abs(numbers)), np.float32(E4M3_MAX))
+    bits = magnitude.view("<u4")
+    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (127 - 7 << 3)  # 20 bits less mantissa, another bias
+    below = np.rint(magnitude * np.float32(2.0**9)).astype("<u4")  # denormals are multiples of 2^-9
+    codes = np.where(magnitude < np.float32(2.0**-6), below, normal) | np.signbit(numbers).astype("<u4") << 7
+    return np.where(is_nan, 0x7F, codes).astype("u1")
+
+
+def quantised(data: memoryview, found: str, scale: np.float32) -> np.ndarray:
+    """The F8_E4M3 codes of the numbers in `data`, of dtype `found`, divided by `scale` in fp32."""
+    if found == "BF16":
+        return np.take(_codes_of_bf16(float(scale)), np.frombuffer(data, "<u2"), mode="clip")
+    return e4m3_codes(np.frombuffer(converted(data, found, "F32"), "<f4") / scale)
+
+
+@functools.lru_cache(maxsize=4)
+def _codes_of_bf16(scale: float) -> np.ndarray:
+    """Of every bf16 number: to look them up takes a fraction of the time that computing does."""
+    numbers = (np.arange(2**16, dtype="<u4") << 16).view("<f4")
+    with np.errstate(all="ignore"):
+        return e4m3_codes(numbers / np.float32(scale))
 
 
 def dequantised(codes: memoryview, factors: np.ndarray, of_row: np.ndarray, wanted: str) -> memoryview:

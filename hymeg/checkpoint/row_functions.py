@@ -7,8 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hymeg.checkpoint.mapping import Range, num_rows
-from hymeg.checkpoint.rounding import converted
+from hymeg.checkpoint.rounding import E4M3_MAX, converted, e4m3_numbers, quantised
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
+from hymeg.errors import UserError
+from hymeg.hf.fp8 import E4M3
 
 
 class LowRank(NamedTuple):
@@ -126,3 +128,83 @@ class Rearranged(NamedTuple):
 
         rows = np.frombuffer(into, np.float32).reshape(high - low, -1)
         rows[:] = reader.kept(("arranged", self.name), make)[low:high]
+
+
+class Fp8Scale(NamedTuple):
+    """The one scale, fp32, of a weight in FP8 that is made of these rows of `source`: their largest magnitude / 448."""
+
+    weight: str  # its name, unlike any other's
+    source: RowTensor
+    rows: tuple[Range, ...]
+
+    @property
+    def sources(self) -> Sequence[RowTensor]:
+        return [self.source]
+
+    @property
+    def dtype_kept(self) -> str:
+        return "F32"
+
+    def only(self, ranges: Sequence[Range]) -> "Fp8Scale":
+        return self._replace(source=self.source.only(self.rows))
+
+    def fill(self, reader: TensorReader, low: int, high: int, into: memoryview) -> None:
+        np.frombuffer(into, np.float32)[:] = self.of(reader)
+
+    def of(self, reader: TensorReader) -> np.float32:
+        """Raises UserError where a number is not finite."""
+        [scale] = reader.kept(("scale", self.weight), lambda: self._found(reader))
+        return scale
+
+    def _found(self, reader: TensorReader) -> np.ndarray:
+        largest = np.float32(0)
+        for block in reader.blocks(self.source, self.rows):
+            numbers = np.frombuffer(converted(block, self.source.dtype, "F32"), np.float32)
+            largest = np.maximum(largest, np.maximum(numbers.max(), -numbers.min()))
+        if not np.isfinite(largest):
+            raise UserError(f"{self.weight}: holds {largest}, which FP8 has no scale for; finite numbers are needed")
+        # A weight of zeros needs a scale that can be divided by.
+        return np.maximum(largest / np.float32(E4M3_MAX), np.finfo(np.float32).tiny).reshape(1)
+
+
+class Fp8Codes(NamedTuple):
+    """A weight in FP8: its rows divided by its scale. What that loses is added to the reader's `sums`, by the weight's
+    `kind`: the squares of the differences, and those of the numbers.
+    """
+
+    scale: Fp8Scale
+    kind: str
+
+    @property
+    def sources(self) -> Sequence[RowTensor]:
+        return self.scale.sources
+
+    @property
+    def dtype_kept(self) -> str:
+        return E4M3
+
+    def only(self, ranges: Sequence[Range]) -> "Fp8Codes":
+        return self._replace(scale=self.scale.only(ranges))
+
+    def fill(self, reader: TensorReader, low: int, high: int, into: memoryview) -> None:
+        source, scale = self.scale.source, self.scale.of(reader)
+        all_codes, at = np.frombuffer(into, np.uint8), 0
+        for block in reader.blocks(source, _part_of(self.scale.rows, low, high)):
+            codes = quantised(block, source.dtype, scale)
+            all_codes[at : at + len(codes)] = codes
+            at += len(codes)
+            numbers = np.frombuffer(converted(block, source.dtype, "F32"), np.float32)
+            difference = np.take(e4m3_numbers(), codes) * scale - numbers
+            squares = (np.square(found).sum(dtype=np.float64) for found in (difference, numbers))
+            reader.sums[self.kind] = reader.sums.get(self.kind, 0) + np.array(list(squares))
+
+
+def _part_of(ranges: Sequence[Range], low: int, high: int) -> list[Range]:
+    """Rows `low` to `high` of those in `ranges`, counted from the first of them."""
+    found, row = [], 0
+    for start, stop in ranges:
+        first, last = max(low - row, 0), min(high - row, stop - start)
+        if first < last:
+            found.append((start + first, start + last))
+        row += stop - start
+    return found

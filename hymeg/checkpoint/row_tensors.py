@@ -147,9 +147,14 @@ class Source(NamedTuple):
 
 
 class TensorReader:
-    """Reads rows, and verifies what it reads of files that have checksums. A context manager: it keeps files open."""
+    """Reads rows, and verifies what it reads of files that have checksums. A context manager: it keeps files open.
+
+    Attributes:
+        sums: numbers that functions of rows add up while it reads, by name.
+    """
 
     def __init__(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
         self._files: dict[str, _OpenFile] = {}
         self._blocks = BlockCache()
         self._finder = ElementFinder()

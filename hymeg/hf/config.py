@@ -103,7 +103,7 @@ _FIELDS = {
 _FIRST_K_DENSE = _Field(("first_k_dense_replace",), COUNT, None)
 
 
-_QUANTIZATION = ("quantization_config", "attn_quant_config")
+QUANTIZATION = ("quantization_config", "attn_quant_config")
 _FP8_BLOCK = (128, 128)  # where config.json has none; all published checkpoints with scales by block have it
 
 
@@ -225,7 +225,7 @@ class HyConfig:
 
     def without_quantization(self) -> "HyConfig":
         """The same model in plain weights."""
-        raw = {key: value for key, value in self.raw.items() if key not in _QUANTIZATION}
+        raw = {key: value for key, value in self.raw.items() if key not in QUANTIZATION}
         return self if len(raw) == len(self.raw) else self.from_dict(raw)
 
     @property

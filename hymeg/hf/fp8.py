@@ -10,11 +10,13 @@ serving, are beside them and mean nothing to the weights.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from hymeg.errors import UserError
+from hymeg.hf.config import QUANTIZATION, HyConfig
 from hymeg.hf.dtypes import WEIGHTS
-from hymeg.hf.safetensors_files import TensorEntry
+from hymeg.hf.safetensors_files import TensorEntry, open_checkpoint
 
 E4M3 = "F8_E4M3"
 PER_TENSOR, PER_BLOCK, OF_INPUT = "_scale", "_scale_inv", "input_scale"
@@ -24,6 +26,18 @@ _KV_SCALE = re.compile(
     r"model\.layers\.\d+\.self_attn\.(attn\.)?"
     r"([qkv]_cache\.scale|[qkv]_scale|kv_scale|[kv]_proj\.([kv]_scale|output_scale))"
 )
+
+
+KV_SCALES_FILE = "kv_cache_scales.safetensors"
+QUANTISED = re.compile(r"model\.layers\.\d+\.(.+\.)?(gate|up|down|q|k|v|o)_proj\.weight")
+"""What Tencent's writer puts into FP8, of the hub layout: the Linears of attention and MLPs, each expert's too. Not the
+router, embeddings, lm_head, norms and eh_proj."""
+DYNAMIC = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "ignored_layers": ["lm_head", "model.embed_tokens"],
+}
+"""config.json's `quantization_config` of such a folder without scales of inputs: engines scale them as they come."""
 
 
 class WeightScale(NamedTuple):
@@ -80,6 +94,43 @@ def told_apart(stored: Mapping[str, TensorEntry], block: tuple[int, int]) -> Fp8
             allowed = ", ".join([*WEIGHTS, E4M3])
             raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed are {allowed}: dequantise it first")
     return Fp8(weights, scales, aside)
+
+
+class Measured(NamedTuple):
+    """What a published FP8 folder says of activations, and of which weights are in FP8."""
+
+    folder: Path
+    stored: dict[str, TensorEntry]
+    quantised: set[str]  # names of weights
+    kv: list[str]  # names of scales of the KV cache
+    config: dict[str, Any]  # the keys of config.json that say so
+
+
+def measured(folder: Path) -> Measured:
+    """The static scales of a folder in Tencent's form.
+
+    Raises:
+        UserError: it is broken, or in another form.
+    """
+    config, stored = HyConfig.from_dir(folder), open_checkpoint(folder)
+    found = told_apart(stored, config.fp8_block)
+    scheme = (config.raw.get("quantization_config") or {}).get("activation_scheme")
+    is_by_block = any(name + PER_BLOCK in stored for name in found.scales)
+    if not found.scales or is_by_block or scheme != "static":
+        what = f"{len(found.scales):,} weights in FP8{' by block' * is_by_block}, activation_scheme is {scheme}"
+        raise UserError(
+            f"--scales-from {folder}: {what}; a folder with static scales of its inputs is needed, such as Tencent "
+            "publishes (Hy-MT2-30B-A3B-FP8), or leave it out: engines then scale inputs as they come"
+        )
+    kv = [name for name in found.aside if _KV_SCALE.fullmatch(name)]
+    return Measured(
+        folder, stored, set(found.scales), kv, {key: config.raw[key] for key in QUANTIZATION if key in config.raw}
+    )
+
+
+def input_scale_of(weight: str) -> str:
+    """The name of the scale of a weight's inputs."""
+    return weight.removesuffix("weight") + OF_INPUT
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as a sink: which tensor goes into which safetensors file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from hymeg.checkpoint.mapping import Entry, hf_entries
@@ -50,13 +50,21 @@ def planned(
         for name, entry in entries.items()
     ]
     shards = into_shards(specs, sharding)
-    headers, places = {shard.file_name: shard_header(shard) for shard in shards}, []
-    for shard in shards:
-        position = len(headers[shard.file_name])
-        for spec in shard.tensors:
-            places.append(Place(entries[spec.name], spec.dtype, shard.file_name, position))
-            position += spec.nbytes
-    return Plan(places, shards, headers, _with_dtype(config, specs))
+    headers = {shard.file_name: shard_header(shard) for shard in shards}
+    places = [
+        Place(entries[spec.name], spec.dtype, shard.file_name, position)
+        for shard in shards
+        for spec, position in positions(shard, headers[shard.file_name])
+    ]
+    return Plan(places, shards, headers, with_dtype(config, specs))
+
+
+def positions(shard: Shard, header: bytes) -> Iterator[tuple[TensorSpec, int]]:
+    """The tensors of a file, in their order, and where each begins."""
+    position = len(header)
+    for spec in shard.tensors:
+        yield spec, position
+        position += spec.nbytes
 
 
 def files_of_hf(
@@ -76,7 +84,7 @@ def files_of_hf(
     return files_to_write(tasks, workers, index_files(plan.shards), plan.headers), plan.config
 
 
-def _with_dtype(config: HyConfig, specs: list[TensorSpec]) -> HyConfig:
+def with_dtype(config: HyConfig, specs: list[TensorSpec]) -> HyConfig:
     """The config, its dtype that of most of the elements written. A config without one keeps silent."""
     elements: dict[str, int] = {}
     for spec in specs:

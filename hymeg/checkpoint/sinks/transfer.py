@@ -80,7 +80,9 @@ def files_to_write(
     They are kept pickled, each with no more of its tensor than it needs: as objects the tasks of a large checkpoint
     would be most of a conversion's memory, and be copied by each worker that looks at them.
     """
-    sizes = {task.file: task.position + task.stored_length for task in tasks}  # a file's last task ends it
+    sizes: dict[str, int] = {}
+    for task in tasks:
+        sizes[task.file] = max(sizes.get(task.file, 0), task.position + task.stored_length)
     ready = [
         [
             pickle.dumps([task._replace(tensor=task.tensor.only(task.rows)) for task in some], pickle.HIGHEST_PROTOCOL)
@@ -99,23 +101,23 @@ def unpacked(some_at_a_time: Iterable[bytes]) -> Iterator[Task]:
 
 def write(folder: Path, files: FilesToWrite, workers: int, progress: Progress) -> Outcome:
     """Write all files into `folder`, with a manifest of their checksums, and flush them to disk; of `files` what is no
-    task is used up.
+    task is used up. The results are the `sums` of each worker's reader.
 
     Raises:
         UserError: a file cannot be read or written.
     """
 
-    def work(dealt_turns: Iterator[list[bytes]], report: Callable[[int], None]) -> dict[str, list[Piece]]:
+    def work(dealt_turns: Iterator[list[bytes]], report: Callable[[int], None]) -> tuple[dict, dict]:
         with TensorReader() as reader, _Writer(folder) as writer:
             for turn in dealt_turns:
                 for task in unpacked(turn):
                     _write_task(reader, task, writer, report)
-            return writer.pieces
+            return writer.pieces, reader.sums
 
     sums = _reserve(folder, files)
     outcome = run(work, [dealt(files.turns)] * min(workers, len(files.turns)), progress)
-    _complete(folder, files, sums, outcome.results)
-    return outcome
+    _complete(folder, files, sums, [pieces for pieces, _ in outcome.results])
+    return outcome._replace(results=[sums for _, sums in outcome.results])
 
 
 def _reserve(folder: Path, files: FilesToWrite) -> dict[str, FileSum]:

@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hymeg.checkpoint.mapping import TABLE, VOCABULARY_KEYS, Entry, Shape, distributed_shapes, is_mtp, match_hf_tensors
+from hymeg.checkpoint.mapping import (
+    TABLE,
+    VOCABULARY_KEYS,
+    Entry,
+    Shape,
+    distributed_shapes,
+    is_mtp,
+    match_hf_tensors,
+    num_rows,
+)
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.errors import UserError
@@ -77,6 +86,13 @@ def with_all_rows(config: HyConfig, shapes: Sequence[Shape]) -> tuple[HyConfig, 
     [num_rows] = rows
     note = f"the vocabulary was extended to {num_rows}: all rows are kept, and {CONFIG_FILE}, which says "
     return config.with_vocabulary(num_rows), [f"{note}{config.vocab_size}, is corrected"]
+
+
+def as_stored(name: str, stored: TensorEntry) -> RowTensor:
+    """One tensor of a folder under its own name: FP8 as its codes."""
+    height = num_rows(stored.shape)
+    piece = Piece(str(stored.file), stored.offset, 0, stored.shape, 0, 0, stored.shape[-1], stored.dtype)
+    return RowTensor(name, stored.dtype, stored.shape, (Band(0, height, (piece,)),))
 
 
 class Mtp(NamedTuple):
