@@ -20,6 +20,7 @@ import torch.distributed as dist
 from hymeg import platform
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.files import write_whole
+from hymeg.hf.hub import is_hub_id, local_folder
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folders, of one model")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folders, or ids of the hub, of one model")
     parser.add_argument("file", metavar="FILE", help="held-out rows, as for training")
     parser.add_argument("--hf-model", metavar="DIR", help="config.json and tokenizer, if not in the first CHECKPOINT")
     parser.add_argument("--rows", type=int, metavar="N", help="so many, spread evenly over the file (default: all)")
@@ -57,7 +58,7 @@ def _check(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: 1 or more is needed")
     for checkpoint in args.checkpoints:
-        if not Path(checkpoint).is_dir():
+        if not is_hub_id(checkpoint) and not Path(checkpoint).is_dir():
             raise UserError(
                 f"{checkpoint}: no such folder; give a Hugging Face folder or a distributed checkpoint, before the "
                 "file and all flags"
@@ -76,8 +77,10 @@ def _evaluate(args: argparse.Namespace, flags: list[str]) -> None:
     from hymeg.platform import device
     from hymeg.training.loaded import load_model
 
+    folders = {checkpoint: local_folder(checkpoint) for checkpoint in args.checkpoints}
     first, *others = args.checkpoints
-    folder = args.hf_model or first
+    hf_model = args.hf_model and local_folder(args.hf_model, weights=False, flag="--hf-model")
+    folder = hf_model or folders[first]
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no config.json in it; say with --hf-model where config.json and tokenizer are")
     config = HyConfig.from_file(Path(folder) / "config.json")
@@ -85,11 +88,11 @@ def _evaluate(args: argparse.Namespace, flags: list[str]) -> None:
     sampling = held_out.sampling(published_sampling(folder, config).stop_ids)
     if device.current().type == "cuda" and not {"--bf16", "--fp16"} & set(flags):
         flags = ["--bf16", *flags]
-    model, config = load_model(first, flags, hf_model=args.hf_model)
+    model, config = load_model(folders[first], flags, hf_model=hf_model)
     table = _Table(args.checkpoints)
     for checkpoint in args.checkpoints:
         if checkpoint in others:
-            load_weights(model, config, checkpoint)
+            load_weights(model, config, folders[checkpoint])
         answers = generate_dealt(model, held_out.prompts, sampling, batch_size=args.batch_size)
         if dist.get_rank() == 0:
             examples = held_out.examples(answers)

@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder or a distributed checkpoint")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder or id, or a distributed checkpoint"
+    )
     parser.add_argument("--hf-model", metavar="DIR", help="config.json and tokenizer, if not in CHECKPOINT")
     parser.add_argument("--adapter", metavar="DIR", help="of CHECKPOINT: a run's with --lora-rank, or a peft folder")
     asked = parser.add_argument_group("what is asked")
@@ -169,10 +171,14 @@ class Asked:
 def _speak(args: argparse.Namespace, flags: list[str]) -> None:
     from hymeg.generation.prompts import published_sampling
     from hymeg.hf.config import HyConfig
+    from hymeg.hf.hub import local_folder
     from hymeg.hf.tokenizer import load_tokenizer
     from hymeg.platform import device
     from hymeg.training.loaded import load_model
 
+    args.checkpoint = local_folder(args.checkpoint)
+    if args.hf_model is not None:
+        args.hf_model = local_folder(args.hf_model, weights=False, flag="--hf-model")
     folder = args.hf_model or args.checkpoint
     if (Path(folder) / "config.json").is_file():  # where not, load_model says what is missing
         config = HyConfig.from_file(Path(folder) / "config.json")

@@ -25,6 +25,7 @@ from hymeg.data.rows import RowReader
 from hymeg.data.text_files import check_given_once, check_row_file
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.files import shown
+from hymeg.hf.hub import local_folder
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 BAR_WIDTH = 40
@@ -125,6 +126,7 @@ def indices(args: argparse.Namespace, paths: list[str]) -> list[RowIndex]:
 
 def main() -> None:
     args = parse_args()
+    args.tokenizer = str(local_folder(args.tokenizer, weights=False, flag="--tokenizer"))
     if args.row is not None and args.row < 1:
         raise UserError(f"--row is {args.row}; at least 1 is needed")
     if args.seq_length is not None and not 1 <= args.seq_length <= MAX_SEQ_LENGTH:

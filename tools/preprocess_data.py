@@ -12,6 +12,7 @@ import time
 
 from hymeg.data.corpus import Counts, preprocess
 from hymeg.errors import exit_on_user_error
+from hymeg.hf.hub import local_folder
 from hymeg.progress import Progress
 
 
@@ -78,7 +79,7 @@ def main() -> None:
         summary = preprocess(
             args.input,
             args.output,
-            args.tokenizer,
+            str(local_folder(args.tokenizer, weights=False, flag="--tokenizer")),
             json_keys=tuple(args.json_keys),
             append_eod=args.append_eod,
             num_workers=args.workers,

@@ -9,14 +9,16 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from hymeg.checkpoint.mapping import (
+    Entry,
     check_distributed_tensors,
     hf_entries,
     num_rows,
     row_ranges,
 )
+from hymeg.checkpoint.peft_table import served_tensors
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.sources import open_any
-from hymeg.checkpoint.sources.live_model import TORCH_DTYPES, LiveModel, extent_of, held_shards
+from hymeg.checkpoint.sources.live_model import TORCH_DTYPES, LiveModel, adapted_modules, extent_of, held_shards
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 
@@ -29,7 +31,8 @@ def export_weights(
     dtype: str | None = None,
     to_rank: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a model under their Hugging Face names, one whole tensor after the other, on the device.
+    """The weights of a model under their Hugging Face names, one whole tensor after the other, on the device. Of one
+    with adapters, those beside which they are: `export_adapter_weights` gives the adapters.
 
     Every rank of the world calls this and takes all that it gives: each tensor is a collective. Beside the model a
     rank's memory holds BATCH_BYTES and the tensor that was asked for last.
@@ -45,6 +48,34 @@ def export_weights(
     """
     for entry, tensor in LiveModel(model_chunks, config).tensors(hf_entries(config, layout), to_rank):
         yield entry.hf_name, tensor.to(TORCH_DTYPES[dtype]) if dtype and not entry.is_fp32_buffer else tensor
+
+
+def export_adapter_weights(
+    model_chunks: Sequence[torch.nn.Module], config: HyConfig, *, to_rank: int | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The adapters of a model in training, under the names that vLLM and SGLang read: to the byte what
+    `adapters.adapter_to_peft` writes in the layout "served" of a checkpoint saved at the same moment. Expert by expert;
+    the adapters of MTP layers, which no reader has, are left out there and here.
+
+    Args:
+        model_chunks, to_rank: as for `export_weights`, with its collectives and its memory.
+
+    Raises:
+        UserError: the model has no adapters outside its MTP layers, or is not that of `config`.
+    """
+    live = LiveModel(model_chunks, config, adapters=True)
+    modules = [module for module in adapted_modules(config, live.shapes) if not module.is_mtp]
+    if not modules:
+        raise UserError("all adapters of the model are in its MTP layers, which no reader of served adapters has")
+    rank = live.shapes[modules[0].lora_a][-2]
+    entries = []
+    for tensor in served_tensors(modules, rank):
+        [module], (height, _), expert = tensor.modules, tensor.shape, tensor.expert or 0
+        key = module.lora_b if tensor.is_b else module.lora_a
+        rows = ((expert * height, (expert + 1) * height),)
+        entries.append(Entry(tensor.name, key, False, tensor.shape, live.shapes[key], rows))
+    for entry, tensor in live.tensors(entries, to_rank):
+        yield entry.hf_name, tensor
 
 
 @torch.no_grad()

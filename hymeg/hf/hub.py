@@ -22,11 +22,12 @@ def is_hub_id(name: str | os.PathLike) -> bool:
     return bool(found) and not os.path.exists(name) and not os.path.exists(found[1].partition("/")[0])
 
 
-def local_folder(name: str | os.PathLike, weights: bool = True) -> Path:
+def local_folder(name: str | os.PathLike, weights: bool = True, flag: str = "") -> Path:
     """The folder `name`, or the cache's of the model of that id.
 
     Args:
         weights: are needed, too; False: config.json and tokenizer will do.
+        flag: that named it, for the message.
 
     Raises:
         UserError: it is not in the cache, and cannot be fetched.
@@ -56,9 +57,9 @@ def local_folder(name: str | os.PathLike, weights: bool = True) -> Path:
         if _is_complete(folder, weights):
             return folder
     raise UserError(
-        f"{name}: no such folder, and a model of this name is neither in the Hugging Face cache nor can be fetched "
-        f"({reason}); give a folder, fetch it with hf download where there is a network, or check name and revision "
-        "(HF_HOME says where the cache is)"
+        f"{f'{flag} {name}'.strip()}: no such folder, and a model of this name is neither in the Hugging Face cache "
+        f"nor can be fetched ({reason}); give a folder, fetch it with hf download where there is a network, or check "
+        "name and revision (HF_HOME says where the cache is)"
     )
 
 

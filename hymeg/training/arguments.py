@@ -175,10 +175,8 @@ def _fetch(args: argparse.Namespace) -> None:
     for dest, weights in (("hf_model", False), ("load", True), ("pretrained_checkpoint", True)):
         given = getattr(args, dest)
         if given is not None and given != args.save:
-            try:
-                setattr(args, dest, str(local_folder(given, weights)) if is_hub_id(given) else given)
-            except UserError as error:
-                raise UserError(f"--{dest.replace('_', '-')} {error}") from error
+            flag = f"--{dest.replace('_', '-')}"
+            setattr(args, dest, str(local_folder(given, weights, flag)) if is_hub_id(given) else given)
 
 
 def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespace, HyConfig]:

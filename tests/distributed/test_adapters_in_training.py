@@ -3,9 +3,11 @@ steps, to 1e-5; copies of them to the bit. The base is frozen and costs neither 
 
 import re
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
+from live_weights import digest
 from safetensors.torch import load_file, save_file
 from test_conversations import write_rows
 from test_layouts import CP2, EP2, PP2, TP2, VPP2
@@ -13,7 +15,7 @@ from worlds import assert_same_training, largest_difference
 
 from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import adapter_modules, check_adapter_tensors
-from hymeg.checkpoint.adapters import merge
+from hymeg.checkpoint.adapters import adapter_to_peft, merge
 from hymeg.checkpoint.convert import hf_to_dist
 from hymeg.checkpoint.sources.dist_folder import stored_shapes
 from hymeg.errors import UserError
@@ -88,6 +90,19 @@ def test_same_as_one_process(worlds, command, alone, size, flags, checkpoint):
     found, expected = worlds.run(size, lora(command, flags, checkpoint)), alone[checkpoint]
     assert_same_training(found["steps"], expected["steps"])
     assert_same_adapters(found["adapters"], expected["adapters"])
+    assert found["live"] == [{"adapters": digest(served(found["adapters"]))}] * size
+
+
+def served(adapters: dict) -> Iterator[tuple[str, torch.Tensor]]:
+    """What every rank is to be given of its model's adapters, under the names that vLLM reads."""
+    for key, found in adapters.items():
+        whole, (path, matrix) = torch.tensor(found["values"]).view(found["shape"]), key[8:].rsplit(".", 1)
+        if path.startswith("model.layers.4."):  # MTP
+            continue
+        above, _, name = path.rpartition(".")
+        paths = [f"{above}.{e}.{name}" for e in range(len(whole))] if whole.dim() == 3 else [path]
+        parts = whole.view(len(paths), *whole.shape[-2:])
+        yield from ((f"base_model.model.{p}.{matrix}.weight", part) for p, part in zip(paths, parts, strict=True))
 
 
 def test_adapters_and_nothing_else_learn(alone, one_process, worlds, command):
@@ -124,6 +139,9 @@ def test_resumed_in_another_layout_goes_on_as_if_nothing_had_happened(worlds, co
     assert_same_training(saved["steps"], expected["steps"][:3])
     assert_same_training(resumed["steps"], expected["steps"][3:])
     assert_same_adapters(resumed["adapters"], expected["adapters"])
+    adapter_to_peft(save, save.with_suffix(".peft"), layout="served", base_hf=folder / "trunk", workers=1)
+    exported = load_file(save.with_suffix(".peft") / "adapter_model.safetensors")
+    assert [live["adapters"] for live in saved["live"]] == [digest(exported.items())] * 2
 
 
 def test_a_save_holds_the_adapters_alone(worlds, command, folder):
@@ -186,10 +204,10 @@ def test_ranks_that_hold_the_same_tokens_drop_the_same(worlds, command):
     first, second = worlds.run(2, lora(command, flags, steps=1), "adapter_masks")["ranks"]
     assert len(first) == len(second)
     kinds = set()
-    for (of_experts, is_row, shape, digest), other in zip(first, second, strict=True):
+    for (of_experts, is_row, shape, mask), other in zip(first, second, strict=True):
         assert other[:3] == [of_experts, is_row, shape]
         if shape[0] > 0:
-            assert (digest == other[3]) == (of_experts and not is_row), (of_experts, is_row, shape)
+            assert (mask == other[3]) == (of_experts and not is_row), (of_experts, is_row, shape)
             kinds.add((of_experts, is_row))
     assert len(kinds) == 4
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import checks
 import torch.distributed as dist
 from adapter_values import adapter_values
-from live_weights import live_digests
+from live_weights import digest, live_digests
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
 from megatron.training import arguments, training
 from replaced_names import CALLED
 from static_bytes import static_bytes
 
+from hymeg.checkpoint.live import export_adapter_weights
 from hymeg.data.conversations import ConversationDataset
 from hymeg.platform.patches import patch, patched
 from hymeg.training import run
@@ -91,6 +92,8 @@ def _train(argv: list[str]) -> dict:
     ):
         train(args, config)
     adapters = adapter_values(held[0]) if held else {}
+    if args.lora_rank is not None:
+        live["adapters"] = digest(export_adapter_weights(held[0], config))
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (steps, evaluations, _speaks_for_its_data(), live, static_bytes(*held)))
     steps, evaluations, *_ = gathered[-1]

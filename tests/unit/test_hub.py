@@ -1,9 +1,11 @@
 """Ids of the Hugging Face hub in place of folders: from the cache without a network, else fetched, from an endpoint
 that this file serves."""
 
+import contextlib
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from hymeg import errors
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.errors import UserError
 from hymeg.hf.hub import is_hub_id, local_folder
+from hymeg.training import loaded
 from hymeg.training.arguments import parse
 
 CONVERT = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -55,6 +59,45 @@ def test_what_is_in_the_cache_is_used_without_a_network(cache, hf_checkpoint, tm
         local_folder("tiny/Hy-MT2")
     with pytest.raises(UserError, match="tiny/other@x: no such folder"):
         local_folder("tiny/other@x")
+
+
+def called(tool: str, *words: object) -> None:
+    """A tool's `main`, in this process."""
+    path = Path(__file__).parents[2] / "tools" / f"{tool}.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, words)])
+        runpy.run_path(str(path), run_name="__main__")
+
+
+class Loaded(Exception):
+    """Instead of a model."""
+
+
+def test_every_tool_takes_an_id_where_a_folder_is_read(cache, hf_checkpoint, tmp_path, monkeypatch, capsys):
+    snapshot = put_into(cache, hf_checkpoint)
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "text": "a b c"}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+
+    def not_loaded(checkpoint, flags, *, hf_model, **_):
+        raise Loaded(str(checkpoint), hf_model and str(hf_model))
+
+    monkeypatch.setattr(loaded, "load_model", not_loaded)
+    monkeypatch.setattr(errors, "exit_on_user_error", contextlib.nullcontext)
+    for words in (["generate", "tiny/Hy-MT2@v2", "--prompt", "a"], ["evaluate", "tiny/Hy-MT2", rows]):
+        with pytest.raises(Loaded) as given:
+            called(*words)
+        assert given.value.args == (str(snapshot), None)
+        with pytest.raises(Loaded) as given:
+            called(*words[:1], hf_checkpoint, *words[2:], "--hf-model", "tiny/Hy-MT2@v2")
+        assert given.value.args == (str(hf_checkpoint), str(snapshot))
+        with pytest.raises(UserError, match=r"^--hf-model tiny/absent: no such folder"):
+            called(*words, "--hf-model", "tiny/absent")
+    called("preprocess_data", "--input", rows, "--output", tmp_path / "text", "--tokenizer", "tiny/Hy-MT2")
+    assert (tmp_path / "text_text_document.bin").exists()
+    called("inspect_data", rows, "--tokenizer", "tiny/Hy-MT2", "--row", 1)
+    called("plan", "--hf", "tiny/Hy-MT2", "--gpus", 1, "--global-batch-size", 1, "--seq-length", 64)
+    assert "H100" in capsys.readouterr().out
 
 
 def test_a_folder_is_never_taken_for_an_id(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from the ranks that hold them to all others, by broadcasts over the world.
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.utils import unwrap_model
 
+from hymeg.checkpoint.adapter_table import Module, all_modules
 from hymeg.checkpoint.mapping import (
     Entry,
     Shape,
@@ -25,6 +26,7 @@ from hymeg.checkpoint.mapping import (
     num_rows,
     row_ranges,
 )
+from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
 
@@ -44,21 +46,23 @@ class Block(NamedTuple):
 
 
 class LiveModel:
-    """What the ranks of a model hold. All ranks construct it together.
+    """What the ranks of a model hold: its weights, or its adapters. All ranks construct it together.
 
     Attributes:
         dtypes: of the distributed tensors, by key: "BF16".
+        shapes: of them.
 
     Raises:
-        UserError: the model is not that of `config`.
+        UserError: the model is not that of `config`, or has no adapters.
     """
 
-    def __init__(self, model_chunks: Sequence[torch.nn.Module], config: HyConfig):
+    def __init__(self, model_chunks: Sequence[torch.nn.Module], config: HyConfig, adapters: bool = False):
         for chunk in model_chunks:
             if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
                 # The last step's weights are gathered when the next step asks for them.
                 chunk.start_param_sync(force_sync=True)
-        self._shards = [shard for shard in held_shards(model_chunks) if is_main_replica(shard.replica_id)]
+        held = held_shards(model_chunks, adapters)
+        self._shards = [shard for shard in held if is_main_replica(shard.replica_id)]
         self._device = next(model_chunks[0].parameters()).device
         self._given, self._taken = _Buffer(self._device), _Buffer(self._device)
         self._rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -70,16 +74,18 @@ class LiveModel:
             dist.all_gather_object(of_ranks := [None] * world, held)
         self.dtypes: dict[str, str] = {}
         self._parts: dict[str, list[_Part]] = {}
-        shapes: dict[str, Shape] = {}
+        self.shapes: dict[str, Shape] = {}
         for rank, of_rank in enumerate(of_ranks):
             for number, (key, shape, offset, extent, dtype) in enumerate(of_rank):
-                shapes[key], self.dtypes[key] = shape, dtype
+                self.shapes[key], self.dtypes[key] = shape, dtype
                 self._parts.setdefault(key, []).extend(_parts(shape, offset, extent, rank, number))
-        check_distributed_tensors(config, shapes)
+        (_check_adapters if adapters else check_distributed_tensors)(config, self.shapes)
         for key, parts in self._parts.items():
             parts.sort(key=lambda part: part.stop)
             held_elements = sum((part.stop - part.start) * part.num_columns for part in parts)
-            assert held_elements == math.prod(shapes[key]), f"{key}: {held_elements} elements of {shapes[key]} are held"
+            assert held_elements == math.prod(self.shapes[key]), (
+                f"{key}: {held_elements} elements of {self.shapes[key]} are held"
+            )
 
     @torch.no_grad()
     def tensors(self, entries: Iterable[Entry], to_rank: int | None = None) -> Iterator[tuple[Entry, torch.Tensor]]:
@@ -223,13 +229,29 @@ def _matrices(buffer: _Buffer, shapes: Sequence[tuple[int, int, torch.dtype]]) -
     ]
 
 
-def held_shards(model_chunks: Sequence[torch.nn.Module]) -> list[ShardedTensor]:
+def adapted_modules(config: HyConfig, shapes: Mapping[str, Shape]) -> list[Module]:
+    """Those whose adapters these distributed tensors are, in the order of the table."""
+    return [module for module in all_modules(config) if module.lora_a in shapes]
+
+
+def _check_adapters(config: HyConfig, shapes: Mapping[str, Shape]) -> None:
+    if not shapes:
+        raise UserError("the model has no adapters; train it with --lora-rank, or export its weights")
+    modules = adapted_modules(config, shapes)
+    rank = shapes[modules[0].lora_a][-2] if modules else 0
+    if {key: shape for module in modules for key, shape in module.shapes(rank).items()} != dict(shapes):
+        raise UserError("the model's adapters are not those of a model of this config; give the config of its folder")
+
+
+def held_shards(model_chunks: Sequence[torch.nn.Module], adapters: bool = False) -> list[ShardedTensor]:
     """Every part that this rank holds of the distributed tensors, a SwiGLU's fc1 as its two halves: views of the
-    parameters.
+    parameters. Those of the weights, or those of the adapters beside them.
     """
     shards = []
     for chunk in unwrap_model(list(model_chunks)):
-        state_dict = chunk.weights_sharded_state_dict(metadata={})
+        if adapters and chunk.adapters is None:
+            continue
+        state_dict = (chunk.sharded_state_dict if adapters else chunk.weights_sharded_state_dict)(metadata={})
         apply_factories(state_dict)
         shards += [value for value in nested_values(state_dict) if isinstance(value, ShardedTensor)]
     return shards
