@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hymeg import __version__
+from hymeg.checksums import open_verified
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown, write_whole
 
@@ -38,11 +39,11 @@ class AdapterSettings(NamedTuple):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "AdapterSettings":
-        """What the adapter.json in `folder` says. Raises UserError where it is missing, or a value is none."""
+        """What the adapter.json in `folder` says. Raises UserError where it is missing or damaged, or a value is none."""
         path = Path(folder) / ADAPTER_FILE
         if not path.is_file():
             raise UserError(f"{folder}: no {ADAPTER_FILE} beside the adapter's tensors; copy the checkpoint again")
-        found = read_json(path)
+        found = read_json(path, open_verified)
         if type(found) is not dict:
             raise UserError(f"{path}: holds {shown(found)}; an object is needed")
         for name, (needed, is_right) in _FIELDS.items():

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from hymeg.checksums import MANIFEST, FileSum, Summer, SummingStream, open_verified, sum_of, write_manifest
+from hymeg.checksums import MANIFEST, FileSum, Summer, SummingStream, open_verified, sum_of, sum_of_file, write_manifest
 from hymeg.errors import UserError
 from hymeg.files import write_whole
 from hymeg.platform.patches import patch, patched
@@ -178,13 +178,24 @@ def _loaded_by_all(load, *args, **kwargs):
 
 def _mark(config: Any, checkpoint_dir: str) -> None:
     """In the place of Megatron's `save_config`: what makes the folder a checkpoint, after its manifest."""
-    data = json.dumps(dataclasses.asdict(config)).encode()
+    folder, data = Path(checkpoint_dir), json.dumps(dataclasses.asdict(config)).encode()
     sums = _sums.pop(os.fspath(checkpoint_dir), None)
     if sums is not None:
-        write_manifest(Path(checkpoint_dir) / MANIFEST, sums | {_MARKER: sum_of(data)})
-    write_whole(Path(checkpoint_dir) / _MARKER, data)
+        write_manifest(folder / MANIFEST, _sums_beside(folder, set(sums)) | sums | {_MARKER: sum_of(data)})
+    write_whole(folder / _MARKER, data)
     for call in once_saved:
         call()
+
+
+def _sums_beside(folder: Path, known: set[str]) -> dict[str, FileSum]:
+    """Of the small files that lie beside the data, an adapter's settings say. A `.distcp` that no rank of this save
+    wrote is an earlier life's, and nobody reads it.
+    """
+    return {
+        path.name: sum_of_file(path)
+        for path in folder.iterdir()
+        if path.is_file() and path.name not in known and path.suffix not in (".distcp", ".tmp")
+    }
 
 
 @contextlib.contextmanager

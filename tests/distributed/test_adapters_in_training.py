@@ -18,6 +18,7 @@ from hymeg.checkpoint.adapter_table import adapter_modules, check_adapter_tensor
 from hymeg.checkpoint.adapters import adapter_to_peft, merge
 from hymeg.checkpoint.convert import hf_to_dist
 from hymeg.checkpoint.sources.dist_folder import stored_shapes
+from hymeg.checkpoint.verification import verify_folder
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 
@@ -144,8 +145,9 @@ def test_resumed_in_another_layout_goes_on_as_if_nothing_had_happened(worlds, co
     assert [live["adapters"] for live in saved["live"]] == [digest(exported.items())] * 2
 
 
-def test_a_save_holds_the_adapters_alone(worlds, command, folder):
-    """Under the keys of the table, and the settings beside them."""
+def test_a_save_holds_the_adapters_alone(worlds, command, folder, tmp_path):
+    """Under the keys of the table, and the settings beside them, in the manifest as the tensors are: read or verified,
+    a bit that flipped in the settings is found."""
     save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
     worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
     saved = save / "iter_0000003"
@@ -156,6 +158,12 @@ def test_a_save_holds_the_adapters_alone(worlds, command, folder):
     assert (settings.rank, settings.alpha, settings.scale, settings.dropout) == (RANK, 8.0, 2.0, 0.0)
     assert settings.targets == tuple(TARGETS.split())
     assert settings.base["source"] == str(folder / "trunk") and len(settings.base["fingerprint"]) == 12
+    shutil.copytree(saved, tmp_path / "flipped")
+    flipped = tmp_path / "flipped" / "adapter.json"
+    flipped.write_text(flipped.read_text().replace('"alpha": 8.0', '"alpha": 9.0'))
+    assert [finding.path for finding in verify_folder(tmp_path / "flipped", workers=1).damaged] == [flipped]
+    with pytest.raises(UserError, match=r"adapter\.json: damaged"):
+        AdapterSettings.from_folder(tmp_path / "flipped")
 
 
 def test_another_base_is_refused(worlds, command, folder, tmp_path):
