@@ -86,7 +86,8 @@ class _Check(NamedTuple):
 
 
 def verify_folder(folder: str | os.PathLike, workers: int = 2) -> Report:
-    """Every file of a checkpoint's folder, all its iterations included, read from the disk and compared.
+    """Every file of a checkpoint's folder, all its iterations included, or of text for pre-training, read from the disk
+    and compared.
 
     Raises:
         UserError: there is no such folder, or a file cannot be read.
@@ -98,23 +99,26 @@ def verify_folder(folder: str | os.PathLike, workers: int = 2) -> Report:
     findings: list[Finding] = []
     checks, unverified = [], []
     for place in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
-        try:
-            manifest = read_manifest(place / MANIFEST)
-        except Damaged as error:
-            findings.append(Finding(place / MANIFEST, error.what, ()))
-            manifest = None
-        known = manifest.files if manifest else {}
+        known: dict[str, FileSum] = {}
+        manifests = sorted({place / MANIFEST, *place.glob(f"*.{MANIFEST}")})
+        for path in manifests:
+            try:
+                manifest = read_manifest(path)
+            except Damaged as error:
+                findings.append(Finding(path, error.what, ()))
+            else:
+                known |= manifest.files if manifest else {}
         for name, expected in known.items():
             if (place / name).is_file():
                 checks.append(_Check(place / name, expected.size, _ComparedWithSums(expected)))
             else:
                 findings.append(Finding(place / name, "missing", ()))
         for path in sorted(path for path in place.iterdir() if path.is_file()):
-            if path.name not in known and path.name != MANIFEST:
+            if path.name not in known and path not in manifests:
                 how = _otherwise(path)
                 if how:
                     checks.append(_Check(path, path.stat().st_size, how))
-                elif path.suffix in (".safetensors", ".distcp") or path.name == ".metadata":
+                elif path.suffix in (".safetensors", ".distcp", ".bin", ".idx") or path.name == ".metadata":
                     unverified.append(path)
 
     def work(dealt_checks: Iterator[_Check], report: Callable[[int], None]) -> list[Finding]:

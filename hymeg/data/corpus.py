@@ -1,4 +1,5 @@
-"""Plain text for pre-training: files of documents in, Megatron's indexed dataset (.bin, .idx) out.
+"""Plain text for pre-training: files of documents in, Megatron's indexed dataset (.bin, .idx) out, and its checksums
+beside it (.checksums.sfv).
 
 Memory is bounded by a few batches of rows, plus some tens of bytes a document for Megatron's index. Training on a
 dataset is Megatron's business.
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hymeg import platform
+from hymeg.checksums import MANIFEST, Summer, SummingStream, sum_of_file, write_manifest
 from hymeg.data.text_files import Batch, check_given_once, check_name, is_text, place, read_batches
 from hymeg.data.workers import encode_all
 from hymeg.errors import UserError
@@ -62,7 +64,8 @@ def preprocess(
     overwrite: bool = False,
     report: Callable[[Counts], None] = lambda counts: None,
 ) -> Counts:
-    """Tokenize files into OUTPUT_KEY_document.bin and .idx for each key, the names that Megatron-LM's own tool gives.
+    """Tokenize files into OUTPUT_KEY_document.bin and .idx for each key, the names that Megatron-LM's own tool gives,
+    and their checksums, OUTPUT_KEY_document.checksums.sfv.
 
     Files appear whole or not at all. Documents keep the order of the files and of the rows in them. No special token is
     in them but the end-of-document token: text that looks like one is text.
@@ -222,11 +225,12 @@ def _write(
         platform.install()
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    bins = {key: Path(f"{prefix}.bin") for key, prefix in prefixes.items()}
-    indices = {key: Path(f"{prefix}.idx") for key, prefix in prefixes.items()}
-    temporary = {
-        path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (*bins.values(), *indices.values())
-    }
+    bins, indices, manifests = (
+        {key: Path(f"{prefix}.{suffix}") for key, prefix in prefixes.items()} for suffix in ("bin", "idx", MANIFEST)
+    )
+    all_paths = (*bins.values(), *manifests.values(), *indices.values())
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in all_paths}
+    summers = {key: Summer() for key in prefixes}
     folder = next(iter(bins.values())).parent
     is_new_folder = not folder.exists()
     try:
@@ -236,6 +240,9 @@ def _write(
                 key: IndexedDatasetBuilder(str(temporary[path]), DType.optimal_dtype(vocab_size))
                 for key, path in bins.items()
             }
+        files = {key: builder.data_file for key, builder in builders.items()}
+        for key, builder in builders.items():
+            builder.data_file = SummingStream(files[key], summers[key])
         report(counts)
         for batch in encoded:
             with _write_errors(folder):
@@ -251,13 +258,16 @@ def _write(
                 )
         with _write_errors(folder):
             for key, builder in builders.items():
+                builder.data_file = files[key]
                 builder.finalize(str(temporary[indices[key]]))
+                sums = {bins[key].name: summers[key].result(), indices[key].name: sum_of_file(temporary[indices[key]])}
+                write_manifest(temporary[manifests[key]], sums)
             for path in temporary.values():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
             for path in indices.values():
                 path.unlink(missing_ok=True)  # an old index over new tokens would be read as a dataset
-            for path in (*bins.values(), *indices.values()):
+            for path in all_paths:
                 temporary[path].rename(path)
             fsync_folder(folder)
     finally:

@@ -66,7 +66,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer_dir, la
         assert last == f"--data-path {prefix}_text_document"
         assert first.startswith("12,150 documents, ")
         outputs[workers] = {path.name: path.read_bytes() for path in prefix.parent.iterdir()}
-    assert sorted(outputs[1]) == ["corpus_text_document.bin", "corpus_text_document.idx"]
+    assert sorted(outputs[1]) == [f"corpus_text_document.{suffix}" for suffix in ("bin", "checksums.sfv", "idx")]
     assert outputs[1] == outputs[2]
 
     platform.install()

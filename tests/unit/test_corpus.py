@@ -13,6 +13,7 @@ import pytest
 from corpora import COMPRESSIONS, UDHR, read_back, udhr_texts, write_rows
 from transformers import AutoTokenizer
 
+from hymeg.checkpoint.verification import verify_folder
 from hymeg.data.corpus import preprocess
 from hymeg.errors import UserError
 from hymeg.hf.tokenizer import END_OF_DOCUMENT, EOS, SPECIAL_TOKENS
@@ -315,7 +316,8 @@ def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(
 
     preprocess([UDHR / "en.jsonl"], output, tokenizer_dir)
     before = files()
-    assert sorted(before) == ["corpus_text_document.bin", "corpus_text_document.idx"]
+    assert sorted(before) == [f"corpus_text_document.{suffix}" for suffix in ("bin", "checksums.sfv", "idx")]
+    assert verify_folder(output.parent, workers=1).num_files == 2
     with pytest.raises(UserError, match="exists already; give another --output, or --overwrite"):
         preprocess([good], output, tokenizer_dir)
     with pytest.raises(UserError, match="no key 'text'"):
@@ -323,6 +325,7 @@ def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(
     assert files() == before
     preprocess([good], output, tokenizer_dir, overwrite=True)
     assert sorted(files()) == sorted(before)
+    assert not verify_folder(output.parent, workers=1).damaged
     assert read_back(f"{output}_text_document")[1] == [[*tokenizer.encode("good"), tokenizer.eos_token_id]]
 
 

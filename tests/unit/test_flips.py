@@ -15,9 +15,12 @@ from single_process import ensure_world
 from hymeg.checkpoint.convert import dist_to_hf
 from hymeg.checkpoint.verification import verify_folder
 from hymeg.checksums import MANIFEST
+from hymeg.data.corpus import preprocess
 from hymeg.data.index_building import build_missing
 from hymeg.data.row_index import RowIndex
 from hymeg.errors import UserError
+
+KINDS = ("trained", "converted", "hugging_face", "index", "text")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def written(tmp_path_factory, dist_checkpoint, tokenizer_dir) -> dict[str, Path]
 
     ensure_world()
     place = tmp_path_factory.mktemp("flips")
-    kinds = {kind: place / kind for kind in ("trained", "converted", "hugging_face", "index")}
+    kinds = {kind: place / kind for kind in KINDS}
     kinds["trained"].mkdir()
     tensor = ShardedTensor.from_rank_offsets("decoder.weight", torch.randn(700_000))
     dist_checkpointing.save({"weight": tensor, "step": 3}, str(kinds["trained"]))
@@ -37,7 +40,9 @@ def written(tmp_path_factory, dist_checkpoint, tokenizer_dir) -> dict[str, Path]
     rows = place / "rows.jsonl"
     turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in udhr_texts("en")]
     rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    rows.with_name("text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in udhr_texts("en")))
     build_missing({str(rows): kinds["index"]}, (str(tokenizer_dir),), io.StringIO())
+    preprocess([rows.with_name("text.jsonl")], kinds["text"] / "corpus", tokenizer_dir)
     return kinds
 
 
@@ -54,8 +59,8 @@ def flip_one(folder: Path, chance: random.Random) -> tuple[Path, bytes]:
     return path, intact
 
 
-@pytest.mark.parametrize("kind", ["trained", "converted", "hugging_face", "index"])
-@pytest.mark.parametrize("count", [10, pytest.param(250, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.soak)])
 def test_every_flipped_bit_is_found(written, kind, count):
     chance, missed = random.Random(f"{kind} {count}"), []
     assert not verify_folder(written[kind], workers=1).damaged
