@@ -3,9 +3,9 @@
 A folder's MANIFEST (of some of its files: PREFIX.MANIFEST) is an SFV file, which `rhash -c`, `cksfv -f` and 7-Zip
 check: a line `NAME CRC32` for each file. Comments hold what lets a part of a file be checked, and the pieces of a file
 be written in any order by several processes: `; SIZE BLOCKS NAME`, where BLOCKS are the CRC-32 of each BLOCK_BYTES of
-the file, little-endian, in base64. The last line is the CRC-32 of the lines above it. CRC-32 is the one of zip and gzip (ISO 3309): it finds every single
-bit that flips, every burst of up to 32 bits, and all but one of 2^32 other accidents. It is no protection from
-somebody who changes a file on purpose.
+the file, little-endian, in base64. The last line is the CRC-32 of the lines above it. CRC-32 is the one of zip and gzip
+(ISO 3309): it finds every single bit that flips, every burst of up to 32 bits, and all but one of 2^32 other accidents.
+It is no protection from somebody who changes a file on purpose.
 """
 
 import base64

@@ -136,7 +136,6 @@ _EVERYWHERE = (
     Row("defer_embedding_wgrad_compute wgrad_deferral_limit", "hymeg's head computes its gradient where its loss is"),
     Row("fp8_output_proj", "hymeg's head computes in 16 bits or fp32"),
     Row("fp16_lm_cross_entropy", "hymeg's head computes its loss in fp32"),
-    Row("check_for_spiky_loss", "hymeg's loss looks for NaN and infinity only"),
     Row(
         "create_attention_mask_in_dataloader",
         "attention is causal, and its masks of seq_length^2 bytes would go unread",

@@ -39,7 +39,7 @@ class AdapterSettings(NamedTuple):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "AdapterSettings":
-        """What the adapter.json in `folder` says. Raises UserError where it is missing, damaged or holds no settings."""
+        """What the adapter.json in `folder` says. Raises UserError where it is missing, damaged or not right."""
         path = Path(folder) / ADAPTER_FILE
         if not path.is_file():
             raise UserError(f"{folder}: no {ADAPTER_FILE} beside the adapter's tensors; copy the checkpoint again")

@@ -228,6 +228,8 @@ def log_line(line) -> Iterator[None]:
     def logged(*args, **kwargs):
         total_loss_dict, iteration = args[1], args[3]
         line.learning_rate, line.grad_norm = args[2], args[7]
+        if not args[6]:  # the step was not skipped
+            line.check(iteration, args[0])
         if iteration % get_args().log_interval == 0:
             # Said to be the first, an iteration is logged and its sums kept (training.py:2594): the next line would be
             # the mean of both.

@@ -29,7 +29,7 @@ _NUM_TOKENS_LOOKED_AT = 1 << 20
 
 def settle_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
     """Check the data of `args`, choose `--split` where it is not given, and turn evaluation off where there is nothing
-    to evaluate on.
+    to evaluate on. The data sets become `args.text_prefixes`.
 
     Raises:
         UserError: no source of data or several, a blend that is none, a file that is missing, unreadable, truncated or
@@ -77,6 +77,7 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str],
             if "://" not in prefix:
                 num_sequences[prefix] = _check_prefix(label, prefix, config, args.rank)
                 _check_cache(args, label, prefix)
+    args.text_prefixes = sorted(num_sequences)
     if sources[0] in ("train_data_path", "per_split_data_args_path"):
         if args.split is not None:
             raise UserError(f"--split {args.split} cannot be combined with data given for each split; leave it out")

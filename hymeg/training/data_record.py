@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checksums import MANIFEST, read_manifest, sum_of_file
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown, write_whole
 from hymeg.training.weights import is_distributed_checkpoint
@@ -28,6 +29,12 @@ _OF_TEXT = (
     "per_split_data_args_path",
     "mock_data",
 )
+_CONTENTS, _TOKENIZER = "contents of ", "tokenizer.json"
+_ANOTHER_ORDER = ("the data are not in the order", "samples may come twice or never")
+_MEANINGS = {
+    _CONTENTS: ("the data are not those", "from here on others are trained on"),
+    _TOKENIZER: ("the tokenizer is not the one", "token ids may stand for other text"),
+}
 
 
 def text_record(args: argparse.Namespace) -> dict[str, Any]:
@@ -36,6 +43,23 @@ def text_record(args: argparse.Namespace) -> dict[str, Any]:
     """
     num_samples = args.train_samples or args.train_iters * args.global_batch_size
     return {dest: getattr(args, dest) for dest in _OF_TEXT} | {"train_samples": num_samples}
+
+
+def contents_record(args: argparse.Namespace) -> dict[str, str]:
+    """What is in the data sets of text, by their checksums where they have some, and how the tokenizer makes tokens."""
+    found = {f"{_CONTENTS}{prefix}": _contents(Path(prefix)) for prefix in getattr(args, "text_prefixes", ())}
+    return found | {_TOKENIZER: f"{sum_of_file(Path(args.hf_model, _TOKENIZER)).crc:08X}"}
+
+
+def _contents(prefix: Path) -> str:
+    """The checksum of files of another length is not theirs."""
+    files = [prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("bin", "idx")]
+    manifest = read_manifest(prefix.with_name(f"{prefix.name}.{MANIFEST}"))
+    sums = [manifest.files.get(file.name) if manifest else None for file in files]
+    return " and ".join(
+        f"{size} bytes" + (f" of CRC-32 {known.crc:08X}" if known and known.size == size else "")
+        for size, known in zip((file.stat().st_size for file in files), sums, strict=True)
+    )
 
 
 def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -50,9 +74,10 @@ def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Call
             say(f"nothing left to train: {args.load} is at iteration {iteration} of --train-iters {args.train_iters}")
         for key, was in kept[-1]["data"].items() if kept else ():
             if key in record and record[key] != was:
+                said, means = _MEANINGS.get(_CONTENTS if key.startswith(_CONTENTS) else key, _ANOTHER_ORDER)
                 say(
-                    f"the data are not in the order that {args.load} was trained on: {key} was {shown(was)} and is "
-                    f"{shown(record[key])}; samples may come twice or never"
+                    f"{said} that {args.load} was trained on: {key} was {shown(was)} and is {shown(record[key])}; "
+                    f"{means}"
                 )
     if args.save is not None:
         os.makedirs(args.save, exist_ok=True)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from hymeg.platform import device, megatron
 from hymeg.reporting.record import RunRecord
 from hymeg.training.retention import beat
 from hymeg.training.starved_experts import StarvedExperts, told
+from hymeg.training.step import check_finite
 
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
 
@@ -115,6 +116,11 @@ class LogLine:
         """Called once the model is built and wrapped."""
         self.model_chunks = model_chunks
         return model_chunks
+
+    def check(self, iteration: int, losses: Mapping[str, torch.Tensor]) -> None:
+        """Called on every rank after each step that changed the weights, before anything of it is saved."""
+        if self.args.check_for_nan_in_loss_and_grad:
+            check_finite(iteration, losses, self.grad_norm)
 
     def before(
         self,

@@ -21,7 +21,7 @@ from hymeg.training import metrics, save_lock
 from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import naming_lines, parse
 from hymeg.training.batch import is_reader, takes_data
-from hymeg.training.data_record import compare_and_keep, text_record
+from hymeg.training.data_record import compare_and_keep, contents_record, text_record
 from hymeg.training.hf_folders import saving_hf
 from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
@@ -111,7 +111,7 @@ def train(args, config: HyConfig) -> None:
             with naming_lines(args.explicit):
                 set_iterations(args, rows.num_training_sequences, _say)
         convert_hf_weights(args)
-        data = text_record(args) if rows is None else rows.record()
+        data = (text_record(args) if rows is None else rows.record()) | contents_record(args)
         if int(os.environ["RANK"]) == 0:
             compare_and_keep(args, data, _say)
         settings = pretrain_cfg_container_from_args(args, model_config)

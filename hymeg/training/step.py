@@ -1,14 +1,18 @@
 """The forward step and the loss that Megatron's loop calls."""
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
+from hymeg.errors import UserError
 from hymeg.training.batch import get_batch
+
+_SPIKE = 10  # Megatron's own threshold of gradients (param_and_grad_buffer.py, check_grads)
 
 
 def forward_step(
@@ -63,5 +67,30 @@ def loss_function(
                 tolerance=0.0,
                 fatal=True,
             )
+    if get_args().check_for_spiky_loss:
+        machine = get_rerun_state_machine()
+        machine.validate_result(
+            result=loss.detach() / num_tokens.clamp(min=1),
+            rejection_func=functools.partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss"),
+            message=f"loss above {_SPIKE} times the largest of its first 100",
+            tolerance=0.0,
+            fatal=False,
+        )
     report = torch.stack([loss.detach(), num_tokens.detach()])
     return loss, num_tokens.detach().to(torch.int), {"lm loss": report}
+
+
+def check_finite(iteration: int, losses: Mapping[str, torch.Tensor], grad_norm: float | None) -> None:
+    """After a step that changed the weights: Megatron's own checks leave out the first step of every start.
+
+    Raises:
+        UserError: a loss or the gradients' norm is none.
+    """
+    figures = {"the gradients' norm": grad_norm} | {name: float(loss.sum()) for name, loss in losses.items()}
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(
+                f"iteration {iteration}: {name} is {float(value)}, and so are the weights now, of which nothing was "
+                "saved; look at the weights and data that this start began with, or lower --lr; a new start goes on "
+                "from the last checkpoint (--no-check-for-nan-in-loss-and-grad trains on)"
+            )

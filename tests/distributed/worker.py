@@ -68,6 +68,8 @@ def _train(argv: list[str]) -> dict:
         drawn.clear()
         result = train_step(*step_args, **step_kwargs)
         loss = {key: value.item() for key, value in result[0].items()}
+        if result[5] is None:  # the rerun machine ends the run in the middle of the step
+            return result
         steps.append({"loss": loss.get("lm loss"), "grad_norm": float(result[5]), "drawn": list(drawn)})
         return result
 

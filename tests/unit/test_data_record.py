@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from hymeg.checkpoint.dist_files import TRACKER
-from hymeg.training.data_record import compare_and_keep, text_record
+from hymeg.checksums import sum_of, write_manifest
+from hymeg.training.data_record import compare_and_keep, contents_record, text_record
 
 
 def start(folder, record, iteration=None, **others):
@@ -111,3 +112,35 @@ def test_text_is_in_another_order_where_the_number_of_samples_is_another(changes
     ) | {"train_iters": 10, "global_batch_size": 8, "seed": 1, "seq_length": 32, "split": "1", "data_path": ["a"]}
     before, after = (text_record(SimpleNamespace(**args | more)) for more in ({}, changes))
     assert (before != after) is differs
+
+
+def test_other_contents_and_another_tokenizer_are_said(folder, tmp_path):
+    """By checksums where there are some, else by lengths."""
+    prefix, model = tmp_path / "corpus_text_document", tmp_path / "model"
+    model.mkdir()
+    args = SimpleNamespace(text_prefixes=[str(prefix)], hf_model=str(model))
+
+    def write(tokens: bytes, tokenizer: str, has_sums: bool = True) -> None:
+        (model / "tokenizer.json").write_text(tokenizer)
+        for suffix in ("bin", "idx"):
+            prefix.with_name(f"{prefix.name}.{suffix}").write_bytes(tokens)
+        names = [f"{prefix.name}.{suffix}" for suffix in ("bin", "idx")] if has_sums else []
+        write_manifest(f"{prefix}.checksums.sfv", dict.fromkeys(names, sum_of(tokens)))
+
+    def said() -> list[str]:
+        return start(folder, {"data": "A", "seed": 1} | contents_record(args))
+
+    write(b"one", "{}")
+    assert said() == []
+    save(folder, 20)
+    assert said() == []
+    write(b"two", "{ }")
+    contents, tokenizer = said()
+    assert contents.startswith(
+        f"the data are not those that {folder} was trained on: contents of {prefix} was '3 bytes"
+    )
+    assert tokenizer.startswith(f"the tokenizer is not the one that {folder} was trained on: tokenizer.json was")
+    write(b"one", "{}")
+    assert said() == []
+    write(b"longer", "{}", has_sums=False)
+    assert len(said()) == 1 and "and is '6 bytes and 6 bytes'" in said()[0]
