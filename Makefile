@@ -14,7 +14,7 @@ help:
 	@echo "make demo       a small Hy-MT2 trains on four processes, changes its layout and is fine-tuned: some minutes, on CPU"
 	@echo "make test       the whole test suite, on CPU"
 	@echo "make test-fast  the unit tests, under two minutes"
-	@echo "make soak       what is long by nature and left out of make test"
+	@echo "make soak       what is long by nature and left out of make test; then an hour of kills and flipped bits (tools/soak.py)"
 	@echo "make test-gpu   the tests that need a GPU and Transformer Engine (docs/gpu.md), in the environment that has them (PYTHON=... to choose it)"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove $(VENV)"
@@ -39,6 +39,7 @@ test-fast: setup
 
 soak: setup
 	$(PYTEST) -m soak --durations 10
+	$(BIN)/python tools/soak.py
 
 # Transformer Engine is compiled for the machine's own torch: no set-up of ours.
 test-gpu:

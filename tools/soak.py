@@ -11,12 +11,14 @@ One table at the end; exit code 1 where a line of it misses its bar.
 import argparse
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 from soaking.folders import JOBS, flip_bits, in_child, kill_jobs
 from soaking.training import STEPS_PER_KILL, Training
 
@@ -126,7 +128,12 @@ def main() -> None:
         lambda: soak_jobs(out, round(200 * args.scale), chance),
         lambda: soak_flips(out, round(1000 * args.scale), chance),
     ]
-    lines = [line for part in parts for line in part()]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        lines = [line for part in parts for line in part()]
+    finally:
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
     print(f"\n{table(lines, time.monotonic() - started)}")
     sys.exit(0 if all(line.is_good for line in lines) else 1)
 

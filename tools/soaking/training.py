@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS_PER_KILL = 200
 SECONDS_A_LIFE = 3600.0
 SECONDS_FOR_ORPHANS = 120.0
-KINDS = ("one rank", "all ranks", "the launcher", "everything")
+KINDS = ("one rank", "all ranks", "everything", "the launcher")  # whose ranks train on until another run takes over
 _STEP = re.compile(r" iteration +(\d+)/ *\d+ \|.*? lm loss: (\S+) \|")
 
 
@@ -159,7 +159,8 @@ class Training:
                 if number < num_kills:
                     kind = KINDS[number % len(KINDS)]
                     at = number * window + chance.randint(1, max(1, window - 2))
-                    found.failed += not life.wait(lambda at=at, seen=seen: seen(at))
+                    # Orphans may have come to the end of all steps meanwhile.
+                    found.failed += not life.wait(lambda at=at, seen=seen: seen(at)) and bool(life.process.poll())
                     if chance.random() < 0.5:
                         life.wait(lambda: _is_saving(save))
                         found.kinds["while saving"] += 1
@@ -185,15 +186,11 @@ class Training:
 
     def _kill(self, life: Life, kind: str, chance: random.Random) -> list[psutil.Process]:
         """The ranks that nobody has ended."""
-        ranks, launcher = life.ranks(), psutil.Process(life.process.pid)
-        if kind == "one rank" and ranks:
-            life.kill([chance.choice(ranks)])
-        elif kind == "all ranks":
-            life.kill(ranks)
-        elif kind == "the launcher":
-            life.kill([launcher])
-        else:
-            life.kill([launcher, *ranks])
+        ranks = life.ranks()
+        if kind in ("the launcher", "everything") and life.process.poll() is None:
+            life.process.kill()
+        if kind != "the launcher":
+            life.kill(ranks if kind != "one rank" else ranks and [chance.choice(ranks)])
         life.process.wait()
         return ranks if kind == "the launcher" else []
 
