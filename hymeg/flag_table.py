@@ -11,6 +11,7 @@ ALWAYS = "is not supported"
 ON_CPU = "cannot work on CPU"
 WITH_SFT = "has no place with --sft"
 WITH_LORA = "has no place with --lora-rank"
+WITH_FROZEN = "has no place with --freeze or --train-only"
 WITHOUT = "has no effect without"
 
 _DEFAULT = object()
@@ -122,7 +123,11 @@ _EVERYWHERE = (
         _GONE,
     ),
     # ---- what hymeg's way through Megatron does not pass
-    Row("freeze_all_layers", "Megatron applies it in a way of building models that hymeg does not take"),
+    Row(
+        "freeze_all_layers",
+        "Megatron applies it in a way of building models that hymeg does not take",
+        instead="name what is not to be trained with --freeze, what is with --train-only",
+    ),
     Row(
         "create_all_gather_group use_layer_wise_param_layout",
         "Megatron reads it in a way of building models that hymeg does not take",
@@ -294,7 +299,18 @@ _WITH_LORA = (
     Row("use_transformer_engine_op_fuser moe_single_grouped_weight", _NOT_BESIDE, WITH_LORA),
     Row("delay_wgrad_compute", "the frozen weights have no gradients", WITH_LORA),
     Row("fp8_param_gather fp4_param_gather", "the frozen weights are kept in 16 bits", WITH_LORA),
+    Row(
+        "freeze train_only",
+        "adapters are trained alone, beside frozen weights",
+        WITH_LORA,
+        instead="name what has adapters with --lora-targets",
+    ),
     Row("save_hf", "it writes the model's own weights", WITH_LORA, instead="merge the adapters into them afterwards"),
+)
+
+_WITH_FROZEN = (
+    Row("delay_wgrad_compute", "frozen weights have no gradients", WITH_FROZEN),
+    Row("fp8_param_gather fp4_param_gather", "frozen weights would be rounded, and saved so", WITH_FROZEN),
 )
 
 _EFFECTLESS = (
@@ -388,7 +404,7 @@ _EFFECTLESS = (
     _no_effect_without("multiple_validation_sets", "validation_set_names"),
 )
 
-TABLE = (*_EVERYWHERE, *_ON_CPU, *_WITH_SFT, *_WITH_LORA, *_EFFECTLESS)
+TABLE = (*_EVERYWHERE, *_ON_CPU, *_WITH_SFT, *_WITH_LORA, *_WITH_FROZEN, *_EFFECTLESS)
 
 
 def cpu_values() -> dict[str, Any]:

@@ -180,6 +180,7 @@ def _said(args: argparse.Namespace, name: str) -> str:
 
     option = args.explicit[name][0] if name in args.explicit else flag(name)
     value = args.said.get(option.removeprefix("--"), getattr(args, name))
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
     return option if isinstance(value, bool) else f"{option} {value}"
 
 

@@ -39,6 +39,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import Module, adapter_modules
 from hymeg.hf.config import HyConfig
+from hymeg.models.freezing import require_gradients_of_inputs
 from hymeg.platform.kernels import grouped_linear
 
 _SAME_ON_ALL_SHARDS = "adapters-of-experts"  # random numbers, the same on the ranks that share an expert
@@ -266,7 +267,7 @@ def add_adapters(model: torch.nn.Module, config: HyConfig, settings: AdapterSett
                 )
                 model.adapters[f"{prefix}{path}{name}".replace(".", "-")] = adapter
                 _hook(adapter, owner, name, is_expert)
-    _require_gradients_of_inputs(model)
+    require_gradients_of_inputs(model)
 
 
 # Attribute, projections in the order of its rows, whether it is row-parallel.
@@ -328,19 +329,3 @@ def _hook(adapter: Adapter, owner: torch.nn.Module, name: str, is_expert: bool) 
             getattr(mlp, name).register_forward_hook(functools.partial(adapter.add_of_expert, expert))
     else:
         getattr(owner, name).register_forward_hook(adapter.add_grouped if is_expert else adapter.add)
-
-
-def _require_gradients_of_inputs(model: torch.nn.Module) -> None:
-    """Of a frozen embedding's output: a layer that is recomputed in the backward pass, and a pipeline stage without
-    adapters, pass gradients on only where their inputs ask for them (megatron/core/tensor_parallel/random.py,
-    CheckpointFunction; pipeline_parallel/schedules.py, backward_step).
-    """
-    embedding = getattr(model, "embedding", None)
-    if embedding is not None:
-        embedding.register_forward_hook(_require_gradient)
-
-
-def _require_gradient(embedding: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_()
-    return output

@@ -96,12 +96,12 @@ _UNMODELLED_SWITCHES = """
     async_save batch_invariant_mode cpu_offloading_num_layers ddp_reduce_scatter_with_fp32_accumulation
     defer_embedding_wgrad_compute delay_wgrad_compute deterministic_mode distribute_saved_activations enable_cuda_graph
     external_cuda_graph fine_grained_activation_offloading fp32_residual_connection fp4 fp8 fp8_param_gather
-    freeze_all_layers fsdp_double_buffer fused_residual_rmsnorm hidden_dropout hierarchical_context_parallel_sizes
+    freeze fsdp_double_buffer fused_residual_rmsnorm hidden_dropout hierarchical_context_parallel_sizes
     moe_enable_deepep moe_expert_capacity_factor moe_expert_rank_capacity_factor moe_layer_recompute
     moe_pad_expert_input_to_capacity moe_paged_stash moe_permute_fusion moe_router_fusion
     moe_router_padding_for_quantization moe_shared_expert_overlap mtp_detach_heads nccl_ub
     overlap_dispatch_backward_with_experts_wgrad overlap_param_gather_with_optimizer_step
-    reuse_grad_buf_for_mxfp8_param_ag step_batch_size_schedule symmetric_ar_type tp_comm_overlap
+    reuse_grad_buf_for_mxfp8_param_ag step_batch_size_schedule symmetric_ar_type tp_comm_overlap train_only
     use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_megatron_fsdp use_sharp use_te_activation_func
     use_torch_fsdp2 use_tp_pp_dp_mapping use_transformer_engine_op_fuser
 """

@@ -1,8 +1,8 @@
 """Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
 
-With CUDA seven of Megatron's names change: a call that its wheel cannot serve, how multi-token prediction rolls and
-logs, and a count that needs logits (the three functions of `hymeg.platform.megatron` that say "on every platform"), and
-how checkpoints are written and read (`hymeg.platform.saving`).
+With CUDA eight of Megatron's names change: a call that its wheel cannot serve, how multi-token prediction rolls and
+logs, a count that needs logits, and optimizers of nothing (the functions of `hymeg.platform.megatron` that say "on
+every platform"), and how checkpoints are written and read (`hymeg.platform.saving`).
 Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports
 Megatron: the packages that import it call it. `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run
 without a GPU; unset, the presence of CUDA decides.
@@ -103,6 +103,7 @@ def install() -> None:
     megatron.use_shipped_dataset_helpers()
     megatron.mend_mtp_rolls()
     megatron.count_mtp_hits_without_logits()
+    megatron.leave_out_empty_optimizers()
     saving.install()
     if is_cpu():
         megatron.install()

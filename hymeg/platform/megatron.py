@@ -117,6 +117,24 @@ def count_mtp_hits_without_logits() -> None:
     )
 
 
+def leave_out_empty_optimizers() -> None:
+    """On every platform: where only experts are trained, Megatron makes an optimizer of nothing for all else, and fails
+    on it in each save and load (optimizer.py, ChainedOptimizer._synchronize_steps).
+    """
+    from megatron.training import training
+
+    get_optimizer = training.get_megatron_optimizer
+
+    def get(*args, **kwargs):
+        made = get_optimizer(*args, **kwargs)
+        chained = getattr(made, "chained_optimizers", [])
+        if real := [one for one in chained if not getattr(one, "is_stub_optimizer", False)]:
+            made.chained_optimizers = real
+        return made
+
+    patch(training, "get_megatron_optimizer", get, "training.py:2132")
+
+
 def quieten() -> None:
     """Before Megatron is imported: on a CPU it warns a dozen times of what is as it should be."""
     for message in (

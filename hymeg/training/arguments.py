@@ -20,7 +20,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_args
 from hymeg.checkpoint.adapter_settings import SCALINGS
 from hymeg.data.packing import TRUNCATIONS
 from hymeg.errors import UserError
-from hymeg.flag_table import ALWAYS, ON_CPU, TABLE, WITH_LORA, WITH_SFT, WITHOUT, Row, cpu_values
+from hymeg.flag_table import ALWAYS, ON_CPU, TABLE, WITH_FROZEN, WITH_LORA, WITH_SFT, WITHOUT, Row, cpu_values
 from hymeg.hf.config import HyConfig
 from hymeg.hf.hub import is_hub_id, local_folder
 from hymeg.models.flags import architecture_flags, default_flags
@@ -140,6 +140,14 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="--sft: what to do with rows that cannot be trained on: stop at the first, or count and leave them out",
     )
     group.add_argument(
+        "--freeze",
+        nargs="+",
+        metavar="PATTERN",
+        help="keep the parameters of these published names as they are, * and ? as in a shell: '*.experts.*' "
+        "'model.layers.0.*'",
+    )
+    group.add_argument("--train-only", nargs="+", metavar="PATTERN", help="keep all the others as they are")
+    group.add_argument(
         "--lora-rank",
         type=int,
         metavar="R",
@@ -207,6 +215,8 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
         cases.add(WITH_SFT)
     if said.get("lora_rank") is not None:
         cases.add(WITH_LORA)
+    if said.keys() & {"freeze", "train_only"}:
+        cases.add(WITH_FROZEN)
     with naming_lines(sources):
         _refuse(parser, said, sources, defaults, {}, [row for row in TABLE if row.when in cases])
         with _program_arguments(words):

@@ -19,6 +19,7 @@ from hymeg.platform import device
 from hymeg.training.arguments import naming_lines, shown_value
 from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
+from hymeg.training.freezing import check_freezing
 from hymeg.training.hf_folders import check_save_hf
 from hymeg.training.schedule import check_schedule
 from hymeg.training.starved_experts import MANY, idle_share
@@ -57,6 +58,7 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
         _correct(args, say)
         _warn_of_idle_experts(args, config, layout, say)
         if args.lora_rank is None:
+            check_freezing(args, config, say)
             check_weights(args, config, say)
         else:
             from hymeg.training.adapters import check_adapters  # imports the model

@@ -16,12 +16,14 @@ from hymeg.checksums import Damaged
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
 from hymeg.launch import rank
+from hymeg.models.freezing import freeze
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
 from hymeg.training import metrics, save_lock
 from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import naming_lines, parse
 from hymeg.training.batch import is_reader, takes_data
 from hymeg.training.data_record import compare_and_keep, contents_record, text_record
+from hymeg.training.freezing import trained_keys
 from hymeg.training.hf_folders import saving_hf
 from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
@@ -133,6 +135,8 @@ def train(args, config: HyConfig) -> None:
     if args.keep_last is not None:
         keep_every, args.save_retain_interval = args.save_retain_interval, None  # whose own removal knows no number
         once_saved[:] = [lambda: remove_older(args.save, args.keep_last, keep_every, get_loaded_iteration())]
+    if args.freeze is not None or args.train_only is not None:
+        model_config.pre_wrap_hooks = [functools.partial(freeze, trained_keys(args, config))]
     adapters = (
         contextlib.nullcontext() if args.lora_rank is None else training_adapters(args, config, model_config, _say)
     )

@@ -20,6 +20,7 @@ from hymeg.errors import UserError
 from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.training.flag_names import flag
+from hymeg.training.freezing import trained_keys
 from hymeg.training.hf_weights import converted
 from hymeg.training.older_checkpoints import exchange_by_group, exchange_by_store, newest_undamaged
 
@@ -260,6 +261,7 @@ def _check_stored(label: str, folder: str, args: argparse.Namespace, config: HyC
         raise UserError(f"{label}: {error}; give the --hf-model that this checkpoint was made from") from None
     if with_optimizer:
         check_optimizer(label, shapes, args)
+        _check_states(label, shapes, trained_keys(args, config))
 
 
 def check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) -> None:
@@ -284,6 +286,18 @@ def check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) -
         raise UserError(
             f"{label}: its optimizer was saved {saved}, but this run is {wanted}; make them agree, or begin the "
             "optimizer anew with --no-load-optim"
+        )
+
+
+def _check_states(label: str, keys: Iterable[str], trained: set[str]) -> None:
+    """Whether the optimizer's states are those of what is trained; where their form names no parameters, nothing."""
+    saved = {found[1] for key in keys if (found := re.search(r"optimizer\.state\.exp_avg\.(.+)", key))}
+    if saved and saved != trained:
+        key = min(saved ^ trained)
+        was, now = ("trained", "frozen") if key in saved else ("frozen", "trained")
+        raise UserError(
+            f"{label}: {key} was {was} when it was saved and would now be {now}; give the same --freeze, "
+            "--train-only and --mtp-loss-scaling-factor, or begin the optimizer anew with --no-load-optim"
         )
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from test_conversations import write_rows
+from test_freezing import WHAT
 from test_layouts import LAYOUTS
 from worlds import Worlds, assert_same_training, largest_difference
 
@@ -73,6 +75,20 @@ def test_packed_conversations_train_as_under_the_local_spec(te_worlds, worlds, c
     argv[argv.index("--seq-length") + 1] = "192"
     found, expected = te_worlds.run(2, argv), worlds.run(2, argv)
     assert_same_training(found["steps"], expected["steps"])
+
+
+def test_a_part_is_trained_as_under_the_local_spec(te_worlds, worlds, command, folder, tmp_path):
+    """Fused norms and grouped experts among what is frozen."""
+    steps, moved = [], []
+    for one, name in ((te_worlds, "te"), (worlds, "local")):
+        argv = command(f"{WHAT['half']} --save-hf {tmp_path / name}", checkpoint="mtp", steps=2)
+        steps.append(one.run(1, argv)["steps"])
+        before, after = (
+            load_file(at / "model.safetensors") for at in (folder / "mtp", tmp_path / name / "iter_0000002")
+        )
+        moved.append({key for key in before if not before[key].equal(after[key])})
+    assert_same_training(*steps)
+    assert moved[0] == moved[1] and len(moved[0]) < len(before)
 
 
 def test_bf16_with_the_precision_aware_optimizer_trains_like_fp32_to_its_precision(te_worlds, one_process, command):

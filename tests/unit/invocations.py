@@ -676,7 +676,22 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("--optimizer sgd", "cannot load it again", "--no-save-optim"),
     ),
     # ---- flags that Megatron takes, and that would do nothing or something else
-    "frozen": (1, "--freeze-all-layers", ("--freeze-all-layers", "does not take", "leave --freeze-all-layers out")),
+    "frozen": (
+        1,
+        "--freeze-all-layers",
+        ("--freeze-all-layers", "does not take", "with --train-only"),
+    ),
+    "frozen beside adapters": (
+        1,
+        "--lora-rank 8 --freeze *.router.*",
+        ("--freeze *.router.* has no place with --lora-rank", "--lora-targets"),
+    ),
+    "no parameter": (1, "--train-only router", ("--train-only 'router': means no parameter", ".router.gate.weight'")),
+    "frozen since": (
+        1,
+        f"{LOAD} --load {{ckpt}} --train-iters 50 --freeze *.router.*",
+        ("--load {ckpt}", "decoder.layers.1.mlp.router.weight was trained", "now be frozen", "--no-load-optim"),
+    ),
     "group for gathering": (1, "--create-all-gather-group", ("--create-all-gather-group", "does not take")),
     "weights on the CPU": (1, "--use-cpu-initialization", ("--use-cpu-initialization", "leave the model on the CPU")),
     "weights of the memory": (
@@ -762,6 +777,10 @@ WRONG_ON_GPU: dict[str, tuple[str, ...]] = {
         "--async-save",
         "not installed",
         "pip install 'hymeg[resiliency]', or give --async-strategy mcore",
+    ),
+    "--train-only *.router.* --delay-wgrad-compute": (
+        "--delay-wgrad-compute has no place with --freeze or --train-only",
+        "leave --delay-wgrad-compute out",
     ),
     "--moe-token-dispatcher-type flex": ("--moe-token-dispatcher-type flex", "needs deep_ep", "deepseek-ai/DeepEP"),
     "--moe-enable-deepep": ("--moe-enable-deepep", "needs deep_ep", "leave --moe-enable-deepep out"),

@@ -121,7 +121,8 @@ def _write_checkpoint(
         path = folder / f"iter_{iteration:07d}"
         path.mkdir(parents=True)
         tensors = {key: torch.zeros(shape) for key, shape in distributed_shapes(config).items()}
-        tensors |= {f"optimizer.state.{name}.decoder.final_layernorm.weight": torch.zeros(8) for name in optimizer}
+        trained = [key for key in tensors if not key.endswith("expert_bias")]
+        tensors |= {f"optimizer.state.{name}.{key}": torch.zeros(1) for name in optimizer for key in trained}
         dcp.save(tensors, checkpoint_id=path, no_dist=True)
         (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     (folder / "latest_checkpointed_iteration.txt").write_text(tracker)

@@ -122,6 +122,8 @@ def test_short_rows_make_a_step_shorter(run):
         ("--optimizer sgd", "--optimizer sgd"),
         ("--attention-backend unfused", "--attention-backend"),
         ("--tp-comm-overlap", "--tp-comm-overlap"),
+        ("--freeze *.experts.* *.router.*", "--freeze *.experts.* *.router.*"),
+        ("--train-only *.router.*", "--train-only *.router.*"),
     ],
 )
 def test_flags_that_the_model_does_not_know_stand_on_the_first_line(run, flags, named):

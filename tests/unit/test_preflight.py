@@ -290,6 +290,7 @@ RIGHT: dict[str, tuple[int, str]] = {
     ),
     "resume in 16 bits": (1, f"{LOAD} --load {{ckpt_bf16}} --bf16"),
     "resume without the optimizer": (1, f"{LOAD} --load {{ckpt_distributed}} --no-load-optim"),
+    "resume with more frozen": (1, f"{LOAD} --load {{ckpt}} --train-iters 50 --freeze *.router.* --no-load-optim"),
     "resume weights alone": (1, f"{LOAD} --load {{ckpt_no_optimizer}} --finetune"),
     "resume at a step": (1, f"{LOAD} --load {{ckpt}} --ckpt-step 10 --train-iters 50"),
     "resume an unfinished save at a step": (1, f"{LOAD} --load {{ckpt_unfinished}} --ckpt-step 10 --train-iters 50"),

@@ -1,0 +1,35 @@
+"""Parameters that are not trained."""
+
+from collections.abc import Collection
+
+import torch
+
+from hymeg.errors import UserError
+
+
+def freeze(trained: Collection[str], chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Before the model is wrapped: what is frozen then has neither gradients nor optimizer."""
+    for chunk in chunks:
+        keys = {name: stored.key for name, stored in chunk.sharded_state_dict(metadata={}).items()}
+        for name, parameter in chunk.named_parameters():
+            if name not in keys:
+                raise UserError(f"--freeze and --train-only: {name} is stored under no name, as these flags build it")
+            parameter.requires_grad_(keys[name] in trained)
+        require_gradients_of_inputs(chunk)
+    return chunks
+
+
+def require_gradients_of_inputs(model: torch.nn.Module) -> None:
+    """Of a frozen embedding's output: a layer that is recomputed in the backward pass, and a pipeline stage without
+    adapters, pass gradients on only where their inputs ask for them (megatron/core/tensor_parallel/random.py,
+    CheckpointFunction; pipeline_parallel/schedules.py, backward_step).
+    """
+    embedding = getattr(model, "embedding", None)
+    if embedding is not None:
+        embedding.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(embedding: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
+    return output
