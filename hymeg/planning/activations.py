@@ -11,6 +11,8 @@ per token, I and Is widths of an expert and of the shared one, F of the dense ML
 Widths below are a rank's own (q / TP and so on).
 """
 
+import functools
+
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout
 from hymeg.planning.parameters import layer_adapters, padded_vocab_size
@@ -55,6 +57,8 @@ class Activations:
         adapted = {kind: layer_adapters(config, settings.lora_targets, kind) for kind in set(config.mlp_layer_types)}
         # An MTP layer counts as one of the trunk's.
         self.adapted = {module.target for modules in adapted.values() for module in modules}
+        for name in ("layer", "layer_backward", "head", "mtp_layer"):  # the same in every virtual stage
+            setattr(self, name, functools.cache(getattr(self, name)))
 
     # ---- a virtual stage
 
@@ -115,6 +119,8 @@ class Activations:
     def adapters(self, width: float, tokens: float, after: float, *targets: str) -> float:
         """What the adapters of a linear layer keep beside its input: what comes out of each A, for `after` tokens; with
         dropout, its result and its mask."""
+        if not self.adapted:
+            return 0.0
         count = len(self.adapted & set(targets))
         dropped = (self.a + 1) * width * tokens if count and self.settings.lora_dropout else 0
         return count * self.a * (self.settings.lora_rank or 0) * after + dropped

@@ -6,7 +6,7 @@ published figures.
 """
 
 import collections
-import copy
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ class StepModel:
         self.config, self.layout, self.settings, self.hardware = config, layout, settings, hardware
         self.links = Links(gpus_per_node, hardware.nvlink * 1e9 * NVLINK, network * 1e9 * NETWORK)
         self.groups = groups(layout)
-        self.sizes = Activations(config, layout, settings, imbalance)
+        self.imbalance, self.sizes = imbalance, Activations(config, layout, settings, imbalance)
         self.attended = layout.seq_length if attended is None else attended
         self.peak = hardware.peak_tflops * 1e12
         self.is_frozen = settings.lora_rank is not None
@@ -239,9 +239,8 @@ class StepModel:
     @functools.cached_property
     def _everything_saved(self) -> Activations:
         """The sizes of a run that recomputes nothing: what flows through memory whatever is kept."""
-        plain = copy.copy(self.sizes)
-        plain.recomputes = dict.fromkeys(plain.recomputes, False)
-        return plain
+        plain = dataclasses.replace(self.settings, recompute_modules=())
+        return Activations(self.config, self.layout, plain, self.imbalance)
 
     # ---- communication
 
