@@ -46,7 +46,12 @@ def token_texts(encoder: ChatEncoder, token_ids: list[int]) -> list[str]:
 
 def print_row(encoder: ChatEncoder, tokens: Tokens, seq_length: int | None) -> None:
     num_trained = np.count_nonzero(tokens.trained)
-    print(f"{len(tokens.trained):,} tokens, {num_trained:,} of them trained")
+    weights = (
+        "" if tokens.weights is None else " and ".join(f"{w:g}" for w in np.unique(tokens.weights[tokens.trained]))
+    )
+    print(
+        f"{len(tokens.trained):,} tokens, {num_trained:,} of them trained{weights and f', of weight {weights}'}",
+    )
     if seq_length is not None and len(tokens.trained) > seq_length + 1:
         print(f"longer than --seq-length {seq_length:,} holds ({seq_length + 1:,} tokens)")
     before, after = (GREEN, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
@@ -146,6 +151,8 @@ def main() -> None:
         print(f"{index.path}\nindex     {index.folder}")
         summary = summarize(index)
         print_summary(summary, index.counts)
+        if index.num_without_weight:
+            print(f"left out  {index.num_without_weight:,} rows, whose weight is 0 in every turn")
         if index.ignored:
             print(
                 "\nleft alone: " + ", ".join(f"{shown(key)} in {count:,} rows" for key, count in index.ignored.items())

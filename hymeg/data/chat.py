@@ -33,7 +33,10 @@ class Tokens(NamedTuple):
     token_ids: np.ndarray
     """`[tokens]`, int32."""
     trained: np.ndarray
-    """`[tokens]`, bool: the assistant's, from behind the token that opens its turn up to and including EOS."""
+    """`[tokens]`, bool: the assistant's, from behind the token that opens its turn up to and including EOS, but for
+    turns of weight 0."""
+    weights: np.ndarray | None = None
+    """`[tokens]`, fp32: of the loss of each token, 0 where it is not trained. None: 1 where it is."""
 
 
 class ChatEncoder:
@@ -83,19 +86,21 @@ class ChatEncoder:
         return [
             form
             if isinstance(form, UserError)
-            else _tried(conversation, self._tokens, *form[:2], np.array(next(encodings).ids, np.int32))
+            else _tried(
+                conversation, self._tokens, *form[:2], np.array(next(encodings).ids, np.int32), conversation.weights
+            )
             for conversation, form in zip(conversations, forms, strict=True)
         ]
 
-    def _tokens(self, form: Form, texts: list[str], token_ids: np.ndarray) -> Tokens:
+    def _tokens(self, form: Form, texts: list[str], token_ids: np.ndarray, turn_weights: tuple[float, ...]) -> Tokens:
         """`token_ids` with their mask; encoded again where a text has become a special token."""
         (positions,) = np.nonzero(form.is_special[token_ids])
         if not np.array_equal(token_ids[positions], form.control_ids):
             token_ids, positions = self._encode_stretches(form, texts)
-        trained = np.zeros(len(token_ids), bool)
-        for opening, end in form.turns:
-            trained[positions[opening] + 1 : positions[end] + 1] = True
-        return Tokens(token_ids, trained)
+        weights = np.zeros(len(token_ids), np.float32)
+        for (opening, end), weight in zip(form.turns, turn_weights or [1.0] * len(form.turns), strict=True):
+            weights[positions[opening] + 1 : positions[end] + 1] = weight
+        return Tokens(token_ids, weights > 0, weights if turn_weights else None)
 
     def _encode_stretches(self, form: Form, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The token ids, and the positions of the controls among them."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from hymeg.data.chat import Tokens
 from hymeg.data.packing import Packs, pack
 from hymeg.data.row_index import RowIndex
 from hymeg.data.text_files import place
@@ -75,20 +76,20 @@ class Sequences:
         return len(self.packs)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        """`tokens`, `labels`, `position_ids`, `lengths` (int64) and `loss_mask` (fp32), each `[seq_length]`. Positions
-        restart with each conversation of a packed sequence, and with the padding at its end; where a conversation
-        begins, `lengths` has its tokens."""
+        """`tokens`, `labels`, `position_ids`, `lengths` (int64) and `loss_mask` (fp32), each `[seq_length]`. The mask
+        holds the weights of the tokens' losses. Positions restart with each conversation of a packed sequence, and with
+        the padding at its end; where a conversation begins, `lengths` has its tokens."""
         sample = empty_sample(self.shape)
         start = 0
         for row in self.packs[number]:
-            token_ids, trained = _cut(*self.index[row], self.shape)
+            token_ids, weights = _cut(self.index[row], self.shape)
             length = len(token_ids) - 1
             here = slice(start, start + length)
             sample["lengths"][start] = length
             sample["tokens"][here], sample["labels"][here], sample["loss_mask"][here] = (
                 token_ids[:-1],
                 token_ids[1:],
-                trained[1:],
+                weights[1:],
             )
             if not self.shape.packed:
                 return sample
@@ -125,7 +126,7 @@ def _make_sequences(index: RowIndex, rows: tuple[int, int], shape: Shape, seed: 
             f"--sft-truncation right, left or drop"
         )
     for row in too_long:
-        keep[row] = shape.truncation != "drop" and _cut(*index[rows[0] + row], shape)[1][1:].any()
+        keep[row] = shape.truncation != "drop" and _cut(index[rows[0] + row], shape)[1][1:].any()
         num_truncated += keep[row]
     lengths = np.minimum(lengths, shape.seq_length)
     kept = np.flatnonzero(keep)
@@ -144,10 +145,10 @@ def _make_sequences(index: RowIndex, rows: tuple[int, int], shape: Shape, seed: 
     return {"order": rows[0] + kept[packs.order], "starts": packs.starts, "counts": np.array(counts)}
 
 
-def _cut(token_ids: np.ndarray, trained: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Input and label need one token more than the sequence has positions."""
+def _cut(tokens: Tokens, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and weights: input and label need one token more than the sequence has positions."""
     kept = slice(-shape.seq_length - 1, None) if shape.truncation == "left" else slice(shape.seq_length + 1)
-    return token_ids[kept], trained[kept]
+    return tokens.token_ids[kept], (tokens.trained if tokens.weights is None else tokens.weights)[kept]
 
 
 def _padded(length, multiple: int):
@@ -201,7 +202,9 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
         found = self.sequence(sample)
-        return empty_sample(self.sources[0].shape) if found is None else self.sources[found[0]][found[1]]
+        if found is None:
+            return empty_sample(self.sources[0].shape) | {"dataset_id": 0}
+        return self.sources[found[0]][found[1]] | {"dataset_id": found[0]}
 
     def _make_permutation(self, epoch: int, source: int | None) -> np.ndarray:
         size = sum(self._sizes) if source is None else self._sizes[source]

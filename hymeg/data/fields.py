@@ -6,6 +6,11 @@ from typing import Any
 from hymeg.errors import UserError
 from hymeg.files import parse_row, shown
 
+WEIGHTS = ("weight", "loss_weight", "loss_scale")
+SWITCHES = ("loss", "train", "training", "trainable")
+"""Keys by which trainers say how much, and whether, a turn or a row is trained."""
+_LEAST_WEIGHT, _LARGEST_WEIGHT = 1e-6, 1e6  # products of two are far from the bounds of fp32
+
 
 def decoded(where: str, text: str, *needed: str) -> Any:
     """`parse_row`, which moreover raises UserError where a string is no text."""
@@ -39,6 +44,22 @@ def one_of(where: str, row: dict, keys: tuple[str, ...]) -> tuple[str, Any]:
         if row[other] != row[given[0]]:
             raise UserError(f"{where}: has {given[0]!r} and also {other!r}, which mean the same; keep one")
     return given[0], row.get(given[0])
+
+
+def weight_of(where: str, row: dict, keys: tuple[str, ...] = (*WEIGHTS, *SWITCHES)) -> float:
+    """How much is trained what the row or message says under one of `keys`; 1 where it says nothing. Raises UserError
+    where two of them differ, or one is no weight.
+    """
+    key, value = one_of(where, row, keys)
+    if value is None:
+        return 1.0
+    if key in SWITCHES and value not in (True, False):
+        raise UserError(f"{where}: {key!r} is {shown(value)}; true or false is needed (a weight goes under 'weight')")
+    if not isinstance(value, int | float) or not (value == 0 or _LEAST_WEIGHT <= value <= _LARGEST_WEIGHT):
+        raise UserError(
+            f"{where}: {key!r} is {shown(value)}; 0 or a number from {_LEAST_WEIGHT:g} to {_LARGEST_WEIGHT:g} is needed"
+        )
+    return float(value)
 
 
 def found(row: dict, key: str) -> str:

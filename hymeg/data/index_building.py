@@ -47,6 +47,9 @@ class Encoded(NamedTuple):
     stored: np.ndarray  # int32, as in tokens.bin
     lengths: list[int]
     lines: list[int]
+    weights: list[float]  # of each turn that is trained
+    num_turns: list[int]  # of each row, that are trained
+    num_without_weight: int  # rows that are left out: every turn has weight 0
     bad_rows: list[str]
     counts: Counter
     ignored: Counter  # rows by key that was left alone
@@ -82,12 +85,18 @@ class RowEncoder:
         good = [row for _, row in rows if not isinstance(row, UserError)]
         encoded = iter(self._encoder.encode_batch(good))
         stored, lines, bad_rows, counts = [np.empty(0, np.int32)], [], [], Counter()
+        weights, num_turns, num_without_weight = [], [], 0
         for number, row in rows:
             tokens = row if isinstance(row, UserError) else next(encoded)
-            if not isinstance(tokens, UserError):
+            if not isinstance(tokens, UserError) and not tokens.trained.any():
+                num_without_weight += 1
+            elif not isinstance(tokens, UserError):
                 stored.append(np.where(tokens.trained, ~tokens.token_ids, tokens.token_ids))
                 lines.append(number)
                 counts.update(_counted(row))
+                of_turns = [weight for weight in _weights(row) if weight]
+                weights += of_turns
+                num_turns.append(len(of_turns))
             elif self._skip_bad_rows:
                 bad_rows.append(str(tokens))
             else:
@@ -95,7 +104,17 @@ class RowEncoder:
         lengths = [len(row) for row in stored[1:]]
         ignored = self._reader.ignored.copy()
         return Encoded(
-            batch.path, np.concatenate(stored), lengths, lines, bad_rows, counts, ignored, batch.num_bytes_read
+            batch.path,
+            np.concatenate(stored),
+            lengths,
+            lines,
+            weights,
+            num_turns,
+            num_without_weight,
+            bad_rows,
+            counts,
+            ignored,
+            batch.num_bytes_read,
         )
 
     def _parsed(self, path: str, number: int, raw: bytes) -> Conversation | UserError:
@@ -106,15 +125,23 @@ class RowEncoder:
 
 
 def _counted(conversation: Conversation) -> Iterator[str]:
+    weights = iter(_weights(conversation))
     for message in conversation.messages:
         if message["role"] == "assistant":
             yield "turns"
+            if (weight := next(weights)) != 1:
+                yield "turns weighed" if weight else "turns not trained"
             if message.get("reasoning_content"):
                 yield "turns with reasoning"
             elif conversation.reasoning_effort == "high":
                 yield "turns of effort high without reasoning"
             if message.get("tool_calls"):
                 yield "turns with calls"
+
+
+def _weights(conversation: Conversation) -> tuple[float, ...]:
+    """Of each of the assistant's turns."""
+    return conversation.weights or tuple(1.0 for message in conversation.messages if message["role"] == "assistant")
 
 
 def build_missing(folders: Mapping[str, Path], settings: tuple, stream: TextIO, num_workers: int | None = None) -> None:
@@ -198,6 +225,7 @@ def build_indices(
 def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Iterator[Done]:
     """Yields how far all has come, after each part."""
     lengths, lines, counts, ignored, bad_rows = array("q"), array("q"), Counter(), Counter(), {}
+    weights, num_turns, num_without_weight = array("f"), array("q"), 0
     tokens = Summer()
     with open(folder / "tokens.bin", "wb") as raw:
         file = SummingStream(raw, tokens)
@@ -205,6 +233,9 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Ite
             file.write(part.stored.tobytes())
             lengths.extend(part.lengths)
             lines.extend(part.lines)
+            weights.extend(part.weights)
+            num_turns.extend(part.num_turns)
+            num_without_weight += part.num_without_weight
             counts.update(part.counts)
             ignored.update(part.ignored)
             for message in part.bad_rows:
@@ -219,6 +250,8 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Ite
     if not lines and bad_rows:
         first = next(iter(bad_rows.values())).first
         raise UserError(f"{path}: no row can be trained on, of {_total(bad_rows.values()):,}; the first: {first}")
+    if not lines and num_without_weight:
+        raise UserError(f"{path}: every turn of every row has weight 0 (or train: false); nothing is left to train on")
     if not lines:
         raise UserError(f"{path}: holds no row; give a file with conversations or translations, one a line")
     sums = {
@@ -226,7 +259,15 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Ite
         "starts.npy": save_array(folder / "starts.npy", np.cumsum([0, *lengths], dtype=np.int64)),
         "lines.npy": save_array(folder / "lines.npy", np.array(lines, dtype=np.int64)),
     }
+    is_weighted = any(weight != 1 for weight in weights)
+    if is_weighted:
+        sums |= {
+            "weights.npy": save_array(folder / "weights.npy", np.array(weights)),
+            "turns.npy": save_array(folder / "turns.npy", np.cumsum([0, *num_turns], dtype=np.int64)),
+        }
     summary = {
+        "is_weighted": is_weighted,
+        "without_weight": num_without_weight,
         "digest": content_digest(path),
         "bad_rows": list(bad_rows.values()),
         "counts": counts,

@@ -7,13 +7,11 @@ data hold; docs/data.md has the tables. What has no place in a message is refuse
 import re
 from typing import Any
 
-from hymeg.data.fields import decoded, found
+from hymeg.data.fields import SWITCHES, WEIGHTS, decoded, found, weight_of
 from hymeg.errors import UserError
 from hymeg.files import shown
 
 ROLES = ("system", "user", "assistant", "tool")
-IS_TRAINED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable")
-"""Keys by which other trainers say whether, or how much, a turn or a row is trained."""
 _CALLS = "function_call"  # a ShareGPT turn that holds nothing but calls
 _OTHER_ROLES = {
     "developer": "system",
@@ -33,7 +31,8 @@ _THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
 
 
 def read_messages(where: str, key: str, value: Any) -> list[dict]:
-    """The messages under `key` of the row at `where`: without keys whose value is null, always with "content".
+    """The messages under `key` of the row at `where`: without keys whose value is null, always with "content"; an
+    assistant's has a "weight" (float) where that is not 1.
 
     Raises:
         UserError: a message is of no known form, or none is an assistant's.
@@ -47,6 +46,11 @@ def read_messages(where: str, key: str, value: Any) -> list[dict]:
             message["role"] = "assistant"
             if messages and messages[-1]["role"] == "assistant" and "reasoning_content" not in message:
                 # One turn, written as two.
+                if message.get("weight") != messages[-1].get("weight"):
+                    raise UserError(
+                        f"{where}: message {number}: has another weight than the message before, which is of the same "
+                        "turn; give both the same"
+                    )
                 messages[-1]["tool_calls"] = messages[-1].get("tool_calls", []) + message["tool_calls"]
                 continue
         messages.append(message)
@@ -66,8 +70,9 @@ def _message(where: str, value: Any) -> dict:
     role = message.get("role")
     if role not in ROLES:
         role = message["role"] = _role(where, value, role)
+    weight = 1.0
     if message.keys() != {"role", "content"} or role == _CALLS:  # most have these two
-        _check_trained(where, role, message)
+        weight = _take_weight(where, role, message)
         if role == "assistant":
             _read_calls(where, message)
         known = _MESSAGE_KEYS + _KEYS_OF_ROLE.get(role, ())
@@ -83,7 +88,7 @@ def _message(where: str, value: Any) -> dict:
         _read_call_turn(where, message)
     else:
         _read_content(where, role, message, value)
-    return message
+    return message if weight == 1 else message | {"weight": weight}
 
 
 def _rename(where: str, message: dict) -> None:
@@ -102,17 +107,19 @@ def _role(where: str, value: dict, role: Any) -> str:
     raise UserError(f"{where}: {key!r} {found(value, key)}; {', '.join(roles)} are possible")
 
 
-def _check_trained(where: str, role: str, message: dict) -> None:
-    """Drops what says that the assistant's turns are trained and no others. Raises UserError where it says something
-    else.
-    """
-    is_trained = role in ("assistant", _CALLS)
-    for key in IS_TRAINED:
-        if key in message and message.pop(key) != is_trained:
-            raise UserError(
-                f"{where}: {key!r} says otherwise than that every turn of the assistant's is trained, all alike, and "
-                "nothing else, which is what hymeg does; leave the row out, or let it end before that turn"
-            )
+def _take_weight(where: str, role: str, message: dict) -> float:
+    """What the message says of it, taken out; 1 of one that is no turn of the assistant's, which may only say 0."""
+    given = {key: message.pop(key) for key in (*WEIGHTS, *SWITCHES) if key in message}
+    weight = weight_of(where, given)
+    if role in ("assistant", _CALLS) or not given:
+        return weight
+    if weight != 0:
+        key, value = next(iter(given.items()))
+        raise UserError(
+            f"{where}: {key!r} is {shown(value)} in a message of role {role}; only the assistant's turns are trained: "
+            "leave it out"
+        )
+    return 1.0
 
 
 def _read_calls(where: str, message: dict) -> None:

@@ -1,10 +1,12 @@
 """Conversations and translations, tokenized once: an index beside the file, memory-mapped by every process.
 
 FOLDER/NAME-FINGERPRINT/ holds `tokens.bin` (int32, row after row; a token that is trained is stored as its bitwise
-complement, a negative number), `starts.npy` (int64 `[rows + 1]`), `lines.npy` (int64 `[rows]`, from 1), `index.json`
-(a digest of the file, rows that could not be trained on, counts), in `seen/` the times that files of that content were
-found with, and in folders of their own what `cached` keeps. The fingerprint is taken over the file's size and ends, the
-tokenizer, the chat template and hymeg's rules. `checksums.sfv` lets all of it be verified as it is read.
+complement, a negative number), `starts.npy` (int64 `[rows + 1]`), `lines.npy` (int64 `[rows]`, from 1); where a turn
+has another weight than 0 and 1, `weights.npy` (fp32, of each turn that is trained) and `turns.npy` (int64 `[rows + 1]`,
+where in it each row's begin); `index.json` (a digest of the file, rows that could not be trained on, counts), in
+`seen/` the times that files of that content were found with, and in folders of their own what `cached` keeps. The
+fingerprint is taken over the file's size and ends, the tokenizer, the chat template and hymeg's rules. `checksums.sfv`
+lets all of it be verified as it is read.
 `hymeg.data.index_building` makes it. A killed build leaves a hidden `.partial` folder, which nothing reads.
 """
 
@@ -39,7 +41,7 @@ from hymeg.errors import UserError
 from hymeg.files import fsync_folder, read_json, write_whole
 
 SUMMARY = "index.json"
-_VERSION = 2
+_VERSION = 3
 _END_BYTES = 1 << 20  # at each end of the file
 _NAME_LENGTH = 48  # characters of the file's name in the folder's
 _BROKEN = (UserError, OSError, EOFError, ValueError, LookupError, TypeError)  # what reading a damaged index raises
@@ -63,7 +65,13 @@ class RowIndex:
         self.bad_rows = [BadRows(*entry) for entry in summary["bad_rows"]]
         self.counts: dict[str, int] = summary["counts"]
         self.ignored: dict[str, int] = summary["ignored"]  # rows by key that has no meaning in them, most first
+        self.num_without_weight: int = summary["without_weight"]  # rows that are left out: every turn has weight 0
         self.starts, self.lines = (_verified_array(folder / f"{name}.npy") for name in ("starts", "lines"))
+        self._turns, self._weights = (
+            (_verified_array(folder / f"{name}.npy") for name in ("turns", "weights"))
+            if summary["is_weighted"]
+            else (None, None)
+        )
         self.stored = np.memmap(folder / "tokens.bin", np.int32, mode="r")
         self._expected = _expected(folder / "tokens.bin")
         self._bytes = memoryview(self.stored).cast("B")
@@ -79,7 +87,14 @@ class RowIndex:
         self._verify(4 * start, 4 * stop)
         stored = self.stored[start:stop]
         trained = stored < 0
-        return Tokens(np.where(trained, ~stored, stored), trained)
+        token_ids = np.where(trained, ~stored, stored)
+        if self._weights is None:
+            return Tokens(token_ids, trained)
+        weights = np.zeros(len(stored), np.float32)
+        weights[trained] = self._weights[self._turns[row] : self._turns[row + 1]][
+            np.cumsum(begins_of_turns(trained))[trained] - 1
+        ]
+        return Tokens(token_ids, trained, weights)
 
     def _verify(self, start: int, stop: int) -> None:
         """Compare the blocks of the tokens that hold these bytes with their checksums, each once in a process."""
@@ -112,6 +127,11 @@ class RowIndex:
                     {f"{key}.npy": save_array(partial / f"{key}.npy", array) for key, array in make().items()},
                 )
         return _arrays(folder)
+
+
+def begins_of_turns(trained: np.ndarray) -> np.ndarray:
+    """Which of the tokens `[tokens]`, bool, is a trained turn's first: the token that opens a turn is not trained."""
+    return trained & ~np.concatenate([[False], trained[:-1]])
 
 
 def index_folder(path: str, cache: str | None, fingerprint: str) -> Path:

@@ -7,8 +7,8 @@ Conversations: "messages" or "conversations" (`hymeg.data.messages`)
 Instructions: "instruction" and "output", with "input"?, "history"?: Alpaca's, put together as LLaMA-Factory does
 Translations: "source" and "target", "source_lang" and "target_lang" (`hymeg.data.translation`)
 
-All may have "system", "tools" and "reasoning_effort", also by their other names. What other trainers read in a row and
-hymeg does not is refused; any other key is left alone, and counted.
+All may have "system", "tools", "reasoning_effort" and "weight", also by their other names. What other
+trainers read in a row and hymeg does not is refused; any other key is left alone, and counted.
 """
 
 import difflib
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hymeg.data import translation
-from hymeg.data.fields import decoded, found, one_of, text_of
-from hymeg.data.messages import IS_TRAINED, read_functions, read_messages
+from hymeg.data.fields import SWITCHES, WEIGHTS, decoded, found, one_of, text_of, weight_of
+from hymeg.data.messages import read_functions, read_messages
 from hymeg.data.text_files import place
 from hymeg.errors import UserError
 from hymeg.files import shown
@@ -29,6 +29,7 @@ _THINKING = ("thinking", "enable_thinking")
 _EFFORT = ("reasoning_effort", *_THINKING, "chat_template_kwargs")
 _SYSTEM = ("system", "system_prompt", "system_message")
 _TOOLS = ("tools", "functions")
+_WEIGHT = (*WEIGHTS, "sample_weight", *SWITCHES)
 
 
 class _Foreign(NamedTuple):
@@ -38,15 +39,10 @@ class _Foreign(NamedTuple):
     remedy: str
 
 
-_WEIGHT = _Foreign(
-    lambda value: value == 1,
-    "all rows are trained alike: leave this one out, or weigh files against each other (--data-path 0.7 A 0.3 B)",
-)
 _JUDGEMENT = _Foreign(lambda value: value is not False, "rows are answers to be learned: leave this one out")
 _PREFERENCE = _Foreign(lambda value: not value, "rows are answers to be learned: make the better one a message")
 _PICTURE = _Foreign(lambda value: not value, "these models read text only: leave the row out")
 _FOREIGN = {
-    **dict.fromkeys((*IS_TRAINED, "sample_weight"), _WEIGHT),
     **dict.fromkeys(("label", "kto_tag"), _JUDGEMENT),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _PICTURE),
@@ -60,6 +56,7 @@ class Conversation(NamedTuple):
     reasoning_effort: str | None = None  # None: the template's own default
     tools: list[dict] | None = None
     where: str = ""  # file and line, for messages
+    weights: tuple[float, ...] = ()  # of the loss of each of the assistant's turns; none: each is 1
 
 
 class RowReader:
@@ -70,7 +67,7 @@ class RowReader:
         ignored: of the rows read so far, how many had each of the keys that were left alone.
     """
 
-    fingerprint = f"2-{translation.FINGERPRINT}"
+    fingerprint = f"3-{translation.FINGERPRINT}"
 
     def __init__(self):
         self.ignored: Counter[str] = Counter()
@@ -90,7 +87,8 @@ class RowReader:
             _check_foreign(where, row)
         messages = _with_system(where, row, form.messages(where, row))
         tools = read_functions(where, *one_of(where, row, _TOOLS), are_calls=False)
-        return Conversation(messages, _effort(where, row), tools, where)
+        weights = _weights(1.0 if row.keys().isdisjoint(_WEIGHT) else weight_of(where, row, _WEIGHT), messages)
+        return Conversation(messages, _effort(where, row), tools, where, weights)
 
 
 def _read(where: str, row: bytes | dict) -> dict:
@@ -150,7 +148,7 @@ def _translation(where: str, row: dict) -> list[dict]:
 
 
 def _make_form(needed: tuple[str, ...], others: tuple[str, ...], messages: Callable[[str, dict], list[dict]]) -> _Form:
-    keys = frozenset((*needed, *others, *_SYSTEM, *_TOOLS, *_EFFORT, *_FOREIGN))
+    keys = frozenset((*needed, *others, *_SYSTEM, *_TOOLS, *_EFFORT, *_WEIGHT, *_FOREIGN))
     return _Form(frozenset(needed), keys, messages)
 
 
@@ -200,6 +198,12 @@ def _with_system(where: str, row: dict, messages: list[dict]) -> list[dict]:
     if given not in ([], [system]):
         raise UserError(f"{where}: has {key!r} and also another system message; keep one")
     return messages if given else [{"role": "system", "content": system}, *messages]
+
+
+def _weights(of_row: float, messages: list[dict]) -> tuple[float, ...]:
+    """Those of the assistant's turns, taken out of `messages`, times the row's; none where all are 1."""
+    weights = [of_row * message.pop("weight", 1.0) for message in messages if message["role"] == "assistant"]
+    return () if all(weight == 1 for weight in weights) else tuple(weights)
 
 
 def _effort(where: str, row: dict) -> str | None:

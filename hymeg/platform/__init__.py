@@ -102,6 +102,7 @@ def install() -> None:
 
     megatron.use_shipped_dataset_helpers()
     megatron.mend_mtp_rolls()
+    megatron.weigh_mtp_losses()
     megatron.count_mtp_hits_without_logits()
     megatron.leave_out_empty_optimizers()
     saving.install()

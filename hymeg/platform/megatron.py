@@ -76,6 +76,39 @@ def mend_mtp_rolls() -> None:
     )
 
 
+def weigh_mtp_losses() -> None:
+    """On every platform: process_mtp_loss divides by the sum of the loss mask, which then counts as tokens. Where the
+    mask holds other weights than 0 and 1, it is given one that does not, and losses that are weighed already.
+    """
+    from megatron.core.models.gpt import gpt_model
+    from megatron.core.transformer import multi_token_prediction
+
+    process_mtp_loss = gpt_model.process_mtp_loss
+    roll_tensor = multi_token_prediction.roll_tensor
+
+    def weighing(*args, loss_mask, compute_language_model_loss, cp_group, packed_seq_params, **kwargs):
+        weights = loss_mask
+
+        def weighed(labels, logits):
+            nonlocal weights
+            # As bits: of a floating-point tensor `mend_mtp_rolls` would count the tokens anew.
+            bits, _ = roll_tensor(weights.view(torch.int32), -1, -1, cp_group, packed_seq_params)
+            weights = bits.view(torch.float32)
+            return compute_language_model_loss(labels, logits) * weights
+
+        is_weighted = getattr(loss_mask, "hymeg_is_weighted", False)
+        return process_mtp_loss(
+            *args,
+            loss_mask=(loss_mask > 0).float() if is_weighted else loss_mask,
+            compute_language_model_loss=weighed if is_weighted else compute_language_model_loss,
+            cp_group=cp_group,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
+
+    patch(gpt_model, "process_mtp_loss", weighing, "multi_token_prediction.py:838, 884: loss_mask.sum()")
+
+
 def roll_packed(tensor: torch.Tensor, cu_seqlens: torch.Tensor, cp_group) -> torch.Tensor:
     """`tensor [..., t]` one to the left within each of the sequences that begin at `cu_seqlens [n + 1]` (int64), 0 at
     their ends. Under context parallelism t are a rank's: of every sequence, cut into 2 x cp_size chunks, chunk cp_rank

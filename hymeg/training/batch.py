@@ -43,15 +43,16 @@ def get_batch(
 ) -> dict[str, torch.Tensor | PackedSeqParams | None]:
     """`tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), each `[b, s / cp]`. For conversations also
     `padding_mask` (bool `[b, s / cp]`), and where they are packed, their positions restarting with each,
-    `packed_seq_params`. All None where the pipeline stage does not need them.
+    `packed_seq_params`. Where samples are drawn from several data sets, and this rank has read them, `dataset_id`
+    (int64 `[b]`). All None where the pipeline stage does not need them.
 
     Args:
         data_iterator: yields samples collated to `[b, s]`; None on ranks that receive their text from tensor-parallel
             rank 0.
     """
     if not takes_data(args, pipeline_layout, vp_stage):
-        return dict.fromkeys((*_KEYS, "padding_mask", "packed_seq_params"))
-    packed = None
+        return dict.fromkeys((*_KEYS, "padding_mask", "packed_seq_params", "dataset_id"))
+    packed, is_weighted = None, False
     if args.sft_rows:
         data = next(data_iterator)
         lengths = data["lengths"].numpy()
@@ -59,24 +60,31 @@ def get_batch(
             _count(lengths[lengths > 0])
         if args.packed:
             packed = _packed_seq_params(data["position_ids"].numpy())
+        mask = data["loss_mask"].numpy()
+        is_weighted = bool(((mask != 0) & (mask != 1)).any())
         # What says whether a token is trained says whether it is padding too, and is cut once.
-        data["loss_mask"].numpy()[padding_of(lengths)] = -1
+        mask[padding_of(lengths)] = -1
         batch = {key: device.move(data[key]) for key in _KEYS}
+        dataset_id = device.move(data["dataset_id"]) if "dataset_id" in data else None
     else:
-        batch = _text(data_iterator, args)
+        batch, dataset_id = _text(data_iterator, args)
     if packed is not None:
         batch |= {"cu_seqlens": packed.cu_seqlens_q.unsqueeze(0), "cu_seqlens_padded": None}
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-    batch = {key: batch[key] for key in _KEYS} | {"packed_seq_params": packed, "padding_mask": None}
+    batch = {key: batch[key] for key in _KEYS}
+    batch |= {"packed_seq_params": packed, "padding_mask": None, "dataset_id": dataset_id}
     if args.sft_rows:
         batch |= {"padding_mask": batch["loss_mask"] < 0, "loss_mask": batch["loss_mask"].clamp(min=0)}
+    batch["loss_mask"].hymeg_is_weighted = is_weighted
     return batch
 
 
-def _text(data_iterator: Iterator | None, args) -> dict[str, torch.Tensor]:
+def _text(data_iterator: Iterator | None, args) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     micro_batch_size = args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
+    dataset_id = None
     if is_reader():
         data = next(data_iterator)
+        dataset_id = device.move(data["dataset_id"]) if "dataset_id" in data else None
         together = torch.stack([device.move(data[key]).long() for key in _KEYS])
     else:
         together = torch.empty(
@@ -89,7 +97,7 @@ def _text(data_iterator: Iterator | None, args) -> dict[str, torch.Tensor]:
         )
         torch.distributed.broadcast(together, source, group=group)
     batch = dict(zip(_KEYS, together, strict=True))
-    return batch | {"loss_mask": batch["loss_mask"].float()}
+    return batch | {"loss_mask": batch["loss_mask"].float()}, dataset_id
 
 
 def padding_of(lengths: np.ndarray) -> np.ndarray:

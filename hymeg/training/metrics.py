@@ -19,6 +19,7 @@ from hymeg.planning.flops import packed_training_flops, peak_tflops, training_fl
 from hymeg.platform import device, megatron
 from hymeg.reporting.record import RunRecord
 from hymeg.training.retention import beat
+from hymeg.training.set_losses import SetLosses, training_sets
 from hymeg.training.starved_experts import StarvedExperts, told
 from hymeg.training.step import check_finite
 
@@ -79,14 +80,18 @@ def busiest_over_mean(counts: np.ndarray, num_ranks: int) -> dict[int, float]:
 
 
 @contextlib.contextmanager
-def logging(args, config: HyConfig, model_config, record: RunRecord, say: Callable[[str], None]) -> Iterator[None]:
+def logging(
+    args, config: HyConfig, model_config, record: RunRecord, say: Callable[[str], None]
+) -> Iterator[SetLosses | None]:
     """While the context is open, Megatron's log counts by our formula, and its line, TensorBoard and Weights & Biases
-    say more; `record` is told the same, and `say` which experts get no tokens.
+    say more; `record` is told the same, and `say` which experts get no tokens. Where there are several data sets, gives
+    what must be told their losses.
     """
-    line = LogLine(args, config, device.name(), record, say)
+    names = training_sets(args)
+    line = LogLine(args, config, device.name(), record, say, SetLosses(names) if len(names) > 1 else None)
     model_config.post_wrap_hooks = [*(model_config.post_wrap_hooks or []), line.watch]
     with megatron.flops_formula(functools.partial(step_flops, config, args.seq_length)), megatron.log_line(line):
-        yield
+        yield line.set_losses
 
 
 class LogLine:
@@ -99,9 +104,19 @@ class LogLine:
         learning_rate, grad_norm: of this iteration; None where this rank has none.
     """
 
-    def __init__(self, args, config: HyConfig, device_name: str, record: RunRecord, say: Callable[[str], None]):
+    def __init__(
+        self,
+        args,
+        config: HyConfig,
+        device_name: str,
+        record: RunRecord,
+        say: Callable[[str], None],
+        set_losses: SetLosses | None = None,
+    ):
         self.args, self.config, self.record, self.say = args, config, record, say
         self.starved = StarvedExperts()
+        self.set_losses = set_losses
+        self.by_set: dict[str, float] = {}
         self.losses: dict[str, float] = {}
         self.learning_rate = self.grad_norm = None
         self.peak = peak_tflops(device_name)
@@ -140,6 +155,9 @@ class LogLine:
         if iteration % self.args.log_interval == 0 or is_first_iteration:
             self.counts = expert_counts(self.model_chunks, self.config)
             self.peak_bytes = device.peak_bytes_by_stage()
+            if self.set_losses is not None:
+                # Megatron's first line keeps its sums too.
+                self.by_set = self.set_losses.means(forget=iteration % self.args.log_interval == 0)
             self.seen, self.iteration = self.iteration or iteration - 1, iteration
             if starved := self.starved.after(self.counts, self.iteration - self.seen):
                 self.say(f"iteration {iteration}: no token for 100 steps and more: experts of {told(starved)}")
@@ -178,6 +196,9 @@ class LogLine:
             by_rank = busiest_over_mean(self.counts, self.args.expert_model_parallel_size).values()
             scalars["expert-parallel-load"] = sum(by_rank) / len(by_rank)
             line += f" by expert-parallel rank: {scalars['expert-parallel-load']:.2f} |"
+        if self.by_set:
+            line += f" loss by data set: {' '.join(f'{name} {loss:.6E}' for name, loss in self.by_set.items())} |"
+            scalars |= {f"lm loss/{name}": loss for name, loss in self.by_set.items()}
         self._record(scalars)
         if (tensorboard := get_tensorboard_writer()) is not None:
             for name, value in scalars.items():
@@ -192,7 +213,7 @@ class LogLine:
         self.record.add_step(
             self.iteration,
             self.counts,
-            losses=self.losses,
+            losses=self.losses | {f"lm loss, {name}": loss for name, loss in self.by_set.items()},
             learning_rate=self.learning_rate,
             grad_norm=None if self.grad_norm is None else float(self.grad_norm),
             seconds=self.seconds,

@@ -102,6 +102,8 @@ class RowData:
         for path, index in indices.items():
             for line in told_bad_rows(index.bad_rows, len(index)):
                 say(f"{path}: {line}")
+            if index.num_without_weight:
+                say(f"{path}: {index.num_without_weight:,} rows are left out, whose weight is 0 in every turn")
         # Iterations of --train-epochs are counted in it.
         self.batches = {} if args.train_epochs is None else {"global_batch_size": args.global_batch_size}
         self.weights = [blend.weights if blend else blends[0].weights for blend in blends]

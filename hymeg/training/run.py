@@ -142,14 +142,15 @@ def train(args, config: HyConfig) -> None:
     )
     with (
         recording(args, config, data, _say) as record,
-        metrics.logging(args, config, model_config, record, _say),
+        metrics.logging(args, config, model_config, record, _say) as set_losses,
         saving_hf(args, config, _say),
         adapters,
         judging_translations(args, config, record),
         _naming_undamaged(args),
         user_errors(),
     ):
-        pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(forward_step, args))
+        step = functools.partial(forward_step, set_losses=set_losses)
+        pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(step, args))
 
 
 @contextlib.contextmanager

@@ -11,14 +11,21 @@ from megatron.training import get_args, get_timers
 
 from hymeg.errors import UserError
 from hymeg.training.batch import get_batch
+from hymeg.training.set_losses import SetLosses
 
 _SPIKE = 10  # Megatron's own threshold of gradients (param_and_grad_buffer.py, check_grads)
 
 
 def forward_step(
-    data_iterator: Iterator | None, model: torch.nn.Module, return_schedule_plan: bool = False
+    data_iterator: Iterator | None,
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+    set_losses: SetLosses | None = None,
 ) -> tuple[torch.Tensor, Callable]:
     """One micro-batch through this stage of the model.
+
+    Args:
+        set_losses: given the losses of training, where there are several data sets.
 
     Returns:
         The stage's output (losses `[b, s]` on the last one) and the function that turns them into the loss. With
@@ -32,32 +39,32 @@ def forward_step(
     )
     timers("batch-generator").stop()
     inputs = {key: batch[key] for key in ("labels", "loss_mask", "packed_seq_params", "padding_mask")}
-    if return_schedule_plan:
-        plan = get_attr_wrapped_model(model, "build_schedule_plan")
-        return plan(batch["tokens"], batch["position_ids"], None, **inputs), functools.partial(
-            loss_function, batch["loss_mask"]
-        )
-    return model(batch["tokens"], batch["position_ids"], None, **inputs), functools.partial(
-        loss_function, batch["loss_mask"]
-    )
+    note = None
+    if set_losses is not None and batch["dataset_id"] is not None and torch.is_grad_enabled():
+        note = functools.partial(set_losses.add, batch["dataset_id"])
+    run = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
+    output = run(batch["tokens"], batch["position_ids"], None, **inputs)
+    return output, functools.partial(loss_function, batch["loss_mask"], note=note)
 
 
 def loss_function(
-    loss_mask: torch.Tensor, losses: torch.Tensor
+    loss_mask: torch.Tensor, losses: torch.Tensor, note: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the masked losses, and over how many tokens: Megatron divides by the tokens of the whole step
-    (`--calculate-per-token-loss`).
+    """Sum of the weighed losses, and of how many tokens: Megatron divides by the tokens of the whole step
+    (`--calculate-per-token-loss`), and not by their weights, which would be without effect where all are alike.
 
     Args:
-        loss_mask: `[b, s]`, 1 for tokens that are trained.
+        loss_mask: `[b, s]`, the weights of tokens that are trained, 0 for others.
         losses: `[b, s]`, nats.
+        note: given the weighed losses and the mask, both `[b, s]`.
 
     Returns:
         The sum, the number of tokens (int32), and `[sum, tokens]` for the log.
     """
-    mask = loss_mask.reshape(-1).float()
-    loss = torch.sum(losses.reshape(-1).float() * mask)
-    num_tokens = mask.sum()
+    weighed = losses.float() * loss_mask
+    loss, num_tokens = weighed.reshape(-1).sum(), loss_mask.count_nonzero()
+    if note is not None:
+        note(weighed, loss_mask)
     if get_args().check_for_nan_in_loss_and_grad:
         for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             get_rerun_state_machine().validate_result(
@@ -76,8 +83,8 @@ def loss_function(
             tolerance=0.0,
             fatal=False,
         )
-    report = torch.stack([loss.detach(), num_tokens.detach()])
-    return loss, num_tokens.detach().to(torch.int), {"lm loss": report}
+    report = torch.stack([loss.detach(), num_tokens.float()])
+    return loss, num_tokens.to(torch.int), {"lm loss": report}
 
 
 def check_finite(iteration: int, losses: Mapping[str, torch.Tensor], grad_norm: float | None) -> None:

@@ -19,7 +19,9 @@ from hymeg.models.hy import HYV3ForCausalLM
 from hymeg.models.router import Router
 from hymeg.platform.megatron import roll_packed
 from hymeg.platform.patches import INSTALLED
+from hymeg.training import step
 from hymeg.training.batch import get_batch, padding_of
+from hymeg.training.set_losses import SetLosses
 
 LENGTHS, LENGTH = (20, 7, 13), 64
 
@@ -98,6 +100,71 @@ def test_a_packed_batch_says_where_conversations_are():
     assert batch["padding_mask"].tolist() == [[False] * 40 + [True] * 24]
     assert [batch["loss_mask"][0, start : start + 4].tolist() for start in (0, 20, 27)] == [[0.0, 0.0, 0.0, 1.0]] * 3
     assert batch["loss_mask"].sum() == sum(LENGTHS) - 9 and batch["loss_mask"][0, 40:].tolist() == [0.0] * 24
+
+
+WEIGHTS = (0.1, 3.0, 0.7)
+
+
+def weighed(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each conversation of the packed sample with a weight of its own."""
+    mask = sample["loss_mask"].clone()
+    for weight, start, length in zip(WEIGHTS, (0, 20, 27), LENGTHS, strict=True):
+        mask[0, start : start + length] *= weight
+    return sample | {"loss_mask": mask}
+
+
+def test_weights_arrive_as_they_are():
+    ensure_world()
+    sample = weighed(samples(packed=True)[0])
+    expected = sample["loss_mask"].clone()
+    batch = get_batch(iter([sample | {"dataset_id": torch.tensor([3])}]), args_of(True), None, None)
+    assert torch.equal(batch["loss_mask"], expected) and batch["loss_mask"].dtype == torch.float32
+    assert batch["loss_mask"].hymeg_is_weighted and batch["dataset_id"].tolist() == [3]
+    assert batch["padding_mask"].tolist() == [[False] * 40 + [True] * 24]
+    (plain,) = samples(packed=True)
+    assert not get_batch(iter([plain]), args_of(True), None, None)["loss_mask"].hymeg_is_weighted
+
+
+def test_multi_token_prediction_weighs_the_token_that_it_predicts(folder, monkeypatch):
+    """And divides by the number of these, not by their weights."""
+    model, given = build(folder).train(), []
+    scaler = types.SimpleNamespace(apply=lambda hidden, losses: (given.append(losses.detach()), hidden)[1])
+    monkeypatch.setattr(multi_token_prediction, "MTPLossAutoScaler", scaler)
+    (plain,) = samples(packed=True)
+    plain["loss_mask"][0, 0] = 1  # which nothing predicts twice: of 32 tokens 31 are left
+    masks = plain["loss_mask"].clone(), weighed(plain)["loss_mask"]
+    for mask in masks:
+        batch = get_batch(iter([plain | {"loss_mask": mask.clone()}]), args_of(True), None, None)
+        inputs = {key: batch[key] for key in ("labels", "loss_mask", "packed_seq_params", "padding_mask")}
+        model(batch["tokens"], batch["position_ids"], None, **inputs)
+    rolled = torch.zeros(1, LENGTH)
+    for start, length in zip((0, 20, 27), LENGTHS, strict=True):
+        rolled[0, start : start + length - 1] = masks[1][0, start + 1 : start + length]
+    assert given[0].count_nonzero() == rolled.count_nonzero() == 31
+    torch.testing.assert_close(given[1], given[0] * rolled, rtol=1e-6, atol=0)
+
+
+def test_the_loss_of_each_data_set_is_that_of_its_trained_tokens():
+    ensure_world()
+    by_set = SetLosses(["a", "b", "c"])
+    mask = torch.tensor([[1, 0.5, 0.0], [2, 0, 0], [0, 0, 0], [1, 1, 1]])
+    weighed = torch.tensor([[3, 5, 0.0], [1, 0, 0], [0, 0, 0], [7, 8, 9]])
+    assert by_set.means(forget=True) == {}
+    with Operators() as operators:
+        by_set.add(torch.tensor([0, 2, 1, 0], dtype=torch.int16), weighed, mask)
+        by_set.add(torch.tensor([2]), weighed[:1], mask[:1])
+    assert not operators.waits()
+    assert by_set.means(forget=False) == by_set.means(forget=True) == {"a": 32 / 5, "c": 9 / 3}
+    assert by_set.means(forget=True) == {}
+
+
+def test_the_loss_counts_tokens_and_not_their_weights(monkeypatch):
+    args = types.SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
+    monkeypatch.setattr(step, "get_args", lambda: args)
+    noted, mask = [], torch.tensor([[0.25, 0, 4]])
+    loss, num_tokens, report = step.loss_function(mask, torch.tensor([[8, 5, 3.0]]), lambda *given: noted.append(given))
+    assert (loss, num_tokens, num_tokens.dtype) == (14, 2, torch.int32) and report["lm loss"].tolist() == [14, 2]
+    assert noted[0][0].tolist() == [[2, 0, 12]] and noted[0][1] is mask
 
 
 def test_padding_of():

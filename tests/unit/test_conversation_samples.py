@@ -73,6 +73,18 @@ def test_a_packed_sample_is_its_conversations_one_after_the_other(alignment):
     assert sorted(seen) == list(range(len(LENGTHS)))
 
 
+@pytest.mark.parametrize(("truncation", "first"), [("error", 0), ("left", 67)])
+def test_the_loss_mask_holds_weights(truncation, first):
+    weights = np.arange(100, dtype=np.float32) / 7
+    index = FakeIndex((33 if truncation == "error" else 100,))
+    index.__class__ = type("Weighed", (FakeIndex,), {"__getitem__": lambda index, row: of_row(len(weights))})
+    of_row = lambda length: Tokens(np.arange(length, dtype=np.int32), weights > 0, weights)  # noqa: E731
+    weights = weights[: index.lengths()[0]]
+    [sample] = Sequences(index, (0, 1), Shape(SEQ_LENGTH, 1, True, truncation, PAD), 1)
+    assert sample["loss_mask"].dtype == np.float32
+    assert np.array_equal(sample["loss_mask"], weights[first + 1 : first + 1 + SEQ_LENGTH])
+
+
 def test_apart_each_conversation_has_a_sample_of_its_own():
     made = sequences(packed=False)
     assert len(made) == len(LENGTHS)

@@ -104,6 +104,17 @@ def test_the_examples_are_every_ordered_pair_of_languages():
 # Counting
 
 
+def test_weights_are_shown(inspect, tmp_path):
+    [row] = [json.loads((EXAMPLES / "conversations.jsonl").read_bytes().splitlines()[0])]
+    rows = [row, row | {"weight": 0.5}, row | {"weight": 0}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = inspect(path).out
+    assert "left out  1 rows, whose weight is 0 in every turn\n" in said and " weighed" in said
+    assert ", of weight 0.5\n" in inspect(path, "--row", 2).out
+    assert "weight" not in inspect(path, "--row", 1).out
+
+
 def test_a_summary_counts_good_rows(tmp_path, tokenizer_dir, encoder, monkeypatch):
     """Whatever the number of rows that it looks at together."""
     good = (EXAMPLES / "conversations.jsonl").read_bytes().splitlines()[:3]

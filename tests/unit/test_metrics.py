@@ -46,7 +46,9 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     args = types.SimpleNamespace(
         seq_length=64, world_size=2, rank=0, save=None, log_interval=1, expert_model_parallel_size=4
     )
-    line = metrics.LogLine(args, CONFIG, "NVIDIA H100 80GB HBM3", RunRecord(None, {}, print), print)
+    means = iter([{"0-a": 1.5, "1-b": 2.0}])
+    by_set = types.SimpleNamespace(means=lambda forget: next(means) if forget else None)
+    line = metrics.LogLine(args, CONFIG, "NVIDIA H100 80GB HBM3", RunRecord(None, {}, print), print, by_set)
     assert line.watch([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4])]) == line.model_chunks
     line.before(1, False, 192.0, 12288.0)
     line.seconds = 0.5
@@ -54,6 +56,8 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     tflops = packed_training_flops(CONFIG, 192, 12288) / 0.5 / 2 / 1e12
     assert f"(TFLOP/s/GPU): {tflops:.4g} |" in text and "tokens/s: 384 |" in text and "full: 75.0% |" in text
     assert "expert load max/mean: 4.00 (by layer 1:4.00) | by expert-parallel rank: 2.00 |" in text
+    assert text.endswith(" loss by data set: 0-a 1.500000E+00 1-b 2.000000E+00 |")
+    assert (written["lm loss/0-a"], written["lm loss/1-b"]) == (1.5, 2.0)
     assert written == logged and written["tokens-per-second"] == 384 and written["full"] == 0.75
     assert (
         math.isclose(written["model-tflops-per-gpu"], tflops)

@@ -10,6 +10,7 @@ from hymeg.data.row_index import index_folder
 from hymeg.errors import UserError
 from hymeg.training.row_data import RowData, settle_rows
 from hymeg.training.schedule import set_iterations
+from hymeg.training.set_losses import training_sets
 
 CONFIG = SimpleNamespace(vocab_size=600, pad_token_id=0)
 BAD = '{"messages": []}'
@@ -95,6 +96,25 @@ def test_bad_rows_stop_the_run_or_are_left_out_and_counted(arguments, tmp_path):
     assert data.record()["train_data"][0][-2:] == [0, 20]
     with pytest.raises(UserError, match=r"a.jsonl: line 11: 'messages' is .*\(--sft-bad-rows skip leaves such rows"):
         made(arguments(data_path=[path], split="100,0,0"))  # though there is an index now
+
+
+def test_rows_of_weight_0_are_left_out_and_counted(arguments, tmp_path):
+    path = write(tmp_path / "a.jsonl", *range(12))
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    write(tmp_path / "a.jsonl", *(json.loads(line) | {"train": n > 1} for n, line in enumerate(lines)))
+    data, said = made(arguments(data_path=[path], split="100,0,0"))
+    assert said[0] == f"{path}: 2 rows are left out, whose weight is 0 in every turn"
+    assert data.sources[0][0].counts.rows == 10
+
+
+def test_data_sets_are_named_by_place_and_file(arguments, files):
+    args = arguments(
+        data_path=["0.5", files[0], "0.5", files[1]], split="100,0,0", sft_rows=True, full_validation=False
+    )
+    assert training_sets(args) == ["0-a", "1-b"]
+    data, _ = made(args)
+    samples = data.datasets(args, (40, None, 0))[0]
+    assert [samples[n]["dataset_id"] for n in range(40)] == [samples.sequence(n)[0] for n in range(40)]
 
 
 def test_an_index_that_was_made_before_the_job_is_used(arguments, files, tokenizer_dir, tmp_path, monkeypatch):

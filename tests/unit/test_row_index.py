@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from hymeg.checksums import MANIFEST
 from hymeg.data import index_building, row_index
 from hymeg.data.chat import ChatEncoder
 from hymeg.data.index_building import RowEncoder, build_indices, build_missing, told_bad_rows, worthwhile_workers
@@ -66,6 +67,79 @@ def test_it_holds_what_the_encoder_says(rows, settings):
         assert np.array_equal(index[number].trained, expected.trained)
     assert index.lengths().sum() == index.starts[-1]
     assert (index.bad_rows, index.counts) == ([], {"turns": len(lines)})
+
+
+USER, ASSISTANT = ROW["messages"]
+WEIGHED = [
+    ROW | {"weight": 0.3},
+    {"messages": [USER, ASSISTANT | {"train": False}, USER, ASSISTANT, USER, ASSISTANT | {"weight": 2.5}]},
+    ROW | {"weight": 0},
+    ROW,
+    {"messages": [USER, ASSISTANT | {"weight": 0}]},
+]
+
+
+@pytest.fixture
+def weighed(tmp_path):
+    path = tmp_path / "weighed.jsonl"
+    path.write_text("\n".join(map(json.dumps, WEIGHED)))
+    return path
+
+
+def test_weights_are_kept_and_rows_of_none_are_left_out(weighed, settings):
+    """The token that opens a turn, and the EOS before it, part the turns."""
+    index, encoder = RowIndex(build(weighed, settings), str(weighed)), ChatEncoder(settings[0])
+    plain, turn = (encoder.encode(RowReader().parse("", 1, {"messages": ROW["messages"] * n})) for n in (3, 1))
+    of_turns = [0] * 3
+    bounds = np.flatnonzero(np.diff(plain.trained.astype(int), prepend=0, append=0)).reshape(3, 2)
+    for number, weight in enumerate((0, 1, 2.5)):
+        of_turns[number] = np.zeros(len(plain.trained), np.float32)
+        of_turns[number][slice(*bounds[number])] = weight
+    expected = [turn.trained * np.float32(0.3), sum(of_turns), turn.trained]
+    assert (index.lines.tolist(), index.num_without_weight) == ([1, 2, 4], 2)
+    for number, weights in enumerate(expected):
+        assert index[number].weights.dtype == np.float32
+        assert np.array_equal(index[number].weights, weights) and np.array_equal(index[number].trained, weights > 0)
+    assert index.counts == {"turns": 5, "turns weighed": 2, "turns not trained": 1}
+
+
+def test_turns_that_are_trained_or_not_need_no_weights(rows, settings, tmp_path):
+    """And a weight of 1 changes nothing in what is kept."""
+    lines = [json.loads(line) for line in rows.read_text().splitlines() if line]
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text("\n".join(json.dumps({"weight": 1} | row) for row in [*lines, WEIGHED[2]]))
+    plain, same = build(rows, settings), build(marked, settings)
+    for name in ("tokens.bin", "starts.npy", "lines.npy"):
+        assert (plain / name).read_bytes() == (same / name).read_bytes()
+    assert not (same / "weights.npy").exists() and RowIndex(same, str(marked))[0].weights is None
+
+
+def test_without_any_weight_there_is_nothing_to_train_on(tmp_path, settings):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(WEIGHED[2]) + "\n" + json.dumps(WEIGHED[4]))
+    with pytest.raises(UserError, match=r"rows\.jsonl: every turn of every row has weight 0 \(or train: false\)"):
+        build(path, settings)
+
+
+@pytest.mark.parametrize("name", ["weights.npy", "turns.npy"])
+def test_damaged_weights_are_made_again(weighed, settings, name):
+    folder = build(weighed, settings)
+    for damage in DAMAGES.values():
+        assert is_built(folder, str(weighed))
+        damage(folder / name)
+        assert not is_built(folder, str(weighed))
+        build(weighed, settings)
+
+
+def test_an_index_that_knows_no_weights_is_made_again(rows, settings):
+    folder = build(rows, settings)
+    summary = json.loads((folder / "index.json").read_text())
+    os.unlink(folder / MANIFEST)
+    (folder / "index.json").write_text(json.dumps(summary))
+    assert is_built(folder, str(rows))
+    del summary["is_weighted"]
+    (folder / "index.json").write_text(json.dumps(summary))
+    assert not is_built(folder, str(rows))
 
 
 def test_several_processes_make_the_same_of_many_files_together(rows, settings, tmp_path, monkeypatch):

@@ -486,18 +486,25 @@ WRONG_ROWS = {
         translation(prompt="personalization", user_preferences="short"),
         "'user_preferences' is 'short'; a list of strings is needed",
     ),
-    "a weight": (chat(weight=0), "'weight' is 0, which hymeg does not do; all rows are trained alike: leave this one"),
-    "a small weight": (chat(loss_weight=0.1), "'loss_weight' is 0.1, which hymeg does not do"),
-    "a row not to train": (translation(train=False), "'train' is false, which hymeg does not do"),
+    "a negative weight": (chat(weight=-1), "'weight' is -1; 0 or a number from 1e-06 to 1e\\+06 is needed"),
+    "a weight that fp32 does not hold": (chat(weight=1e-7), "'weight' is 1e-07; 0 or a number from"),
+    "a huge weight": (chat(weight=2e6), "'weight' is 2000000.0; 0 or a number from"),
+    "a weight that is no number": (chat(USER, ASSISTANT | {"weight": "1"}), "message 2: 'weight' is '1'; 0 or a num"),
+    "a weight that is none": (chat(weight=float("nan")), "'weight' is nan; 0 or a number from"),
+    "a loss that was measured": (chat(loss=2.31), r"'loss' is 2.31; true or false is needed \(a weight goes under"),
+    "two weights": (chat(weight=0.5, sample_weight=2), "has 'weight' and also 'sample_weight', which mean the same"),
+    "a weight and a switch": (
+        chat(USER, ASSISTANT | {"weight": 0.5, "train": True}),
+        "message 2: has 'weight' and also 'train', which mean the same; keep one",
+    ),
+    "a mistyped weight": (chat(weights=[1]), "unknown key 'weights'; 'weight' is known"),
     "a bad answer": (chat(label=False), "'label' is false, which hymeg does not do; rows are answers to be learned"),
     "a worse answer": (chat(rejected_response="no"), "'rejected_response' is 'no', which hymeg does not do"),
     "a picture": (chat(images=["a.png"]), r"'images' is \['a.png'\], .*; these models read text only: leave the row"),
-    "a turn not to train": (
-        chat(USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT),
-        "message 2: 'weight' says otherwise than that every turn of the assistant's is trained, all alike, and nothing",
+    "a user's turn to train": (
+        chat(USER | {"train": True}, ASSISTANT),
+        "message 1: 'train' is true in a message of role user; only the assistant's turns are trained: leave it out",
     ),
-    "a turn to train half": (chat(USER, ASSISTANT | {"loss_scale": 0.5}), "message 2: 'loss_scale' says otherwise"),
-    "a user's turn to train": (chat(USER | {"train": True}, ASSISTANT), "message 1: 'train' says otherwise"),
     "two system messages": (chat(SYSTEM, USER, ASSISTANT, system="x"), "has 'system' and also another system message"),
     "two others": (chat(system="x", system_prompt="y"), "has 'system' and also 'system_prompt', which mean the same"),
     "system a list": (chat(system=["x"]), r"'system' is \['x'\]; a string is needed"),
@@ -537,9 +544,14 @@ WRONG_ROWS = {
         "message 2: the function call: not JSON: Expecting value.*; JSON is needed in this string$",
     ),
     "a call of nothing": ({"conversations": shares(("human", "hi"), ("function_call", "[]"))}, "message 2: holds no f"),
-    "a call with a weight": (
-        {"conversations": [*shares(("human", "hi")), {"from": "function_call", "value": "{}", "weight": 0}]},
-        "message 2: 'weight' says otherwise",
+    "a turn of two weights": (
+        {
+            "conversations": [
+                *shares(("human", "hi"), ("gpt", "a")),
+                {"from": "function_call", "value": '{"name": "f"}', "weight": 0},
+            ]
+        },
+        "message 3: has another weight than the message before, which is of the same turn; give both the same",
     ),
     "arguments that are no JSON": (
         chat(USER, CALLING | {"tool_calls": [{"function": {"name": "weather", "arguments": "Bern"}}]}),
@@ -583,12 +595,13 @@ WRONG_ROWS = {
 }
 
 
-OF_TRAINING = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable")
+WEIGHTS = ("weight", "loss_weight", "loss_scale")
+SWITCHES = ("loss", "train", "training", "trainable")
 
 
 @pytest.mark.parametrize("row", [chat(), TRANSLATION, {"instruction": "hi", "output": "hello"}])
 def test_what_other_trainers_read_in_a_row_is_not_passed_over(reader, row):
-    foreign = dict.fromkeys((*OF_TRAINING, "sample_weight"), 0.5) | dict.fromkeys(("label", "kto_tag"), False)
+    foreign = dict.fromkeys(("label", "kto_tag"), False)
     foreign |= {key: [USER] for key in ("chosen", "rejected", "rejected_response", "rejected_messages")}
     foreign |= {key: ["a"] for key in ("image", "images", "video", "videos", "audio", "audios")}
     for key, value in foreign.items():
@@ -596,12 +609,29 @@ def test_what_other_trainers_read_in_a_row_is_not_passed_over(reader, row):
             parse(reader, row | {key: value})
 
 
-@pytest.mark.parametrize("key", OF_TRAINING)
-def test_what_other_trainers_read_in_a_message_is_not_passed_over(reader, key):
-    for messages in ([USER, ASSISTANT | {key: False}], [USER | {key: True}, ASSISTANT]):
-        with pytest.raises(UserError, match=f"message [12]: '{key}' says otherwise"):
-            parse(reader, chat(*messages))
-    assert parse(reader, chat(USER | {key: 0}, ASSISTANT | {key: 1})).messages == [USER, ASSISTANT]
+@pytest.mark.parametrize("row", [chat(), TRANSLATION, {"instruction": "hi", "output": "hello"}])
+def test_a_row_has_a_weight_under_any_of_its_names(reader, row):
+    for key in (*WEIGHTS, "sample_weight"):
+        assert parse(reader, row | {key: 0.25}).weights == (0.25,)
+    for key in SWITCHES:
+        assert parse(reader, row | {key: False}).weights == (0.0,)
+    for given in ({}, {"weight": 1}, {"loss": True, "weight": 1.0}, {"train": None}):
+        assert parse(reader, row | given).weights == ()
+
+
+@pytest.mark.parametrize("key", [*WEIGHTS, *SWITCHES])
+def test_a_turn_has_a_weight_which_its_row_multiplies(reader, key):
+    messages = [USER | {key: 0}, ASSISTANT | {key: 0}, USER, ASSISTANT, USER | {key: False}, ASSISTANT | {key: True}]
+    read = parse(reader, chat(*messages, weight=3))
+    assert read.weights == (0.0, 3.0, 3.0)
+    assert read.messages == [USER, ASSISTANT] * 3
+    assert parse(reader, chat(*messages[2:])).weights == ()
+
+
+def test_a_turn_in_two_messages_has_one_weight(reader):
+    turn = [{"from": "gpt", "value": "a", "weight": 0.5}, {"from": "function_call", "value": '{"name": "f"}'}]
+    row = {"conversations": [*shares(("human", "hi")), turn[0], turn[1] | {"weight": 0.5}, *shares(("gpt", "b"))]}
+    assert parse(reader, row).weights == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(("row", "message"), WRONG_ROWS.values(), ids=WRONG_ROWS)
