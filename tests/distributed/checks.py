@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 from generated import generated
 from megatron.training import training
+from safetensors.torch import save_file
 
+from hymeg.checkpoint.live import export_weights, load_weights
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
 from hymeg.models.lora import Adapter
 from hymeg.platform import megatron
 from hymeg.platform.patches import patched
 from hymeg.training.arguments import parse
+from hymeg.training.loaded import build_model
 from hymeg.training.preflight import preflight
 from hymeg.training.run import train
 
@@ -46,6 +49,27 @@ def save_untrained(argv: list[str]) -> dict:
 def generation(argv: list[str]) -> dict:
     """What this layout generates."""
     return generated(*parse(argv))
+
+
+def logits_and_gradients(argv: list[str]) -> dict:
+    """Of the model in --load on tokens that transformers' padding is not among, into the file that `argv` ends with:
+    `tokens`, `logits`, and the gradients of the mean loss under transformers' names.
+    """
+    args, config = parse(argv[:-1])
+    load = args.load
+    preflight(args, config, lambda note: None)
+    chunks = build_model(args)
+    load_weights(chunks, config, load)
+    tokens = torch.randint(0, config.pad_token_id, (2, 33), generator=torch.Generator().manual_seed(0))
+    inputs = tokens[:, :-1], torch.arange(32).expand(2, 32), None
+    with torch.no_grad():
+        logits = chunks[0](*inputs)
+    chunks[0](*inputs, labels=tokens[:, 1:]).mean().backward()
+    for parameter in chunks[0].parameters():
+        parameter.data = parameter.grad
+    gradients = {name: gradient.contiguous() for name, gradient in export_weights(chunks, config, layout="fused")}
+    save_file({"tokens": tokens, "logits": logits.contiguous(), **gradients}, argv[-1])
+    return {}
 
 
 def adapter_masks(argv: list[str]) -> dict:

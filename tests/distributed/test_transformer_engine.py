@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+from test_adapters_in_training import assert_same_adapters, lora
 from test_conversations import write_rows
 from test_freezing import WHAT
 from test_layouts import LAYOUTS
@@ -63,6 +65,45 @@ def test_every_layout_trains_as_one_process(te_worlds, one_process, command, siz
     flags, checkpoint = LAYOUTS[size][name]
     found = te_worlds.run(size, command(flags, checkpoint=checkpoint))
     assert_same_training(found["steps"], one_process[checkpoint]["steps"][:4])
+
+
+def test_logits_and_every_gradient_are_transformers(te_worlds, command, folder):
+    from transformers import AutoModelForCausalLM
+
+    path = str(folder / "te_gradients.safetensors")
+    te_worlds.run(1, [*command("--no-gradient-accumulation-fusion"), path], "logits_and_gradients")
+    found = load_file(path)
+    tokens, logits = found.pop("tokens"), found.pop("logits")
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "trunk", dtype=torch.float32, attn_implementation="eager")
+    expected = theirs.train()(tokens[:, :-1]).logits
+    assert expected.std() > 0.5 and (logits - expected).abs().max() <= 1e-5
+    torch.nn.functional.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert gradients.keys() == {name for name in found if "e_score_correction_bias" not in name}
+    for name, gradient in gradients.items():
+        error = (found[name] - gradient).norm() / gradient.norm()
+        assert gradient.norm() > 0 and error <= 1e-4, f"{name}: {error:.1e}"
+
+
+ADAPTED = [  # size, flags, checkpoint
+    (2, "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 2", "mtp"),
+    (1, "", "mtp"),
+    (1, "--no-moe-grouped-gemm", "trunk"),
+    (1, f"{MODULES} core_attn layernorm moe_act mlp shared_experts", "trunk"),
+    (2, "--tensor-model-parallel-size 2 --moe-shared-expert-overlap", "trunk"),
+    (2, f"{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", "trunk"),
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "checkpoint"), [ADAPTED[0], *(pytest.param(*c, marks=pytest.mark.soak) for c in ADAPTED[1:])]
+)
+def test_adapters_train_as_under_the_local_spec(te_worlds, worlds, command, size, flags, checkpoint):
+    """Beside layers that begin with a norm, and those of all experts at once; every number of A and B."""
+    found = te_worlds.run(size, lora(command, flags, checkpoint))
+    expected = worlds.run(1, lora(command, checkpoint=checkpoint))
+    assert_same_training(found["steps"], expected["steps"])
+    assert_same_adapters(found["adapters"], expected["adapters"])
 
 
 @pytest.mark.parametrize("flags", [CP2, f"{CP2} --no-sft-packing", EP2])
