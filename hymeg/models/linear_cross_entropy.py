@@ -79,38 +79,38 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, shard: VocabShard, keep: bool):
-        peak = torch.full(labels.shape, -torch.inf, device=hidden.device)
-        total = torch.zeros_like(peak)
+        slices = shard.slices(len(labels))
         index, inside = shard.places(labels)
         at_index = torch.empty(index.shape, device=hidden.device)
+        highest, sums = torch.empty(2, len(slices), len(labels), device=hidden.device)  # of each slice
         kept = []
-        for number, rows in enumerate(shard.slices(len(labels))):
+        for number, rows in enumerate(slices):
             logits = shard.logits(hidden, weight[rows])
-            highest = logits.amax(dim=-1)
+            torch.amax(logits, dim=-1, out=highest[number])
             torch.gather(logits, 1, index[number], out=at_index[number])
-            exponentials = logits.sub_(highest[:, None]).exp_()
-            new_peak = torch.maximum(peak, highest)
-            total = total * (peak - new_peak).exp() + exponentials.sum(dim=-1) * (highest - new_peak).exp()
-            peak = new_peak
+            exponentials = logits.sub_(highest[number][:, None]).exp_()
+            torch.sum(exponentials, dim=-1, out=sums[number])
             if keep:
-                kept += [exponentials.to(weight.dtype), highest]
+                kept.append(exponentials.to(weight.dtype))
+        peak = highest.amax(dim=0) if slices else torch.full(labels.shape, -torch.inf, device=hidden.device)
+        total = (sums * (highest - peak).exp()).sum(dim=0)
         at_label = at_index[..., 0].where(inside, 0.0).sum(dim=0)
         if shard.group.size() > 1:
-            highest = peak.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-            sums = torch.stack([total * (peak - highest).exp(), at_label])
-            dist.all_reduce(sums, group=shard.group)
-            peak, (total, at_label) = highest, sums
+            of_all = peak.clone()
+            dist.all_reduce(of_all, op=dist.ReduceOp.MAX, group=shard.group)
+            summed = torch.stack([total * (peak - of_all).exp(), at_label])
+            dist.all_reduce(summed, group=shard.group)
+            peak, (total, at_label) = of_all, summed
         losses, hits = total.log() - (at_label - peak), at_label >= peak
         ctx.shard = shard
-        ctx.save_for_backward(hidden, weight, labels, losses, peak + total.log(), *kept)
+        ctx.save_for_backward(hidden, weight, labels, losses, peak + total.log(), highest, *kept)
         ctx.mark_non_differentiable(hits)
         return losses, hits
 
     @staticmethod
     def backward(ctx, grad_losses, _):
         shard = ctx.shard
-        hidden, weight, labels, losses, log_total, *kept = ctx.saved_tensors
+        hidden, weight, labels, losses, log_total, highest, *kept = ctx.saved_tensors
         grad_hidden = (
             torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
         )
@@ -119,11 +119,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight[shard.num_rows :] = 0
         grad_at_label = (torch.expm1(-losses) * grad_losses).to(weight.dtype)[:, None]
         index, inside = shard.places(labels)
+        factors = (highest - log_total).exp()[..., None] * grad_losses[:, None]
         for number, rows in enumerate(shard.slices(len(labels))):
             if kept:
-                exponentials, highest = kept[2 * number : 2 * number + 2]
                 # In place: a second backward pass through the same graph is an error of autograd's.
-                grad = exponentials.mul_(((highest - log_total).exp() * grad_losses)[:, None])
+                grad = kept[number].mul_(factors[number])
             else:
                 exponentials = shard.logits(hidden, weight[rows]).sub_(log_total[:, None]).exp_()
                 grad = exponentials.mul_(grad_losses[:, None]).to(weight.dtype)

@@ -3,6 +3,7 @@ against Megatron's.
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,4 +269,21 @@ def test_launches_of_a_micro_batch_on_a_gpu(monkeypatch):
         on_a_gpu = shard(num_rows=120832, slice_elements=kernels.SLICE_ELEMENTS["cuda"])
         losses, _ = linear_cross_entropy(hidden, weight, labels, on_a_gpu)
         losses.sum().backward()
-    assert 15 * 10 < launches.count <= 430, launches.count
+    assert 15 * 10 < launches.count <= 15 * 14 + 50, launches.count
+
+
+def test_the_benchmark_tells_slices_apart(monkeypatch):
+    """On a CPU, tiny: the same losses and gradients, fewer operations in fewer slices, less memory in smaller ones."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools" / "benchmarks")
+    import head as benchmark
+
+    ensure_world()
+    megatron, *others = benchmark.measure(64, 32, 2048, [8192, 131072], rounds=1)
+    small, small_again, large, large_again = others[-4:]
+    assert [found["name"] for found in (small, large_again)] == [
+        "hymeg, kept, slices of 8,192",
+        "hymeg, recomputed, slices of 131,072",
+    ]
+    assert small["operations"] - large["operations"] == 15 * 16  # 14 on a GPU, where the product copies no operand
+    assert 2 * small_again["peak"] < min(large_again["peak"], megatron["peak"])
+    assert all(error < 5e-3 for found in others for error in found["errors"]) and not any(megatron["errors"])

@@ -2,7 +2,8 @@
 without.
 
 bf16 weights, fp32 logits. Peak is what a step holds above its inputs, as CUDA's allocator counts or, on CPU, in
-tensors. The gradients of every way are held against the first's.
+tensors. Operations are those that torch dispatches, views left out: on a GPU each is a launch or more (on CPU two more
+for each product to fp32, whose operands are copied there). The gradients of every way are held against the first's.
 
     python tools/benchmarks/head.py [--tokens 4096] [--hidden 2048] [--vocab 120832] [--slice-elements 16777216 ...]
 """
@@ -22,6 +23,7 @@ from megatron.core.extensions.transformer_engine import te_parallel_cross_entrop
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy  # noqa: E402
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: E402
 from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from hymeg.models import head, linear_cross_entropy  # noqa: E402
 from hymeg.platform import device  # noqa: E402
@@ -95,9 +97,19 @@ def peak_of(run: Callable[[], object]) -> int:
     return tracker.get_tracker_snapshot("peak")[device.current()]["Total"]
 
 
+class _Operations(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
 def measure(tokens: int, hidden_size: int, vocab: int, slice_elements: list[int], rounds: int) -> list[dict]:
-    """For every way: seconds (median of `rounds`, interleaved), peak bytes, and how far losses and gradients are from
-    the first way's (relative norms)."""
+    """For every way: seconds (median of `rounds`, interleaved), peak bytes, operations, and how far losses and
+    gradients are from the first way's (relative norms)."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, hidden_size, generator=generator).bfloat16() for n in (tokens, vocab))
     labels = torch.randint(0, vocab, (tokens,), generator=generator).to(device.current())
@@ -112,6 +124,9 @@ def measure(tokens: int, hidden_size: int, vocab: int, slice_elements: list[int]
     for result in results:
         hidden.grad = weight.grad = None
         result["peak"] = peak_of(lambda way=result["way"]: step(way, hidden, weight, labels))
+        with _Operations() as operations:
+            step(result["way"], hidden, weight, labels)
+        result["operations"] = operations.count
         outcome = [
             step(result["way"], hidden, weight, labels).float().flatten(),
             hidden.grad.float(),
@@ -140,10 +155,12 @@ def main() -> None:
         f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, bf16, fp32 logits, on {device.name()}, "
         f"torch {torch.__version__}\n"
     )
-    print("| way | ms | peak MiB | loss | gradient of hidden | gradient of weight |\n|---|---|---|---|---|---|")
+    columns = ("way", "ms", "peak MiB", "operations", "loss", "gradient of hidden", "gradient of weight")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for found in measure(args.tokens, args.hidden, args.vocab, args.slice_elements, args.rounds):
         errors = " | ".join(f"{error:.1e}" for error in found["errors"])
-        print(f"| {found['name']} | {found['seconds'] * 1e3:.1f} | {found['peak'] / 2**20:,.0f} | {errors} |")
+        figures = f"{found['seconds'] * 1e3:.1f} | {found['peak'] / 2**20:,.0f} | {found['operations']}"
+        print(f"| {found['name']} | {figures} | {errors} |")
     dist.destroy_process_group()
 
 
