@@ -25,7 +25,7 @@ from soaking.training import STEPS_PER_KILL, Training
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_LANGUAGES = ("en", "de", "fr", "es", "zh")
 NUM_PROCESSES = 4
-MAX_GROWTH = 0.02  # of a rank's memory, from the first third of its steps to the last
+MAX_GROWTH = 0.02  # of a rank's memory, from the middle third of its steps to the last
 
 
 class Line(NamedTuple):
@@ -58,7 +58,7 @@ def soak_training(out: Path, num_steps: int, save_interval: int, num_kills: int,
     grown = whole.growth()
     memory = f"memory x {grown.memory:.3f}, open files {grown.files:+d}"
     yes = grown.memory <= 1 + MAX_GROWTH and grown.files <= 0
-    lines = [Line("a training's ranks, first third to last", f"{num_steps} steps", memory, yes)]
+    lines = [Line("a training's ranks, middle third to last", f"{num_steps} steps", memory, yes)]
     found = training.killed(out / "killed", whole, num_kills, chance)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.kinds.items()))
     wrong = {

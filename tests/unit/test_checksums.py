@@ -246,6 +246,19 @@ def test_megatrons_files_have_checksums_and_the_same_bytes(saved):
     assert b"hymeg" not in metadata and "WriteResult" not in str(pickle.loads(metadata))
 
 
+def test_small_files_beside_the_data_are_in_the_manifest_and_an_earlier_life_s_data_are_not(tmp_path):
+    from megatron.core import dist_checkpointing
+    from single_process import ensure_world
+
+    ensure_world()
+    for name in ("rates.pt", "__7_0.distcp", ".half.1.tmp"):
+        (tmp_path / name).write_text(name)
+    dist_checkpointing.save(_state(torch.zeros(10)), str(tmp_path))
+    sums = lines_of_sfv(tmp_path)
+    assert sums["rates.pt"] == zlib.crc32(b"rates.pt")
+    assert set(sums) == set(os.listdir(tmp_path)) - {MANIFEST, "__7_0.distcp", ".half.1.tmp"}
+
+
 def test_megatron_loads_what_was_written_and_nothing_else(saved):
     from megatron.core import dist_checkpointing
 

@@ -17,14 +17,13 @@ from invocations import NEEDED
 from megatron.training.arguments import validate_args
 from places import make_places
 
-from hymeg.checkpoint.reading import Completion, read_dist
+from hymeg.checkpoint.reading import Completion, read_dist, read_hf
 from hymeg.checkpoint.verification import verify_folder
 from hymeg.checksums import MANIFEST
 from hymeg.data.chat import ChatEncoder
 from hymeg.data.rows import RowReader
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.safetensors_files import open_checkpoint
 from hymeg.training.arguments import _parser, parse
 from hymeg.training.preflight import preflight
 from hymeg.training.run import megatron_refusals
@@ -63,7 +62,10 @@ LINES = (
 
 
 def fuzzed(count: int, check: Callable[[random.Random], None]) -> None:
-    """`check` with so many sources of chance, none of which may raise anything but a UserError of one line."""
+    """`check` with so many sources of chance, none of which may raise anything but a UserError of one line, and some
+    must.
+    """
+    refused = 0
 
     @settings(
         max_examples=count,
@@ -75,13 +77,16 @@ def fuzzed(count: int, check: Callable[[random.Random], None]) -> None:
     )
     @given(st.integers(0, 2**32))
     def once(seed: int) -> None:
+        nonlocal refused
         try:
             check(random.Random(seed))
         except UserError as error:
+            refused += 1
             said = " ".join(str(error).split())
             assert said and len(said) < 3000, said
 
     once()
+    assert refused
 
 
 def changed_bytes(data: bytes, chance: random.Random) -> bytes:
@@ -178,16 +183,21 @@ def test_recipes(places, tmp_path, count):
 
 
 @MANY
-def test_configs(hf_checkpoint, tmp_path, count):
-    intact = (hf_checkpoint / "config.json").read_bytes()
+def test_configs(hf_checkpoint, tmp_path, monkeypatch, count):
+    """Some of those that are read also as a run checks them."""
+    model = Path(shutil.copytree(hf_checkpoint, tmp_path / "model"))
+    intact = (model / "config.json").read_bytes()
+    monkeypatch.setenv("RANK", "0")
 
     def once(chance: random.Random) -> None:
         is_text = chance.random() < 0.3
-        data = (
-            changed_bytes(intact, chance) if is_text else json.dumps(changed_value(json.loads(intact), chance)).encode()
-        )
-        (tmp_path / "config.json").write_bytes(data)
-        HyConfig.from_dir(tmp_path)
+        changed = changed_value(json.loads(intact), chance)
+        data = changed_bytes(intact, chance) if is_text else json.dumps(changed).encode()
+        (model / "config.json").write_bytes(data)
+        HyConfig.from_dir(model)
+        if chance.random() < 0.3:
+            args, config = parse(NEEDED.format(hf=model).split())
+            preflight(args, config, lambda note: None)
 
     fuzzed(count, once)
 
@@ -209,19 +219,19 @@ def test_rows(tokenizer_dir, count):
 
 @MANY
 def test_safetensors_headers(hf_checkpoint, tmp_path, count):
-    path = tmp_path / "model.safetensors"
-    data = (hf_checkpoint / "model-00001-of-00004.safetensors").read_bytes()
+    model = Path(shutil.copytree(hf_checkpoint, tmp_path / "model"))
+    path = model / "model-00001-of-00004.safetensors"
+    data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header, tensors = data[8 : 8 + length], data[8 + length :]
 
     def once(chance: random.Random) -> None:
         is_text = chance.random() < 0.5
-        new = (
-            changed_bytes(header, chance) if is_text else json.dumps(changed_value(json.loads(header), chance)).encode()
-        )
+        changed = changed_value(json.loads(header), chance)
+        new = changed_bytes(header, chance) if is_text else json.dumps(changed).encode()
         told = chance.choice((len(new), len(new), len(new), len(header), chance.getrandbits(64), 0))
         path.write_bytes(struct.pack("<Q", told) + new + tensors)
-        open_checkpoint(tmp_path)
+        read_hf(model, Completion())
 
     fuzzed(count, once)
 

@@ -44,11 +44,12 @@ class Whole:
     held: list[list[tuple[int, int]]] = field(default_factory=list)  # a step: of each rank, bytes and open files
 
     def growth(self) -> Growth:
+        """From the middle third of the steps to the last: in the first there is much to be allocated."""
         third = max(1, len(self.held) // 3)
-        first, last = self.held[-2 * third : -third], self.held[-third:]
+        middle, last = self.held[-2 * third : -third], self.held[-third:]
         memory, files = [], []
         for rank in range(len(self.held[0])):
-            before, after = ([of_step[rank] for of_step in part] for part in (first, last))
+            before, after = ([of_step[rank] for of_step in part] for part in (middle, last))
             memory.append(median(size for size, _ in after) / median(size for size, _ in before))
             files.append(round(median(count for _, count in after) - median(count for _, count in before)))
         return Growth(max(memory), max(files))
