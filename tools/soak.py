@@ -3,7 +3,7 @@
 exports and index builds, and single bits that flip in whatever they wrote.
 
     tools/soak.py                 what docs/reliability.md promises: 2,000 steps, 10 + 200 kills, 1,000 flips
-    tools/soak.py --scale 0.05    the same, small: some minutes
+    tools/soak.py --scale 0.04    the same, small: some minutes
 
 One table at the end; exit code 1 where a line of it misses its bar.
 """
