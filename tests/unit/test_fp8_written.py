@@ -4,6 +4,9 @@ FP8; what our FP8 import reads back is code times scale, and stands where it sto
 import json
 import math
 import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ from hymeg.checkpoint import row_tensors
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.rounding import e4m3_codes, quantised
+from hymeg.checkpoint.sinks import transfer
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import files_by_tensor
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
+CONVERT = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 SMALL = HyConfig.from_dict(
     TINY_CONFIG | {"num_hidden_layers": 2, "num_experts": 4, "moe_intermediate_size": 40, "expert_hidden_dim": 40}
 )
@@ -63,7 +68,8 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("source", ["dist", "fp32"])
 def test_what_is_written_is_what_torch_makes_of_the_weights(plain, tmp_path, monkeypatch, source):
     monkeypatch.setattr(row_tensors, "BLOCK_BYTES", 6000)  # blocks of a few rows, of q less than a KV group
-    said = []
+    said, room, reserve = [], {}, transfer.reserve
+    monkeypatch.setattr(transfer, "reserve", lambda path, size: (room.update({path.name: size}), reserve(path, size)))
     convert = dist_to_hf if source == "dist" else hf_to_hf
     convert(
         plain / source,
@@ -76,6 +82,7 @@ def test_what_is_written_is_what_torch_makes_of_the_weights(plain, tmp_path, mon
     )
     expected, errors = by_hand(weights(plain / ("fp32" if source == "fp32" else "bf16")))
     assert_same(weights(tmp_path / "fp8"), expected)
+    assert room == {path.name: path.stat().st_size for path in (tmp_path / "fp8").glob("*.safetensors")}
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     assert config.pop("quantization_config") == {
         "quant_method": "fp8",
@@ -119,7 +126,7 @@ def test_scales_of_activations_are_the_published_folders(plain, tmp_path):
     for name in ("config.json", "kv_cache_scales.safetensors"):
         (folder / name).write_bytes((plain / "published" / name).read_bytes())
     for number, name in enumerate(name for name in published if name.endswith("input_scale")):
-        published[name] = torch.tensor([number / 1000])
+        published[name] = torch.tensor([number / 1000] if number % 2 else number / 1000)  # as writers like it
     save_file(published, folder / "model.safetensors")
     said = []
     dist_to_hf(
@@ -128,7 +135,7 @@ def test_scales_of_activations_are_the_published_folders(plain, tmp_path):
     found, (expected, _) = weights(tmp_path / "out"), by_hand(weights(plain / "bf16"))
     expected[f"{kept}.weight"] = weights(plain / "bf16")[f"{kept}.weight"]
     del expected[f"{kept}.weight_scale"]
-    expected |= {name: t for name, t in published.items() if name.endswith("input_scale")}
+    expected |= {name: t.view(1) for name, t in published.items() if name.endswith("input_scale")}
     expected |= load_file(folder / "kv_cache_scales.safetensors")
     assert_same(found, expected)
     config, theirs = (json.loads((at / "config.json").read_text()) for at in (tmp_path / "out", folder))
@@ -136,9 +143,12 @@ def test_scales_of_activations_are_the_published_folders(plain, tmp_path):
     assert files_by_tensor(tmp_path / "out")["model.layers.0.self_attn.k_cache.scale"] == "kv_cache_scales.safetensors"
     assert any("measured on other weights" in line for line in said)
     assert compare_checkpoints(tmp_path / "out", tmp_path / "out") == []
-    hf_to_hf(
-        plain / "bf16", tmp_path / "like", quantize="fp8", workers=1, scales_from=folder, shards_like=plain / "other"
-    )
+    words = f"hf-to-hf --hf {plain / 'bf16'} --to {tmp_path / 'like'} --quantize fp8 --scales-from {folder} --drop-mtp"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(CONVERT), *words.split(), "--shards-like", str(plain / "other")])
+        runpy.run_path(str(CONVERT), run_name="__main__")
+    by_tool = weights(tmp_path / "like")
+    assert_same(by_tool, {name: t for name, t in expected.items() if not name.startswith("model.layers.2.")})
     assert set(files_by_tensor(tmp_path / "like").values()) == {"model.safetensors", "kv_cache_scales.safetensors"}
 
 

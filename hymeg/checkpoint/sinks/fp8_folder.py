@@ -39,10 +39,12 @@ def files_of_fp8(
         UserError: it lacks one of those, or is another model's.
     """
     entries = {entry.hf_name: entry for entry in hf_entries(config, "hub")}
-    quantised, given = {name for name in entries if QUANTISED.fullmatch(name)}, None
+    quantised, given, kv = {name for name in entries if QUANTISED.fullmatch(name)}, None, []
     if scales_from:
         given = measured_in(scales_from)
         quantised = _checked(given, entries, quantised)
+        layers = {_layer(name) for name in entries}
+        kv = [as_stored(name, given.stored[name]) for name in given.kv if _layer(name) in layers]
     specs: list[TensorSpec] = []
     rows: dict[str, tuple[RowTensor, Sequence[tuple[int, int]]]] = {}
     for name, entry in entries.items():
@@ -65,10 +67,9 @@ def files_of_fp8(
         beside = {scale: file for n, file in of_weights.items() for scale in (n + PER_TENSOR, input_scale_of(n))}
         sharding = {**sharding, **beside}
     shards = into_shards(specs, sharding)
-    if given and (kv := [name for name in given.kv if _layer(name) in {_layer(n) for n in quantised}]):
-        of_kv = [as_stored(name, given.stored[name]) for name in kv]
-        rows |= {tensor.key: (tensor, [(0, 1)]) for tensor in of_kv}
-        shards.append(Shard(KV_SCALES_FILE, tuple(TensorSpec(t.key, t.dtype, t.shape) for t in of_kv)))
+    if kv:
+        rows |= {tensor.key: (tensor, [(0, num_rows(tensor.shape))]) for tensor in kv}
+        shards.append(Shard(KV_SCALES_FILE, tuple(TensorSpec(t.key, t.dtype, t.shape) for t in kv)))
     headers = {shard.file_name: shard_header(shard) for shard in shards}
     order = {name: number for number, name in enumerate(rows)}
     tasks = []
@@ -78,7 +79,7 @@ def files_of_fp8(
         tasks += [Task(*rows[spec.name], spec.dtype, shard.file_name, position) for spec, position in placed]
     files = files_to_write(tasks, workers, index_files(shards), headers)
     told = given.config if given else {"quantization_config": DYNAMIC}
-    return files, HyConfig.from_dict(with_dtype(config, kept).raw | told), _notes(quantised, given)
+    return files, HyConfig.from_dict(with_dtype(config, kept).raw | told), _notes(quantised, given, len(kv))
 
 
 def fp8_errors(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
@@ -120,12 +121,12 @@ def _layer(name: str) -> str:
     return ".".join(name.split(".")[:3])
 
 
-def _notes(quantised: set[str], given: Measured | None) -> list[str]:
+def _notes(quantised: set[str], given: Measured | None, num_kv: int) -> list[str]:
     notes = [f"FP8: {listed(sorted(quantised))}, each with a new scale, its largest magnitude / 448"]
     if given is None:
         return [*notes, "FP8: no scales of inputs are written (activation_scheme dynamic); --scales-from gives them"]
     return [
         *notes,
-        f"FP8: scales of inputs and {len(given.kv)} of the KV cache are {given.folder}'s, measured on other weights: "
+        f"FP8: scales of inputs and {num_kv} of the KV cache are {given.folder}'s, measured on other weights: "
         "if training moved activations far they clip; evaluate what is served",
     ]

@@ -89,10 +89,10 @@ def with_all_rows(config: HyConfig, shapes: Sequence[Shape]) -> tuple[HyConfig, 
 
 
 def as_stored(name: str, stored: TensorEntry) -> RowTensor:
-    """One tensor of a folder under its own name: FP8 as its codes."""
-    height = num_rows(stored.shape)
-    piece = Piece(str(stored.file), stored.offset, 0, stored.shape, 0, 0, stored.shape[-1], stored.dtype)
-    return RowTensor(name, stored.dtype, stored.shape, (Band(0, height, (piece,)),))
+    """One tensor of a folder under its own name: FP8 as its codes. A number without a dimension has one here."""
+    shape = stored.shape or (1,)
+    piece = Piece(str(stored.file), stored.offset, 0, shape, 0, 0, shape[-1], stored.dtype)
+    return RowTensor(name, stored.dtype, shape, (Band(0, num_rows(shape), (piece,)),))
 
 
 class Mtp(NamedTuple):
