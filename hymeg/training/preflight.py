@@ -25,6 +25,7 @@ from hymeg.training.schedule import check_schedule
 from hymeg.training.starved_experts import MANY, idle_share
 from hymeg.training.weights import check_weights, is_distributed_checkpoint
 
+_EMERGING_OPTIMIZERS = "https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0"
 _NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
 
 
@@ -187,12 +188,12 @@ def _check_packages(args: argparse.Namespace) -> None:
         (
             "num_distributed_optimizer_instances",
             args.num_distributed_optimizer_instances > 1,
-            ("einops", "pip install 'hymeg[optimizers]'"),
+            ("einops", "pip install einops"),
         ),
         (
             "optimizer",
             args.optimizer not in ("adam", "sgd"),
-            ("emerging_optimizers", "pip install 'hymeg[optimizers]'"),
+            ("emerging_optimizers", f"pip install 'emerging-optimizers @ git+{_EMERGING_OPTIMIZERS}'"),
         ),
         (
             "async_save",

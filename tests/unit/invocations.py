@@ -751,7 +751,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "optimizer from a package": (
         1,
         "--optimizer muon",
-        ("--optimizer muon", "not installed", "pip install 'hymeg[optimizers]'"),
+        ("--optimizer muon", "not installed", "pip install 'emerging-optimizers @ git+https://github.com/NVIDIA-NeMo/"),
     ),
     "local checkpoints": (
         1,
@@ -761,7 +761,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "instances of the optimizer": (
         2,
         "--num-distributed-optimizer-instances 2",
-        ("--num-distributed-optimizer-instances 2", "not installed", "pip install 'hymeg[optimizers]'"),
+        ("--num-distributed-optimizer-instances 2", "not installed", "pip install einops"),
     ),
     "kept too seldom": (
         1,
