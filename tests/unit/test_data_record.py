@@ -120,17 +120,18 @@ def test_other_contents_and_another_tokenizer_are_said(folder, tmp_path):
     model.mkdir()
     args = SimpleNamespace(text_prefixes=[str(prefix)], hf_model=str(model))
 
-    def write(tokens: bytes, tokenizer: str, has_sums: bool = True) -> None:
+    def write(tokens: bytes, tokenizer: str = "{}", has_sums: bool = True) -> None:
         (model / "tokenizer.json").write_text(tokenizer)
-        for suffix in ("bin", "idx"):
-            prefix.with_name(f"{prefix.name}.{suffix}").write_bytes(tokens)
-        names = [f"{prefix.name}.{suffix}" for suffix in ("bin", "idx")] if has_sums else []
-        write_manifest(f"{prefix}.checksums.sfv", dict.fromkeys(names, sum_of(tokens)))
+        files = [prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("bin", "idx")]
+        for file in files:
+            file.write_bytes(tokens)
+        if has_sums:
+            write_manifest(f"{prefix}.checksums.sfv", {file.name: sum_of(tokens) for file in files})
 
     def said() -> list[str]:
         return start(folder, {"data": "A", "seed": 1} | contents_record(args))
 
-    write(b"one", "{}")
+    write(b"one")
     assert said() == []
     save(folder, 20)
     assert said() == []
@@ -140,7 +141,9 @@ def test_other_contents_and_another_tokenizer_are_said(folder, tmp_path):
         f"the data are not those that {folder} was trained on: contents of {prefix} was '3 bytes"
     )
     assert tokenizer.startswith(f"the tokenizer is not the one that {folder} was trained on: tokenizer.json was")
-    write(b"one", "{}")
+    write(b"one")
     assert said() == []
-    write(b"longer", "{}", has_sums=False)
+    write(b"longer", has_sums=False)  # the checksums are still those of what was there before
+    assert len(said()) == 1 and "and is '6 bytes and 6 bytes'" in said()[0]
+    prefix.with_name(f"{prefix.name}.checksums.sfv").unlink()
     assert len(said()) == 1 and "and is '6 bytes and 6 bytes'" in said()[0]
