@@ -303,7 +303,7 @@ _WITH_LORA = (
         "freeze train_only",
         "adapters are trained alone, beside frozen weights",
         WITH_LORA,
-        instead="name what has adapters with --lora-targets",
+        instead="name what has adapters with --lora-targets, what is trained in full with --train-also",
     ),
     Row("save_hf", "it writes the model's own weights", WITH_LORA, instead="merge the adapters into them afterwards"),
 )
@@ -314,7 +314,7 @@ _WITH_FROZEN = (
 )
 
 _EFFECTLESS = (
-    _no_effect_without("lora_rank", "lora_alpha lora_targets lora_dropout lora_scaling"),
+    _no_effect_without("lora_rank", "lora_alpha lora_targets lora_dropout lora_scaling train_also"),
     _no_effect_without("sft", "train_epochs sft_packing sft_truncation sft_bad_rows"),
     _no_effect_without(
         "save",

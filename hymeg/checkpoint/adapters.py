@@ -9,7 +9,7 @@ from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.conversion import Conversion, Say, Summary, as_path, carry_out, check_apart
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
-from hymeg.checkpoint.mapping import Entry, hf_entries, num_rows
+from hymeg.checkpoint.mapping import Entry, hf_entries, is_mtp, num_rows
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.sinks.dist_folder import files_of_adapter
@@ -56,7 +56,7 @@ def adapter_to_peft(
         adapter = open_dist_adapter(dist, HyConfig.from_dir(base) if base else None, iteration)
         check_apart(peft, [adapter.folder, base], [dist])
         modules = [module for module in adapter.modules if not module.is_mtp]
-        left_out = len(adapter.modules) - len(modules)
+        left_out = len(adapter.modules) - len(modules) + sum(is_mtp(adapter.config, name) for name in adapter.full)
         if not modules:
             raise UserError(f"{adapter.folder}: all of it is in MTP layers, which peft folders cannot hold; merge it")
         if layout == "served" and adapter.full:
@@ -64,7 +64,7 @@ def adapter_to_peft(
                 f"{adapter.folder}: {adapter.full[0]} was trained in full beside the adapters, which vLLM and SGLang "
                 "cannot load with an adapter; merge it"
             )
-        note = f"left out: the adapters of MTP layers, {left_out}, which no reader of peft folders has"
+        note = f"left out: what was trained of MTP layers, {left_out} in all, which no reader of peft folders has"
         files = files_of_peft(adapter, modules, layout, ROUNDED_TO[dtype], workers)
         read = {"from": str(adapter.folder.resolve()), "iteration": adapter.iteration, "base_hf": base and str(base)}
         return Conversion(

@@ -1,9 +1,10 @@
 """Parameters that are not trained."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
+from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.errors import UserError
 
 
@@ -17,6 +18,16 @@ def freeze(trained: Collection[str], chunks: list[torch.nn.Module]) -> list[torc
             parameter.requires_grad_(keys[name] in trained)
         require_gradients_of_inputs(chunk)
     return chunks
+
+
+def train_in_full(names: Mapping[str, str], model: torch.nn.Module) -> None:
+    """Beside its adapters, of a model that is frozen otherwise. `names`: of the distributed tensors (keys) the
+    published ones, under which `hymeg.checkpoint.adapter_table` stores them.
+    """
+    for name, stored in model.weights_sharded_state_dict(metadata={}).items():
+        if stored.key in names:
+            model.get_parameter(name).requires_grad_(True)
+    model.trained_in_full = {key: PREFIX + name + FULL for key, name in names.items()}
 
 
 def require_gradients_of_inputs(model: torch.nn.Module) -> None:

@@ -81,6 +81,7 @@ class HYV3ForCausalLM(GPTModel):
         if self.mtp_process and config.mtp_loss_scaling_factor == 0:
             self.mtp.requires_grad_(False)
         self.adapters: torch.nn.ModuleDict | None = None  # hymeg.models.lora
+        self.trained_in_full: dict[str, str] = {}  # beside adapters: stored key of the weight -> in their checkpoint
         self.register_load_state_dict_post_hook(_allow_missing)
 
     def _preprocess(self, *args, padding_mask: torch.Tensor | None = None, **kwargs) -> tuple:
@@ -118,11 +119,16 @@ class HYV3ForCausalLM(GPTModel):
         `hymeg.checkpoint.adapter_table`; of any other the weights."""
         if self.adapters is None:
             return self.weights_sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {
+        found = {
             name: tensor
             for path, adapter in self.adapters.items()
             for name, tensor in adapter.sharded_state_dict(f"{prefix}adapters.{path}.").items()
         }
+        weights = self.weights_sharded_state_dict(prefix, sharded_offsets, metadata) if self.trained_in_full else {}
+        for name, tensor in weights.items():
+            if tensor.key in self.trained_in_full:
+                found[name] = dataclasses.replace(tensor, key=self.trained_in_full[tensor.key])
+        return found
 
     def weights_sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -22,18 +22,21 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.utils import unwrap_model
 
 from hymeg.checkpoint.adapter_settings import AdapterSettings
-from hymeg.checkpoint.adapter_table import PREFIX, adapter_shapes, check_adapter_tensors
+from hymeg.checkpoint.adapter_table import PREFIX, adapter_shapes, check_adapter_tensors, full_shapes
 from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.fingerprint import MODULUS, part_of_fingerprint, shown_fingerprint
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, num_parameters
+from hymeg.checkpoint.sources.adapter_folder import full_names
 from hymeg.checkpoint.sources.dist_folder import stored_shapes
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
+from hymeg.models.freezing import train_in_full
 from hymeg.models.lora import add_adapters
 from hymeg.platform import device, megatron
 from hymeg.platform.patches import patched
 from hymeg.training import weights
 from hymeg.training.adapter_log import AdapterLog
+from hymeg.training.freezing import trained_in_full
 
 Say = Callable[[str], None]
 
@@ -70,11 +73,13 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
     args.load, args.pretrained_checkpoint = resumed, None
     if resumed is None:
         args.ckpt_step = None
+    in_full = sum(map(math.prod, full_shapes(config, trained_in_full(args, config).values()).values()))
     shapes = adapter_shapes(config, args.lora_rank, args.lora_targets)
-    trained, total = sum(map(math.prod, shapes.values())), num_parameters(config)
+    trained, frozen = sum(map(math.prod, shapes.values())), num_parameters(config) - in_full
+    also = f" and {in_full:,} in full ({' '.join(args.train_also)})" if in_full else ""
     say(
-        f"training {trained:,} parameters in adapters of rank {args.lora_rank} beside {total:,} frozen ones "
-        f"({trained / total:.2%}): {', '.join(args.lora_targets)}"
+        f"training {trained:,} parameters in adapters of rank {args.lora_rank}{also} beside {frozen:,} frozen ones "
+        f"({(trained + in_full) / frozen:.2%}): {', '.join(args.lora_targets)}"
     )
 
 
@@ -124,8 +129,14 @@ def _check_resumed(args: argparse.Namespace, config: HyConfig) -> AdapterSetting
     if args.rank == 0:
         label, shapes = f"--load {args.load}", stored_shapes(str(folder))
         of_model = {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(PREFIX)}
+        was, now = (sorted(one) for one in (full_names(of_model), trained_in_full(args, config).values()))
+        if was != now:
+            raise UserError(
+                f"--train-also: the adapters in {folder} were made with {' '.join(was) or 'none'} trained in full, not "
+                f"{' '.join(now) or 'none'}; say that, or give --load of the base to begin anew"
+            )
         try:
-            check_adapter_tensors(config, stored.rank, stored.targets, of_model)
+            check_adapter_tensors(config, stored.rank, stored.targets, of_model, now)
         except UserError as error:
             raise UserError(f"{label}: {error}") from None
         if not args.finetune and not args.no_load_optim:
@@ -163,6 +174,7 @@ class AdapterTraining:
         """Before the model is wrapped: what is frozen then has neither gradients nor optimizer."""
         for chunk in chunks:
             add_adapters(chunk, self.config, self.settings, self.args.seed)
+            train_in_full(trained_in_full(self.args, self.config), chunk)
         return chunks
 
     def load_base(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -166,6 +166,13 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "is all but the routed experts",
     )
     group.add_argument(
+        "--train-also",
+        nargs="+",
+        metavar="PATTERN",
+        help="--lora-rank: train these parameters in full beside the adapters, by patterns as of --train-only: norms, "
+        "routers, lm_head.weight (peft's modules_to_save)",
+    )
+    group.add_argument(
         "--lora-dropout", type=float, default=0.0, metavar="P", help="dropout of what goes into the adapters"
     )
     group.add_argument(

@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable
 
-from hymeg.checkpoint.mapping import Entry, hf_entries, is_mtp
+from hymeg.checkpoint.adapter_table import adapter_modules
+from hymeg.checkpoint.mapping import VOCABULARY_KEYS, Entry, hf_entries, is_mtp
 from hymeg.errors import UserError
 from hymeg.files import shown
 from hymeg.hf.config import HyConfig
@@ -48,6 +49,35 @@ def trained_keys(args: argparse.Namespace, config: HyConfig) -> set[str]:
     elif args.train_only is not None:
         keys = _meant(config, "--train-only", args.train_only)
     return {key for key in keys if args.mtp_loss_scaling_factor != 0 or not is_mtp(config, key)}
+
+
+def trained_in_full(args: argparse.Namespace, config: HyConfig) -> dict[str, str]:
+    """`--train-also`: published name of each parameter that is trained beside the adapters, by distributed tensor.
+
+    Raises:
+        UserError: a pattern as for `trained_keys`; what has an adapter, or shares a tensor with others, or a
+            vocabulary that is padded in training.
+    """
+    if args.train_also is None:
+        return {}
+    found, modules = {}, {module.path for module in adapter_modules(config, args.lora_targets)}
+    meant, option = _meant(config, "--train-also", args.train_also), f"--train-also {' '.join(args.train_also)}"
+    for entry in _parameters(config):
+        name, key = entry.hf_name, entry.dist_key
+        if key not in meant or (args.mtp_loss_scaling_factor == 0 and is_mtp(config, key)):
+            continue
+        if entry.hf_shape != entry.dist_shape:
+            raise UserError(f"{option}: {name} is a part of a tensor in training; give it an adapter (--lora-targets)")
+        if name.removesuffix(".weight") in modules:
+            raise UserError(f"{option}: {name} has an adapter already; name it here or in --lora-targets")
+        unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        if key in VOCABULARY_KEYS and config.vocab_size % unit:
+            raise UserError(
+                f"{option}: {name} would be padded, and saved so, from {config.vocab_size} rows to a multiple of "
+                f"{unit}; lower --make-vocab-size-divisible-by"
+            )
+        found[key] = name
+    return found
 
 
 def _parameters(config: HyConfig) -> list[Entry]:

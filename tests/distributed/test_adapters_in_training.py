@@ -15,8 +15,9 @@ from worlds import assert_same_training, largest_difference
 
 from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import adapter_modules, check_adapter_tensors
-from hymeg.checkpoint.adapters import adapter_to_peft, merge
+from hymeg.checkpoint.adapters import adapter_to_peft, merge, peft_to_adapter
 from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.checkpoint.sources import open_adapter
 from hymeg.checkpoint.sources.dist_folder import stored_shapes
 from hymeg.checkpoint.verification import verify_folder
 from hymeg.errors import UserError
@@ -189,6 +190,36 @@ def test_another_base_is_refused(worlds, command, folder, tmp_path):
     with pytest.raises(UserError, match=r"trained on other weights than .*another holds .* give their base, .*trunk"):
         merge(other, save, tmp_path / "into-another")
     assert not (tmp_path / "into-another").exists()
+
+
+ALSO = "--train-also *norm* *.router.* lm_head.weight model.embed_tokens.weight --lora-targets q_proj experts.up_proj"
+
+
+def test_small_parts_trained_in_full_beside_the_adapters(worlds, command, folder, tmp_path):
+    """Like the adapters: in another layout, saved, resumed under a third; and merged as the save's run ends."""
+    alone = worlds.run(1, lora(command, ALSO, "mtp"))["adapters"]
+    before = load_file(folder / "mtp" / "model.safetensors")
+    in_full = {key: one for key, one in alone.items() if key.endswith(".full")}
+    names = {key.removeprefix("adapter.").removesuffix(".full") for key in in_full}
+    assert {name for name in before if "norm" in name or "router" in name} < names and "lm_head.weight" in names
+    for key, one in in_full.items():
+        was = before[key.removeprefix("adapter.").removesuffix(".full")]
+        assert one["shape"] == list(was.shape) and one["values"] != was.flatten().tolist()
+    saved = worlds.run(2, lora(command, f"{ALSO} {TP2} {DISTRIBUTED} --save {tmp_path}/saved", "mtp", steps=3))
+    resumed = worlds.run(2, lora(command, f"{ALSO} {PP2} {DISTRIBUTED}", "mtp", load=str(tmp_path / "saved")))
+    assert_same_adapters(resumed["adapters"], alone)
+    merge(folder / "mtp", tmp_path / "saved", tmp_path / "merged")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    for name in names:
+        values = saved["adapters"][f"adapter.{name}.full"]["values"]
+        assert after[name].flatten().tolist() == values and values != before[name].flatten().tolist()
+    adapter_to_peft(tmp_path / "saved", tmp_path / "peft", base_hf=folder / "mtp")
+    peft_to_adapter(tmp_path / "peft", tmp_path / "again", base_hf=folder / "mtp")
+    again, in_trunk = open_adapter(tmp_path / "again"), {name for name in names if ".layers.4." not in name}
+    assert set(again.full) == in_trunk < names
+    other = lora(command, f"{ALSO.replace('*.router.*', '')} {DISTRIBUTED}", "mtp", load=str(tmp_path / "saved"))
+    with pytest.raises(AssertionError, match=r"--train-also: the adapters in .* were made with .* trained in full,"):
+        worlds.run(1, other)
 
 
 def test_packed_conversations(worlds, command, folder):

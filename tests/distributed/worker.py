@@ -94,7 +94,7 @@ def _train(argv: list[str]) -> dict:
     ):
         train(args, config)
     adapters = adapter_values(held[0]) if held else {}
-    if args.lora_rank is not None:
+    if args.lora_rank is not None and args.train_also is None:
         live["adapters"] = digest(export_adapter_weights(held[0], config))
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (steps, evaluations, _speaks_for_its_data(), live, static_bytes(*held)))

@@ -8,7 +8,7 @@ from hymeg.checkpoint.mapping import distributed_shapes, num_parameters
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG
-from hymeg.training.freezing import check_freezing, trained_keys
+from hymeg.training.freezing import check_freezing, trained_in_full, trained_keys
 
 CONFIG = HyConfig.from_dict(TINY_CONFIG | {"num_nextn_predict_layers": 1})
 ALL = {key for key in distributed_shapes(CONFIG) if not key.endswith("expert_bias")}
@@ -106,3 +106,50 @@ def test_a_wrong_pattern_is_told(case):
         check_freezing(args, CONFIG, lambda line: None)
     for word in words:
         assert word in str(raised.value), raised.value
+
+
+def also(patterns: str, **others) -> SimpleNamespace:
+    given = {
+        "lora_targets": ["q_proj", "down_proj"],
+        "make_vocab_size_divisible_by": 128,
+        "mtp_loss_scaling_factor": 0.1,
+    }
+    given |= {"train_also": patterns.split(), "tensor_model_parallel_size": 2}
+    return SimpleNamespace(**given | others)
+
+
+def test_small_parts_beside_adapters_by_their_published_names():
+    found = trained_in_full(also("*.router.* lm_head.weight *.o_proj.weight"), CONFIG)
+    assert found.keys() == keys("router.weight", "output_layer.weight", "linear_proj.weight")
+    assert found["decoder.layers.1.mlp.router.weight"] == "model.layers.1.mlp.router.gate.weight"
+    without = trained_in_full(also("*.router.*", mtp_loss_scaling_factor=0), CONFIG)
+    assert without.keys() == keys("router.weight") - MTP
+    assert trained_in_full(SimpleNamespace(train_also=None), CONFIG) == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (also("*.routers.*"), ("--train-also '*.routers.*': means no parameter", ".router.gate.weight'")),
+        (also("*.q_proj.* *.k_proj.* *.v_proj.*"), ("q_proj.weight is a part of a tensor", "--lora-targets")),
+        (also("*.k_proj.*"), ("--train-also *.k_proj.*: means model.layers.0.self_attn.k_proj.weight and not",)),
+        (also("*.experts.*"), ("experts.0.gate_proj.weight is a part of a tensor",)),
+        (also("*.shared_mlp.down_proj.*"), ("shared_mlp.down_proj.weight has an adapter already",)),
+        (
+            also("lm_head.weight", tensor_model_parallel_size=16),
+            ("lm_head.weight would be padded", "from 1024 rows to a multiple of 2048", "lower --make-vocab-size"),
+        ),
+    ],
+)
+def test_what_cannot_be_trained_beside_adapters_is_told(args, words):
+    with pytest.raises(UserError) as raised:
+        trained_in_full(args, CONFIG)
+    for word in words:
+        assert word in str(raised.value), raised.value
+
+
+def test_a_live_export_of_adapters_refuses_what_no_reader_can_load():
+    from hymeg.checkpoint.sources.live_model import _check_adapters
+
+    with pytest.raises(UserError, match=r"lm_head.weight is trained in full .*; save and merge it"):
+        _check_adapters(CONFIG, {"adapter.lm_head.weight.full": (1024, 64)})

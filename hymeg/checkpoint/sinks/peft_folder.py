@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hymeg.checkpoint.adapter_table import FULL, PREFIX, Module
-from hymeg.checkpoint.mapping import num_rows
+from hymeg.checkpoint.mapping import is_mtp, num_rows
 from hymeg.checkpoint.peft_table import (
     CONFIG_FILE,
     MODEL,
@@ -37,7 +37,8 @@ def files_of_peft(
         wanted = peft_tensors(modules, rank, has_one_a)
     placed = [(tensor.name, tensor.shape, *_rows_of(tensor, adapter)) for tensor in wanted]
     names = transformers_names(adapter.config)
-    for name in adapter.full:
+    full = [name for name in adapter.full if not is_mtp(adapter.config, name)]
+    for name in full:
         whole = adapter.tensors[PREFIX + name + FULL]
         placed.append((MODEL + names[name], whole.shape, whole, [(0, num_rows(whole.shape))]))
     specs, rows = [], {}
@@ -50,7 +51,7 @@ def files_of_peft(
     for spec in shard.tensors:
         tasks.append(Task(*rows[spec.name], spec.dtype, WEIGHTS_FILE, position))
         position += spec.nbytes
-    config = peft_config(adapter.settings, modules, layout, has_one_a, [names[name] for name in adapter.full])
+    config = peft_config(adapter.settings, modules, layout, has_one_a, [names[name] for name in full])
     text = json.dumps(config, indent=2) + "\n"
     return files_to_write(tasks, workers, {CONFIG_FILE: text.encode()}, {WEIGHTS_FILE: header})
 

@@ -26,6 +26,7 @@ from hymeg.checkpoint.mapping import (
     num_rows,
     row_ranges,
 )
+from hymeg.checkpoint.sources.adapter_folder import full_names
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
@@ -237,6 +238,11 @@ def adapted_modules(config: HyConfig, shapes: Mapping[str, Shape]) -> list[Modul
 def _check_adapters(config: HyConfig, shapes: Mapping[str, Shape]) -> None:
     if not shapes:
         raise UserError("the model has no adapters; train it with --lora-rank, or export its weights")
+    if full := full_names(shapes):
+        raise UserError(
+            f"{full[0]} is trained in full beside the adapters, which vLLM and SGLang cannot load with an adapter; "
+            "save and merge it"
+        )
     modules = adapted_modules(config, shapes)
     rank = shapes[modules[0].lora_a][-2] if modules else 0
     if {key: shape for module in modules for key, shape in module.shapes(rank).items()} != dict(shapes):
