@@ -76,6 +76,7 @@ class Cache:
         if self.runs:
             angles = self.angles[self.positions]  # [n, 1, head_dim]
             self.cos, self.sin = angles.cos(), angles.sin()
+            self.sin[..., : self.sin.size(-1) // 2].neg_()
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence in slot `source` be that of slot `target`."""
@@ -101,9 +102,9 @@ class Cache:
         keys, values = self._of(layer, key)
         num_tokens, num_padded = len(self.positions), len(query)
         query, key, value = (x[:num_tokens, 0] for x in (query, key, value))
-        keys[self.slots, :, self.positions] = self._rotated(key)
+        query, key = self._rotated(torch.cat((query, key), dim=1)).split((query.size(1), key.size(1)), dim=1)
+        keys[self.slots, :, self.positions] = key
         values[self.slots, :, self.positions] = value
-        query = self._rotated(query)
         parts = [_attend(run, query[run.tokens], keys, values) for run in self.runs]
         if num_padded > num_tokens:
             parts.append(query.new_zeros(num_padded - num_tokens, query.size(1) * query.size(2)))
@@ -139,8 +140,7 @@ class Cache:
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """Rotary positions, `[n, heads, head_dim]`: the halves of each head are the coordinates of the planes."""
-        first, second = x.chunk(2, dim=-1)
-        return x * self.cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * self.sin.to(x.dtype)
+        return x * self.cos.to(x.dtype) + x.roll(x.size(-1) // 2, dims=-1) * self.sin.to(x.dtype)
 
     def _index(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
@@ -151,7 +151,7 @@ def _attend(run: _Run, query: torch.Tensor, keys: torch.Tensor, values: torch.Te
     keys, values = (x[run.slots, :, : run.num_keys] for x in (keys, values))
     num_slots, num_groups, _, head_dim = keys.shape
     # [n, heads, d] -> [slots, heads, new, d]
-    query = query.view(num_slots, run.num_new, -1, head_dim).transpose(1, 2)
+    query = query.reshape(num_slots, run.num_new, -1, head_dim).transpose(1, 2)
     if run.causal:
         context = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
         return context.transpose(1, 2).reshape(-1, context.size(1) * head_dim)

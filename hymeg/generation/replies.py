@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from hymeg.generation.drafting import Drafter, Drafting, Text
 from hymeg.generation.sampling import Sampling, choose
+from hymeg.generation.shortcuts import shortened
 from hymeg.generation.stages import Stages
 from hymeg.platform import device
 
@@ -259,13 +260,15 @@ def _admit(waiting: deque[_Sequence], active: list[_Sequence], num_slots: int) -
 @contextlib.contextmanager
 def _evaluating(stages: Stages) -> Iterator[None]:
     """Dropout off, and everything as it was after."""
-    were = [(module, module.training) for chunk in stages.chunks for module in chunk.modules()]
-    is_local = stages.config.transformer_impl == "local"
+    training = [module for chunk in stages.chunks for module in chunk.modules() if module.training]
     try:
-        for chunk in stages.chunks:
-            chunk.eval()
-        with device.unwatched() if is_local else contextlib.nullcontext():
+        for module in training:
+            module.training = False
+        with contextlib.ExitStack() as stack:
+            if stages.config.transformer_impl == "local":
+                stack.enter_context(device.unwatched())
+                stack.enter_context(shortened(stages.chunks))
             yield
     finally:
-        for module, training in were:
-            module.training = training
+        for module in training:
+            module.training = True

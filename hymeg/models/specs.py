@@ -21,7 +21,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from hymeg.models.attention import CoreAttention
-from hymeg.models.experts import Experts
 from hymeg.models.norm import RMSNorm
 from hymeg.models.router import Router
 from hymeg.models.self_attention import SelfAttention
@@ -72,8 +71,6 @@ def _adapted(layer: ModuleSpec, use_te: bool) -> ModuleSpec:
     keys_map = dict(layer.submodules.sharded_state_dict_keys_map)
     if _is_moe(layer):
         submodules = dataclasses.replace(layer.submodules.mlp.keywords["submodules"], router=Router)
-        if not use_te:
-            submodules.experts = functools.partial(Experts, **submodules.experts.keywords)
         changes["mlp"] = functools.partial(MoELayer, submodules=submodules)
         keys_map.pop("pre_mlp_layernorm.", None)
     attention = layer.submodules.self_attention.submodules

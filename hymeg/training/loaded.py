@@ -55,7 +55,7 @@ def load_model(
     base = open_any(checkpoint)
     tensors = base.tensors if adapter is None else merged(config, base.tensors, open_adapter(Path(adapter), config))
     load_tensors(model, config, tensors, base.folder)
-    return model, config
+    return [chunk.eval() for chunk in model], config
 
 
 def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:

@@ -3,6 +3,7 @@ nothing but seed and prompt.
 """
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from transformers import (
 
 from hymeg.generation import Sampling, generate, generate_dealt
 from hymeg.generation.sampling import _filtered, _penalized, choose
+from hymeg.generation.shortcuts import _WAYS, shortened
+from hymeg.generation.stages import Stages
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.models.router import Router
@@ -124,6 +127,31 @@ def test_the_model_is_left_as_it_was(pair):
     assert model.training and not frozen.training and model.decoder.layers[1].training
     model.train()
     assert all(not module.expert_load.any() for module in model.modules() if isinstance(module, Router))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_shortest_way_through_a_layer_gives_what_megatrons_own_does(pair):
+    model, _ = pair
+    stages, tokens = Stages(model.eval()), random_prompts([9])[0]
+
+    @torch.no_grad()
+    def hidden(*starts: int) -> torch.Tensor:
+        cache, found = stages.cache(1, 9), []
+        for start, end in itertools.pairwise([*starts, 9]):
+            cache.begin([start], [end - start])
+            found.append(stages.hidden_states(tokens[start:end], end - start, cache))
+        return torch.cat(found)
+
+    of_megatron = hidden(0, 7, 8)
+    with shortened(stages.chunks):
+        short = {type(module) for module in model.modules() if "forward" in vars(module)}
+        assert short == {*_WAYS} and torch.equal(hidden(0, 7, 8), of_megatron)
+    expert = model.decoder.layers[1].mlp.experts.local_experts[0]
+    hook = expert.linear_fc2.register_forward_hook(lambda layer, given, output: (3 * output[0], None))
+    hooked = hidden(0, 7, 8)
+    with shortened(stages.chunks):
+        assert torch.equal(hidden(0, 7, 8), hooked) and not torch.equal(hooked, of_megatron)
+    hook.remove()
 
 
 def test_prompts_and_settings_that_cannot_be(pair):
