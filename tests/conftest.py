@@ -53,7 +53,7 @@ def cache_of_the_tests(tmp_path_factory):
 @pytest.fixture(scope="session")
 def hf_checkpoint(tmp_path_factory):
     """A bf16 hub checkpoint with an MTP layer, in several shards."""
-    from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+    from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 
     folder = tmp_path_factory.mktemp("convert") / "hf"
     write_tiny_checkpoint(folder, num_mtp_layers=1, max_shard_bytes=300_000)

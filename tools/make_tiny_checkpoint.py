@@ -7,11 +7,11 @@ import argparse
 import time
 
 from hymeg.checkpoint.mapping import HF_LAYOUTS
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.errors import exit_on_user_error
 from hymeg.files import parse_bytes
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import open_checkpoint
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
 
 def main() -> None:

@@ -41,8 +41,8 @@ def prepare(out: Path) -> None:
     """`model`, `text.bin`, `text.idx`, `rows.jsonl`."""
     import json
 
+    from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
     from hymeg.data.corpus import preprocess
-    from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
     write_tiny_checkpoint(out / "model", dtype="fp32", max_shard_bytes=300_000)
     texts = [ROOT / "examples" / "data" / "udhr" / f"{language}.jsonl" for language in MODEL_LANGUAGES]

@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 from worlds import Worlds  # noqa: E402
 
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint  # noqa: E402
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint  # noqa: E402
 
 flag_help.read_once()
 

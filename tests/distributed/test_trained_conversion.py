@@ -7,8 +7,8 @@ from worlds import assert_same_training
 
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 TP2, PP2, EP2 = (f"--{name}-parallel-size 2" for name in ("tensor-model", "pipeline-model", "expert-model"))
 ETP = "--expert-tensor-parallel-size {}"

@@ -7,7 +7,7 @@ import pytest
 from test_layouts import EP2, PP2, TP2
 
 from hymeg.checkpoint.convert import hf_to_dist
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.reporting.page import page
 from hymeg.reporting.reading import read_run
 

@@ -24,10 +24,10 @@ from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.sinks import new_folder, transfer
 from hymeg.checkpoint.sources import open_dist
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import SafetensorsFile
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from published_models import PUBLISHED
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 
 ROOT = Path(__file__).parents[2]
 HY3 = HyConfig.from_dict(

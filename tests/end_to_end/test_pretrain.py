@@ -12,8 +12,8 @@ import pytest
 
 from hymeg.checkpoint.convert import hf_to_dist
 from hymeg.checkpoint.dist_files import COMMON_STATE_KEY
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.planning.flops import training_flops
 from hymeg.reporting.reading import read_run
 

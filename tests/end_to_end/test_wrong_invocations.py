@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 NEEDED = "--train-iters 10 --lr 1e-4 --seq-length 32 --mock-data --init-from-scratch"

@@ -15,8 +15,8 @@ from model_weights import gather_from
 from single_process import build, positions
 from transformers import AutoModelForCausalLM
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.platform import device
 
 # Proportions as published. The standard deviation keeps the scores of experts apart at the width.

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from building import TE, work
 
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tools" / "benchmarks")]

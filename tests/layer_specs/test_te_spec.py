@@ -15,8 +15,8 @@ from building import LOCAL, SPECS, TE, work
 from safetensors.torch import load_file
 
 from hymeg.checkpoint.mapping import distributed_shapes
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
 MOE_LAYERS = [*(f"decoder.layers.{layer}" for layer in (1, 2, 3)), "mtp.layers.0.mtp_model_layer"]
 RANKS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hymeg import platform
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 
 ENVIRONMENT = os.environ | {
     "HYMEG_PLATFORM": "cpu",

@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
 from hymeg.checkpoint.mapping import distributed_shapes  # noqa: E402
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint  # noqa: E402
 
 
 def make_places(folder: Path) -> dict[str, str]:

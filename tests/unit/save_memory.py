@@ -21,7 +21,7 @@ from megatron.training.arguments import validate_args  # noqa: E402
 from megatron.training.checkpointing import _build_sharded_state_dict_metadata  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint  # noqa: E402
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint  # noqa: E402
 from hymeg.models.hy import construct  # noqa: E402
 from hymeg.training.arguments import parse  # noqa: E402
 from hymeg.training.run import model_config_from_args  # noqa: E402

@@ -12,9 +12,9 @@ from hymeg.checkpoint.adapter_table import (
     full_shapes,
 )
 from hymeg.checkpoint.mapping import hf_entries
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 
 CONFIG = HyConfig.from_dict(TINY_CONFIG)
 WITH_MTP = HyConfig.from_dict(TINY_CONFIG | {"num_nextn_predict_layers": 2})

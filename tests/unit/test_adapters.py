@@ -27,10 +27,10 @@ from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import num_rows
 from hymeg.checkpoint.row_tensors import TensorReader
 from hymeg.checkpoint.sources import open_adapter
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.checksums import MANIFEST
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 # transformers ignores first_k_dense_replace: the layers must be named.

@@ -10,8 +10,8 @@ from model_weights import gather_from
 from single_process import build, positions
 from transformers import AutoModelForCausalLM
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.models.router import Router
 
 # The published shapes with their proportions kept: query heads to key-value heads, experts to top-k, shared to routed

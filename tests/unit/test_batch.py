@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 from single_process import build, ensure_world
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.models.hy import HYV3ForCausalLM
 from hymeg.models.router import Router
 from hymeg.platform.megatron import roll_packed

@@ -29,12 +29,12 @@ from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.sinks import dist_folder
 from hymeg.checkpoint.sources.dist_folder import open_dist, stored_shapes
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.checksums import MANIFEST
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
 from hymeg.hf.safetensors_files import open_checkpoint
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -26,10 +26,10 @@ from hymeg.checkpoint.mapping import VOCABULARY_KEYS
 from hymeg.checkpoint.sinks import new_folder, transfer
 from hymeg.checkpoint.sources import open_any, open_dist, open_hf
 from hymeg.checkpoint.stored_tensor import stored_object
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.checksums import MANIFEST
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 CONVERT = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 

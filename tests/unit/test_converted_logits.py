@@ -9,8 +9,8 @@ from single_process import build, positions
 from transformers import AutoModelForCausalLM
 
 from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 # transformers ignores first_k_dense_replace: the layers must be named.
 CONFIG = TINY_CONFIG | {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts": 32}

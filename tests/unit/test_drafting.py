@@ -7,9 +7,9 @@ import torch
 from single_process import build, positions
 from test_generation import random_prompts
 
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.generation import Drafting, Sampling, generate, generate_dealt
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
 NUM_NEW, DEPTHS = 10, 2
 PROMPTS = random_prompts([6] * 4)

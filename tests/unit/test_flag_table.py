@@ -15,10 +15,10 @@ platform.install()
 import megatron.training  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG  # noqa: E402
 from hymeg.errors import UserError  # noqa: E402
 from hymeg.flag_table import _DEFAULT, ALWAYS, ON_CPU, TABLE, WITHOUT, Row, cpu_values  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG  # noqa: E402
 from hymeg.models.flags import architecture_flags  # noqa: E402
 from hymeg.training import flag_names, schedule  # noqa: E402
 from hymeg.training.arguments import _DEFAULTS, _names, _parser, _refuse  # noqa: E402

@@ -19,9 +19,9 @@ from hymeg.checkpoint.convert import dist_to_hf
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.sources.dist_folder import open_dist
 from hymeg.checkpoint.sources.foreign_keys import Part, our_parts
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

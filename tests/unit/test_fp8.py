@@ -16,9 +16,9 @@ from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.rounding import converted, dequantised, e4m3_numbers
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.training import hf_weights
 from hymeg.training.run import _carry_companions
 from hymeg.training.weights import _check_hf_folder

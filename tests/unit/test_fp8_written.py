@@ -18,10 +18,10 @@ from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.rounding import e4m3_codes, quantised
 from hymeg.checkpoint.sinks import transfer
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import files_by_tensor
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 CONVERT = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 SMALL = HyConfig.from_dict(

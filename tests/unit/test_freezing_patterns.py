@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from hymeg.checkpoint.mapping import distributed_shapes, num_parameters
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.training.freezing import check_freezing, trained_in_full, trained_keys
 
 CONFIG = HyConfig.from_dict(TINY_CONFIG | {"num_nextn_predict_layers": 1})

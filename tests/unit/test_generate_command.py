@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.data.translation import PROMPTS
 from hymeg.errors import UserError
 from hymeg.generation.prompts import chat_prompt, published_sampling, text_prompt, translation_request
 from hymeg.generation.sampling import Sampling
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.hf.tokenizer import load_tokenizer
 
 TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "generate.py"))

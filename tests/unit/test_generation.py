@@ -17,12 +17,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.generation import Sampling, generate, generate_dealt
 from hymeg.generation.sampling import _filtered, _penalized, choose
 from hymeg.generation.shortcuts import _WAYS, shortened
 from hymeg.generation.stages import Stages
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.models.router import Router
 
 KINDS = {

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import UserError
 from hymeg.generation.held_out import HeldOut, figures, line, rows
 from hymeg.generation.replies import Answer
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.tokenizer import train_tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"

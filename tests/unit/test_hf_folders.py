@@ -12,9 +12,9 @@ from single_process import build
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.live_folder import save_hf_folder
 from hymeg.checkpoint.mapping import num_parameters
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.training import hf_folders
 
 NOT_THE_SAME = {"conversion.json", "checksums.sfv"}  # where each comes from, and its checksum

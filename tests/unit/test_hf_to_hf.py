@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import average, dist_to_dist, dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.sources import open_dist
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import files_by_tensor
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 CONVERT = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 SMALL = HyConfig.from_dict(TINY_CONFIG | {"num_hidden_layers": 2, "num_experts": 4})

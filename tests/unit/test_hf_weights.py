@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hymeg.checkpoint.compare import compare_checkpoints
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.errors import UserError
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.training import hf_weights
 from hymeg.training.hf_weights import converted
 

@@ -18,9 +18,9 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # noqa: E402
 from megatron.core.transformer.transformer_block import get_num_layers_to_build  # noqa: E402
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG  # noqa: E402
 from hymeg.errors import UserError  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG  # noqa: E402
 from hymeg.planning.layout import Layout, check  # noqa: E402
 from hymeg.planning.settings import Settings  # noqa: E402
 

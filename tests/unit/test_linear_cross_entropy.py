@@ -15,8 +15,8 @@ from single_process import build, ensure_world, positions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.models.linear_cross_entropy import VocabShard, linear_cross_entropy
 from hymeg.platform import kernels
 

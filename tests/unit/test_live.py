@@ -11,9 +11,9 @@ from hymeg.checkpoint.convert import hf_to_dist
 from hymeg.checkpoint.live import export_weights, load_weights
 from hymeg.checkpoint.mapping import hf_entries
 from hymeg.checkpoint.sources import live_model
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 ODD = HyConfig.from_dict(TINY_CONFIG | {"vocab_size": 1025})  # padded
 

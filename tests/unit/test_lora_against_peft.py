@@ -9,8 +9,8 @@ from single_process import build, positions
 from transformers import AutoModelForCausalLM
 
 from hymeg.checkpoint.adapter_settings import AdapterSettings
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.models.lora import add_adapters
 
 RANK, ALPHA = 4, 6.0

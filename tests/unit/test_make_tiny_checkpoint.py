@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, HYV3Config, HYV3ForCausalLM
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.safetensors_files import open_checkpoint
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.tokenizer import SMALLEST_VOCAB_SIZE, SPECIAL_TOKENS, load_tokenizer, train_tiny_tokenizer
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_tiny_checkpoint.py"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from single_process import ensure_world
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops
 from hymeg.reporting.record import RunRecord

@@ -13,8 +13,8 @@ from published_models import PUBLISHED
 from single_process import build, ensure_world, positions
 
 from hymeg.checkpoint.mapping import num_parameters
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.models.flags import architecture_flags
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig, construct
 from hymeg.models.router import Router

@@ -7,8 +7,8 @@ import pytest
 from published_models import PUBLISHED
 
 from hymeg.checkpoint.adapter_table import adapter_shapes
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.planning.activations import Activations
 from hymeg.planning.flops import forward_flops_by_part, packed_training_flops
 from hymeg.planning.layout import Layout

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from published_models import PUBLISHED
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import EXIT_CODE, UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.planning.flops import PEAK_TFLOPS
 from hymeg.planning.layout import Layout, check
 from hymeg.planning.memory import GIB, Device, memory_by_stage

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from published_models import PUBLISHED
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.planning.layout import Layout
 from hymeg.planning.measured import Calibration, Observation, fit
 from hymeg.planning.memory import GIB, Device, memory_by_stage

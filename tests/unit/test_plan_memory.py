@@ -15,8 +15,8 @@ from megatron.training.arguments import validate_args
 from published_models import PUBLISHED
 from single_process import NEEDED, ensure_world
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.models import linear_cross_entropy
 from hymeg.models.hy import construct
 from hymeg.planning import activations

@@ -210,8 +210,8 @@ def test_full_recomputation_costs_a_third_of_the_compute():
 
 @pytest.mark.parametrize("run", benchmark.PUBLISHED, ids=lambda run: run[0])
 def test_published_runs_are_estimated_to_a_fifth(run):
+    from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
     from hymeg.hf.config import HyConfig
-    from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 
     _, shape, layout, settings, published = run
     config = dataclasses.replace(HyConfig.from_dict(TINY_CONFIG | shape), num_shared_experts=0)

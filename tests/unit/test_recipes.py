@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from published_models import PUBLISHED
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.planning.layout import Layout, check
 from hymeg.planning.memory import GIB, Device
 from hymeg.planning.network import HARDWARE

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.checksums import MANIFEST
 from hymeg.data import index_building, row_index
 from hymeg.data.chat import ChatEncoder
@@ -19,7 +20,6 @@ from hymeg.data.index_building import RowEncoder, build_indices, build_missing, 
 from hymeg.data.row_index import RowIndex, built_beside, index_folder, is_built
 from hymeg.data.rows import RowReader
 from hymeg.errors import UserError
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 
 ROW = {"messages": [{"role": "user", "content": "Good morning"}, {"role": "assistant", "content": "And to you"}]}
 

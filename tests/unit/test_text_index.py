@@ -11,8 +11,8 @@ from megatron.training import training
 from megatron.training.arguments import validate_args
 from single_process import ensure_world
 
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.data.pretraining import build_datasets, build_index
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
 

@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.errors import UserError
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.training.arguments import _parser, _read, parse
 from hymeg.training.yaml_file import read_settings
 

@@ -283,7 +283,7 @@ class Bench:
         return json.loads(done.stdout)
 
     def _make_random(self, folder: Path, num_gb: float) -> None:
-        from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
+        from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 
         write_tiny_checkpoint(folder, _config(num_gb), max_shard_bytes=SHARD_BYTES)
 

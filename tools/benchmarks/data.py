@@ -24,13 +24,13 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 import numpy as np
 import psutil
 
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.data.chat import ChatEncoder
 from hymeg.data.corpus import preprocess
 from hymeg.data.index_building import Done, RowEncoder, build_indices
 from hymeg.data.packing import pack
 from hymeg.data.row_index import index_folder
 from hymeg.data.rows import Conversation, RowReader
-from hymeg.hf.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.hf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -23,9 +23,9 @@ platform.install()
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint  # noqa: E402
 from hymeg.generation import Sampling, generate  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint  # noqa: E402
 from hymeg.training.loaded import load_model  # noqa: E402
 
 

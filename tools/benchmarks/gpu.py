@@ -115,8 +115,8 @@ def jobs(parts: list[str], tiny: bool) -> list[dict]:
 
 def write_slice(folder: Path, widths: dict, num_layers: int) -> None:
     """config.json and a tokenizer: the trainer starts from random weights."""
+    from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
     from hymeg.hf.config import HyConfig
-    from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
     # A checkpoint of two narrow layers, for the tokenizer that comes with it.
     narrow = HyConfig.from_dict(TINY_CONFIG | {"vocab_size": widths["vocab_size"], "num_hidden_layers": 2})

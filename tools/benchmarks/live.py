@@ -43,8 +43,8 @@ def arguments() -> argparse.Namespace:
 
 def main(given: argparse.Namespace) -> None:
     """Start the ranks, each of which runs `measure`."""
+    from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
     from hymeg.hf.config import HyConfig
-    from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         config = HyConfig.from_dict(TINY_CONFIG | SIZES | {"num_hidden_layers": given.layers, "dtype": "bfloat16"})

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tiny_checkpoint import TINY_CONFIG
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import GIB, memory_by_stage
 from hymeg.planning.network import HARDWARE

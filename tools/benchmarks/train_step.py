@@ -182,8 +182,8 @@ def main() -> None:
     if args.child:
         CHILDREN[args.child](args.folder, args.steps)
         return
+    from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
     from hymeg.hf.config import HyConfig
-    from hymeg.hf.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
         folder, tiny = f"{temporary}/checkpoint", f"{temporary}/tiny"
