@@ -14,6 +14,7 @@ listed here are those of pretrain_hy.py for layout and precision.
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -94,6 +95,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--raw continues text as it is and --to asks for a translation; leave one out")
     if args.to and args.prompt:
         raise UserError("--to translates what --text gives; give the text as --text, or leave --to out")
+    for flag, language in (("--to", args.to), ("--from", args.source)):
+        _check_language(flag, language)
     for name in ("system", "effort"):
         if args.raw and getattr(args, name) is not None:
             raise UserError(f"--raw uses no chat template, which --{name} is for; leave one out")
@@ -106,6 +109,18 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--file {args.file}: a name in .txt or .jsonl is needed")
     if args.out and not Path(args.out).resolve().parent.is_dir():
         raise UserError(f"--out {args.out}: the folder does not exist; make it, or write elsewhere")
+
+
+def _check_language(flag: str, language: str | None) -> None:
+    from hymeg.data.translation import LANGUAGES, language_code
+
+    if language is None or language_code(language):
+        return
+    names = {names[0].casefold(): f"{names[0]} ({code})" for code, names in LANGUAGES.items()}
+    near = [names[name] for name in difflib.get_close_matches(language.casefold(), names, cutoff=0.6)]
+    rest = [name for name in names.values() if name not in near]
+    said = f"did you mean {' or '.join(near)}? Others are" if near else "those that it was trained on are"
+    raise UserError(f"{flag} {language}: Hy-MT2 was not trained on such a language; {said} {', '.join(rest)}")
 
 
 class Asked:

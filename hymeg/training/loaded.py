@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ def load_model(
         raise UserError(f"{hf_model}: no config.json in it; say with --hf-model where config.json and tokenizer are")
     args, config = parse(["--hf-model", str(hf_model), "--load", str(checkpoint), *_NO_TRAINING, *flags])
     preflight(args, config, lambda note: None)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # standard output is the answers'
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # standard output is the answers'
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         model = build_model(args)
     base = open_any(checkpoint)
     tensors = base.tensors if adapter is None else merged(config, base.tensors, open_adapter(Path(adapter), config))

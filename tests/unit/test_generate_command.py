@@ -107,6 +107,9 @@ def test_rows_that_cannot_be_asked(tokenizer, tmp_path, row, said):
     ("argv", "said"),
     [
         ("--text a", "--to"),
+        ("--to Germn --text a", r"--to Germn: .* did you mean German \(de\).*French"),
+        ("--to xx --text a", "--to xx: .* those that it was trained on are .*German"),
+        ("--to de --from Klingon --text a", "--from Klingon"),
         ("--from de --prompt a", "--to LANGUAGE is missing"),
         ("--to de --raw", "--raw"),
         ("--to de --prompt a", "--text"),
