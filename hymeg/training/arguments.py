@@ -279,6 +279,8 @@ def naming_lines(sources: Mapping[str, tuple[str, str]]) -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pretrain_hy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_hymeg_arguments(add_megatron_arguments(parser))
+    for action in parser._actions:  # argparse formats help with %, and Megatron's has a plain one
+        action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     parser.error = _error
     get_value = parser._get_value
 

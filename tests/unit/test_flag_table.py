@@ -201,6 +201,15 @@ def _nothing_set(defaults: dict[str, Any], row: Row) -> dict[str, Any]:
     return defaults | {re.split("[=>]", need)[0]: 0 if ">" in need else None for need in row.needs.split()}
 
 
+def test_help_lists_every_flag():
+    text = _parser().format_help()
+    hidden = {"--help"} | {o for a in ACTIONS.values() if a.help is argparse.SUPPRESS for o in a.option_strings}
+    assert not {o for a in ACTIONS.values() for o in a.option_strings if o.startswith("--")} - hidden - set(
+        re.findall(r"--[\w-]+", text)
+    )
+    assert "(e.g., " in text and "%%" not in text
+
+
 @pytest.mark.parametrize("name", sorted(flag_names._BY_NAME))
 def test_every_name_from_elsewhere_leads_to_a_flag(name):
     options = [option for action in _parser()._actions for option in action.option_strings]
