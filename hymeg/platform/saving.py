@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ def install() -> None:
     def loaded(*args, **kwargs):
         return _loaded_by_all(load, *args, **kwargs)
 
+    save = torch_strategy.TorchDistSaveShardedStrategy.save
+
+    @functools.wraps(save)
+    def saved_here(*args, **kwargs):
+        with patched(filesystem_async, "get_write_results_queue", queue.SimpleQueue, "filesystem_async.py:200"):
+            return save(*args, **kwargs)
+
+    where = "strategies/torch.py:725: every rank starts a process that imports all again, to hold a queue"
+    patch(torch_strategy.TorchDistSaveShardedStrategy, "save", saved_here, where)
     patch(torch_strategy.TorchDistLoadShardedStrategy, "load", loaded, "strategies/torch.py:943: one rank fails alone")
     patch(serialization, "save_config", _mark, "serialization.py:447: not flushed to disk, and may appear before data")
 
@@ -125,8 +135,8 @@ class _SummedSave:
 
 
 class _QueueWithSums:
-    def __init__(self, queue, summers: dict[str, Summer], failures: list[str]):
-        self.queue, self.summers, self.failures = queue, summers, failures
+    def __init__(self, results, summers: dict[str, Summer], failures: list[str]):
+        self.results, self.summers, self.failures = results, summers, failures
 
     def put(self, results) -> None:
         if self.failures:  # Megatron tells the error's class alone
@@ -136,7 +146,7 @@ class _QueueWithSums:
                 if of_file:
                     summer = self.summers[of_file[-1].storage_data.relative_path]
                     of_file[-1] = LastOfFile(of_file[-1], summer.result())
-        self.queue.put(results)
+        self.results.put(results)
 
 
 class _SummingFiles(FileSystem):

@@ -106,6 +106,22 @@ def test_adapters_train_as_under_the_local_spec(te_worlds, worlds, command, size
     assert_same_adapters(found["adapters"], expected["adapters"])
 
 
+@pytest.mark.parametrize("way", ["all_gather", "a2a"])
+def test_context_parallelism_by_its_other_ways(te_worlds, one_process, command, way):
+    """Than the ring, which is the default."""
+    found = te_worlds.run(2, command(f"{CP2} --cp-comm-type {way}"))
+    assert_same_training(found["steps"], one_process["trunk"]["steps"][:4])
+
+
+@pytest.mark.parametrize(("size", "flags"), [(1, ""), (2, EP2)])
+def test_experts_without_a_token(te_worlds, worlds, command, size, flags):
+    """Two tokens choose two experts each: of eight, four at least have none."""
+    argv = command(flags, steps=2)
+    argv[argv.index("--seq-length") + 1] = "2"
+    found, expected = te_worlds.run(size, argv), worlds.run(1, [word for word in argv if word not in flags.split()])
+    assert_same_training(found["steps"], expected["steps"])
+
+
 @pytest.mark.parametrize("flags", [CP2, f"{CP2} --no-sft-packing", EP2])
 def test_packed_conversations_train_as_under_the_local_spec(te_worlds, worlds, command, folder, flags):
     """Under context parallelism through Transformer Engine's own ring."""

@@ -10,6 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -289,6 +290,17 @@ def test_a_save_over_a_checkpoint_takes_its_marks_away_first(saved, monkeypatch)
     monkeypatch.setattr(filesystem_async, "_write_item", killed)
     with pytest.raises(KeyboardInterrupt):
         dist_checkpointing.save(_state(torch.zeros(600_000)), str(saved))
+
+
+def test_a_save_starts_no_process(saved, monkeypatch):
+    """Megatron's would hold a queue, and import all that the rank has."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    before = psutil.Process().children()
+    dist_checkpointing.save(_state(torch.ones(600_000)), str(saved))
+    assert psutil.Process().children() == before
 
 
 def test_megatrons_background_process_can_be_given_the_summing_writer():

@@ -204,8 +204,10 @@ def _nothing_set(defaults: dict[str, Any], row: Row) -> dict[str, Any]:
 def test_help_lists_every_flag():
     text = _parser().format_help()
     hidden = {"--help"} | {o for a in ACTIONS.values() if a.help is argparse.SUPPRESS for o in a.option_strings}
-    assert not {o for a in ACTIONS.values() for o in a.option_strings if o.startswith("--")} - hidden - set(
-        re.findall(r"--[\w-]+", text)
+    assert (
+        not {o for a in ACTIONS.values() for o in a.option_strings if o.startswith("--")}
+        - hidden
+        - set(re.findall(r"--[\w-]+", text))
     )
     assert "(e.g., " in text and "%%" not in text
 
