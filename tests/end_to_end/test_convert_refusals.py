@@ -396,7 +396,7 @@ def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_
     said = []
     hf_to_dist(hf_checkpoint, tmp_path / "dist", say=said.append)
     assert os.listdir(tmp_path) == ["dist"]
-    assert said == [f"{partial}: removed, an earlier conversion did not finish; starting anew"]
+    assert f"{partial}: removed, an earlier conversion did not finish; starting anew" in said
 
 
 def _killed(_: Path) -> None:
