@@ -66,8 +66,9 @@ def constructed(te_site, tmp_path_factory) -> dict:
             if "\nsft: true" in path.read_text()
             else " --mock-data"
         )
-        for rank in (0, world_size - 1):
-            wanted[f"{path.parent.name}/{path.name} {rank == 0}"] = (argv, rank, world_size)
+        for first in (True, False):
+            rank = 0 if first else world_size - 1
+            wanted[f"{path.parent.name}/{path.name} {first}"] = (argv, rank, world_size)
     for name, widths in WIDTHS.items():
         write(folder / name, widths | {"num_hidden_layers": 2})
     for model, flags in BENCHMARKED:
