@@ -1,6 +1,6 @@
 """Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
 
-With CUDA eight of Megatron's names change: a call that its wheel cannot serve, how multi-token prediction rolls and
+With CUDA some of Megatron's names change, too: a call that its wheel cannot serve, how multi-token prediction rolls and
 logs, a count that needs logits, and optimizers of nothing (the functions of `hymeg.platform.megatron` that say "on
 every platform"), and how checkpoints are written and read (`hymeg.platform.saving`).
 Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports

@@ -21,6 +21,7 @@ BY_FLAGS = {
     "is_current_stream_capturing": "--moe-routing-trace-path",
     "set_rng_state": "checkpointing.py:2665, where the layout has not changed",
     "get_async_strategy": "--save",
+    "save": "--save",
     "save_config": "--save",
 }
 """Called under flags that no test here gives, or elsewhere."""
