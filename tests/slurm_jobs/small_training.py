@@ -16,7 +16,7 @@ ENVIRONMENT = os.environ | {
     "HYMEG_VENV": sys.prefix,
     "OMP_NUM_THREADS": "1",
 }
-NUM_STEPS, SAVE_INTERVAL = 120, 10
+NUM_STEPS, SAVE_INTERVAL = 64, 6
 RECIPE = f"""\
 seq-length: 32
 micro-batch-size: 1

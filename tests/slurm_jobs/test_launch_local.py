@@ -12,7 +12,7 @@ from small_training import ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(1200)  # five processes start, each of which takes ten times longer on a busy machine
 ROOT = Path(__file__).parents[2]
-NUM_STEPS = 30
+NUM_STEPS = 16
 
 
 def test_a_training_that_was_told_to_leave_goes_on_as_if_left_in_peace(start, training, losses_left_in_peace):
