@@ -82,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         slices = shard.slices(len(labels))
         index, inside = shard.places(labels)
         at_index = torch.empty(index.shape, device=hidden.device)
-        highest, sums = torch.empty(2, len(slices), len(labels), device=hidden.device)  # of each slice
+        highest, sums = (torch.empty(len(slices), len(labels), device=hidden.device) for _ in range(2))  # of each slice
         kept = []
         for number, rows in enumerate(slices):
             logits = shard.logits(hidden, weight[rows])
@@ -103,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             peak, (total, at_label) = of_all, summed
         losses, hits = total.log() - (at_label - peak), at_label >= peak
         ctx.shard = shard
-        ctx.save_for_backward(hidden, weight, labels, losses, peak + total.log(), highest, *kept)
+        ctx.save_for_backward(hidden, weight, labels, losses, peak + total.log(), highest if keep else None, *kept)
         ctx.mark_non_differentiable(hits)
         return losses, hits
 
@@ -119,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight[shard.num_rows :] = 0
         grad_at_label = (torch.expm1(-losses) * grad_losses).to(weight.dtype)[:, None]
         index, inside = shard.places(labels)
-        factors = (highest - log_total).exp()[..., None] * grad_losses[:, None]
+        factors = (highest - log_total).exp()[..., None] * grad_losses[:, None] if kept else None
         for number, rows in enumerate(shard.slices(len(labels))):
             if kept:
                 # In place: a second backward pass through the same graph is an error of autograd's.
