@@ -197,6 +197,12 @@ def test_what_saves_memory_or_overlaps_nothing_costs_time(settings):
     assert model_of(HY_MT2, layout, **settings).step().total > model_of(HY_MT2, layout).step().total
 
 
+def test_what_is_not_kept_flows_through_memory_all_the_same():
+    layout = Layout(8, 4096, 64, expert_model_parallel_size=8)
+    less = {"recompute_granularity": "selective", "recompute_modules": ("moe_act", "layernorm")}
+    assert model_of(HY_MT2, layout, **less)._layer(True) == model_of(HY_MT2, layout)._layer(True)
+
+
 def test_full_recomputation_costs_a_third_of_the_compute():
     layout, full = (
         Layout(8, 4096, 64, expert_model_parallel_size=8),
