@@ -1,7 +1,10 @@
 """tools/generate.py: what is asked becomes the tokens that serving would make, and what cannot be is said at once."""
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from hymeg.generation.prompts import chat_prompt, published_sampling, text_promp
 from hymeg.generation.sampling import Sampling
 from hymeg.hf.tokenizer import load_tokenizer
 
-TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "generate.py"))
+GENERATE = Path(__file__).parents[2] / "tools" / "generate.py"
+TOOL = runpy.run_path(str(GENERATE))
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +178,11 @@ def test_chats_need_a_template(folder):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="--raw"):
         chat_prompt(tokenizer, [{"role": "user", "content": "a"}])
+
+
+def test_the_screen_has_the_answer_alone(folder):
+    """Megatron's log goes to standard output."""
+    command = [sys.executable, GENERATE, folder, "--raw", "--prompt", "a", "--greedy", "--max-new-tokens", "2"]
+    done = subprocess.run(command, env=os.environ | {"HYMEG_PLATFORM": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "megatron" not in done.stdout and done.stdout.count("\n") <= 2, done.stdout
