@@ -15,6 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Buffer, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,6 +29,7 @@ BLOCK_BYTES = 1 << 20
 _VERSION_LINE = f"; hymeg checksums 1: CRC-32 of every file, and of each {BLOCK_BYTES} bytes of it"
 _LAST = "; lines above: "
 _MAX_BLOCKS_KEPT = 8
+_MUCH = 8 * BLOCK_BYTES
 _MAX_MANIFEST_BYTES = 4 << 30
 
 
@@ -128,18 +130,25 @@ def sum_of_file(path: str | os.PathLike) -> FileSum:
 
 
 class SummingStream(io.RawIOBase):
-    """A binary file opened for writing from its beginning on, whose checksums are taken by `summer`."""
+    """A buffered file opened for writing from its beginning on, whose checksums are taken by `summer`: of much at once
+    in a thread, while it is written.
+    """
 
-    def __init__(self, file: io.IOBase, summer: Summer):
+    def __init__(self, file: io.BufferedIOBase, summer: Summer):
         self._file, self._summer = file, summer
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Buffer) -> int:
-        position = self._file.tell()
-        written = self._file.write(data)
-        self._summer.add(position, memoryview(data).cast("B")[:written])
+        position, data = self._file.tell(), memoryview(data).cast("B")
+        if len(data) < _MUCH:
+            self._summer.add(position, data)
+            return self._file.write(data)
+        with ThreadPoolExecutor(1) as beside:  # a thread of its own: the process may have been forked since the last
+            summed = beside.submit(self._summer.add, position, data)
+            written = self._file.write(data)
+            summed.result()
         return written
 
     def tell(self) -> int:

@@ -399,6 +399,18 @@ def test_killed_while_it_removes_what_another_left_the_next_run_starts_anew_all_
     assert f"{partial}: removed, an earlier conversion did not finish; starting anew" in said
 
 
+def test_what_a_killed_replacement_left_aside_is_named_and_kept(hf_checkpoint, tmp_path):
+    """Killed between the two renames of --overwrite."""
+    old, said = tmp_path / "dist[1].old-x7", []
+    old.mkdir()
+    (tmp_path / "dist2.old-x").mkdir()
+    hf_to_dist(hf_checkpoint, tmp_path / "dist[1]", say=said.append)
+    assert [line for line in said if ".old-" in line] == [
+        f"{old}: what was dist[1] when a conversion that replaced it was killed; remove it once you can"
+    ]
+    assert sorted(os.listdir(tmp_path)) == ["dist2.old-x", "dist[1]", old.name]
+
+
 def _killed(_: Path) -> None:
     raise KeyboardInterrupt
 

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -18,7 +19,16 @@ from hymeg import checksums
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.verification import verify_folder
-from hymeg.checksums import MANIFEST, Damaged, Summer, VerifiedFile, open_verified, sum_of, write_manifest
+from hymeg.checksums import (
+    MANIFEST,
+    Damaged,
+    Summer,
+    SummingStream,
+    VerifiedFile,
+    open_verified,
+    sum_of,
+    write_manifest,
+)
 from hymeg.errors import UserError
 
 CONVERT = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -66,6 +76,21 @@ def test_sums_of_pieces_in_any_order_are_those_of_the_file(small_blocks):
     assert [found.block(number) for number in range(len(blocks))] == blocks
     with pytest.raises(ValueError, match="a piece at"):
         checksums.joined(summer.pieces[1:])
+
+
+def test_much_at_once_is_summed_while_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "_MUCH", 1000)
+    chance, threads = random.Random(0), set()
+    add = Summer.add
+    monkeypatch.setattr(Summer, "add", lambda *args: (threads.add(threading.get_ident()), add(*args))[1])
+    summer, path = Summer(), tmp_path / "file"
+    with open(path, "wb") as file:
+        stream = SummingStream(file, summer)
+        written = [stream.write(memoryview(chance.randbytes(size))) for size in (7, 1000, 999, 3_000_000, 5)]
+    assert written == [7, 1000, 999, 3_000_000, 5] and len(threads) > 1
+    assert summer.result() == sum_of(path.read_bytes())
+    with open("/dev/full", "wb") as file, pytest.raises(OSError, match="No space left"):
+        SummingStream(file, Summer()).write(bytes(3_000_000))
 
 
 def test_an_empty_file_has_a_sum(tmp_path):

@@ -9,6 +9,7 @@ ever removed, but what a conversion wrote, on request: it leaves a RECORD of whe
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -60,6 +61,8 @@ def new_folder(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftover(partial, say)
+        for old in sorted(target.parent.glob(f"{glob.escape(target.name)}.old-*")):
+            say(f"{old}: what was {target.name} when a conversion that replaced it was killed; remove it once you can")
         partial.mkdir()
         mark = os.open(partial / _MARK, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError as error:
