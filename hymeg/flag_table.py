@@ -25,7 +25,7 @@ class Row(NamedTuple):
     when: str = ALWAYS
     instead: str = ""  # what to do; leaving the flag out, where nothing is said
     only: Any = _DEFAULT  # the value that is let through: the flag's default, where nothing is said
-    values: tuple[str, ...] = ()  # where given, only these are refused
+    values: tuple[Any, ...] = ()  # where given, only these are refused
     needs: str = ""  # one of these must be set: "dest", "dest=value,value", "dest>1", by spaces
 
     def names(self, dest: str) -> bool:
@@ -180,6 +180,7 @@ _EVERYWHERE = (
         values=("delayed",),
         instead="use blockwise, or tensorwise before Hopper",
     ),
+    Row("lora_rank", "adapters have a rank of at least 1", values=(0,), instead="give one"),
     Row("attention_backend", "it needs a --spec of Megatron's", values=("local",), instead="use auto"),
     Row(
         "dataloader_type",

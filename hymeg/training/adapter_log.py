@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.utils import unwrap_model
-from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from hymeg.checkpoint.adapter_table import adapter_modules
 from hymeg.hf.config import HyConfig
 from hymeg.models.lora import Adapter
 from hymeg.platform import device, megatron
+from hymeg.training.writers import write_scalars
 
 STEPS = 10  # after which an adapter has moved, or something is wrong
 _INTERVALS = 10  # of the log, between two lines
@@ -63,11 +63,7 @@ class AdapterLog:
         shown = ", ".join(f"{target} {ratio:.2e}" for target, ratio in ratios.items())
         self.say(f"update against weights, iteration {iteration}: {shown}")
         scalars = {f"adapter-update/{target}": ratio for target, ratio in ratios.items()}
-        if (tensorboard := get_tensorboard_writer()) is not None:
-            for name, value in scalars.items():
-                tensorboard.add_scalar(name, value, iteration)
-        if (wandb := get_wandb_writer()) is not None:
-            wandb.log(scalars, iteration)
+        write_scalars(scalars, iteration)
 
     def _summed(self, here: dict[str, float]) -> dict[str, float]:
         """By path, over all ranks: every one calls it."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
@@ -22,6 +21,7 @@ from hymeg.training.retention import beat
 from hymeg.training.set_losses import SetLosses, training_sets
 from hymeg.training.starved_experts import StarvedExperts, told
 from hymeg.training.step import check_finite
+from hymeg.training.writers import LINES_PER_HEAT_MAP, write_heat_map, write_scalars
 
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
 
@@ -123,7 +123,7 @@ class LogLine:
         self.model_chunks: list[torch.nn.Module] = []
         self.counts: np.ndarray | None = None
         self.packed: list[tuple[float, float]] = []
-        self.iteration = self.seen = 0
+        self.iteration = self.seen = self.lines = 0
         self.seconds = math.nan
         self.peak_bytes: list[int] | None = None
 
@@ -196,15 +196,14 @@ class LogLine:
             by_rank = busiest_over_mean(self.counts, self.args.expert_model_parallel_size).values()
             scalars["expert-parallel-load"] = sum(by_rank) / len(by_rank)
             line += f" by expert-parallel rank: {scalars['expert-parallel-load']:.2f} |"
+            if self.lines % LINES_PER_HEAT_MAP == 0:
+                write_heat_map(self.counts, self.iteration)
+            self.lines += 1
         if self.by_set:
             line += f" loss by data set: {' '.join(f'{name} {loss:.6E}' for name, loss in self.by_set.items())} |"
             scalars |= {f"lm loss/{name}": loss for name, loss in self.by_set.items()}
         self._record(scalars)
-        if (tensorboard := get_tensorboard_writer()) is not None:
-            for name, value in scalars.items():
-                tensorboard.add_scalar(name, value, self.iteration)
-        if (wandb := get_wandb_writer()) is not None:
-            wandb.log(scalars, self.iteration)
+        write_scalars(scalars, self.iteration)
         return line
 
     def _record(self, scalars: dict[str, float]) -> None:

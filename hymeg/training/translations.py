@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from hymeg.errors import UserError
 from hymeg.generation.held_out import METRICS, HeldOut, figures, line, rows
@@ -17,6 +16,7 @@ from hymeg.hf.config import HyConfig
 from hymeg.hf.tokenizer import load_tokenizer
 from hymeg.platform import megatron
 from hymeg.reporting.record import RunRecord
+from hymeg.training.writers import write_scalars
 
 
 def check_translations(args: argparse.Namespace, config: HyConfig) -> None:
@@ -96,8 +96,4 @@ class _Judge:
         for pair, of in found["pairs"].items():
             scalars |= {f"translations {pair}/{name}": of[name] for name in METRICS}
         scalars |= {f"translation alarms/{name}": share for name, share in found["alarms"].items()}
-        if (tensorboard := get_tensorboard_writer()) is not None:
-            for name, value in scalars.items():
-                tensorboard.add_scalar(name, value, iteration)
-        if (wandb := get_wandb_writer()) is not None:
-            wandb.log(scalars, iteration)
+        write_scalars(scalars, iteration)

@@ -686,6 +686,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "--lora-rank 8 --freeze *.router.*",
         ("--freeze *.router.* has no place with --lora-rank", "--lora-targets"),
     ),
+    "adapters of no rank": (1, "--lora-rank 0 --lora-alpha 8", ("--lora-rank 0", "at least 1", "give one")),
     "no parameter": (1, "--train-only router", ("--train-only 'router': means no parameter", ".router.gate.weight'")),
     "frozen since": (
         1,

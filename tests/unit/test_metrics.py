@@ -3,6 +3,7 @@
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 from single_process import ensure_world
@@ -12,7 +13,7 @@ from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops
 from hymeg.reporting.record import RunRecord
-from hymeg.training import metrics
+from hymeg.training import metrics, writers
 
 CONFIG = HyConfig.from_dict(TINY_CONFIG)
 
@@ -39,9 +40,11 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     ensure_world()
     written, logged = {}, {}
     tensorboard = types.SimpleNamespace(add_scalar=lambda name, value, iteration: written.update({name: value}))
-    wandb = types.SimpleNamespace(log=lambda scalars, iteration: logged.update(scalars))
-    monkeypatch.setattr(metrics, "get_tensorboard_writer", lambda: tensorboard)
-    monkeypatch.setattr(metrics, "get_wandb_writer", lambda: wandb)
+    wandb = types.SimpleNamespace(
+        log=lambda values, iteration: logged.update(values), Image=lambda pixels, caption: pixels
+    )
+    monkeypatch.setattr(writers, "get_tensorboard_writer", lambda: tensorboard)
+    monkeypatch.setattr(writers, "get_wandb_writer", lambda: wandb)
     monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
     args = types.SimpleNamespace(
         seq_length=64, world_size=2, rank=0, save=None, log_interval=1, expert_model_parallel_size=4
@@ -58,6 +61,8 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     assert "expert load max/mean: 4.00 (by layer 1:4.00) | by expert-parallel rank: 2.00 |" in text
     assert text.endswith(" loss by data set: 0-a 1.500000E+00 1-b 2.000000E+00 |")
     assert (written["lm loss/0-a"], written["lm loss/1-b"]) == (1.5, 2.0)
+    squares = logged.pop("expert-load/heat-map")
+    assert (squares[3, ::6].tolist(), squares.shape) == ([255, 0, 0, 0, 0, 0, 0, 255], (6, 48))
     assert written == logged and written["tokens-per-second"] == 384 and written["full"] == 0.75
     assert (
         math.isclose(written["model-tflops-per-gpu"], tflops)
@@ -65,3 +70,28 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
         and written["expert-parallel-load"] == 2
     )
     assert written["mfu"] == pytest.approx(tflops / 989)
+
+
+def test_the_heat_map_is_drawn_at_every_tenth_line_with_the_mean_a_third_of_white(monkeypatch):
+    pictures = {}
+    wandb = types.SimpleNamespace(
+        log=lambda values, iteration: pictures.setdefault(iteration, values.get("expert-load/heat-map")),
+        Image=lambda pixels, caption: pixels,
+    )
+    monkeypatch.setattr(writers, "get_wandb_writer", lambda: wandb)
+    writers.write_heat_map(np.array([[0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 3, 0]]), 7)
+    assert pictures[7][::6, ::6].tolist() == [[85, 85, 85, 85], [0, 85, 255, 0]]  # of the layers that have experts
+    drawn = []
+    monkeypatch.setattr(metrics, "write_heat_map", lambda counts, iteration: drawn.append(iteration))
+    monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
+    args = types.SimpleNamespace(
+        seq_length=64, world_size=1, rank=0, save=None, log_interval=1, expert_model_parallel_size=1
+    )
+    ensure_world()
+    line = metrics.LogLine(args, CONFIG, "", RunRecord(None, {}, print), print)
+    line.seconds = 1.0
+    for iteration in range(1, 22):
+        line.watch([Counted(2, [4, 0, 0, 0, 0, 0, 0, 4])])
+        line.before(iteration, False)
+        line.extended("")
+    assert drawn == [1, 11, 21]
