@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_adapters_in_training import assert_same_adapters, lora
+from test_adapters_in_training import ALSO, assert_same_adapters, lora
 from test_conversations import write_rows
 from test_freezing import WHAT
 from test_layouts import LAYOUTS
@@ -104,6 +104,13 @@ def test_adapters_train_as_under_the_local_spec(te_worlds, worlds, command, size
     expected = worlds.run(1, lora(command, checkpoint=checkpoint))
     assert_same_training(found["steps"], expected["steps"])
     assert_same_adapters(found["adapters"], expected["adapters"])
+
+
+def test_small_parts_trained_in_full_beside_adapters(te_worlds, worlds, command):
+    """Norms too, which are the linear layers' own here."""
+    found = te_worlds.run(2, lora(command, f"{ALSO} --tensor-model-parallel-size 2", "mtp"))["adapters"]
+    assert sum(key.endswith("norm.weight.full") for key in found) > 10
+    assert_same_adapters(found, worlds.run(1, lora(command, ALSO, "mtp"))["adapters"])
 
 
 @pytest.mark.parametrize("way", ["all_gather", pytest.param("a2a", marks=pytest.mark.soak)])

@@ -28,6 +28,7 @@ from hymeg.checkpoint.dist_files import RELEASE, TRACKER
 from hymeg.checkpoint.mapping import hf_entries
 from hymeg.checkpoint.sinks.dist_folder import files_of_dist
 from hymeg.checkpoint.sources import open_hf
+from hymeg.checksums import MANIFEST, sum_of_file, write_manifest
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.files import read_json
 from hymeg.hf.config import HyConfig
@@ -134,9 +135,9 @@ class Bench:
             rows.append(Row(f"cp, {how}", _spread(seconds["cp"]), "", True))
             for name in ("hf-to-dist", "dist-to-hf"):
                 ratio = medians[name] / medians["cp"]
-                rows.append(
-                    Row(f"{name}, {how}", f"{_spread(seconds[name])}: {ratio:.2f} x cp", "<= 1.5 x cp", ratio <= 1.5)
-                )
+                bar = 1.2 if sync else 1.5
+                found = f"{_spread(seconds[name])}: {ratio:.2f} x cp"
+                rows.append(Row(f"{name}, source verified, {how}", found, f"<= {bar} x cp", ratio <= bar))
             rows.append(Row(f"memory of all processes, {how}", f"{peak / 1e6:,.0f} MB", "<= 600 MB", peak <= 600e6))
             if "transformers" in ways:
                 ratio = medians["transformers"] / max(medians["hf-to-dist"], medians["dist-to-hf"])
@@ -283,9 +284,11 @@ class Bench:
         return json.loads(done.stdout)
 
     def _make_random(self, folder: Path, num_gb: float) -> None:
+        """With checksums, as hymeg writes folders: what is read of it is verified."""
         from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 
         write_tiny_checkpoint(folder, _config(num_gb), max_shard_bytes=SHARD_BYTES)
+        write_manifest(folder / MANIFEST, {path.name: sum_of_file(path) for path in folder.iterdir()})
 
     def _make_holes(self, folder: Path, config: HyConfig) -> None:
         """A checkpoint of zeros that takes no room."""

@@ -1,0 +1,168 @@
+"""Seconds of a training step and memory: adapters, full fine-tuning of the same model, peft beside transformers.
+
+One checkpoint, one batch, one thread each, fp32, AdamW, interleaved rounds; medians of all steps but the first three of
+every process. Memory is what a process had of its own at most (RssAnon, looked at every 20 ms), its libraries included:
+the last column takes away what the same libraries held once they were imported.
+
+    python tools/benchmarks/adapters.py [--rounds 3] [--steps 12]
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from train_step import BATCH, LEARNING_RATE, SEQ_LENGTH, SHAPE, SKIPPED, batch_of, timed_steps, trainer_command
+
+RANK, ALPHA = 16, 32
+LAYERS, EXPERTS = 6, 16
+DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Modules of transformers' model: attention, dense layers and shared experts, which hymeg adapts by default too."""
+EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EVERYTHING = "--lora-targets " + " ".join(DEFAULT_TARGETS)
+
+
+class Child(NamedTuple):
+    """What a process measured. `memory`: bytes of its own at most; `imports`: the same when its libraries were in."""
+
+    steps: list[float]
+    memory: int
+    imports: int
+
+
+def own_memory(pid: int) -> int:
+    """Bytes of a process that are no file's."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 1024 * int(found.group(1)) if (found := re.search(r"RssAnon:\s+(\d+)", status)) else 0
+
+
+def run(command: list[str]) -> Child:
+    """`command` prints the trainer's log lines or "step SECONDS", and "imported BYTES" where it says its libraries'."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], own_memory(process.pid))
+
+    threading.Thread(target=watch, daemon=True).start()
+    output, _ = process.communicate()
+    ended.set()
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{output[-3000:]}")
+    steps = [float(ms) / 1e3 for ms in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", output)]
+    steps = steps or [float(seconds) for seconds in re.findall(r"^step ([\d.]+)", output, re.MULTILINE)]
+    imports = re.search(r"^imported (\d+)", output, re.MULTILINE)
+    return Child(steps[SKIPPED:], peak[0], int(imports.group(1)) if imports else 0)
+
+
+def train_with_peft(folder: str, steps: int, with_experts: bool) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.hy_v3 import modeling_hy_v3  # noqa: F401 (before memory is read)
+
+    print("imported", own_memory(os.getpid()), flush=True)
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa"),
+        peft.LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=DEFAULT_TARGETS,
+            target_parameters=EXPERT_PARAMETERS if with_experts else None,
+        ),
+    ).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    inputs, labels = batch_of(model.config.vocab_size)
+
+    def step():
+        optimizer.zero_grad()
+        logits = model(input_ids=inputs, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    timed_steps(step, steps)
+
+
+def megatron_imports() -> None:
+    import megatron.training.training  # noqa: F401
+
+    import hymeg.training.run  # noqa: F401
+
+    print("imported", own_memory(os.getpid()), flush=True)
+
+
+def report(results: dict[str, list[Child]], imports: int) -> None:
+    def of_step(name: str) -> float:
+        return statistics.median(second for child in results[name] for second in child.steps)
+
+    def memory(name: str) -> float:
+        return statistics.median(child.memory for child in results[name])
+
+    print("\n| what | ms a step | MB at most | above imports | adapters against it: time, memory |")
+    print("|---|---|---|---|---|")
+    for said, name, ours in (
+        ("full fine-tuning, pretrain_hy.py", "full", "everything"),
+        ("adapters of attention, dense layers, shared experts", "default", None),
+        ("the same, peft beside transformers", "peft default", "default"),
+        ("adapters of everything, routed experts too", "everything", None),
+        ("the same, peft beside transformers", "peft everything", "everything"),
+    ):
+        above = memory(name) - (results[name][0].imports or imports)
+        ratios = f"{of_step(ours) / of_step(name):.2f}x, {memory(ours) / memory(name):.2f}x" if ours else ""
+        print(f"| {said} | {of_step(name) * 1e3:,.0f} | {memory(name) / 1e6:,.0f} | {above / 1e6:,.0f} | {ratios} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--child", choices=("peft default", "peft everything", "imports"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if args.child == "imports":
+        megatron_imports()
+        return
+    if args.child:
+        train_with_peft(args.folder, args.steps, args.child == "peft everything")
+        return
+    from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
+    from hymeg.hf.config import HyConfig
+
+    adapters = ["--lora-rank", str(RANK), "--lora-alpha", str(ALPHA)]
+    with tempfile.TemporaryDirectory() as folder:
+        shape = SHAPE | {"num_hidden_layers": LAYERS, "num_experts": EXPERTS}
+        write_tiny_checkpoint(folder, HyConfig.from_dict(TINY_CONFIG | shape), dtype="fp32")
+        ours = trainer_command(folder, args.steps)
+        child = [sys.executable, __file__, "--folder", folder, "--steps", str(args.steps), "--child"]
+        commands = {
+            "full": ours,
+            "default": [*ours, *adapters],
+            "everything": [*ours, *adapters, *EVERYTHING.split()],
+            "peft default": [*child, "peft default"],
+            "peft everything": [*child, "peft everything"],
+        }
+        results: dict[str, list[Child]] = {name: [] for name in commands}
+        for number in range(args.rounds):
+            print(f"round {number + 1} of {args.rounds}", flush=True)
+            for name, command in commands.items():
+                results[name].append(run(command))
+        imports = run([*child, "imports"]).imports
+    print(f"{LAYERS} layers, {EXPERTS} experts, batch {BATCH} x {SEQ_LENGTH}, rank {RANK}; medians of {args.rounds}")
+    report(results, imports)
+
+
+if __name__ == "__main__":
+    main()
