@@ -96,8 +96,6 @@ def train_with_peft(folder: str, steps: int, with_experts: bool) -> None:
 
 
 def megatron_imports() -> None:
-    import megatron.training.training  # noqa: F401
-
     import hymeg.training.run  # noqa: F401
 
     print("imported", own_memory(os.getpid()), flush=True)
@@ -155,11 +153,11 @@ def main() -> None:
             "peft everything": [*child, "peft everything"],
         }
         results: dict[str, list[Child]] = {name: [] for name in commands}
+        imports = run([*child, "imports"]).imports
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", flush=True)
             for name, command in commands.items():
                 results[name].append(run(command))
-        imports = run([*child, "imports"]).imports
     print(f"{LAYERS} layers, {EXPERTS} experts, batch {BATCH} x {SEQ_LENGTH}, rank {RANK}; medians of {args.rounds}")
     report(results, imports)
 
