@@ -16,11 +16,12 @@ from hymeg.hf.config import HyConfig
 from hymeg.planning import layout as layouts
 from hymeg.planning.settings import settings_of
 from hymeg.platform import device
-from hymeg.training.arguments import naming_lines, shown_value
+from hymeg.training.arguments import naming_lines
 from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import check_freezing
 from hymeg.training.hf_folders import check_save_hf
+from hymeg.training.refusals import shown_value
 from hymeg.training.schedule import check_schedule
 from hymeg.training.starved_experts import MANY, idle_share
 from hymeg.training.weights import check_weights, is_distributed_checkpoint

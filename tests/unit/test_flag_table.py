@@ -21,7 +21,9 @@ from hymeg.flag_table import _DEFAULT, ALWAYS, ON_CPU, TABLE, WITHOUT, Row, cpu_
 from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.models.flags import architecture_flags  # noqa: E402
 from hymeg.training import flag_names, schedule  # noqa: E402
-from hymeg.training.arguments import _DEFAULTS, _names, _parser, _refuse  # noqa: E402
+from hymeg.training.arguments import _parser  # noqa: E402
+from hymeg.training.own_flags import DEFAULTS  # noqa: E402
+from hymeg.training.refusals import named, refuse  # noqa: E402
 
 MEGATRON = Path(megatron.training.__file__).parents[1]
 HYMEG = Path(platform.__file__).parents[1]
@@ -144,9 +146,9 @@ def test_every_word_of_the_table_is_a_flag():
             assert re.split("[=>]", need)[0] in ACTIONS, need
             if "=" in need:
                 _check_choices(*need.split("="))
-        if row.values:
-            _check_choices(row.dests, ",".join(row.values))
-    assert not [dest for dest in (*cpu_values(), *schedule._RANGES, *_DEFAULTS) if dest not in ACTIONS]
+        if names := [value for value in row.values if isinstance(value, str)]:
+            _check_choices(row.dests, ",".join(names))
+    assert not [dest for dest in (*cpu_values(), *schedule._RANGES, *DEFAULTS) if dest not in ACTIONS]
 
 
 def _check_choices(dest: str, values: str) -> None:
@@ -168,23 +170,23 @@ ROWS = [(row, dest) for row in TABLE for dest in ACTIONS if row.names(dest)]
 
 def test_every_row_refuses_each_of_its_flags():
     parser = _parser()
-    defaults = {dest: action.default for dest, action in ACTIONS.items()} | _DEFAULTS
+    defaults = {dest: action.default for dest, action in ACTIONS.items()} | DEFAULTS
     for row, dest in ROWS:
         option = ACTIONS[dest].option_strings[-1]
         for value in row.values or (_another_value(ACTIONS[dest], row, defaults[dest]),):
             given = [value] if isinstance(defaults[dest], list) else value
             with pytest.raises(UserError) as raised:
-                _refuse(parser, {dest: given}, {dest: (option, "")}, defaults, _nothing_set(defaults, row), [row])
+                refuse(parser, {dest: given}, {dest: (option, "")}, defaults, _nothing_set(defaults, row), [row])
             said = str(raised.value)
             assert said.startswith(option) and row.when in said and row.why in said and "; " in said, said
             assert row.instead or f"leave {option} out" in said, said
 
 
 def test_no_row_refuses_a_default():
-    defaults = {dest: action.default for dest, action in ACTIONS.items()} | _DEFAULTS
+    defaults = {dest: action.default for dest, action in ACTIONS.items()} | DEFAULTS
     for row, dest in ROWS:
         if row.when != ON_CPU:  # whose values are given where nothing is said
-            assert row.refused(_names(defaults[dest]), _names(defaults[dest])) is None or row.only is False, dest
+            assert row.refused(named(defaults[dest]), named(defaults[dest])) is None or row.only is False, dest
 
 
 def _another_value(action: argparse.Action, row: Row, default: Any) -> Any:
@@ -193,7 +195,7 @@ def _another_value(action: argparse.Action, row: Row, default: Any) -> Any:
     if isinstance(allowed, bool):
         return not allowed
     names = [getattr(choice, "name", choice) for choice in action.choices or ()]
-    return next((name for name in names if name != _names(allowed)), "another")
+    return next((name for name in names if name != named(allowed)), "another")
 
 
 def _nothing_set(defaults: dict[str, Any], row: Row) -> dict[str, Any]:
