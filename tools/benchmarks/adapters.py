@@ -1,8 +1,9 @@
 """Seconds of a training step and memory: adapters, full fine-tuning of the same model, peft beside transformers.
 
 One checkpoint, one batch, one thread each, fp32, AdamW, interleaved rounds; medians of all steps but the first three of
-every process. Memory is what a process had of its own at most (RssAnon, looked at every 20 ms), its libraries included:
-the last column takes away what the same libraries held once they were imported.
+every process. Memory is what a process had of its own at most (RssAnon, looked at every 20 ms), in a run of its own in
+which glibc gives back at once what is freed: otherwise the figure is the allocator's luck. The column beside it takes
+away what the same libraries held once they were imported.
 
     python tools/benchmarks/adapters.py [--rounds 3] [--steps 12]
 """
@@ -26,6 +27,10 @@ DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 """Modules of transformers' model: attention, dense layers and shared experts, which hymeg adapts by default too."""
 EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EVERYTHING = "--lora-targets " + " ".join(DEFAULT_TARGETS)
+NAMES = ("full", "default", "peft default", "everything", "peft everything")
+
+
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 class Child(NamedTuple):
@@ -45,9 +50,10 @@ def own_memory(pid: int) -> int:
     return 1024 * int(found.group(1)) if (found := re.search(r"RssAnon:\s+(\d+)", status)) else 0
 
 
-def run(command: list[str]) -> Child:
+def run(command: list[str], **environment: str) -> Child:
     """`command` prints the trainer's log lines or "step SECONDS", and "imported BYTES" where it says its libraries'."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
@@ -101,12 +107,9 @@ def megatron_imports() -> None:
     print("imported", own_memory(os.getpid()), flush=True)
 
 
-def report(results: dict[str, list[Child]], imports: int) -> None:
+def report(results: dict[str, list[Child]], held: dict[str, Child], imports: int) -> None:
     def of_step(name: str) -> float:
         return statistics.median(second for child in results[name] for second in child.steps)
-
-    def memory(name: str) -> float:
-        return statistics.median(child.memory for child in results[name])
 
     print("\n| what | ms a step | MB at most | above imports | adapters against it: time, memory |")
     print("|---|---|---|---|---|")
@@ -117,9 +120,17 @@ def report(results: dict[str, list[Child]], imports: int) -> None:
         ("adapters of everything, routed experts too", "everything", None),
         ("the same, peft beside transformers", "peft everything", "everything"),
     ):
-        above = memory(name) - (results[name][0].imports or imports)
-        ratios = f"{of_step(ours) / of_step(name):.2f}x, {memory(ours) / memory(name):.2f}x" if ours else ""
-        print(f"| {said} | {of_step(name) * 1e3:,.0f} | {memory(name) / 1e6:,.0f} | {above / 1e6:,.0f} | {ratios} |")
+        most, before = held[name].memory, held[name].imports or imports
+        ratios = f"{of_step(ours) / of_step(name):.2f}x, {held[ours].memory / most:.2f}x" if ours else ""
+        above = f"{most / 1e6:,.0f} | {(most - before) / 1e6:,.0f}"
+        print(f"| {said} | {of_step(name) * 1e3:,.0f} | {above} | {ratios} |")
+
+
+def command(name: str, folder: str, steps: int) -> list[str]:
+    if name.startswith("peft"):
+        return [sys.executable, __file__, "--folder", folder, "--steps", str(steps), "--child", name]
+    adapters = "" if name == "full" else f"--lora-rank {RANK} --lora-alpha {ALPHA}"
+    return [*trainer_command(folder, steps), *adapters.split(), *(EVERYTHING.split() if name == "everything" else [])]
 
 
 def main() -> None:
@@ -139,27 +150,18 @@ def main() -> None:
     from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
     from hymeg.hf.config import HyConfig
 
-    adapters = ["--lora-rank", str(RANK), "--lora-alpha", str(ALPHA)]
     with tempfile.TemporaryDirectory() as folder:
         shape = SHAPE | {"num_hidden_layers": LAYERS, "num_experts": EXPERTS}
         write_tiny_checkpoint(folder, HyConfig.from_dict(TINY_CONFIG | shape), dtype="fp32")
-        ours = trainer_command(folder, args.steps)
-        child = [sys.executable, __file__, "--folder", folder, "--steps", str(args.steps), "--child"]
-        commands = {
-            "full": ours,
-            "default": [*ours, *adapters],
-            "everything": [*ours, *adapters, *EVERYTHING.split()],
-            "peft default": [*child, "peft default"],
-            "peft everything": [*child, "peft everything"],
-        }
-        results: dict[str, list[Child]] = {name: [] for name in commands}
-        imports = run([*child, "imports"]).imports
+        results: dict[str, list[Child]] = {name: [] for name in NAMES}
+        imports = run([sys.executable, __file__, "--child", "imports"]).imports
+        held = {name: run(command(name, folder, 4), **GIVES_BACK) for name in NAMES}
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", flush=True)
-            for name, command in commands.items():
-                results[name].append(run(command))
+            for name in NAMES:
+                results[name].append(run(command(name, folder, args.steps)))
     print(f"{LAYERS} layers, {EXPERTS} experts, batch {BATCH} x {SEQ_LENGTH}, rank {RANK}; medians of {args.rounds}")
-    report(results, imports)
+    report(results, held, imports)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ def measure(folder: Path, num_rows: int, rounds: int) -> None:
         f"{ratio:.2f}x ({rate:,.0f} tokens/s)",
         "-",
     )
+    ratio, rate = agents(folder, rounds)
+    row("rows of 100 tool calls, tokens/s against rows of text", f"{ratio:.2f}x ({rate:,.0f} tokens/s)", ">= 0.3x")
     row(f"translations packed to {SEQ_LENGTH}: positions that hold a token", f"{packing(folder / 'hf'):.2%}", ">= 98 %")
     row(
         "masks of 1,000 random conversations that differ from a rendering turn by turn",
@@ -84,6 +86,11 @@ def measure(folder: Path, num_rows: int, rounds: int) -> None:
         f"first start with {what}: the index",
         f"{seconds:.1f} s, {done[-1].num_tokens / seconds:,.0f} tokens/s in one process",
         "-",
+    )
+    row(
+        f"the same for {num_rows // 10:,} rows, two processes against one",
+        f"{two_processes(folder, num_rows // 10, rounds):.2f}x",
+        ">= 1.7x",
     )
     command = [sys.executable, __file__, "--second-start", str(folder / "hf"), str(large)]
     json.loads(subprocess.check_output(command))  # packs, and keeps that
@@ -146,6 +153,56 @@ def rendering(checkpoint: Path, rounds: int) -> tuple[float, float]:
         ratios.append(limit / ours)
         rates.append(sum(len(tokens.token_ids) for tokens in encoded) / ours)
     return statistics.median(ratios), statistics.median(rates)
+
+
+def agents(folder: Path, rounds: int) -> tuple[float, float]:
+    """Rows of 100 calls with arguments of their own against rows of as many turns of text, by turns, by the processor's
+    time: the median of the ratios of tokens a second, and the agents' rate. The tokenizer and the template have the
+    shape of Hy3's.
+    """
+    sys.path.append(str(ROOT / "tests" / "unit"))
+    import published_shape
+
+    write_tiny_checkpoint(folder / "agents")
+    published_shape.train_published_tokenizer().save_pretrained(folder / "agents")
+    encoder = ChatEncoder(str(folder / "agents"))
+    texts = [json.loads(line)["text"] for line in (DATA / "udhr" / "en.jsonl").read_text().splitlines()]
+    function = {"name": "look_up", "description": "", "parameters": {"type": "object", "properties": {}}}
+    tools, numbers = [{"type": "function", "function": function}], itertools.count()
+
+    def agent() -> Conversation:
+        messages = [{"role": "user", "content": texts[0]}]
+        for number, text in zip(itertools.islice(numbers, 100), itertools.cycle(texts), strict=False):
+            call = {"id": str(number), "function": {"name": "look_up", "arguments": {"what": f"{number} {text[:60]}"}}}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            messages.append({"role": "tool", "content": f"{number} {text}", "tool_call_id": str(number)})
+        return Conversation([*messages, {"role": "assistant", "content": texts[0]}], None, tools)
+
+    def plain() -> Conversation:
+        turns = zip(itertools.islice(numbers, 200), itertools.cycle(texts), strict=False)
+        return Conversation(
+            [{"role": ("user", "assistant")[number % 2], "content": f"{number} {text}"} for number, text in turns]
+        )
+
+    def rate(make) -> float:
+        rows, start = [make() for _ in range(20)], time.process_time()
+        encoded = encoder.encode_batch(rows)
+        return sum(len(tokens.token_ids) for tokens in encoded) / (time.process_time() - start)
+
+    rates = [(rate(agent), rate(plain)) for _ in range(rounds + 1)][1:]
+    return statistics.median(ours / limit for ours, limit in rates), statistics.median(ours for ours, _ in rates)
+
+
+def two_processes(folder: Path, num_rows: int, rounds: int) -> float:
+    """The median of the ratios, one process's seconds over two's, of indices made anew in turns."""
+    rows = folder / "rows.jsonl"
+    write_large(rows, num_rows)
+
+    def seconds(number: int, workers: int) -> float:
+        index = {str(rows): folder / f"index-{number}-{workers}"}
+        return timed(lambda: build_indices(index, (str(folder / "hf"),), workers))
+
+    return statistics.median(seconds(number, 1) / seconds(number, 2) for number in range(rounds))
 
 
 def packing(checkpoint: Path) -> float:
