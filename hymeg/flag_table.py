@@ -29,7 +29,10 @@ class Row(NamedTuple):
     needs: str = ""  # one of these must be set: "dest", "dest=value,value", "dest>1", by spaces
 
     def names(self, dest: str) -> bool:
-        return any(fnmatch.fnmatchcase(dest, pattern) for pattern in self.dests.split())
+        return any(
+            dest == pattern if pattern.isidentifier() else fnmatch.fnmatchcase(dest, pattern)
+            for pattern in self.dests.split()
+        )
 
     def refused(self, value: Any, default: Any) -> str | None:
         """What of `value` is refused; None where nothing is.

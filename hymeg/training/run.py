@@ -101,7 +101,6 @@ def train(args, config: HyConfig) -> None:
     from hymeg.data.pretraining import build_datasets, build_index
     from hymeg.platform.saving import before_save, once_saved, user_errors
     from hymeg.training.row_data import RowData
-    from hymeg.training.translations import judging_translations
 
     rank.admit_rerun_state()
     with megatron_refusals():
@@ -145,12 +144,20 @@ def train(args, config: HyConfig) -> None:
         metrics.logging(args, config, model_config, record, _say) as set_losses,
         saving_hf(args, config, _say),
         adapters,
-        judging_translations(args, config, record),
+        _judging(args, config, record),
         _naming_undamaged(args),
         user_errors(),
     ):
         step = functools.partial(forward_step, set_losses=set_losses)
         pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(step, args))
+
+
+def _judging(args, config: HyConfig, record) -> contextlib.AbstractContextManager:
+    if args.valid_translations is None:
+        return contextlib.nullcontext()
+    from hymeg.training.translations import judging_translations  # and sacrebleu
+
+    return judging_translations(args, config, record)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,6 @@ from hymeg.training.writers import write_scalars
 
 def check_translations(args: argparse.Namespace, config: HyConfig) -> None:
     """Raises UserError: a file or a row of it that cannot be used, or no evaluation to use it in."""
-    if args.valid_translations is None:
-        return
     _check_evaluated(args)
     _held_out(args, config)
 
@@ -35,9 +33,6 @@ def judging_translations(args: argparse.Namespace, config: HyConfig, record: Run
     Raises:
         UserError: there is none.
     """
-    if args.valid_translations is None:
-        yield
-        return
     _check_evaluated(args)
     with megatron.after_evaluations(_Judge(args, config, record).after_evaluation):
         yield

@@ -21,6 +21,7 @@ from static_bytes import static_bytes
 
 from hymeg.checkpoint.live import export_adapter_weights
 from hymeg.data.conversations import ConversationDataset
+from hymeg.flag_table import TABLE
 from hymeg.platform.patches import patch, patched
 from hymeg.training import run
 from hymeg.training.arguments import parse
@@ -35,6 +36,8 @@ def prepare() -> None:
     """What every rank would do alike, before there is one."""
     flag_help.read_once()
     arguments.add_megatron_arguments(argparse.ArgumentParser())
+    for row in TABLE:
+        row.names("")  # compiles its patterns
     patch(arguments, "_print_args", lambda title, args: None, "800 lines a training, which nobody reads here")
 
 
