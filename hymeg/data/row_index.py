@@ -7,7 +7,8 @@ where in it each row's begin); `index.json` (a digest of the file, rows that cou
 `seen/` the times that files of that content were found with, and in folders of their own what `cached` keeps. The
 fingerprint is taken over the file's size and ends, the tokenizer, the chat template and hymeg's rules. `checksums.sfv`
 lets all of it be verified as it is read.
-`hymeg.data.index_building` makes it. A killed build leaves a hidden `.partial` folder, which nothing reads.
+`hymeg.data.index_building` makes it. A killed build leaves a hidden `.partial` folder and its `.lock`, which
+nothing reads and the next build removes.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ from hymeg.files import fsync_folder, read_json, write_whole
 SUMMARY = "index.json"
 _VERSION = 3
 _END_BYTES = 1 << 20  # at each end of the file
+_LOCK, _FOLDERS = ".lock", (".partial", ".old")  # of a build: its lock, what it writes, what it replaces
 _NAME_LENGTH = 48  # characters of the file's name in the folder's
 _BROKEN = (UserError, OSError, EOFError, ValueError, LookupError, TypeError)  # what reading a damaged index raises
 
@@ -232,18 +234,14 @@ def built_beside(folder: Path, is_good: Callable[[], bool]) -> Iterator[Path]:
     mine = f".{folder.name}.{socket.gethostname()}."
     partial = folder.with_name(f"{mine}{os.getpid()}.partial")
     try:
-        for leftover in folder.parent.glob(f"{glob.escape(mine)}*.partial"):
-            if not _is_locked(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with open(partial / "lock", "w") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent, mine)
+        with _locked(partial.with_suffix(_LOCK)):
+            partial.mkdir()
             yield partial
             for path in partial.rglob("*.*"):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-            (partial / "lock").unlink()
             _rename(partial, folder, is_good)
         fsync_folder(folder.parent)
     except OSError as error:
@@ -255,14 +253,45 @@ def built_beside(folder: Path, is_good: Callable[[], bool]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_locked(partial: Path) -> bool:
-    """Whether a process, in whatever container, still writes there; also where that cannot be told."""
-    try:
-        with open(partial / "lock", "r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which is there before and after what it stands for; at the end it is gone."""
+    while True:
+        with open(path, "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                    continue
+            except FileNotFoundError:  # taken for a leftover before it was locked
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _remove_leftovers(parent: Path, mine: str) -> None:
+    """Of builds that were killed: a process, in whatever container, holds the lock of what it is writing."""
+    found = [path for path in parent.glob(f"{glob.escape(mine)}*") if path.suffix in (_LOCK, *_FOLDERS)]
+    for build in {path.with_suffix("") for path in found}:
+        lock = build.with_name(build.name + _LOCK)
+        folders = [build.with_name(build.name + suffix) for suffix in _FOLDERS]
+        try:
+            with open(lock, "r+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(*folders)
+                lock.unlink()
+        except FileNotFoundError:
+            _remove(*folders)
+        except OSError:  # under way, or it cannot be told
+            continue
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rename(partial: Path, folder: Path, is_good: Callable[[], bool]) -> None:

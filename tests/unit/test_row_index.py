@@ -347,22 +347,37 @@ def test_without_a_row_there_is_nothing_to_train_on(rows, settings):
 
 def test_what_a_killed_build_left_is_removed_and_what_is_under_way_is_not(tmp_path):
     """Whoever writes holds a lock: that of a process is gone with it, and holds across containers of one name."""
-    folder = tmp_path / "index"
-    killed, under_way, starting = (
-        tmp_path / f".index.{os.uname().nodename}.{number}.partial" for number in (999999991, 999999992, 999999993)
-    )
-    for partial in (killed, under_way, starting):
-        partial.mkdir()
-    (killed / "lock").touch()
-    with open(under_way / "lock", "w") as lock:
+    folder, build = tmp_path / "index", f".index.{os.uname().nodename}."
+    for name in ("11.partial", "12.partial", "13.partial", "13.old", "14.partial", "15.old"):
+        (tmp_path / f"{build}{name}" / "seen").mkdir(parents=True)
+    (tmp_path / ".index.elsewhere.11.partial").mkdir()
+    for number in (11, 12, 13, 16):  # killed while it wrote, alive, while it replaced, before it wrote
+        (tmp_path / f"{build}{number}.lock").touch()
+    with open(tmp_path / f"{build}12.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with built_beside(folder, lambda: False) as partial:
             (partial / "a.bin").write_bytes(b"new")
             there = [sys.executable, "-c", "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'r+'), 6)"]
-            tried = subprocess.run([*there, str(partial / "lock")], capture_output=True, text=True)
+            tried = subprocess.run([*there, str(partial.with_suffix(".lock"))], capture_output=True, text=True)
             assert "BlockingIOError" in tried.stderr  # another build would see that this one lives
-    assert sorted(os.listdir(tmp_path)) == sorted([folder.name, under_way.name, starting.name])
+    left = [f"{build}12.lock", f"{build}12.partial", ".index.elsewhere.11.partial", folder.name]
+    assert sorted(os.listdir(tmp_path)) == sorted(left)
     assert os.listdir(folder) == ["a.bin"]
+
+
+def test_a_lock_that_was_taken_for_a_leftover_s_is_made_anew(tmp_path, monkeypatch):
+    real, taken = fcntl.flock, []
+
+    def flock(file, how):
+        if how == fcntl.LOCK_EX and not taken:
+            taken.append(file.name)
+            os.unlink(file.name)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with built_beside(tmp_path / "index", lambda: False) as partial:
+        assert os.path.exists(taken[0]) and taken[0] == str(partial.with_suffix(".lock"))
+    assert os.listdir(tmp_path) == ["index"]
 
 
 @pytest.mark.parametrize(("is_good", "content"), [(True, b"theirs"), (False, b"mine")])
