@@ -197,7 +197,14 @@ def test_all_files_follow_the_umask(dist_checkpoint, tmp_path):
     assert len(files) > 15 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o664}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP])
+def number(request):
+    """Of a signal that ends a process, also where the tests run under nohup, which has SIGHUP ignored."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_a_conversion_that_is_told_to_end_leaves_nothing(dist_checkpoint, tmp_path, monkeypatch, number):
     parent = os.getpid()
 
