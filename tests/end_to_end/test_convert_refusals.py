@@ -406,7 +406,7 @@ def test_what_a_killed_replacement_left_aside_is_named_and_kept(hf_checkpoint, t
     (tmp_path / "dist2.old-x").mkdir()
     hf_to_dist(hf_checkpoint, tmp_path / "dist[1]", say=said.append)
     assert [line for line in said if ".old-" in line] == [
-        f"{old}: what was dist[1] when a conversion that replaced it was killed; remove it once you can"
+        f"{old}: kept, it was dist[1] until a conversion that replaced it was killed; remove it yourself"
     ]
     assert sorted(os.listdir(tmp_path)) == ["dist2.old-x", "dist[1]", old.name]
 

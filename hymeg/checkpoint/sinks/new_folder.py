@@ -62,7 +62,7 @@ def new_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftover(partial, say)
         for old in sorted(target.parent.glob(f"{glob.escape(target.name)}.old-*")):
-            say(f"{old}: what was {target.name} when a conversion that replaced it was killed; remove it once you can")
+            say(f"{old}: kept, it was {target.name} until a conversion that replaced it was killed; remove it yourself")
         partial.mkdir()
         mark = os.open(partial / _MARK, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError as error:
