@@ -247,13 +247,16 @@ def _is_broken(path: Path, item: _Item) -> bool:
         try:
             with zipfile.ZipFile(window) as archive:
                 return any(_crc_of(window, record) != record.CRC for record in archive.infolist())
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error):
             return True
 
 
 def _crc_of(window: FileWindow, record: zipfile.ZipInfo) -> int:
-    name_length, extra_length = struct.unpack("<2H", window.read_at(record.header_offset + 26, 4))
-    position, crc = record.header_offset + 30 + name_length + extra_length, 0
-    for start in range(position, position + record.compress_size, _READ_BYTES):
-        crc = isal_zlib.crc32(window.read_at(start, min(_READ_BYTES, position + record.compress_size - start)), crc)
+    """As far as the record lies in the window. Raises ValueError, struct.error where it does not even begin there."""
+    window.seek(record.header_offset + 26)
+    name_length, extra_length = struct.unpack("<2H", window.read(4))
+    window.seek(record.header_offset + 30 + name_length + extra_length)
+    rest, crc = record.compress_size, 0
+    while data := window.read(min(_READ_BYTES, rest)):
+        rest, crc = rest - len(data), isal_zlib.crc32(data, crc)
     return crc

@@ -13,7 +13,7 @@ from corpora import udhr_texts
 from single_process import ensure_world
 
 from hymeg.checkpoint.convert import dist_to_hf
-from hymeg.checkpoint.verification import verify_folder
+from hymeg.checkpoint.verification import _is_broken, _Item, verify_folder
 from hymeg.checksums import MANIFEST
 from hymeg.data.corpus import preprocess
 from hymeg.data.index_building import build_missing
@@ -71,6 +71,21 @@ def test_every_flipped_bit_is_found(written, kind, count):
             missed.append(path)
         path.write_bytes(intact)
     assert not missed
+
+
+def test_a_bit_that_flips_in_what_describes_a_stored_tensor_ends_in_an_answer(tmp_path):
+    """Offsets and lengths then lead anywhere: before the beginning, behind the end."""
+    buffer = io.BytesIO()
+    torch.save(torch.arange(20.0), buffer)
+    stored, path, answers = buffer.getvalue(), tmp_path / "__0_0.distcp", []
+    for bit in range(8 * stored.rindex(b"PK\1\2"), 8 * len(stored)):
+        data = bytearray(stored)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        answers.append(_is_broken(path, _Item("weight", 0, len(stored), path.name)))
+    assert len(answers) > 1000 and sum(answers) > 300
+    path.write_bytes(stored)
+    assert not _is_broken(path, _Item("weight", 0, len(stored), path.name))
 
 
 def test_a_damaged_index_is_not_read(written, tmp_path):
