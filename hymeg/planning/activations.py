@@ -11,8 +11,6 @@ per token, I and Is widths of an expert and of the shared one, F of the dense ML
 Widths below are a rank's own (q / TP and so on).
 """
 
-import functools
-
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout
 from hymeg.planning.parameters import layer_adapters, padded_vocab_size
@@ -54,11 +52,12 @@ class Activations:
         self.vocab_parameters = rows * config.hidden_size
         self.vocab = min(config.vocab_size, rows)  # rows that stand for tokens
         self.recomputes = {name: name in settings.recompute_modules for name in _RECOMPUTED}
-        adapted = {kind: layer_adapters(config, settings.lora_targets, kind) for kind in set(config.mlp_layer_types)}
-        # An MTP layer counts as one of the trunk's.
-        self.adapted = {module.target for modules in adapted.values() for module in modules}
-        for name in ("layer", "layer_backward", "head", "mtp_layer"):  # the same in every virtual stage
-            setattr(self, name, functools.cache(getattr(self, name)))
+        kinds = (
+            set(config.mlp_layer_types) if settings.lora_targets else ()
+        )  # an MTP layer counts as one of the trunk's
+        adapted = (layer_adapters(config, settings.lora_targets, kind) for kind in kinds)
+        self.adapted = {module.target for modules in adapted for module in modules}
+        self._layers: dict[bool, float] = {}
 
     # ---- a virtual stage
 
@@ -128,7 +127,9 @@ class Activations:
     # ---- a layer
 
     def layer(self, is_moe: bool) -> float:
-        return self.attention() + (self.moe() if is_moe else self.dense_mlp())
+        if is_moe not in self._layers:
+            self._layers[is_moe] = self.attention() + (self.moe() if is_moe else self.dense_mlp())
+        return self._layers[is_moe]
 
     def hidden(self) -> float:
         """The residual stream: a H for each of a rank's tokens."""

@@ -3,7 +3,9 @@
 """
 
 import dataclasses
-import operator
+import functools
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from hymeg.hf.config import HyConfig
@@ -60,19 +62,22 @@ def static_memory(config: HyConfig, layout: Layout, settings: Settings, pipeline
     """What a rank of the stage keeps all the time; activations are 0. DDP pads its buffers by some kilobytes a bucket,
     which are left out.
     """
-    weights = gradients = optimizer = 0.0
-    buffers, shards = 0, optimizer_shards(layout, settings)
-    for chunk in stages(config, layout)[pipeline_rank]:
-        trained = trained_numel(config, layout, settings, chunk)
-        weights += settings.element * sum(chunk_numel(config, layout, settings, chunk))
-        if settings.lora_rank is not None:
-            weights += settings.element * sum(trained)
-        gradients += settings.gradient * sum(trained)
-        optimizer += optimizer_bytes(settings) * sum(
-            numel / ranks for numel, ranks in zip(trained, shards, strict=True)
-        )
-        buffers += _router_bytes(config, chunk)
-    return StageMemory(round(weights), round(gradients), round(optimizer), buffers, 0, 0)
+    chunks = stages(config, layout)[pipeline_rank]
+    return StageMemory(*_summed([_static(config, layout, settings, chunk) for chunk in chunks]), 0, 0)
+
+
+def _static(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk) -> tuple[float, ...]:
+    """Bytes of weights, gradients, optimizer and buffers for one virtual stage."""
+    trained, shards = trained_numel(config, layout, settings, chunk), optimizer_shards(layout, settings)
+    held = sum(chunk_numel(config, layout, settings, chunk)) + (sum(trained) if settings.lora_rank is not None else 0)
+    own = sum(numel / ranks for numel, ranks in zip(trained, shards, strict=True))
+    buffers = _router_bytes(config, chunk)
+    return settings.element * held, settings.gradient * sum(trained), optimizer_bytes(settings) * own, buffers
+
+
+def _summed(parts: Iterable[tuple[float, ...]]) -> tuple[int, int, int, int]:
+    weights, gradients, optimizer, buffers = map(sum, zip(*parts, strict=True))
+    return weights, gradients, round(optimizer), buffers
 
 
 def _router_bytes(config: HyConfig, chunk: Chunk) -> int:
@@ -83,6 +88,7 @@ def _router_bytes(config: HyConfig, chunk: Chunk) -> int:
     return num_moe * config.num_experts * (8 + (8 if config.moe_router_enable_expert_bias else 0))
 
 
+@functools.lru_cache(maxsize=256)
 def memory_by_stage(config: HyConfig, layout: Layout, settings: Settings, imbalance: float) -> tuple[StageMemory, ...]:
     """Static parts and activations of a rank of every pipeline stage.
 
@@ -90,20 +96,41 @@ def memory_by_stage(config: HyConfig, layout: Layout, settings: Settings, imbala
         imbalance: tokens of the busiest expert-parallel rank over the mean; 1.0 is perfect balance.
     """
     activations = Activations(config, layout, settings, imbalance)
-    pp, group = layout.pipeline_model_parallel_size, layout.microbatch_group_size_per_vp_stage
+    group, overlap = layout.microbatch_group_size_per_vp_stage, settings.overlap_moe_expert_parallel_comm
+    kinds, ranks = _by_kind(stages(config, layout), layout.num_microbatches, group, overlap)
+    static = [_static(config, layout, settings, kind) for kind in kinds]
+    saved, working = [activations.saved(kind) for kind in kinds], [activations.working(kind) for kind in kinds]
     found, known = [], {}
-    for rank, chunks in enumerate(stages(config, layout)):
-        held = micro_batches_held(
-            rank, pp, len(chunks), layout.num_microbatches, group, settings.overlap_moe_expert_parallel_comm
-        )
-        if chunks not in known:
-            working = max(activations.working(chunk) for chunk in chunks)
-            static = static_memory(config, layout, settings, rank)._replace(working=round(working))
-            known[chunks] = static, [activations.saved(chunk) for chunk in chunks]
-        stage, saved = known[chunks]
-        peak = max(sum(map(operator.mul, counts, saved)) for counts in held)
-        found.append(stage._replace(activations=round(peak)))
+    for own, held in ranks:
+        if own not in known:
+            known[own] = _summed([static[kind] for kind in own]), round(max(working[kind] for kind in own))
+        kept, most = known[own]
+        peak = max([math.sumprod(counts, saved) for counts in held])
+        found.append(StageMemory(*kept, activations=round(peak), working=most))
     return tuple(found)
+
+
+class _Rank(NamedTuple):
+    chunks: tuple[int, ...]  # the kind of each of its virtual stages
+    held: frozenset[tuple[int, ...]]  # micro-batches that it may hold at once, of each kind
+
+
+@functools.lru_cache(maxsize=4096)
+def _by_kind(
+    ranks: tuple[tuple[Chunk, ...], ...], num_microbatches: int, group: int | None, overlap: bool
+) -> tuple[tuple[Chunk, ...], tuple[_Rank, ...]]:
+    """The virtual stages that differ, and what of them every pipeline rank has."""
+    kinds = tuple(dict.fromkeys(chunk for chunks in ranks for chunk in chunks))
+    number, found = {kind: index for index, kind in enumerate(kinds)}, []
+    for rank, chunks in enumerate(ranks):
+        own, held = tuple(number[chunk] for chunk in chunks), set()
+        for counts in micro_batches_held(rank, len(ranks), len(chunks), num_microbatches, group, overlap):
+            by_kind = [0] * len(kinds)
+            for kind, count in zip(own, counts, strict=True):
+                by_kind[kind] += count
+            held.add(tuple(by_kind))
+        found.append(_Rank(own, frozenset(held)))
+    return kinds, tuple(found)
 
 
 class HostMemory(NamedTuple):

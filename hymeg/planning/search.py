@@ -6,6 +6,7 @@ tried, then the optimizer on the CPU.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -215,15 +216,8 @@ class Planner:
         if "recompute_granularity" in fixed_settings:
             found = [settings]
         else:
-            selective = dataclasses.replace(settings, recompute_granularity="selective")
-            full = dataclasses.replace(settings, recompute_granularity="full", recompute_modules=())
             half = -(-max(len(chunk.layers) for chunks in stages(self.config, layout) for chunk in chunks) // 2)
-            found = [
-                settings,
-                *(dataclasses.replace(selective, recompute_modules=modules) for modules in _SELECTIVE),
-                dataclasses.replace(full, recompute_method="block", recompute_num_layers=max(1, half)),
-                dataclasses.replace(full, recompute_method="uniform", recompute_num_layers=1),
-            ]
+            found = _all_recomputations(settings, max(1, half))
         for choice in found:
             if not choice.overlap_moe_expert_parallel_comm or _is_legal(self.config, layout, choice):
                 yield choice
@@ -282,6 +276,19 @@ class Planner:
         return sorted(timed, key=_rank)
 
 
+@functools.lru_cache(maxsize=256)
+def _all_recomputations(settings: Settings, half: int) -> list[Settings]:
+    selective = dataclasses.replace(settings, recompute_granularity="selective")
+    full = dataclasses.replace(settings, recompute_granularity="full", recompute_modules=())
+    return [
+        settings,
+        *(dataclasses.replace(selective, recompute_modules=modules) for modules in _SELECTIVE),
+        dataclasses.replace(full, recompute_method="block", recompute_num_layers=half),
+        dataclasses.replace(full, recompute_method="uniform", recompute_num_layers=1),
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
 def _with_logits(settings: Settings) -> Settings:
     return dataclasses.replace(settings, hy_recompute_logits=True)
 

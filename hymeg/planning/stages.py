@@ -2,6 +2,7 @@
 `Layout`; no Megatron, no torch."""
 
 import functools
+import operator
 from typing import NamedTuple
 
 from hymeg.hf.config import HyConfig
@@ -34,12 +35,12 @@ def stages(config: HyConfig, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
     else:
         trunk = _even_counts(config, layout)
         counts = [(count, mtp if index == len(trunk) - 1 else 0) for index, count in enumerate(trunk)]
+    is_moe = tuple(map(config.is_moe_layer, range(config.num_hidden_layers)))
     chunks, first = [], 0
     for index, (count, num_mtp) in enumerate(counts):
         last, is_last = first + count, index == len(counts) - 1
         norm = first < config.num_hidden_layers == last if mtp else is_last
-        layers = tuple(map(config.is_moe_layer, range(first, last)))
-        chunks.append(Chunk(layers, num_mtp, index == 0, is_last, norm))
+        chunks.append(Chunk(is_moe[first:last], num_mtp, index == 0, is_last, norm))
         first = last
     return tuple(tuple(chunks[rank::pp]) for rank in range(pp))
 
@@ -108,8 +109,8 @@ def micro_batches_held(
             found.add(tuple(held))
         if step >= warmup:
             held[vpp - 1 - order[step - warmup]] -= 1
-    return tuple(sorted(one for one in found if not any(_exceeds(other, one) for other in found)))
-
-
-def _exceeds(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+    most = []
+    for one in sorted(found, key=sum, reverse=True):
+        if not any(all(map(operator.ge, other, one)) for other in most):
+            most.append(one)
+    return tuple(sorted(most))
