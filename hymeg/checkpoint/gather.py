@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from hymeg.checkpoint.companions import carry, companions
 from hymeg.checkpoint.dist_files import FORMAT_FILE, METADATA, RELEASE, TRACKER, iteration_folder
+from hymeg.checkpoint.metadata_file import stored_places
 from hymeg.checkpoint.sinks.new_folder import new_folder
-from hymeg.checkpoint.sources.dist_folder import open_dist, stored_places
+from hymeg.checkpoint.sources.dist_folder import open_dist
 from hymeg.checksums import MANIFEST, open_verified
 from hymeg.errors import UserError
 from hymeg.files import write_whole

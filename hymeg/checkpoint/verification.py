@@ -18,6 +18,7 @@ from typing import NamedTuple
 from isal import isal_zlib
 
 from hymeg.checkpoint.dist_files import METADATA
+from hymeg.checkpoint.metadata_file import stored_places
 from hymeg.checkpoint.stored_tensor import FileWindow
 from hymeg.checkpoint.workers import check_num_workers, dealt, run
 from hymeg.checksums import MANIFEST, Damaged, FileSum, damaged_blocks, read_manifest, sum_of_file
@@ -196,6 +197,8 @@ def _tensors_at(path: Path, wrong: list[range]) -> list[str]:
         if path.suffix == ".safetensors":
             tensors = SafetensorsFile(path, opened).tensors
             places = [(name, tensor.offset, tensor.nbytes) for name, tensor in tensors.items()]
+        elif path.suffix != ".distcp":
+            return []
         else:
             places = [item for item in _stored_items(path.parent) if item.file == path.name]
             broken = [item for item in places if _overlaps(item[1], item[2], wrong) and _is_broken(path, item)]
@@ -220,8 +223,6 @@ class _Item(NamedTuple):
 
 
 def _stored_items(folder: Path) -> list[_Item]:
-    from hymeg.checkpoint.sources.dist_folder import stored_places  # which says of its sources what this module finds
-
     return [_Item(key, position, length, file) for key, file, position, length in stored_places(folder)]
 
 

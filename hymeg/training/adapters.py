@@ -26,8 +26,8 @@ from hymeg.checkpoint.adapter_table import PREFIX, adapter_shapes, check_adapter
 from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.fingerprint import MODULUS, part_of_fingerprint, shown_fingerprint
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, num_parameters
+from hymeg.checkpoint.metadata_file import stored_shapes
 from hymeg.checkpoint.sources.adapter_folder import full_names
-from hymeg.checkpoint.sources.dist_folder import stored_shapes
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.models.freezing import train_in_full

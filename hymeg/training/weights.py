@@ -12,8 +12,8 @@ from pathlib import Path
 from hymeg.checkpoint.adapter_settings import ADAPTER_FILE
 from hymeg.checkpoint.dist_files import FORMAT, FORMAT_FILE, MODEL_KEYS, TRACKER
 from hymeg.checkpoint.mapping import check_distributed_tensors
+from hymeg.checkpoint.metadata_file import stored_shapes
 from hymeg.checkpoint.sources import open_hf
-from hymeg.checkpoint.sources.dist_folder import stored_shapes
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError

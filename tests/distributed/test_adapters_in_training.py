@@ -17,8 +17,8 @@ from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import adapter_modules, check_adapter_tensors
 from hymeg.checkpoint.adapters import adapter_to_peft, merge, peft_to_adapter
 from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.checkpoint.metadata_file import stored_shapes
 from hymeg.checkpoint.sources import open_adapter
-from hymeg.checkpoint.sources.dist_folder import stored_shapes
 from hymeg.checkpoint.verification import verify_folder
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig

@@ -27,8 +27,9 @@ from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.inspection import describe
+from hymeg.checkpoint.metadata_file import stored_shapes
 from hymeg.checkpoint.sinks import dist_folder
-from hymeg.checkpoint.sources.dist_folder import open_dist, stored_shapes
+from hymeg.checkpoint.sources.dist_folder import open_dist
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.checksums import MANIFEST
 from hymeg.errors import UserError

@@ -1,19 +1,16 @@
 """A distributed checkpoint as a source of rows, read without torch, a process group or a model.
 
-`.metadata` is not trusted: nothing in it is imported or run, and every number is checked before anything is read
-through it.
+`.metadata` is not trusted: every number in it is checked before anything is read through it.
 """
 
-import functools
 import io
 import itertools
 import os
-import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hymeg.checkpoint.companions import config_folder
 from hymeg.checkpoint.dist_files import (
@@ -26,16 +23,17 @@ from hymeg.checkpoint.dist_files import (
     iteration_folder,
 )
 from hymeg.checkpoint.mapping import Range, Shape, row_ranges
+from hymeg.checkpoint.metadata_file import are_sizes, flags_of, is_a, read_metadata
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source
 from hymeg.checkpoint.sources.foreign_keys import is_of_model, under_our_keys
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError
-from hymeg.files import opened, read_json, shown
+from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
 
-_MAX_METADATA_BYTES, _MAX_FLAGS_BYTES = 4 << 30, 64 << 20
+_MAX_FLAGS_BYTES = 64 << 20
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\..*")
 _OTHER_STATE = re.compile(r"(rng_state|rerun_state_machine_state|common_state)\b.*")
 
@@ -57,10 +55,10 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
             "torch_dist)"
         )
     path = folder / METADATA
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     try:
         entries = metadata.get("state_dict_metadata")
-        keys = [key for key, entry in entries.items() if _is_a(entry, "TensorStorageMetadata")]
+        keys = [key for key, entry in entries.items() if is_a(entry, "TensorStorageMetadata")]
         locations = _locations(folder, metadata.get("storage_data"))
         tensors = {
             key: _row_tensor(folder, key, _stored_tensor(key, entries[key].state, locations))
@@ -97,137 +95,18 @@ def _is_known_object(key: str) -> bool:
     return of_layer or bool(_OPTIMIZER.fullmatch(key) or _OTHER_STATE.fullmatch(key))
 
 
-def stored_shapes(folder: str | os.PathLike) -> dict[str, Shape | None]:
-    """The global shape of everything that an iteration's folder holds, optimizer state included, by key; None for what
-    is no tensor.
-
-    Of the files only `.metadata` is read, and nothing in it is run.
-
-    Raises:
-        UserError: it is missing, broken or hostile.
-    """
-    path = Path(folder) / METADATA
-    try:
-        entries = _read_metadata(path).get("state_dict_metadata")
-        shapes = {
-            key: tuple(entry.state["size"]) if _is_a(entry, "TensorStorageMetadata") else None
-            for key, entry in entries.items()
-        }
-        if not all(shape is None or _are_sizes(shape) for shape in shapes.values()):
-            raise ValueError("a shape is none")
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
-    return shapes
-
-
-def stored_places(folder: str | os.PathLike) -> list[tuple[str, str, int, int]]:
-    """Key, file, position and length of everything that an iteration's folder holds, checksums or not. Raises as
-    `stored_shapes` does.
-    """
-    path = Path(folder) / METADATA
-    try:
-        return [
-            (index.get("fqn"), info.get("relative_path"), int(info.get("offset")), int(info.get("length")))
-            for index, info in _read_metadata(path, opened).get("storage_data").items()
-        ]
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
-
-
-# ---- the pickle
-
-
-class _Record:
-    """Stands for any object in a pickle: its state is kept, none of its code is run."""
-
-    def __init__(self, *arguments: Any, **_: Any):
-        self.state: Any = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def get(self, name: str) -> Any:
-        return self.state.get(name) if isinstance(self.state, dict) else None
-
-
-@functools.cache
-def _record_class(name: str) -> type[_Record]:
-    return type(name, (_Record,), {})
-
-
-def _is_a(value: Any, *names: str) -> bool:
-    return isinstance(value, _Record) and type(value).__name__ in names
-
-
-# What Megatron's flags put into `.metadata` are records of these two packages, plans of every rank among them.
-_RECORDS = re.compile(r"(torch\.distributed\.checkpoint|megatron\.core\.dist_checkpointing)\.[\w.]+")
-_FUNCTIONS: dict[tuple[str, str], Callable] = {
-    ("torch", "Size"): tuple,
-    ("torch.serialization", "_get_layout"): str,
-    ("collections", "OrderedDict"): dict,
-    ("pathlib", "PosixPath"): lambda *parts: parts,
-    ("pathlib._local", "PosixPath"): lambda *parts: parts,
-}
-_DTYPE_NAME = re.compile(r"(bfloat16|u?int(8|16|32|64)|float(16|32|64|8_\w+)|bool|complex(64|128))")
-
-
-class _MetadataReader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and _DTYPE_NAME.fullmatch(name):
-            return name
-        if (module, name) in _FUNCTIONS:
-            return _FUNCTIONS[module, name]
-        if _RECORDS.fullmatch(module):
-            return _record_class(name)
-        found = shown(f"{module}.{name}")
-        raise UserError(f"it names {found}, which has no place in a checkpoint's metadata: do not load this file")
-
-
-def _read_metadata(path: Path, opened: Callable[[Path], BinaryIO] = open_verified) -> _Record:
-    try:
-        with opened(path) as file:
-            if os.fstat(file.fileno()).st_size > _MAX_METADATA_BYTES:
-                most = f"{_MAX_METADATA_BYTES >> 30} GiB"
-                raise UserError(f"{path}: larger than {most}; this is not a checkpoint's metadata")
-            metadata = _MetadataReader(file).load()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}; copy the checkpoint again") from None
-    except Damaged:
-        raise
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever unpickling a broken file raises; nothing of the file's own is run
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not a checkpoint's metadata ({reason}); copy the checkpoint again") from None
-    if not _is_a(metadata, "Metadata", "MCoreMetadata"):
-        raise UserError(f"{path}: not a checkpoint's metadata: it holds {shown(type(metadata).__name__)}")
-    entries = metadata.get("state_dict_metadata")
-    if type(entries) is not dict or not all(type(key) is str for key in entries):
-        raise UserError(f"{path}: damaged: its state_dict_metadata maps no names; copy the checkpoint again")
-    return metadata
-
-
-class _FlagsReader(pickle.Unpickler):
-    """Every name stands for a record."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return _record_class(name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        return None
-
-
 def _check_flags(folder: Path, location: tuple[str, int, int] | None) -> None:
     """Megatron's flags of the run, where they can be read: is there one under which the same bytes mean something
     else?
     """
     try:
         file, position, length = location
-        with open_verified(folder / file) as opened:
-            opened.seek(position)
-            archive = zipfile.ZipFile(io.BytesIO(opened.read(min(length, _MAX_FLAGS_BYTES))))
+        with open_verified(folder / file) as stored:
+            stored.seek(position)
+            archive = zipfile.ZipFile(io.BytesIO(stored.read(min(length, _MAX_FLAGS_BYTES))))
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        flags = _FlagsReader(io.BytesIO(archive.read(name))).load()[0]["args"]
+        with archive.open(name) as pickled:
+            flags = flags_of(pickled.read(_MAX_FLAGS_BYTES))
         interleaved = flags.get("moe_mlp_glu_interleave_size")
     except Damaged:
         raise
@@ -266,7 +145,7 @@ def _locations(folder: Path, storage_data: Any) -> Locations:
             if not (folder / file).is_file():
                 raise UserError(f"file {file} is missing in {folder}; copy the checkpoint again")
             sizes[file] = os.path.getsize(folder / file)
-        if not (_are_sizes((position, length)) and position + length <= sizes[file]):
+        if not (are_sizes((position, length)) and position + length <= sizes[file]):
             raise UserError(
                 f"{shown(key)} lies at {shown(position)} for {shown(length)} bytes in {file}, which has {sizes[file]}: "
                 "truncated; copy it again"
@@ -290,8 +169,8 @@ def _stored_tensor(key: str, entry: Mapping[str, Any], locations: Locations) -> 
                 "copy it again"
             )
         chunks.append(StoredChunk(*locations[key, offset], offset, size))
-    if not _are_sizes(shape) or not all(
-        _are_sizes(c.offset) and _are_sizes(c.shape) and len(c.offset) == len(c.shape) == len(shape) for c in chunks
+    if not are_sizes(shape) or not all(
+        are_sizes(c.offset) and are_sizes(c.shape) and len(c.offset) == len(c.shape) == len(shape) for c in chunks
     ):
         raise UserError(f"{key}: its shape {shown(shape)} and those of its chunks are not sizes of one number of axes")
     if not 1 <= len(shape) <= 3:
@@ -302,10 +181,6 @@ def _stored_tensor(key: str, entry: Mapping[str, Any], locations: Locations) -> 
             "missing"
         )
     return StoredTensor(dtype, shape, tuple(chunks))
-
-
-def _are_sizes(values: Iterable[Any]) -> bool:
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _fill(shape: Shape, chunks: list[StoredChunk]) -> bool:
