@@ -250,18 +250,8 @@ def in_a_child(work: Callable[[], object], seconds: float):
 def pytest_with(plugin: Notes, files: list[str], *options: str) -> None:
     import pytest
 
-    common = [
-        "-q",
-        "-m",
-        "not soak",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:randomly",
-        "-o",
-        "addopts=",
-        f"--rootdir={os.getcwd()}",
-    ]
+    off = ["-p", "no:cacheprovider", "-p", "no:randomly", "-o", "addopts="]
+    common = ["-q", "-m", "not soak", *off, f"--rootdir={os.getcwd()}"]
     pytest.main([*common, *options, *files], plugins=[plugin])
 
 

@@ -31,12 +31,19 @@ def train_in_full(names: Mapping[str, str], model: torch.nn.Module) -> None:
 
 
 def require_gradients_of_inputs(model: torch.nn.Module) -> None:
-    """Of a frozen embedding's output: a layer that is recomputed in the backward pass, and a pipeline stage without
-    adapters, pass gradients on only where their inputs ask for them (megatron/core/tensor_parallel/random.py,
-    CheckpointFunction; pipeline_parallel/schedules.py, backward_step).
+    """Of a frozen embedding's output, where Megatron passes gradients on only if a layer's inputs ask for them: layers
+    that are recomputed in the backward pass, or whose communication is overlapped, graphs of kernels, and a pipeline
+    stage without adapters (megatron/core/tensor_parallel/random.py, CheckpointFunction; pipeline_parallel/schedules.py,
+    backward_step). Elsewhere the backward pass ends at the first parameter that is trained.
     """
-    embedding = getattr(model, "embedding", None)
-    if embedding is not None:
+    config, embedding = model.config, getattr(model, "embedding", None)
+    ask = (
+        config.recompute_granularity is not None
+        or config.overlap_moe_expert_parallel_comm
+        or config.cuda_graph_impl != "none"
+        or config.pipeline_model_parallel_size > 1
+    )
+    if embedding is not None and ask:
         embedding.register_forward_hook(_require_gradient)
 
 

@@ -80,6 +80,23 @@ def test_logits_and_gradients_equal(folder, what, scaling):
     assert all(p.grad is None for name, p in ours.named_parameters() if not name.startswith("adapters."))
 
 
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+@pytest.mark.parametrize(("flags", "goes_on"), [("", False), (RECOMPUTED, True)])
+def test_the_backward_pass_ends_where_nothing_below_is_trained(folder, flags, goes_on):
+    """But for layers that are recomputed, which pass nothing on unless they are asked to."""
+    model, config = build(folder, *flags.split()), HyConfig.from_dir(folder)
+    add_adapters(model, config, AdapterSettings(RANK, ALPHA, "lora", 0.0, LINEAR), seed=1)
+    embedded = []
+    model.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
+    tokens = torch.arange(16).view(1, 16)
+    model(tokens, positions(tokens), None, labels=tokens).mean().backward()
+    assert [output.requires_grad for output in embedded] == [goes_on]
+    first = [part for adapter in model.adapters.values() for part in adapter.pairs() if ".layers.0." in part[0].path]
+    assert len(first) == 7 and all(b.grad is not None and b.grad.abs().sum() > 0 for _, _, b in first)
+
+
 def _of_ours(name: str, pairs: dict, num_experts: int):
     """Our parameters that one of peft's stands for, and how they, or their gradients, make it. Of the experts peft has
     one A for gate and up, so that its gradient is the sum of both."""
