@@ -1,12 +1,10 @@
-"""`.metadata` of a distributed checkpoint, and other pickles of it, read without trust: nothing in them is imported or
-run, and reading takes no more memory than their length explains.
+"""`.metadata` of a distributed checkpoint, and the flags beside it, read without trust: nothing in them is imported or
+run.
 """
 
 import functools
-import io
 import os
 import pickle
-import pickletools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, BinaryIO
 
 from hymeg.checkpoint.dist_files import METADATA
 from hymeg.checkpoint.mapping import Shape
+from hymeg.checkpoint.pickles import unpickled
 from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError
 from hymeg.files import opened, shown
@@ -112,7 +111,7 @@ def read_metadata(path: Path, opened: Callable[[Path], BinaryIO] = open_verified
         with opened(path) as file:
             if os.fstat(file.fileno()).st_size > _MAX_BYTES:
                 raise UserError(f"larger than {_MAX_BYTES >> 30} GiB; this is not a checkpoint's metadata")
-            metadata = _unpickled(file.read(), _MetadataReader)
+            metadata = unpickled(file.read(), _MetadataReader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; copy the checkpoint again") from None
     except Damaged:
@@ -133,7 +132,7 @@ def read_metadata(path: Path, opened: Callable[[Path], BinaryIO] = open_verified
 def flags_of(pickled: bytes) -> Any:
     """Megatron's flags of a run, from the pickle of its common state, every object a `Record`. Raises whatever a broken
     pickle makes the unpickler raise."""
-    return _unpickled(pickled, _FlagsReader)[0]["args"]
+    return unpickled(pickled, _FlagsReader)[0]["args"]
 
 
 class _FlagsReader(pickle.Unpickler):
@@ -142,50 +141,6 @@ class _FlagsReader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         return None
-
-
-def _unpickled(data: bytes, reader: type[pickle.Unpickler]) -> Any:
-    _check_memo(data)
-    return reader(io.BytesIO(data)).load()
-
-
-_ARGUMENT_BYTES = {ord(opcode.code): opcode.arg.n if opcode.arg else 0 for opcode in pickletools.opcodes}
-_LENGTH_BYTES = {
-    pickletools.TAKEN_FROM_ARGUMENT1: 1,
-    pickletools.TAKEN_FROM_ARGUMENT4: 4,
-    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
-    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
-}
-_PUT, _LONG_BINPUT, _STOP, _OF_TWO_LINES = ord("p"), ord("r"), ord("."), b"ci"
-
-
-def _check_memo(data: bytes) -> None:
-    """Refuse a pickle that asks for more places in the memo than it has bytes: the unpickler makes room for all that
-    come before the one that is named, 34 GB for ten bytes, or for one bit that has flipped.
-
-    Raises:
-        UserError: it does.
-    """
-    at = 0
-    while at < len(data):
-        opcode, at = data[at], at + 1
-        size = _ARGUMENT_BYTES.get(opcode)
-        if size is None or opcode == _STOP:
-            return  # the unpickler comes no further either
-        begin = at
-        if size >= 0:
-            at += size
-        elif size == pickletools.UP_TO_NEWLINE:
-            for _ in range(2 if opcode in _OF_TWO_LINES else 1):
-                at = data.find(b"\n", at) + 1 or len(data)
-        else:
-            width = _LENGTH_BYTES[size]
-            at += width + int.from_bytes(data[at : at + width], "little")
-        if opcode in (_PUT, _LONG_BINPUT):
-            place = int.from_bytes(data[begin:at], "little") if opcode == _LONG_BINPUT else int(data[begin:at])
-            if place > len(data):
-                found = f"damaged: a pickle of {len(data):,} bytes names place {place:,} of its memo"
-                raise UserError(f"{found}; copy the checkpoint again")
 
 
 def are_sizes(values: Iterable[Any]) -> bool:

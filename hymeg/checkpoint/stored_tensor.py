@@ -21,6 +21,7 @@ import zlib
 from typing import Any, NamedTuple
 
 from hymeg.checkpoint.mapping import Shape
+from hymeg.checkpoint.pickles import unpickled
 from hymeg.checksums import Damaged
 from hymeg.errors import UserError
 from hymeg.files import shown
@@ -234,7 +235,7 @@ class _Description(pickle.Unpickler):
 
 
 def _check_description(data: bytes, dtype: str, shape: Shape) -> None:
-    storage, offset, size, strides, *_ = _Description(io.BytesIO(data)).load()
+    storage, offset, size, strides, *_ = unpickled(data, _Description)
     if storage[1] != WEIGHTS[dtype].storage:
         raise ValueError(f"it holds a {shown(storage[1])}")
     if tuple(size) != shape:

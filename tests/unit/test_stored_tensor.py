@@ -72,6 +72,22 @@ def test_any_damage_to_a_stored_tensor_is_an_error_or_harmless(tmp_path):
                 assert ElementFinder().find(FileWindow(file.fileno(), 0, size), "F32", (6, 4), "it") + 96 <= size
 
 
+def test_a_description_that_would_take_the_machine_s_memory_is_refused(tmp_path):
+    """Whole, with the checksum of a zip: what a hostile file is."""
+    torch.save(torch.randn(6, 4), buffer := io.BytesIO())
+    with zipfile.ZipFile(buffer) as good, zipfile.ZipFile(tmp_path / "file", "w") as bad:
+        for record in good.infolist():
+            data = good.read(record)
+            if record.filename.endswith("data.pkl"):
+                data = data[:-1] + b"r" + (1 << 24).to_bytes(4, "little") + b"."
+            bad.writestr(record.filename, data)
+    with (
+        open(tmp_path / "file", "rb") as file,
+        pytest.raises(UserError, match=r"it: not a stored F32 .* of its memo;"),
+    ):
+        ElementFinder().find(FileWindow(file.fileno(), 0, os.path.getsize(tmp_path / "file")), "F32", (6, 4), "it")
+
+
 def test_numbers_are_rounded_as_torch_rounds_them():
     numbers = torch.cat(
         [
