@@ -1,11 +1,12 @@
 """Seconds of a training step and memory: adapters, full fine-tuning of the same model, peft beside transformers.
 
-One checkpoint, one batch, one thread each, fp32, AdamW, interleaved rounds; medians of all steps but the first three of
-every process. Memory is what a process had of its own at most (RssAnon, looked at every 20 ms), in a run of its own in
-which glibc gives back at once what is freed: otherwise the figure is the allocator's luck. The column beside it takes
-away what the same libraries held once they were imported.
+One checkpoint, one batch, one thread each, fp32, AdamW; medians of all steps but the first three of every process. The
+two of a comparison run at the same time, each on a core of its own, which they change in every round: what else the
+machine does then slows both. Memory is what a process had of its own at most (RssAnon, looked at every 20 ms), in a
+run of its own in which glibc gives back at once what is freed: otherwise the figure is the allocator's luck. The column
+beside it takes away what the same libraries held once they were imported.
 
-    python tools/benchmarks/adapters.py [--rounds 3] [--steps 12]
+    python tools/benchmarks/adapters.py [--rounds 4] [--steps 12]
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,8 @@ DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 """Modules of transformers' model: attention, dense layers and shared experts, which hymeg adapts by default too."""
 EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EVERYTHING = "--lora-targets " + " ".join(DEFAULT_TARGETS)
-NAMES = ("full", "default", "peft default", "everything", "peft everything")
+PAIRS = (("everything", "full"), ("default", "peft default"), ("everything", "peft everything"))
+NAMES = list(dict.fromkeys(name for pair in PAIRS for name in pair))
 
 
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -50,10 +53,11 @@ def own_memory(pid: int) -> int:
     return 1024 * int(found.group(1)) if (found := re.search(r"RssAnon:\s+(\d+)", status)) else 0
 
 
-def run(command: list[str], **environment: str) -> Child:
+def run(command: list[str], core: int | None = None, **environment: str) -> Child:
     """`command` prints the trainer's log lines or "step SECONDS", and "imported BYTES" where it says its libraries'."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
+    on_core = [] if core is None else ["taskset", "-c", str(core)]
+    process = subprocess.Popen([*on_core, *command], text=True, env=os.environ | environment, **pipes)
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
@@ -107,23 +111,24 @@ def megatron_imports() -> None:
     print("imported", own_memory(os.getpid()), flush=True)
 
 
-def report(results: dict[str, list[Child]], held: dict[str, Child], imports: int) -> None:
-    def of_step(name: str) -> float:
-        return statistics.median(second for child in results[name] for second in child.steps)
-
-    print("\n| what | ms a step | MB at most | above imports | adapters against it: time, memory |")
-    print("|---|---|---|---|---|")
-    for said, name, ours in (
-        ("full fine-tuning, pretrain_hy.py", "full", "everything"),
-        ("adapters of attention, dense layers, shared experts", "default", None),
-        ("the same, peft beside transformers", "peft default", "default"),
-        ("adapters of everything, routed experts too", "everything", None),
-        ("the same, peft beside transformers", "peft everything", "everything"),
+def report(steps: dict[tuple[str, str], tuple[list, list]], held: dict[str, Child], imports: int) -> None:
+    """`steps`: of each comparison the seconds of ours and of the other's."""
+    print("\n| what | ms a step | beside ours of | against it | MB at most | above imports | against it |")
+    print("|---|---|---|---|---|---|---|")
+    for said, (ours, name) in zip(
+        (
+            "full fine-tuning, pretrain_hy.py; ours: adapters of everything, routed experts too",
+            "peft beside transformers; adapters of attention, dense layers, shared experts",
+            "peft beside transformers; adapters of everything",
+        ),
+        PAIRS,
+        strict=True,
     ):
-        most, before = held[name].memory, held[name].imports or imports
-        ratios = f"{of_step(ours) / of_step(name):.2f}x, {held[ours].memory / most:.2f}x" if ours else ""
-        above = f"{most / 1e6:,.0f} | {(most - before) / 1e6:,.0f}"
-        print(f"| {said} | {of_step(name) * 1e3:,.0f} | {above} | {ratios} |")
+        our_time, time = map(statistics.median, steps[ours, name])
+        (_, our_memory, _), (_, most, before) = held[ours], held[name]
+        figures = f"{time * 1e3:,.0f} | {our_time * 1e3:,.0f} | {our_time / time:.2f}x"
+        memory = f"{most / 1e6:,.0f} | {(most - (before or imports)) / 1e6:,.0f} | {our_memory / most:.2f}x"
+        print(f"| {said} | {figures} | {memory} |")
 
 
 def command(name: str, folder: str, steps: int) -> list[str]:
@@ -135,7 +140,7 @@ def command(name: str, folder: str, steps: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help="an even number: each has both cores")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--child", choices=("peft default", "peft everything", "imports"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -153,15 +158,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shape = SHAPE | {"num_hidden_layers": LAYERS, "num_experts": EXPERTS}
         write_tiny_checkpoint(folder, HyConfig.from_dict(TINY_CONFIG | shape), dtype="fp32")
-        results: dict[str, list[Child]] = {name: [] for name in NAMES}
         imports = run([sys.executable, __file__, "--child", "imports"]).imports
         held = {name: run(command(name, folder, 4), **GIVES_BACK) for name in NAMES}
+        cores, steps = sorted(os.sched_getaffinity(0))[:2], {pair: ([], []) for pair in PAIRS}
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", flush=True)
-            for name in NAMES:
-                results[name].append(run(command(name, folder, args.steps)))
+            for pair, found in steps.items():
+                with futures.ThreadPoolExecutor(2) as pool:
+                    both = pool.map(lambda name, core: run(command(name, folder, args.steps), core), pair, cores)
+                    for of_one, child in zip(found, both, strict=True):
+                        of_one.extend(child.steps)
+            cores.reverse()
     print(f"{LAYERS} layers, {EXPERTS} experts, batch {BATCH} x {SEQ_LENGTH}, rank {RANK}; medians of {args.rounds}")
-    report(results, held, imports)
+    report(steps, held, imports)
 
 
 if __name__ == "__main__":
