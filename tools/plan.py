@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Which layouts of a model fit on a cluster, how fast each would be, and what to submit: without a GPU.
 
-    python tools/plan.py --hf DIR --gpus 64 --seq-length 4096 --global-batch-size 1024 [any flag of pretrain_hy.py: it
-    is kept] python tools/plan.py --hf DIR --config recipe.yaml --gpus 64
+    python tools/plan.py --hf DIR --gpus 64 --seq-length 4096 --global-batch-size 1024
+    python tools/plan.py --hf DIR --config recipe.yaml --gpus 64
 
-With a recipe that recipe is judged as it stands; with --search it fixes what it says, and the rest is chosen.
+Any flag of pretrain_hy.py may follow: it is kept. With a recipe that recipe is judged as it stands; with --search it
+fixes what it says, and the rest is chosen.
 """
 
 import argparse

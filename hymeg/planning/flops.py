@@ -44,14 +44,16 @@ def forward_flops_by_part(
     """FLOPs of one forward pass by part of the model. With H hidden, L layers (the MTP layers included), and all per
     token but the scores:
 
-        attention_projections   2 L (H q + 2 H kv + q H)         q = query heads x head_dim, kv = key-value heads x
-        head_dim attention_scores        2 L 2 q sum(len^2), halved if causal    QK^T and the product with V, each q per
-        pair of positions dense_mlp               2 x 3 H intermediate_size for each dense layer              gate, up,
-        down routed_experts          2 x 3 H moe_intermediate_size top_k for each MoE layer
+        attention_projections   2 L (H q + 2 H kv + q H)
+                                    q = query heads x head_dim, kv = key-value heads x head_dim
+        attention_scores        2 L 2 q sum(len^2), halved if causal
+                                    QK^T and the product with V, each q per pair of positions
+        dense_mlp               2 x 3 H intermediate_size for each dense layer: gate, up, down
+        routed_experts          2 x 3 H moe_intermediate_size top_k for each MoE layer
         shared_experts          2 x 3 H shared_expert_intermediate_size for each MoE layer
         router                  2 H num_experts for each MoE layer
         lm_head                 2 H vocab_size, once and once more for each MTP layer
-        mtp_projection          2 x 2H H for each MTP layer        eh_proj
+        mtp_projection          2 x 2H H for each MTP layer: eh_proj
 
     The halving takes len^2 / 2 for the len (len + 1) / 2 pairs under a causal mask: the convention of Megatron-LM
     (`num_floating_point_operations`) and of the MFU figures published with it. `causal=False` counts every pair, as

@@ -72,6 +72,22 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     assert written["mfu"] == pytest.approx(tflops / 989)
 
 
+def test_every_line_is_of_its_own_iterations(monkeypatch):
+    monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
+    args = types.SimpleNamespace(
+        seq_length=64, world_size=1, rank=0, save=None, log_interval=2, expert_model_parallel_size=1
+    )
+    ensure_world()
+    line = metrics.LogLine(args, CONFIG, "", RunRecord(None, {}, print), print)
+    line.watch([])
+    line.seconds = 1.0
+    for iteration, tokens in ((1, 256.0), (2, 128.0), (3, 64.0), (4, 32.0)):
+        line.before(iteration, False, tokens, tokens**2)
+        if iteration % 2 == 0:
+            mean = {2: 192, 4: 48}[iteration]
+            assert f" tokens/s: {mean} | full: {mean / 256:.1%} |" in line.extended("")
+
+
 def test_the_heat_map_is_drawn_at_every_tenth_line_with_the_mean_a_third_of_white(monkeypatch):
     pictures = {}
     wandb = types.SimpleNamespace(

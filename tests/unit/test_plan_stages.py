@@ -126,6 +126,11 @@ def test_layout_strings_are_legal_and_give_the_last_stage_less():
         assert counts[-1] <= min(counts[:-1]) and max(counts[:-1]) - min(counts[:-1]) <= 1
 
 
+def test_a_last_stage_whose_head_weighs_more_than_its_share_has_no_layer():
+    config = config_of(num_hidden_layers=7, vocab_size=1_000_000)
+    assert balanced(config, 4) == "Et*2|t*2|t*3|L"
+
+
 def test_layout_string_reads_back():
     layout = layout_of(5, pipeline_model_parallel_size=5, pipeline_model_parallel_layout="Et*2|(t*5|)*2t|mL")
     assert layout_string([2, 5, 5, 1, 0], 1) == layout.pipeline_model_parallel_layout
