@@ -31,6 +31,8 @@ from hymeg.hf.tokenizer import (
     SPECIAL_TOKENS,
     THINK,
     USER,
+    load_tokenizer,
+    text_tokenizer,
     train_tiny_tokenizer,
 )
 
@@ -205,6 +207,24 @@ def test_a_thousand_random_conversations_are_what_serving_sees_and_masked_as_by_
     for conversation, tokens in zip(conversations, encoder.encode_batch(conversations), strict=True):
         assert tokens.token_ids.tolist() == as_served(encoder, conversation)
         assert_as_by_hand(encoder, conversation, tokens)
+
+
+def test_truncation_and_padding_that_a_tokenizer_was_saved_with_count_for_nothing(tmp_path):
+    def change(tokenizer):
+        tokenizer.backend_tokenizer.enable_truncation(8)
+        tokenizer.backend_tokenizer.enable_padding(length=12, pad_token=PAD, pad_id=0)
+
+    texts = ["?", "word " * 30]
+    messages = [user(texts[0]), assistant(texts[1])]
+    found, expected = (
+        encoder_with(tmp_path / name, change=how).encode(Conversation(messages)).token_ids.tolist()
+        for name, how in (("saved", change), ("plain", lambda tokenizer: None))
+    )
+    assert found == expected and len(found) > 30
+    saved = load_tokenizer(tmp_path / "saved")
+    assert json.loads(saved.backend_tokenizer.to_str())["truncation"]["max_length"] == 8
+    lengths = [len(encoded.ids) for encoded in text_tokenizer(saved).encode_batch(texts)]
+    assert lengths[0] == 1 and lengths[1] > 30
 
 
 def test_literals_of_special_tokens_in_texts_stay_text(encoder):
