@@ -311,7 +311,8 @@ def judge(task: tuple[dict, list[str], float]) -> dict:
         os.utime(path, (stamp, stamp))
     if isinstance(found, str):
         found = {"by": [found], "ran": 0}
-    by = "SURVIVED" if not found["by"] else found["by"][0]
+    broken = ["nothing could be run"] if tests and not found["ran"] else []
+    by = [*found["by"], *broken, "SURVIVED"][0]
     return mutation | {"by": by, "ran": found["ran"], "of": len(tests), "seconds": round(time.monotonic() - begun, 1)}
 
 

@@ -78,6 +78,8 @@ def test_activations_are_kept_for_adapters_only():
     assert kept("mlp.gate_proj", "experts.down_proj") - nothing == 2 * chosen * (expert + 8)
     assert kept("mlp.gate_proj", "q_proj", "v_proj") - nothing == 2 * tokens * (hidden + 2 * 8)
     assert kept("mlp.gate_proj", "o_proj") - nothing == 2 * tokens * 8  # attention keeps its output itself
+    queries, local = HY3.num_attention_heads * HY3.head_dim, {"transformer_impl": "local"}  # a copy in another order
+    assert kept("mlp.gate_proj", "o_proj", **local) - kept("mlp.gate_proj", **local) == 2 * tokens * (queries + 8)
     assert kept("q_proj", lora_dropout=0.1) - kept("q_proj") == 3 * tokens * hidden
     everything = Activations(HY3, layout, Settings()).layer(is_moe=True)
     inner = 7 * tokens + 3 * chosen

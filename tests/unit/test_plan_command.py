@@ -12,6 +12,7 @@ from published_models import PUBLISHED
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import EXIT_CODE, UserError
 from hymeg.hf.config import HyConfig
+from hymeg.planning import report
 from hymeg.planning.flops import PEAK_TFLOPS
 from hymeg.planning.layout import Layout, check
 from hymeg.planning.memory import GIB, Device, memory_by_stage
@@ -338,6 +339,31 @@ def test_a_search_lists_legal_layouts_only_and_keeps_experts_in_a_node():
     assert len(found.fitting) == found.num_fitting > 20
     across = searched(HY3, Layout(64, 4096, 256), "H200", 141, experts_across_nodes=True)
     assert any(plan.layout.expert_model_parallel_size > 8 for plan in across.fitting)
+
+
+def test_what_does_not_fit_is_listed_once_where_recomputation_is_fixed():
+    free = set(plan_command.CHOSEN) - {"context_parallel_size", "micro_batch_size", "tensor_model_parallel_size"}
+    planner = Planner(HY3, Machine(64, 8, Device(141), HARDWARE["H200"]))
+    found = planner.search(Layout(64, 4096, 256), free, PLAIN_SETTINGS, {"recompute_granularity"})
+    rejected = [(plan.layout, plan.settings) for plan in found.rejected]
+    assert len(rejected) == len(set(rejected)) > 10
+    assert {plan.settings.recompute_granularity for plan in [*found.fitting, *found.rejected]} == {None}
+
+
+def test_the_host_s_memory_at_a_save_is_told_and_what_a_gpu_gathers_then():
+    planner = Planner(HY_MT2, Machine(16, 8, Device(80), HARDWARE["H100"]))
+    layout = Layout(16, 4096, 256, expert_model_parallel_size=8)
+    lean, gathering = (
+        planner.plan(layout, Settings(distrib_optim_fully_reshardable_mem_efficient=is_lean))
+        for is_lean in (True, False)
+    )
+    host = planner.host(lean)
+    [line] = report.host_lines(lean, planner)
+    assert "(fully reshardable, memory-efficient checkpoints)" in line
+    assert f"at a save {host.save / 2**30:.0f}, at a load {host.load / 2**30:.0f}, offloaded 0." in line
+    line, more = report.host_lines(gathering, planner)
+    assert "(fully reshardable checkpoints)" in line and planner.host(gathering).gpu_at_save > 2**30
+    assert f"a save gathers up to {planner.host(gathering).gpu_at_save / 2**30:.1f} GiB" in more
 
 
 def test_a_search_under_a_hidden_all_to_all_lists_what_megatron_takes():

@@ -64,6 +64,13 @@ def test_what_a_rank_keeps_is_what_megatron_allocates_but_for_padding(sizes, cha
             assert getattr(found, part) == pytest.approx(getattr(exact, part), rel=1e-4)
 
 
+def test_the_largest_operation_of_a_stage_of_multi_token_prediction_is_that_of_a_mixture_of_experts():
+    sizes = Activations(dataclasses.replace(HY3, vocab_size=1024), Layout(1, 4096, 1), Settings())
+    of_experts = sizes.working(Chunk((True,), 0, False, False, False))
+    assert sizes.working(Chunk((), 1, False, False, False)) == of_experts
+    assert sizes.working(Chunk((False,), 0, False, False, False)) < of_experts
+
+
 def test_optimizer_instances_keep_a_copy_each():
     """Two instances share the ranks: every rank's part of the state is twice as large."""
     layout = Layout(64, 4096, 64, expert_model_parallel_size=8)
