@@ -1,6 +1,8 @@
 """What the log line says, and to whom."""
 
+import importlib.metadata
 import math
+import socket
 import types
 
 import numpy as np
@@ -13,7 +15,7 @@ from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops
 from hymeg.reporting.record import RunRecord
-from hymeg.training import metrics, writers
+from hymeg.training import metrics, run_record, writers
 
 CONFIG = HyConfig.from_dict(TINY_CONFIG)
 
@@ -70,6 +72,24 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
         and written["expert-parallel-load"] == 2
     )
     assert written["mfu"] == pytest.approx(tflops / 989)
+
+
+def test_a_run_s_record_begins_with_where_and_how_it_runs():
+    sizes = (
+        "tensor_model_parallel pipeline_model_parallel context_parallel expert_model_parallel expert_tensor_parallel"
+    )
+    names = [f"{name}_size" for name in f"{sizes} virtual_pipeline_model_parallel data_parallel micro_batch".split()]
+    layout = {name: number for number, name in enumerate([*names, "seq_length", "global_batch_size"])}
+    args = types.SimpleNamespace(**layout, world_size=64, train_iters=5, hf_model="a/folder")
+    found = run_record.facts(args, CONFIG, {"digest": "d"})
+    assert found["layout"] == layout and (found["world_size"], found["train_iters"]) == (64, 5)
+    assert found["host"] == socket.gethostname() and found["data"] == {"digest": "d"}
+    assert found["model"] == {"folder": "a/folder"} | {
+        name: TINY_CONFIG[name]
+        for name in ("num_hidden_layers", "hidden_size", "num_experts", "num_experts_per_tok", "vocab_size")
+    } | {"num_nextn_predict_layers": 0}
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
+    assert found["expert_counts"] == [CONFIG.num_hidden_layers, CONFIG.num_experts]
 
 
 def test_every_line_is_of_its_own_iterations(monkeypatch):

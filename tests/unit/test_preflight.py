@@ -426,6 +426,7 @@ def test_nothing_is_said_of_what_needs_no_correction(checked):
         ("--config={recipe}", "context-parallel-size: 4  # of 8", "H100", None, "1"),
         ("--config {recipe} --context-parallel-size 1", "context-parallel-size: 4", "H100", None, None),
         ("--config {recipe}", "# tensor-model-parallel-size: 2", "H100", None, None),
+        ("--config {recipe}", "tensor-model-parallel-size: 2  # caf\udce9", "H100", None, "1"),  # not UTF-8
         ("--tensor-model-parallel-size 1", "", "H100", None, None),
         ("--pipeline-model-parallel-size 2", "", "H100", None, None),
         ("--tensor-model-parallel-size 2 --overlap-moe-expert-parallel-comm", "", "H100", None, None),
@@ -438,7 +439,7 @@ def test_connections_are_set_where_needed_before_torch_is_there(
     tmp_path, monkeypatch, line, recipe, gpu, before, after
 ):
     """The driver reads the variable once, and importing Megatron asks the driver for its GPUs."""
-    (tmp_path / "recipe.yaml").write_text(f"bf16: true\n{recipe}\n")
+    (tmp_path / "recipe.yaml").write_bytes(f"bf16: true\n{recipe}\n".encode(errors="surrogateescape"))
     (tmp_path / "information").write_text(f"Model: \t\t NVIDIA {gpu}\nIRQ: 16\n")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", before or "")
     if before is None:
