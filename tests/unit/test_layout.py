@@ -79,6 +79,19 @@ def megatron_groups(monkeypatch):
     return accepts
 
 
+SIZES = """
+    tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
+    expert_tensor_parallel_size num_distributed_optimizer_instances decoder_first_pipeline_num_layers
+    decoder_last_pipeline_num_layers micro_batch_size global_batch_size seq_length
+"""
+
+
+@pytest.mark.parametrize("field", SIZES.split())
+def test_a_size_of_nothing_is_refused_by_the_name_of_its_flag(field):
+    flag = f"--{field.replace('_', '-')}"
+    assert refusal(config_of(), layout_of(4, **{field: 0})) == f"{flag} 0: a size is at least 1"
+
+
 def test_worlds_are_legal_where_megatron_can_form_its_groups(megatron_groups):
     grid = list(
         itertools.product(
