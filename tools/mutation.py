@@ -272,11 +272,14 @@ def choose(mutation: dict, surveys: dict[str, dict], budget: float) -> list[str]
     package, _, module = mutation["file"].removesuffix(".py").replace("/", ".").rpartition(".")
     names = re.compile(rf"{re.escape(package)}(\.| import .*\b){module}\b")
     lines = {f"{mutation['file']}:{number}" for number in range(mutation["lines"][0], mutation["lines"][1] + 1)}
-    ranked = []
+    ranked, room = [], mutation["file"].split("/")[1]
+    is_seen = any(not lines.isdisjoint(run) for notes in surveys.values() for run in notes["lines"].values())
     for file, notes in surveys.items():
         sees = {test for test, run in notes["lines"].items() if not lines.isdisjoint(run)}
         if any(fnmatch.fnmatch(mutation["file"], glob) and file in files for glob, files in ELSEWHERE.items()):
             sees |= notes["seconds"].keys()
+        if not is_seen and f"hymeg.{room}" in (ROOT / file).read_text():
+            sees |= notes["seconds"].keys()  # by a process of their own, perhaps
         if sees:
             unnamed = not names.search((ROOT / file).read_text())
             price = sum(seconds for test, seconds in notes["seconds"].items() if test in sees)
