@@ -631,6 +631,15 @@ def test_comparison_sees_other_configs_and_other_shapes(dist, dist_checkpoint):
     assert found["model.layers.0.mlp.up_proj.weight"].startswith("shapes: [256, 64] and [256, 64] as")
 
 
+@pytest.mark.parametrize("without_config", ["first", "second"])
+def test_one_config_is_enough_to_compare_and_none_is_not(dist, dist_checkpoint, without_config):
+    (dist / "config.json").unlink()
+    folders = (dist, dist_checkpoint) if without_config == "first" else (dist_checkpoint, dist)
+    assert compare_checkpoints(*folders) == []
+    with pytest.raises(UserError, match=r"neither .* has a config\.json; copy the model's into one of them"):
+        compare_checkpoints(dist, dist)
+
+
 def test_a_dtype_that_cannot_be_compared_is_an_error_not_a_traceback(hf, hf_checkpoint):
     path = sorted(hf.glob("*.safetensors"))[0]
     tensors = load_file(path)

@@ -105,6 +105,22 @@ def check_against_tensors(entries):
         assert entry.file.read_bytes()[entry.offset : entry.offset + entry.nbytes] == raw_bytes(tensor)
 
 
+def test_one_file_of_several_without_an_index_is_not_taken_for_all(tmp_path):
+    save_file({"odd": TENSORS["odd"]}, tmp_path / "model-00001-of-00003.safetensors")
+    with pytest.raises(UserError, match=f"1 of 3 files and no {INDEX_FILE}; fetch the rest"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_name_that_a_header_has_twice_is_told(tmp_path):
+    header = b'{"bias":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},' + 2 * (
+        b'"odd":{"dtype":"U8","shape":[1],"data_offsets":[1,2]},'
+    )
+    header = header[:-1] + b"}"
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+    with pytest.raises(UserError, match="names 'odd' twice"):
+        open_checkpoint(tmp_path)
+
+
 def test_shards_hold_at_most_what_they_may():
     specs = [TensorSpec(f"t{i}", "BF16", (i,)) for i in (30, 30, 90, 10, 20, 20)]
     shards = into_shards(specs, 100)
