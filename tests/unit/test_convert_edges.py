@@ -24,12 +24,14 @@ from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS
 from hymeg.checkpoint.sinks import new_folder, transfer
+from hymeg.checkpoint.sinks.hf_folder import with_dtype
 from hymeg.checkpoint.sources import open_any, open_dist, open_hf
 from hymeg.checkpoint.stored_tensor import stored_object
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.checksums import MANIFEST
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
+from hymeg.hf.safetensors_files import TensorSpec
 
 CONVERT = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -629,6 +631,25 @@ def test_comparison_sees_other_configs_and_other_shapes(dist, dist_checkpoint):
     found = {difference.name: difference.what for difference in compare_checkpoints(dist, dist_checkpoint)}
     assert found["config.json"] == "rope_theta: 5.0 and 11158840.0"
     assert found["model.layers.0.mlp.up_proj.weight"].startswith("shapes: [256, 64] and [256, 64] as")
+
+
+@pytest.mark.parametrize("use", [describe, open_any, lambda folder: compare_checkpoints(folder, folder)])
+def test_a_folder_that_is_not_there_is_told(tmp_path, use):
+    with pytest.raises(
+        UserError, match=f"^{tmp_path}/none: no such folder; give a Hugging Face or a distributed check"
+    ):
+        use(tmp_path / "none")
+
+
+def test_config_json_says_the_dtype_that_most_elements_have():
+    config = HyConfig.from_dict(TINY_CONFIG | {"dtype": "bfloat16"})
+    large, small = (lambda dtype, n=n: TensorSpec(f"{n}", dtype, (n, 3)) for n in (10, 2))
+    for specs, dtype in (
+        ([large("F32"), small("BF16")], "float32"),
+        ([small("F32"), large("BF16")], "bfloat16"),
+        ([small("F16"), small("F16"), small("F32")], "float16"),
+    ):
+        assert with_dtype(config, specs).dtype == dtype
 
 
 @pytest.mark.parametrize("without_config", ["first", "second"])

@@ -124,6 +124,8 @@ def test_optimizer_state_is_left_behind(models, tmp_path):
     assert open_dist(tmp_path / "run").has_optimizer and not made.has_optimizer and made.iteration is None
     assert {tensor.dtype for key, tensor in made.tensors.items() if "expert_bias" not in key} == {"BF16"}
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["iteration"] == 5
+    dist_to_dist(tmp_path / "run", tmp_path / "kept", base_hf=models[0])
+    assert {tensor.dtype for tensor in open_dist(tmp_path / "kept").tensors.values()} == {"F32"}
 
 
 @pytest.fixture
