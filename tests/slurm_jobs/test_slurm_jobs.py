@@ -182,9 +182,10 @@ def test_a_job_whose_time_is_up_leaves_and_goes_on(jobs):
     job = jobs["time is up"]
     job.requeued(1)
     assert job.ended() == "COMPLETED 0:0"
-    *left, finished = outcomes(job)  # twice on a slow machine: ten seconds are short
-    steps = [int(line.removeprefix("left ")) for line in left]
-    assert steps and steps[0] > 1 and steps == sorted(steps) and finished == "finished 3"
+    *left, finished = outcomes(job)  # twice on a slow machine, and without a step of progress: ten seconds are short
+    words, steps = zip(*(line.split() for line in left), strict=True)
+    assert words[0] == "left" and set(words[1:]) <= {"left", "stuck"} and finished == "finished 3"
+    assert int(steps[0]) > 1 and [*steps] == sorted(steps, key=int)
 
 
 def kill_step_daemons(job, node: str) -> None:
