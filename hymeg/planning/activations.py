@@ -52,9 +52,8 @@ class Activations:
         self.vocab_parameters = rows * config.hidden_size
         self.vocab = min(config.vocab_size, rows)  # rows that stand for tokens
         self.recomputes = {name: name in settings.recompute_modules for name in _RECOMPUTED}
-        kinds = (
-            set(config.mlp_layer_types) if settings.lora_targets else ()
-        )  # an MTP layer counts as one of the trunk's
+        # An MTP layer counts as one of the trunk's.
+        kinds = set(config.mlp_layer_types) if settings.lora_targets else ()
         adapted = (layer_adapters(config, settings.lora_targets, kind) for kind in kinds)
         self.adapted = {module.target for modules in adapted for module in modules}
         self._layers: dict[bool, float] = {}

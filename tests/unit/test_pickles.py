@@ -60,3 +60,8 @@ def test_a_folder_with_such_metadata_is_refused_in_one_line(tmp_path, read, bad)
         read(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}/.metadata: not a checkpoint's metadata (ValueError: a pickle of ")
     assert str(error.value).endswith("that names place 16,777,216 of its memo); copy the checkpoint again")
+
+
+def test_a_place_behind_an_old_instance_is_seen_too():
+    with pytest.raises(ValueError, match="of its memo"):
+        _check_memo(b"(imodule\nname\nr" + FAR.to_bytes(4, "little") + b".")
