@@ -38,24 +38,30 @@ def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], Non
 def by_rank_0(what: str, make: Callable[[], None]) -> None:
     """Have rank 0 `make` what all nodes see, while the others wait for it; nothing in a world of one. All ranks call
     it.
+
+    Raises:
+        UserError: what `make` raised on rank 0, on every rank.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        once_per_node(what, lambda: os.environ["RANK"] != "0", make)
+        _made_by_first(PrefixStore(f"hymeg/{what}", job_store()), os.environ["RANK"] == "0", lambda: False, make)
 
 
 def once(store: Store, is_first: bool, node: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
     """`once_per_node` over a store, for a rank of a node."""
-    if is_first:
-        store.set("rank 0", _made(is_done, make))
-    failure = _wait(store, "rank 0")
-    if failure:
-        raise UserError(failure)
+    _made_by_first(store, is_first, is_done, make)
     # The first to come: bare srun gives no rank within a node.
     if store.add(f"{node} has come", 1) == 1:
         if not _appears(is_done):
             make()
         store.set(node, "")
     _wait(store, node)
+
+
+def _made_by_first(store: Store, is_first: bool, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
+    if is_first:
+        store.set("rank 0", _made(is_done, make))
+    if failure := _wait(store, "rank 0"):
+        raise UserError(failure)
 
 
 def _node() -> str:

@@ -56,6 +56,37 @@ def test_what_rank_0_could_not_do_ends_every_rank(rank):
             rank(number, lambda: False, fail)
 
 
+@pytest.fixture
+def of_four(rank, monkeypatch):
+    """Runs `by_rank_0` as this rank of four; none may pass the time."""
+    monkeypatch.setattr(once, "_SECONDS_TO_APPEAR", 5.0)
+    monkeypatch.setattr(once.time, "sleep", lambda seconds: pytest.fail("rank 0 waits for what it has made itself"))
+
+    def run(number, make):
+        monkeypatch.setenv("RANK", str(number))
+        once.by_rank_0("work", make)
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    return run
+
+
+def test_what_rank_0_makes_for_all_it_makes_once(of_four):
+    """Whichever rank of its node is the first to go on."""
+    made = []
+    for number in range(4):
+        of_four(number, lambda: made.append("index"))
+    assert made == ["index"]
+
+
+def test_what_rank_0_could_not_make_for_all_ends_every_rank(of_four):
+    def fail():
+        raise UserError("no room")
+
+    for number in range(4):
+        with pytest.raises(UserError, match=r"^no room$"):
+            of_four(number, fail)
+
+
 def test_a_process_alone_needs_no_store(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(once, "job_store", None)
