@@ -8,9 +8,11 @@ tried, then the optimizer on the CPU.
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from hymeg.checkpoint import workers
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout, check
@@ -39,6 +41,7 @@ OPTIMIZERS: tuple[tuple[dict[str, Any], ...], ...] = (
 """Tried in this order: the next only where no layout fits with those before."""
 
 NUM_REJECTED_TIMED = 200
+LAYOUTS_A_PROCESS = 200
 NO_CALIBRATION = Calibration()
 
 
@@ -149,7 +152,10 @@ class Planner:
         for optimizers in OPTIMIZERS:
             allowed = [one for one in optimizers if not fixed_settings & one.keys()]
             choices = [dataclasses.replace(settings, **optimizer) for optimizer in allowed]
-            chosen = [self._cheapest_that_fits(layout, choices, fixed_settings, rejected) for layout in structures]
+            chosen = []
+            for plan, spurned in self._on_all_cores(structures, choices, fixed_settings):
+                chosen.append(plan)
+                rejected += spurned
             if fitting := [plan for plan in chosen if plan is not None]:
                 fitting.sort(key=_rank)
                 return Found(fitting, self._fastest_rejected(rejected), len(structures), len(fitting))
@@ -222,16 +228,30 @@ class Planner:
             if not choice.overlap_moe_expert_parallel_comm or _is_legal(self.config, layout, choice):
                 yield choice
 
+    def _on_all_cores(
+        self, structures: list[Layout], choices: list[Settings], fixed_settings: set[str]
+    ) -> list[tuple[Plan | None, list[Plan]]]:
+        """`_cheapest_that_fits` of each, in their order."""
+        cores = min(len(os.sched_getaffinity(0)), len(structures) // LAYOUTS_A_PROCESS) or 1
+
+        def work(share: list[Layout], report: Any = None) -> list[tuple[Plan | None, list[Plan]]]:
+            return [self._cheapest_that_fits(layout, choices, fixed_settings) for layout in share]
+
+        if cores == 1:
+            return work(structures)
+        dealt = workers.run(work, [structures[n::cores] for n in range(cores)]).results
+        return [dealt[n % cores][n // cores] for n in range(len(structures))]
+
     def _cheapest_that_fits(
-        self, layout: Layout, choices: list[Settings], fixed_settings: set[str], rejected: list[Plan]
-    ) -> Plan | None:
-        """Over optimizers that take the same time (`choices`, the plainest first) and recomputation. Recomputed logits
-        cost some time on one stage only: they are taken where they spare more than that.
+        self, layout: Layout, choices: list[Settings], fixed_settings: set[str]
+    ) -> tuple[Plan | None, list[Plan]]:
+        """Over optimizers that take the same time (`choices`, the plainest first) and recomputation; and what was
+        rejected. Recomputed logits cost some time on one stage only: they are taken where they spare more than that.
         """
         each = [list(self._recomputations(layout, one, fixed_settings)) for one in choices]
         tried = [list(of) for of in zip(*each, strict=True)]
         if not tried:
-            return None
+            return None, []
         plain = self._first_that_fits(layout, tried)
         spared = tried if plain is None else tried[: next(n for n, of in enumerate(tried) if plain.settings in of)]
         found = [plain]
@@ -239,10 +259,11 @@ class Planner:
             found.append(self._first_that_fits(layout, [[_with_logits(one) for one in of] for of in spared]))
         timed = [one._replace(time=self._time(layout, one.settings)) for one in found if one is not None]
         # What would be the fastest is told beside the answers.
+        rejected = []
         for of in tried[:1] if timed else tried[:1] + tried[1:][-1:]:
             if plain is None or plain.settings not in of:
                 rejected.append(Plan(layout, of[-1], self._memory(layout, of[-1]), None))
-        return min(timed, key=lambda plan: plan.time.total, default=None)
+        return min(timed, key=lambda plan: plan.time.total, default=None), rejected
 
     def _first_that_fits(self, layout: Layout, tried: list[list[Settings]]) -> Plan | None:
         """`tried` from the cheapest to the smallest: where the last does not fit, none does."""
