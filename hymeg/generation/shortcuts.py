@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_swiglu import swiglu, weighted_swiglu
+from megatron.core.fusions.fused_bias_swiglu import swiglu
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -37,7 +37,7 @@ def _short(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable]
     way = _WAYS.get(type(module))
     if forward := way and way(module):
         yield module, forward
-    if type(module) is not SequentialMLP:
+    if not isinstance(module, SequentialMLP):
         for child in module.children():
             yield from _short(child)
 
@@ -87,35 +87,6 @@ def _moe(layer: MoELayer) -> Callable | None:
     return forward if is_alone and not layer.shared_expert_overlap else None
 
 
-def _experts(experts: SequentialMLP) -> Callable:
-    """Without those that no token came to: a pass brings tokens to few."""
-    is_plain = all(map(_is_plain, experts.local_experts))
-    local = [_weights(expert) if is_plain else expert for expert in experts.local_experts]
-
-    def forward(tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        counts = tokens_per_expert.tolist()
-        used, counts = [expert for expert, n in zip(local, counts, strict=True) if n], [n for n in counts if n]
-        if not used:
-            return tokens, None
-        if not is_plain:
-            parts = zip(used, tokens.split(counts), probs.split(counts), strict=True)
-            return torch.cat([expert(*of_expert)[0] for expert, *of_expert in parts]), None
-        gates = torch.cat([torch.mm(x, fc1) for (fc1, _), x in zip(used, tokens.split(counts), strict=True)])
-        inner = weighted_swiglu(gates, probs.unsqueeze(-1)).split(counts)
-        return torch.cat([torch.mm(x, fc2) for (_, fc2), x in zip(used, inner, strict=True)]), None
-
-    return forward
-
-
-def _weights(expert: MLP) -> tuple[Tensor, Tensor]:
-    return expert.linear_fc1.weight.t(), expert.linear_fc2.weight.t()
-
-
-def _is_plain(expert: MLP) -> bool:
-    """Whether its layers are nothing but products: no adapter's hook, nor another's."""
-    return not any(module._forward_hooks for module in (expert, expert.linear_fc1, expert.linear_fc2))
-
-
 _WAYS = {
     ColumnParallelLinear: _linear,
     RowParallelLinear: _linear,
@@ -123,5 +94,4 @@ _WAYS = {
     MLP: _mlp,
     SharedExpertMLP: _shared_experts,
     MoELayer: _moe,
-    SequentialMLP: _experts,
 }

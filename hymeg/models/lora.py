@@ -164,7 +164,7 @@ class Adapter(torch.nn.Module):
         base, bias = output
         (a, b), (x, counts) = self(), args[:2]
         inner = grouped_linear(self._dropped(x, linear.training, False), a, counts)
-        return base + grouped_linear(inner, b, counts) * self.scale, bias
+        return torch.add(base, grouped_linear(inner, b, counts), alpha=self.scale), bias
 
     def unbind(self, experts: torch.nn.Module, args: tuple) -> None:
         """Forward pre-hook of experts that are layers of their own: their matrices are made once for all."""
@@ -323,9 +323,9 @@ def _groups(collection: ProcessGroupCollection, is_expert: bool) -> Groups:
 
 
 def _hook(adapter: Adapter, owner: torch.nn.Module, name: str, is_expert: bool) -> None:
-    if isinstance(owner, SequentialMLP):
-        owner.register_forward_pre_hook(adapter.unbind)
-        for expert, mlp in enumerate(owner.local_experts):
-            getattr(mlp, name).register_forward_hook(functools.partial(adapter.add_of_expert, expert))
-    else:
+    if hasattr(owner, name):
         getattr(owner, name).register_forward_hook(adapter.add_grouped if is_expert else adapter.add)
+        return
+    owner.register_forward_pre_hook(adapter.unbind)
+    for expert, mlp in enumerate(owner.local_experts):
+        getattr(mlp, name).register_forward_hook(functools.partial(adapter.add_of_expert, expert))

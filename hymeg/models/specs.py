@@ -1,9 +1,9 @@
 """Layer specs: Transformer Engine's on CUDA, local modules elsewhere, the same stored keys from both.
 
-Megatron's own specs are taken and four things changed: the router on every platform; self-attention, which can also
+Megatron's own specs are taken and five things changed: the router on every platform; self-attention, which can also
 attend to generation's cache; norm and core attention in the local spec, whose own refuse sequence parallelism, context
-parallelism and packing; and the local spec's key for the norm before a MoE layer, which it stores under a name of its
-own, so that checkpoints cross between CPU and GPU.
+parallelism and packing; its experts, which would be multiplied one by one; and its key for the norm before a MoE layer,
+which it stores under a name of its own, so that checkpoints cross between CPU and GPU.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from hymeg.models.attention import CoreAttention
+from hymeg.models.experts import Experts
 from hymeg.models.norm import RMSNorm
 from hymeg.models.router import Router
 from hymeg.models.self_attention import SelfAttention
@@ -71,6 +72,8 @@ def _adapted(layer: ModuleSpec, use_te: bool) -> ModuleSpec:
     keys_map = dict(layer.submodules.sharded_state_dict_keys_map)
     if _is_moe(layer):
         submodules = dataclasses.replace(layer.submodules.mlp.keywords["submodules"], router=Router)
+        if not use_te:
+            submodules.experts = functools.partial(Experts, **submodules.experts.keywords)
         changes["mlp"] = functools.partial(MoELayer, submodules=submodules)
         keys_map.pop("pre_mlp_layernorm.", None)
     attention = layer.submodules.self_attention.submodules

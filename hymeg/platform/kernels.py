@@ -26,12 +26,47 @@ def slice_elements() -> int:
     return SLICE_ELEMENTS[platform.name()]
 
 
-def grouped_linear(x: torch.Tensor, weights: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+def grouped_linear(
+    x: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], counts: Sequence[int]
+) -> torch.Tensor:
     """`[n, in]`, of which the first counts[0] rows are multiplied by `weights[0]` `[out, in]`, the next counts[1] by
-    `weights[1]`, and so on: `[n, out]`. On CUDA one kernel does it where it can: in 16 bits, with both sizes a multiple
-    of 8.
+    `weights[1]`, and so on: `[n, out]`. On CUDA one kernel does it where it can: in 16 bits, from weights that are one
+    tensor, with both sizes a multiple of 8.
     """
-    if not platform.is_cpu() and x.dtype == torch.bfloat16 and weights.shape[-1] % 8 == weights.shape[-2] % 8 == 0:
+    if _fits_the_kernel(x, weights):
         ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(x.device, non_blocking=True)
         return F.grouped_mm(x, weights.transpose(-2, -1), offs=ends)
-    return torch.cat([rows @ weight.t() for rows, weight in zip(x.split(list(counts)), weights.unbind(0), strict=True)])
+    return _GroupedLinear.apply(x, list(counts), *weights)
+
+
+def _fits_the_kernel(x: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor]) -> bool:
+    if platform.is_cpu() or x.dtype != torch.bfloat16 or not isinstance(weights, torch.Tensor):
+        return False
+    return weights.shape[-1] % 8 == weights.shape[-2] % 8 == 0
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Each product is written where it belongs: put together afterwards, all would be copied, and their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.counts = counts
+        out = x.new_empty(len(x), len(weights[0]))
+        for rows, weight, to in zip(x.split(counts), weights, out.split(counts), strict=True):
+            if len(rows):
+                torch.mm(rows, weight.t(), out=to)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        x, *weights = ctx.saved_tensors
+        gradients = gradient.split(ctx.counts)
+        of_x, of_weights = None, [None] * len(weights)
+        if ctx.needs_input_grad[0]:
+            of_x = torch.empty_like(x)
+            for rows, weight, to in zip(gradients, weights, of_x.split(ctx.counts), strict=True):
+                torch.mm(rows, weight, out=to)
+        if any(ctx.needs_input_grad[2:]):
+            of_weights = [rows.t() @ of for rows, of in zip(gradients, x.split(ctx.counts), strict=True)]
+        return of_x, None, *of_weights

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hymeg.platform.patches import patch, patched
 
@@ -190,6 +191,8 @@ def install() -> None:
     _skip_kernel_warmup()
     _use_fused_adam()
     _provide_packed_context_parallel_indices()
+    _use_the_gradient_of_silu()
+    _leave_sorted_chunks_alone()
 
 
 def _allow_no_cuda() -> None:
@@ -251,6 +254,45 @@ def _provide_packed_context_parallel_indices() -> None:
     if utils.tex is None:
         stand_in = types.SimpleNamespace(thd_get_partitioned_indices=thd_get_partitioned_indices)
         patch(utils, "tex", stand_in, "core/utils.py:2441 slices packed sequences with Transformer Engine's kernel")
+
+
+def _use_the_gradient_of_silu() -> None:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    def swiglu_back(g: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return of_input(g, y, F.silu(y.chunk(2, -1)[0]))
+
+    def weighted_swiglu_back(g: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> tuple:
+        gate, up = y.chunk(2, -1)
+        activated = F.silu(gate)
+        of_weights = (activated * up * g.to(weights.dtype)).sum(-1, keepdim=True)
+        return of_input(g * weights, y, activated).to(y.dtype), of_weights
+
+    def of_input(g: torch.Tensor, y: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
+        gate, up = y.chunk(2, -1)
+        found = torch.empty(y.shape, dtype=g.dtype)
+        of_gate, of_up = found.chunk(2, -1)
+        torch.ops.aten.silu_backward(g * up, gate.to(g.dtype), grad_input=of_gate)
+        torch.mul(g, activated, out=of_up)
+        return found
+
+    reason = "fused_bias_swiglu.py:54, 74: written to be compiled, they pass over their tensors a dozen times"
+    patch(fused_bias_swiglu, "swiglu_back", swiglu_back, reason)
+    patch(fused_bias_swiglu, "weighted_swiglu_back", weighted_swiglu_back, reason)
+
+
+def _leave_sorted_chunks_alone() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    sort_chunks_by_idxs = token_dispatcher.sort_chunks_by_idxs
+
+    def sort(tokens, split_sizes, order, probs=None, fused=False):
+        if order.tolist() == list(range(len(order))):
+            return tokens, probs
+        return sort_chunks_by_idxs(tokens, split_sizes, order, probs, fused)
+
+    reason = "token_dispatcher.py:775, 810: where a rank has all experts, tokens are copied to where they are"
+    patch(token_dispatcher, "sort_chunks_by_idxs", sort, reason)
 
 
 @contextlib.contextmanager

@@ -146,8 +146,8 @@ def test_the_shortest_way_through_a_layer_gives_what_megatrons_own_does(pair):
     with shortened(stages.chunks):
         short = {type(module) for module in model.modules() if "forward" in vars(module)}
         assert short == {*_WAYS} and torch.equal(hidden(0, 7, 8), of_megatron)
-    expert = model.decoder.layers[1].mlp.experts.local_experts[0]
-    hook = expert.linear_fc2.register_forward_hook(lambda layer, given, output: (3 * output[0], None))
+    experts = model.decoder.layers[1].mlp.experts
+    hook = experts.linear_fc2.register_forward_hook(lambda layer, given, output: (3 * output[0], None))
     hooked = hidden(0, 7, 8)
     with shortened(stages.chunks):
         assert torch.equal(hidden(0, 7, 8), hooked) and not torch.equal(hooked, of_megatron)
