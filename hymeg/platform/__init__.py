@@ -81,8 +81,6 @@ def install() -> None:
     if is_cpu():
         if "megatron.core" in sys.modules:
             raise RuntimeError("hymeg.platform.install() must run before anything imports megatron")
-        # torch.compile's fusions cost a compiler run each and win nothing on CPU: four times slower to start.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # Where they are installed Megatron uses them, local spec or not, and they have kernels for CUDA only.
         for package in ("transformer_engine", "apex"):

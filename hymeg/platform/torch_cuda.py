@@ -1,8 +1,8 @@
 """The torch.cuda calls that Megatron makes, answered by the CPU.
 
 Streams do nothing (the CPU runs in order), memory is the process's resident memory, the device's random
-generator is torch's default one, and a tensor asked for on "cuda" is made on the CPU. Line numbers are megatron-core
-0.19.2's.
+generator is torch's default one, and a tensor asked for on "cuda" is made on the CPU; nothing is compiled. Line numbers
+are megatron-core 0.19.2's.
 """
 
 import collections
@@ -26,6 +26,7 @@ def install() -> None:
     _install_streams()
     _install_memory()
     _install_random()
+    _leave_functions_as_they_are()
 
 
 def _on_cpu(device):
@@ -191,3 +192,12 @@ def _install_random() -> None:
         (torch.cuda, "default_generators", _OneGenerator()),
     ):
         patch(owner, name, new, reason)
+
+
+def _leave_functions_as_they_are() -> None:
+    """A fusion costs a compiler run and wins nothing on a CPU; the compiler alone is a sixth of all imports."""
+
+    def compiled(model=None, **kwargs):
+        return (lambda function: function) if model is None else model
+
+    patch(torch, "compile", compiled, "jit.py:16 compiles the fusions as they are imported")

@@ -62,7 +62,9 @@ from megatron.core.transformer import transformer_block as block; print(block.HA
 
 
 def test_tools_are_not_drowned_in_warnings():
-    code = "from hymeg import platform; platform.install(); import hymeg.training.preflight"
+    """Nor kept waiting for a compiler that will compile nothing."""
+    code = """from hymeg import platform; platform.install(); import hymeg.training.preflight
+import sys; assert not platform.is_cpu() or "torch._dynamo" not in sys.modules"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -133,12 +135,65 @@ class TestTorchCuda:
         torch.manual_seed(5)
         assert torch.equal(torch.rand(3), first)
 
+    def test_nothing_is_compiled(self):
+        def function():
+            pass
+
+        assert torch.compile(function) is function
+        assert torch.compile(mode="max-autotune", dynamic=False)(function) is function
+
     def test_memory_is_the_processs(self):
         before = torch.cuda.memory_allocated()
         held = torch.ones(2**24)
         assert torch.cuda.memory_allocated() - before > 2**25
         assert torch.cuda.max_memory_allocated() >= torch.cuda.memory_allocated() - 2**22
         del held
+
+
+@requires_cpu
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)]
+)
+def test_the_gradient_of_swiglu_is_autograds(weighted, dtype, tolerance):
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
+
+    random = torch.Generator().manual_seed(0)
+    of_output = torch.randn(20, 6, generator=random).to(dtype)
+    given = torch.randn(20, 12, generator=random).to(dtype), torch.rand(20, 1, generator=random)
+    y, weights = (one.clone().requires_grad_() for one in given)
+    exact_y, exact_weights = (one.double().requires_grad_() for one in given)
+    output = weighted_bias_swiglu_impl(y, None, weights) if weighted else bias_swiglu_impl(y, None)
+    output.backward(of_output)
+    gate, up = exact_y.chunk(2, -1)
+    exact = torch.nn.functional.silu(gate) * up * (exact_weights if weighted else 1)
+    exact.backward(of_output.double())
+    for found, expected in ((y.grad, exact_y.grad), (weights.grad, exact_weights.grad))[: 1 + weighted]:
+        assert (found - expected).norm() <= max(tolerance, 1e-6 * (found is weights.grad)) * expected.norm()
+        assert found.dtype == (dtype if found is y.grad else torch.float32)
+
+
+@requires_cpu
+def test_chunks_that_are_in_order_are_not_copied():
+    from megatron.core.transformer.moe.token_dispatcher import sort_chunks_by_idxs
+
+    tokens, probs, sizes = torch.arange(12.0).view(6, 2), torch.arange(6.0), torch.tensor([1, 2, 3])
+    assert sort_chunks_by_idxs(tokens, sizes, torch.arange(3), probs) == (tokens, probs)
+    found, of_probs = sort_chunks_by_idxs(tokens, sizes, torch.tensor([2, 0, 1]), probs)
+    assert of_probs.tolist() == [3, 4, 5, 0, 1, 2] and torch.equal(found, tokens[of_probs.long()])
+
+
+@requires_cpu
+def test_the_peak_of_every_stage_is_told_on_a_gpu(monkeypatch):
+    from single_process import ensure_world
+
+    from hymeg.platform import device
+
+    ensure_world()
+    assert device.peak_bytes_by_stage() is None
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_345_678_901)
+    assert device.peak_bytes_by_stage() == [12_345_678_901]
 
 
 class TestFusedAdam:
