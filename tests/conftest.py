@@ -14,8 +14,14 @@ def pytest_configure():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
 
 
-ROOMS = ("tests/slurm_jobs/", "tests/distributed/")
-LONGEST_FIRST = (ROOMS[0], "tests/end_to_end/test_demo.py", ROOMS[1], "tests/end_to_end/")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: one more than there are cores, since jobs, launchers and worlds of processes wait for one another."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+ROOMS = ("tests/slurm_jobs/", "tests/distributed/test_transformer_engine.py", "tests/distributed/")
+LONGEST_FIRST = ("tests/slurm_jobs/", "tests/end_to_end/test_demo.py", "tests/distributed/", "tests/end_to_end/")
 
 
 def pytest_collection_modifyitems(items):

@@ -6,6 +6,7 @@ the weights that each was given by all others before the first step.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -31,9 +32,20 @@ from hymeg.training.run import train
 sys.path.append(str(Path(__file__).parents[1]))
 import flag_help
 
+IMPORTED_WHEN_NEEDED = (
+    "torch._dynamo",
+    "transformers.models.hy_v3",
+    "megatron.core.models.mimo",
+    "megatron.core.tokenizers.text.text_tokenizer",
+    "megatron.core.dist_checkpointing.gpt_checkpoint_interop",
+    "hymeg.data.pretraining",
+)
+
 
 def prepare() -> None:
     """What every rank would do alike, before there is one."""
+    for name in IMPORTED_WHEN_NEEDED:
+        importlib.import_module(name)
     flag_help.read_once()
     arguments.add_megatron_arguments(argparse.ArgumentParser())
     for row in TABLE:
