@@ -1,6 +1,7 @@
 """Nothing that was written is read as something else: checksums as standard tools take them, and single bits that
 flip."""
 
+import errno
 import os
 import pickle
 import random
@@ -302,6 +303,29 @@ def test_megatron_loads_what_was_written_and_nothing_else(saved):
         flip(saved / name, position)
     (saved / MANIFEST).unlink()
     assert torch.equal(load(), torch.arange(600_000.0))
+
+
+def test_what_a_rank_could_not_write_is_a_users_error_on_all_and_nothing_else_is():
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from hymeg.platform.saving import user_errors
+
+    def told(error: BaseException) -> str:
+        with pytest.raises(UserError) as caught, user_errors():
+            raise error
+        return str(caught.value)
+
+    unwritable = OSError("__1_0.distcp cannot be written: No space left on device")
+    assert told(CheckpointException("save", {1: (unwritable, None)})).startswith(
+        "a checkpoint cannot be written: No space left on device; "
+    )
+    assert "rank 0 says why" in told(CheckpointException("save", {}))
+    assert told(CheckpointException("save", {1: (UserError("its own words"), None)})) == "its own words"
+    assert told(UserError("as it is")) == "as it is"
+    assert "/full/file" in told(OSError(errno.ENOSPC, "No space left on device", "/full/file"))
+    for error in (CheckpointException("save", {1: (ValueError("a bug"), None)}), OSError(errno.EIO, "I/O error")):
+        with pytest.raises(type(error)), user_errors():
+            raise error
 
 
 def test_a_save_over_a_checkpoint_takes_its_marks_away_first(saved, monkeypatch):

@@ -20,8 +20,9 @@ from hymeg.errors import UserError  # noqa: E402
 from hymeg.flag_table import _DEFAULT, ALWAYS, ON_CPU, TABLE, WITHOUT, Row, cpu_values  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.models.flags import architecture_flags  # noqa: E402
+from hymeg.platform.flags import for_gpus  # noqa: E402
 from hymeg.training import flag_names, schedule  # noqa: E402
-from hymeg.training.arguments import _parser  # noqa: E402
+from hymeg.training.arguments import _parser, parse  # noqa: E402
 from hymeg.training.own_flags import DEFAULTS  # noqa: E402
 from hymeg.training.refusals import named, refuse  # noqa: E402
 
@@ -220,3 +221,21 @@ def test_every_name_from_elsewhere_leads_to_a_flag(name):
     right = flag_names._BY_NAME[name]
     assert f"--{right}" in options and f"--{name}" not in options
     assert flag_names.hint(f"--{name}", options) == f"; did you mean --{right}?"
+
+
+def test_a_flag_without_effect_is_refused_unless_the_command_line_is_a_plans(tmp_path):
+    HyConfig.from_dict(TINY_CONFIG).save(tmp_path)
+    argv = ["--hf-model", str(tmp_path), "--train-iters", "1", "--lora-alpha", "8"]
+    with pytest.raises(UserError, match=r"--lora-alpha.*--lora-rank"):
+        parse(argv)
+    assert parse(argv, is_whole=False)[0].lora_alpha == 8
+
+
+def test_both_precisions_are_refused_on_a_gpu(tmp_path):
+    HyConfig.from_dict(TINY_CONFIG).save(tmp_path)
+    with for_gpus():
+        args, _ = parse(["--hf-model", str(tmp_path), "--train-iters", "1", "--lr", "1e-3", "--fp16", "--bf16"])
+        with pytest.raises(UserError, match=r"--fp16 and --bf16 are both given; keep --bf16"):
+            schedule.check_schedule(args)
+        args.fp16 = False
+        schedule.check_schedule(args)
