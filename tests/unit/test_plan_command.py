@@ -12,7 +12,7 @@ from published_models import PUBLISHED
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import EXIT_CODE, UserError
 from hymeg.hf.config import HyConfig
-from hymeg.planning import report
+from hymeg.planning import report, search
 from hymeg.planning.flops import PEAK_TFLOPS
 from hymeg.planning.layout import Layout, check
 from hymeg.planning.memory import GIB, Device, memory_by_stage
@@ -339,6 +339,19 @@ def test_a_search_lists_legal_layouts_only_and_keeps_experts_in_a_node():
     assert len(found.fitting) == found.num_fitting > 20
     across = searched(HY3, Layout(64, 4096, 256), "H200", 141, experts_across_nodes=True)
     assert any(plan.layout.expert_model_parallel_size > 8 for plan in across.fitting)
+
+
+@pytest.mark.parametrize("cores", [2, 3, 1000])
+def test_on_several_cores_the_answer_is_the_same(monkeypatch, cores):
+    """Order included, and what was rejected."""
+    alone = searched(HY3, Layout(64, 4096, 256), "H200", 141)
+    monkeypatch.setattr(search, "LAYOUTS_A_PROCESS", 20)
+    monkeypatch.setattr(search.os, "sched_getaffinity", lambda pid: range(cores))
+    shares = []
+    run = search.workers.run
+    monkeypatch.setattr(search.workers, "run", lambda work, dealt: shares.append(len(dealt)) or run(work, dealt))
+    assert searched(HY3, Layout(64, 4096, 256), "H200", 141) == alone
+    assert shares and set(shares) == {min(cores, alone.num_legal // 20)} and alone.num_legal // 20 > 3
 
 
 def test_what_does_not_fit_is_listed_once_where_recomputation_is_fixed():
