@@ -1,6 +1,8 @@
 """The device, for the rest of hymeg: nothing else asks for one."""
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 
 import torch
@@ -54,6 +56,14 @@ def move(tensor: torch.Tensor) -> torch.Tensor:
 def synchronize() -> None:
     """Wait until the device has done what it was given."""
     torch.cuda.synchronize()
+
+
+def missing_build_tool() -> str | None:
+    """Of what torch compiles C++ with, what is not on PATH (torch/utils/cpp_extension.py); None on a CPU, where nothing
+    is compiled.
+    """
+    tools = [] if platform.is_cpu() else ["ninja", os.environ.get("CXX", "c++").split()[0]]
+    return next((tool for tool in tools if shutil.which(tool) is None), None)
 
 
 def peak_bytes_by_stage() -> list[int] | None:

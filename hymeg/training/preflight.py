@@ -47,6 +47,7 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
         _check_evaluation(args, layout)
         _check_combinations(args)
         _check_packages(args)
+        _check_build_tools(args)
         _check_files(args)
         if args.sft_rows:
             from hymeg.training.row_data import settle_rows  # imports transformers, which takes a second
@@ -211,6 +212,19 @@ def _check_packages(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             said = flag(name) if value is True else f"{flag(name)} {shown_value(value)}"
             raise UserError(f"{said} needs {package}, which is not installed: {install}, or leave {flag(name)} out")
+
+
+def _check_build_tools(args: argparse.Namespace) -> None:
+    """Modules whose output is thrown away: Megatron puts it back through C++ that the first step compiles
+    (tensor_parallel/random.py:69).
+    """
+    modules = [name for name in args.recompute_modules or () if name in ("layernorm", "moe_act")]
+    if args.recompute_granularity == "selective" and modules and (tool := device.missing_build_tool()):
+        how = "pip install ninja" if tool == "ninja" else "load the cluster's compiler, or name it in CXX"
+        raise UserError(
+            f"--recompute-modules {' '.join(modules)}: the first step compiles C++, and {tool} is not on PATH; {how}, "
+            "or recompute other modules"
+        )
 
 
 def _check_files(args: argparse.Namespace) -> None:

@@ -93,6 +93,19 @@ def use_its_own_adam() -> None:
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
 
 
+def share_by_copying() -> None:
+    """What is computed a second time takes the place of what was thrown away. Megatron compiles eight lines of C++ for
+    that when they are first needed, which takes longer than all that the tests do with them.
+    """
+    from megatron.core.tensor_parallel import random
+
+    def share_storage(to: torch.Tensor, source: torch.Tensor) -> None:
+        to.untyped_storage().resize_(source.untyped_storage().nbytes())
+        to.untyped_storage().copy_(source.untyped_storage())
+
+    random._share_storage_ext = types.SimpleNamespace(share_storage=share_storage)
+
+
 def parse_for_gpus(argv: list[str]):
     from hymeg.platform.flags import for_gpus
     from hymeg.training.arguments import parse
@@ -107,6 +120,7 @@ def prepare(worker: types.ModuleType) -> None:
     exchange_in_order()
     replace_triton()
     use_its_own_adam()
+    share_by_copying()
     worker.parse = worker.checks.parse = parse_for_gpus
     worker.static_bytes = lambda *held: {}  # the planner's affair
 

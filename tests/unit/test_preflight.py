@@ -7,6 +7,8 @@ import copy
 import importlib.util
 import os
 import pickle
+import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +37,7 @@ from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.models.hy import HyTransformerConfig  # noqa: E402
 from hymeg.platform import connections  # noqa: E402
 from hymeg.training.arguments import parse  # noqa: E402
-from hymeg.training.preflight import preflight  # noqa: E402
+from hymeg.training.preflight import _check_build_tools, preflight  # noqa: E402
 from hymeg.training.run import megatron_refusals  # noqa: E402
 
 OPTIONAL = ("deep_ep", "einops", "emerging_optimizers", "nvidia_resiliency_ext", "wandb")
@@ -237,6 +239,26 @@ def test_more_processes_than_gpus_and_a_missing_package_are_told_on_cuda(checked
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = told(checked, "")
     assert "--transformer-impl transformer_engine" in said and "pip install 'hymeg[gpu]'" in said
+
+
+@pytest.mark.parametrize(("missing", "advice"), [("ninja", "pip install ninja"), ("g++-13", "in CXX")])
+def test_a_compiler_that_the_first_step_would_not_find_is_told_on_cuda(monkeypatch, missing, advice):
+    def check(*modules: str, granularity: str = "selective") -> None:
+        _check_build_tools(SimpleNamespace(recompute_granularity=granularity, recompute_modules=list(modules)))
+
+    monkeypatch.setenv("CXX", "g++-13 -O1")
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == missing else f"/usr/bin/{name}")
+    check("moe_act")  # on a CPU nothing is compiled
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    for modules in (["moe_act"], ["core_attn", "layernorm"]):
+        told = rf"--recompute-modules {modules[-1]}: .*{re.escape(missing)} is not on PATH"
+        with pytest.raises(UserError, match=told) as raised:
+            check(*modules)
+        assert advice in str(raised.value)
+    check("core_attn", "mlp")
+    check("moe_act", granularity=None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    check("moe_act")
 
 
 # ---- right
