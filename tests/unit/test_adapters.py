@@ -135,6 +135,8 @@ def test_there_and_back_every_bit_is_the_same(tmp_path, base, layout, dtype):
     assert_holds(found, adapter)
     assert_same_folders(tmp_path / "again", tmp_path / "peft")
     assert {t.dtype for t in load_file(tmp_path / "peft" / "adapter_model.safetensors").values()} == {dtype}
+    for name, command in (("peft", "adapter-to-peft"), ("back", "peft-to-adapter")):
+        assert json.loads((tmp_path / name / "conversion.json").read_text())["command"] == command
 
 
 def assert_holds(found, adapter: dict[str, torch.Tensor]) -> None:

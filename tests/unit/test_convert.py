@@ -278,3 +278,30 @@ def test_the_tools_say_it_and_exit_with_it(hf_checkpoint, dist_checkpoint, tmp_p
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
     assert "optimizer state: no" in run(TOOLS / "convert_checkpoint.py", "inspect", dist_checkpoint).stdout
     assert describe(hf_checkpoint)["MTP layers"] == "1, held"
+
+
+def test_a_system_that_takes_a_part_of_what_is_written_is_given_the_rest(
+    hf_checkpoint, dist_checkpoint, tmp_path, monkeypatch
+):
+    """As one does on some network file systems, and when a signal comes."""
+    whole = os.pwrite
+    short = []
+
+    def pwrite(descriptor, data, position):
+        short.append(position)
+        return whole(descriptor, bytes(data)[: max(1, len(data) // 3)], position)
+
+    monkeypatch.setattr(os, "pwritev", lambda descriptor, buffers, at: pwrite(descriptor, b"".join(buffers), at))
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    dist_to_hf(dist_checkpoint, tmp_path / "hf", verify=True)
+    assert_same_tensors(state_dict(tmp_path / "hf"), state_dict(hf_checkpoint))
+
+
+def test_a_list_of_tensors_is_that_of_the_files(hf_checkpoint, dist_checkpoint):
+    def listed(folder: Path) -> dict[str, list]:
+        return {name: shape for name, (_, shape) in describe(folder, tensors=True)["list of tensors"].items()}
+
+    assert listed(hf_checkpoint) == {name: list(tensor.shape) for name, tensor in state_dict(hf_checkpoint).items()}
+    held = open_dist(dist_checkpoint).tensors
+    assert listed(dist_checkpoint) == {key: list(tensor.shape) for key, tensor in held.items()}
+    assert len(listed(hf_checkpoint)) > len(held) > 10

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hymeg.checkpoint import conversion, workers
+from hymeg.checkpoint import companions, conversion, workers
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
@@ -155,6 +155,26 @@ def test_a_conversion_says_where_it_came_from(dist_checkpoint, hf_checkpoint, tm
     assert list(found.values()) == [__version__, "dist-to-hf", f"{dist_checkpoint}/release", None, "fp32"]
     assert set(record["files"]) == set(os.listdir(tmp_path / "out")) - {"conversion.json"}
     assert json.loads((dist_checkpoint / "conversion.json").read_text())["from"] == str(hf_checkpoint)
+
+
+@pytest.mark.parametrize("content", ["seven", "7.0", "-7", "1" * 19, ""])
+def test_a_tracker_that_names_no_iteration_is_said(dist_checkpoint, tmp_path, content):
+    shutil.copytree(dist_checkpoint, tmp_path / "dist")
+    (tmp_path / "dist" / TRACKER).write_text(content)
+    with pytest.raises(UserError, match=rf"{TRACKER}: says '{content}'; an iteration or 'release' is needed .*release"):
+        dist_to_hf(tmp_path / "dist", tmp_path / "out")
+
+
+def test_a_tokenizers_file_of_a_models_size_is_not_carried(hf_checkpoint, tmp_path, monkeypatch):
+    size = (hf_checkpoint / "tokenizer.json").stat().st_size
+    monkeypatch.setattr(companions, "_MAX_BYTES", size)
+    hf_to_dist(hf_checkpoint, tmp_path / "carried")
+    monkeypatch.setattr(companions, "_MAX_BYTES", size - 1)
+    with pytest.raises(
+        UserError, match=rf"tokenizer.json: {size} bytes, too many for a tokenizer's file \({size - 1}\)"
+    ):
+        hf_to_dist(hf_checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["carried"]
 
 
 def test_the_base_is_not_overwritten(trunk, hf, tmp_path):

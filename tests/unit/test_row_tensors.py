@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hymeg.checkpoint import row_tensors
 from hymeg.checkpoint.row_functions import Mean
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, TensorReader
 from hymeg.errors import UserError
@@ -56,3 +57,19 @@ def test_a_file_that_ends_early_is_named(tensor, tmp_path):
     (tmp_path / "a").unlink()
     with pytest.raises(UserError, match=r"a: cannot be read: No such file"):
         read(tensor, [(0, 1)])
+
+
+def test_what_is_asked_for_again_is_kept_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(row_tensors, "_MAX_KEPT_BYTES", 2 * 80)
+    made = []
+
+    def make(key: str) -> np.ndarray:
+        made.append(key)
+        return np.full(10, len(made), "<f8")
+
+    with TensorReader() as reader:
+        for key in "aabab":
+            assert reader.kept(key, lambda key=key: make(key))[0] == {"a": 1, "b": 2}[key]
+        for key in "acdba":  # the limit is passed by one: what was asked for last stays
+            reader.kept(key, lambda key=key: make(key))
+    assert made == list("abcdba")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import random
+import types
 import zipfile
 import zlib
 
@@ -14,10 +15,23 @@ import pytest
 import torch
 
 from hymeg.checkpoint.rounding import converted
+from hymeg.checkpoint.sources.dist_folder import _stored_tensor
 from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, envelope
 from hymeg.errors import UserError
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@pytest.mark.parametrize("wrong", [(2, -1), (2,), (2, True), (2, 2**63)])
+@pytest.mark.parametrize("field", ["offsets", "sizes"])
+def test_one_chunk_of_no_sizes_among_others_is_refused(field, wrong):
+    chunks = [{"offsets": (row, 0), "sizes": (2, 2)} for row in (0, 2, 4)]
+    places = {("x", (row, 0)): ("file", 0, 16) for row in (0, 2, 4)} | {("x", wrong): ("file", 0, 16)}
+    entry = {"size": (6, 2), "properties": types.SimpleNamespace(state=("float32",)), "chunks": chunks}
+    assert len(_stored_tensor("x", entry, places).chunks) == 3
+    chunks[1][field] = wrong
+    with pytest.raises(UserError, match=r"x: its shape \(6, 2\) and those of its chunks are not sizes of one number"):
+        _stored_tensor("x", entry, places)
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("BF16", (5, 7)), ("F32", (300,)), ("F16", (1, 3, 4)), ("F32", (1,))])
