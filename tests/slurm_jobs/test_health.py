@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,16 @@ from cluster import free_port
 
 import hymeg
 from hymeg.errors import UserError
-from hymeg.launch.checks import check_num_gpus, check_run, gpu_problems, host_gib, node_problems, read_run, versions
+from hymeg.launch.checks import (
+    _folder_problems,
+    check_num_gpus,
+    check_run,
+    gpu_problems,
+    host_gib,
+    node_problems,
+    read_run,
+    versions,
+)
 from hymeg.launch.health import compare
 from hymeg.platform import device
 
@@ -128,6 +138,14 @@ def test_a_folder_that_cannot_be_written_to(nodes):
     codes, said = nodes.check()
     assert codes == [1, 1] and [line.split(": ")[1] for line in said] == ["n0", "n1"]
     assert all("save is not writable from this node (File exists)" in line for line in said)
+
+
+@pytest.mark.parametrize(("free", "said"), [(0, ["no space left on its disk"]), (1, [])])
+def test_a_full_disk(tmp_path, monkeypatch, free, said):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    found = list(_folder_problems(tmp_path / "new"))
+    assert [line.split(": ")[1].partition(";")[0] for line in found] == said
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_folder_that_is_not_shared(nodes, tmp_path):
