@@ -4,13 +4,15 @@ layouts.
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file
 from single_process import build
 
 from hymeg.checkpoint.convert import hf_to_dist
-from hymeg.checkpoint.live import export_weights, load_weights
+from hymeg.checkpoint.live import _fill, export_weights, load_weights
 from hymeg.checkpoint.mapping import hf_entries
-from hymeg.checkpoint.sources import live_model
+from hymeg.checkpoint.row_tensors import TensorReader
+from hymeg.checkpoint.sources import live_model, open_dist
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -85,6 +87,28 @@ def test_a_model_is_filled_from_a_folder_in_place(folder, config, source):
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
     assert len(model.embedding.word_embeddings.weight) > 1025
     assert not model.embedding.word_embeddings.weight[1025:].any()
+
+
+@pytest.mark.parametrize(("axis", "part"), [(0, 1), (1, 0), (1, 1), (2, 1)])
+def test_a_shard_of_all_experts_is_filled_with_its_rows_and_columns(folder, axis, part):
+    """As under expert, and under expert tensor parallelism: rows of many experts, one run after the other."""
+    tensors = open_dist(folder / "dist").tensors
+    key = next(key for key in tensors if key.endswith(".experts.experts.linear_fc2.weight"))
+    tensor = tensors[key]
+    whole = torch.zeros(tensor.shape)
+    with TensorReader() as reader:
+        _fill(_shard(key, whole, tensor.shape, (0,) * 3), tensor, reader)
+        assert whole.all()
+        expected = whole.chunk(2, axis)[part]
+        found = torch.full(expected.shape, torch.nan)
+        offset = tuple(part * expected.shape[axis] if a == axis else 0 for a in range(3))
+        _fill(_shard(key, found, tensor.shape, offset), tensor, reader)
+    assert torch.equal(found, expected)
+
+
+def _shard(key: str, data: torch.Tensor, global_shape: tuple, offset: tuple) -> ShardedTensor:
+    fragments = tuple(of // own for of, own in zip(global_shape, data.shape, strict=True))
+    return ShardedTensor(key, data, data.dtype, tuple(data.shape), global_shape, offset, fragments)
 
 
 def test_a_bf16_model_takes_fp32_weights_rounded_and_keeps_the_bias(folder, config):
