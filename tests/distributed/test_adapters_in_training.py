@@ -122,6 +122,10 @@ def test_the_base_has_neither_gradients_nor_optimizer_states(alone):
     trained = sum(len(one["values"]) for one in adapters.values())
     assert held["gradients"] == 4 * trained
     assert held["optimizer"] == 8 * trained
+    [said] = [note for note in alone["trunk"]["notes"] if note.startswith("training ")]
+    frozen = held["weights"] // 4 - trained
+    assert said.startswith(f"training {trained:,} parameters in adapters of rank {RANK} beside {frozen:,} frozen ones ")
+    assert said.endswith(f"({trained / frozen:.2%}): {', '.join(TARGETS.split())}")
 
 
 PAIRS = {  # name -> saved under, resumed under

@@ -352,6 +352,11 @@ def test_on_several_cores_the_answer_is_the_same(monkeypatch, cores):
     monkeypatch.setattr(search.workers, "run", lambda work, dealt: shares.append(len(dealt)) or run(work, dealt))
     assert searched(HY3, Layout(64, 4096, 256), "H200", 141) == alone
     assert shares and set(shares) == {min(cores, alone.num_legal // 20)} and alone.num_legal // 20 > 3
+    planner = Planner(HY3, Machine(64, 8, Device(141), HARDWARE["H200"]))
+    layouts = [plan.layout for plan in alone.fitting]
+    found = planner._on_all_cores(layouts, [PLAIN_SETTINGS], set())
+    assert all(plan is None or plan.layout == layout for layout, (plan, _) in zip(layouts, found, strict=True))
+    assert sum(plan is not None for plan, _ in found) > 20
 
 
 def test_what_does_not_fit_is_listed_once_where_recomputation_is_fixed():
