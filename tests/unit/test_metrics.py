@@ -131,3 +131,39 @@ def test_the_heat_map_is_drawn_at_every_tenth_line_with_the_mean_a_third_of_whit
         line.before(iteration, False)
         line.extended("")
     assert drawn == [1, 11, 21]
+
+
+@pytest.mark.parametrize(("iteration", "is_skipped"), [(4, False), (5, False), (4, True)])
+def test_the_line_is_told_what_megatrons_log_is_told(monkeypatch, iteration, is_skipped):
+    """By place: `training_log(loss_dict, total_loss_dict, learning_rate, iteration, ..., grad_norm, ...)`."""
+    import megatron.training
+    from megatron.training import training
+
+    from hymeg.platform import megatron as platform_megatron
+
+    told, logged = [], []
+    line = types.SimpleNamespace(
+        check=lambda *given: told.append(("check", *given)),
+        before=lambda *given: told.append(("before", *given)),
+        extended=lambda message: f"{message} and more",
+    )
+
+    def training_log(*args, is_first_iteration, **kwargs):
+        logged.append(is_first_iteration)
+        assert timer.elapsed() == 6.0
+        training.print_rank_last("the line")
+
+    timer = types.SimpleNamespace(elapsed=lambda: 6.0)
+    monkeypatch.setattr(megatron.training, "get_timers", lambda: lambda name: timer)
+    monkeypatch.setattr(megatron.training, "get_args", lambda: types.SimpleNamespace(log_interval=4))
+    monkeypatch.setattr(training, "training_log", training_log)
+    monkeypatch.setattr(training, "print_rank_last", told.append)
+    total = {"advanced iterations": 2, "skipped iterations": 1, "lm loss": 7.0}
+    of_call = ["losses", total, "rate", iteration, 4, 5, is_skipped, "norm", 8, 9]
+    packed = {"total_real_tokens_in_batch": 30, "seqlen_squared_sum_in_batch": 400}
+    with platform_megatron.log_line(line):
+        training.training_log(*of_call, is_first_iteration=True, **packed)
+    checked = [] if is_skipped else [("check", iteration, "losses")]
+    assert told == [*checked, ("before", iteration, iteration != 4, 30, 400), "the line and more"]
+    assert (line.learning_rate, line.grad_norm, line.seconds, line.losses) == ("rate", "norm", 2.0, {"lm loss": 3.5})
+    assert logged == [iteration != 4] and training.training_log is training_log
