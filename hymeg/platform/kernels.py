@@ -50,7 +50,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *weights)
         ctx.counts = counts
         out = x.new_empty(len(x), len(weights[0]))
         for rows, weight, to in zip(x.split(counts), weights, out.split(counts), strict=True):
@@ -64,9 +64,9 @@ class _GroupedLinear(torch.autograd.Function):
         gradients = gradient.split(ctx.counts)
         of_x, of_weights = None, [None] * len(weights)
         if ctx.needs_input_grad[0]:
-            of_x = torch.empty_like(x)
+            of_x = gradient.new_empty(len(gradient), weights[0].shape[1])
             for rows, weight, to in zip(gradients, weights, of_x.split(ctx.counts), strict=True):
                 torch.mm(rows, weight, out=to)
-        if any(ctx.needs_input_grad[2:]):
+        if x is not None:
             of_weights = [rows.t() @ of for rows, of in zip(gradients, x.split(ctx.counts), strict=True)]
         return of_x, None, *of_weights

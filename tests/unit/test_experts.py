@@ -56,12 +56,16 @@ def test_without_any_token(folder):
     assert found.shape == (0, 64)
 
 
-def test_frozen_experts_pass_the_gradient_on(folder):
-    experts = experts_of(folder)
-    expected = computed(Experts.forward, experts, [4] * 8)[:3]
-    experts.requires_grad_(False)
-    found = computed(Experts.forward, experts, [4] * 8)
+def test_frozen_experts_pass_the_gradient_on_and_keep_no_tokens_for_theirs(folder):
+    experts, kept = experts_of(folder), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        expected = computed(Experts.forward, experts, [4] * 8)[:3]
+        assert (kept.count((32, 64)), kept.count((32, 32))) == (2, 1)  # of fc1 and SwiGLU, of fc2
+        kept.clear()
+        experts.requires_grad_(False)
+        found = computed(Experts.forward, experts, [4] * 8)
     assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (kept.count((32, 64)), kept.count((32, 32))) == (1, 0)
 
 
 def test_weights_are_stored_once_and_waited_for_where_they_are_used(folder):
