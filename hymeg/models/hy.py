@@ -5,6 +5,7 @@ expert-parallel overlap yet and forbids pipeline layouts; the stored keys are th
 depend on the class.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -25,7 +26,8 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from hymeg.models.head import Head, PendingLogits
-from hymeg.models.specs import decoder_spec, mtp_spec
+from hymeg.models.specs import decoder_spec, mtp_spec, uses_transformer_engine
+from hymeg.platform import device
 from hymeg.platform.patches import patched
 
 logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
@@ -84,11 +86,16 @@ class HYV3ForCausalLM(GPTModel):
         self.trained_in_full: dict[str, str] = {}  # beside adapters: stored key of the weight -> in their checkpoint
         self.register_load_state_dict_post_hook(_allow_missing)
 
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        with contextlib.nullcontext() if uses_transformer_engine(self.config) else device.unwatched():
+            return super().forward(*args, **kwargs)
+
     def _preprocess(self, *args, padding_mask: torch.Tensor | None = None, **kwargs) -> tuple:
         """Under sequence parallelism each rank's experts see a piece of the sequence: so the mask `[b, s]` is cut.
         Megatron does that on the first pipeline stage only.
         """
-        made = super()._preprocess(*args, **kwargs)
+        with device.watched():  # rope_utils.py:62 pins memory
+            made = super()._preprocess(*args, **kwargs)
         if padding_mask is not None and self.config.sequence_parallel:
             tp = self.pg_collection.tp
             padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()].contiguous()

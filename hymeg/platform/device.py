@@ -15,7 +15,7 @@ from hymeg.platform.patches import patched
 def unwatched() -> Iterator[None]:
     """On CPU, calls of torch as torch serves them, without the mode that sees each of them: a good third of the time
     where tensors are small. Of what is asked for on CUDA only `current_device()` is then answered: for passes of the
-    local layer spec without gradients.
+    local layer spec.
     """
     if not platform.is_cpu():
         yield
@@ -25,6 +25,23 @@ def unwatched() -> Iterator[None]:
         torch._C.DisableTorchFunction(),
         patched(torch.cuda, "current_device", lambda: cpu, "router.py:98, mappings.py:95"),
     ):
+        yield
+
+
+def watched() -> contextlib.AbstractContextManager:
+    """As if not `unwatched`."""
+    return torch._C._EnableTorchFunction() if platform.is_cpu() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def unwatched_backward() -> Iterator[None]:
+    """While open, backward passes are `unwatched`."""
+    if not platform.is_cpu():
+        yield
+        return
+    from hymeg.platform import torch_cuda
+
+    with patched(torch_cuda, "around_backward", unwatched, "param_and_grad_buffer.py, mappings.py"):
         yield
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import resource
 import types
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -61,13 +62,17 @@ class OnCpu(TorchFunctionMode):
         return found
 
 
+around_backward: Callable[[], contextlib.AbstractContextManager] | None = None
+"""What a backward pass runs in; None: in the mode."""
+
+
 def _install_mode() -> None:
     """Torch leaves a mode while it serves a call, and a whole backward pass is one: it is entered again for that."""
     mode, run_backward = OnCpu(), torch.autograd._engine_run_backward
     mode.__enter__()
 
     def run_in_mode(*args, **kwargs):
-        with mode:
+        with mode if around_backward is None else around_backward():
             return run_backward(*args, **kwargs)
 
     patch(torch.autograd, "_engine_run_backward", run_in_mode, "mappings.py:185 and others make tensors in backward()")

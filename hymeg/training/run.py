@@ -18,6 +18,8 @@ from hymeg.hf.config import HyConfig
 from hymeg.launch import rank
 from hymeg.models.freezing import freeze
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
+from hymeg.models.specs import uses_transformer_engine
+from hymeg.platform import device
 from hymeg.training import metrics, save_lock
 from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import naming_lines, parse
@@ -147,6 +149,7 @@ def train(args, config: HyConfig) -> None:
         _judging(args, config, record),
         _naming_undamaged(args),
         user_errors(),
+        contextlib.nullcontext() if uses_transformer_engine(model_config.transformer) else device.unwatched_backward(),
     ):
         step = functools.partial(forward_step, set_losses=set_losses)
         pretrain(settings, datasets, ModelType.encoder_or_decoder, rank.noting_steps(step, args))

@@ -12,6 +12,7 @@ from megatron.core.utils import unwrap_model
 from published_models import PUBLISHED
 from single_process import build, ensure_world, positions
 
+from hymeg import platform
 from hymeg.checkpoint.mapping import num_parameters
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
@@ -56,6 +57,20 @@ def test_packed_sample_equals_its_sequences(folder):
         for start, end in itertools.pairwise(boundaries):
             alone = tokens[:, start:end]
             assert (found[:, start:end] - model(alone, positions(alone), None)).abs().max() <= 1e-5
+
+
+@pytest.mark.skipif(not platform.is_cpu(), reason="on CUDA nothing watches")
+def test_the_layers_of_the_local_spec_go_unwatched(folder, tokens):
+    model, seen = build(folder / "mtp"), {}
+    for name in ("embedding", "decoder", "mtp", "output_layer"):
+        module = getattr(model, name)
+        module.register_forward_hook(
+            lambda *_, name=name: seen.setdefault(name, torch._C._is_torch_function_all_disabled())
+        )
+    model(tokens, positions(tokens), None, labels=tokens)
+    # Of the embedding its first call: multi-token prediction calls it again.
+    assert seen == {"embedding": False, "decoder": True, "mtp": True, "output_layer": True}
+    assert not torch._C._is_torch_function_all_disabled()
 
 
 class TestHead:

@@ -1,5 +1,6 @@
 """The CPU platform: what it replaces is there to be replaced, and what it puts in its place computes the same."""
 
+import contextlib
 import importlib.metadata
 import os
 import subprocess
@@ -10,6 +11,7 @@ import torch
 
 from hymeg import platform
 from hymeg.errors import UserError
+from hymeg.platform import device
 from hymeg.platform.adam import FusedAdam
 from hymeg.platform.patches import INSTALLED, patch, patched
 
@@ -115,6 +117,28 @@ class TestTorchCuda:
         torch.autograd.grad(Noting.apply(parameter).sum(), parameter)
         assert parameter.grad.tolist() == [4, 4] and devices == ["cpu"] * 3
 
+    def test_a_backward_pass_can_go_unwatched(self):
+        """What it asks for by `current_device()` is made on the CPU all the same."""
+        seen = []
+
+        class Noting(torch.autograd.Function):
+            @staticmethod
+            def forward(context, tensor):
+                return tensor * 2
+
+            @staticmethod
+            def backward(context, gradient):
+                made = torch.ones(2, device=torch.cuda.current_device())
+                seen.append((torch._C._is_torch_function_all_disabled(), made.device.type))
+                return gradient * 2
+
+        for context in (device.unwatched_backward, contextlib.nullcontext):
+            with context():
+                Noting.apply(torch.ones(2, requires_grad=True)).sum().backward()
+        assert seen == [(True, "cpu"), (False, "cpu")] and torch.cuda.current_device() == 0
+        with device.unwatched(), device.watched():
+            assert torch.ones(2, device="cuda").device.type == "cpu"
+
     def test_other_devices_and_dtypes_pass(self):
         assert torch.zeros(2, device="meta").device.type == "meta"
         assert torch.ones(2).to(torch.int32).dtype == torch.int32
@@ -186,8 +210,6 @@ def test_chunks_that_are_in_order_are_not_copied():
 @requires_cpu
 def test_the_peak_of_every_stage_is_told_on_a_gpu(monkeypatch):
     from single_process import ensure_world
-
-    from hymeg.platform import device
 
     ensure_world()
     assert device.peak_bytes_by_stage() is None
