@@ -62,11 +62,12 @@ def test_packed_sample_equals_its_sequences(folder):
 @pytest.mark.skipif(not platform.is_cpu(), reason="on CUDA nothing watches")
 def test_the_layers_of_the_local_spec_go_unwatched(folder, tokens):
     model, seen = build(folder / "mtp"), {}
+
+    def note(name: str) -> None:
+        seen.setdefault(name, torch._C._is_torch_function_all_disabled())
+
     for name in ("embedding", "decoder", "mtp", "output_layer"):
-        module = getattr(model, name)
-        module.register_forward_hook(
-            lambda *_, name=name: seen.setdefault(name, torch._C._is_torch_function_all_disabled())
-        )
+        getattr(model, name).register_forward_hook(lambda *_, name=name: note(name))
     model(tokens, positions(tokens), None, labels=tokens)
     # Of the embedding its first call: multi-token prediction calls it again.
     assert seen == {"embedding": False, "decoder": True, "mtp": True, "output_layer": True}
