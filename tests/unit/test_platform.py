@@ -82,6 +82,25 @@ def test_platform_is_chosen_by_the_environment(monkeypatch):
             platform.name()
 
 
+def doubling(in_backward):
+    """A function that doubles; what its backward pass is given goes through `in_backward` first."""
+
+    class Doubling(torch.autograd.Function):
+        @staticmethod
+        def forward(context, tensor):
+            return tensor * 2
+
+        @staticmethod
+        def backward(context, gradient):
+            return in_backward(gradient) * 2
+
+    return Doubling
+
+
+def asked_for() -> torch.device:
+    return torch.ones(2, device=torch.cuda.current_device()).device
+
+
 @requires_cpu
 class TestTorchCuda:
     def test_tensors_asked_for_on_cuda_are_on_the_cpu(self):
@@ -100,41 +119,21 @@ class TestTorchCuda:
     def test_so_are_those_that_a_backward_pass_asks_for(self):
         """Torch leaves a mode for the time of a backward pass, within a recomputed layer's too."""
         devices = []
-
-        class Noting(torch.autograd.Function):
-            @staticmethod
-            def forward(context, tensor):
-                return tensor * 2
-
-            @staticmethod
-            def backward(context, gradient):
-                devices.append(torch.ones(2, device=torch.cuda.current_device()).device.type)
-                return gradient.cuda() * 2
-
+        double = doubling(lambda gradient: devices.append(asked_for().type) or gradient.cuda())
         parameter = torch.ones(2, requires_grad=True)
-        Noting.apply(parameter).sum().backward()
-        torch.utils.checkpoint.checkpoint(Noting.apply, parameter, use_reentrant=True).sum().backward()
-        torch.autograd.grad(Noting.apply(parameter).sum(), parameter)
+        double.apply(parameter).sum().backward()
+        torch.utils.checkpoint.checkpoint(double.apply, parameter, use_reentrant=True).sum().backward()
+        torch.autograd.grad(double.apply(parameter).sum(), parameter)
         assert parameter.grad.tolist() == [4, 4] and devices == ["cpu"] * 3
 
     def test_a_backward_pass_can_go_unwatched(self):
         """What it asks for by `current_device()` is made on the CPU all the same."""
         seen = []
-
-        class Noting(torch.autograd.Function):
-            @staticmethod
-            def forward(context, tensor):
-                return tensor * 2
-
-            @staticmethod
-            def backward(context, gradient):
-                made = torch.ones(2, device=torch.cuda.current_device())
-                seen.append((torch._C._is_torch_function_all_disabled(), made.device.type))
-                return gradient * 2
-
+        disabled = torch._C._is_torch_function_all_disabled
+        double = doubling(lambda gradient: seen.append((disabled(), asked_for().type)) or gradient)
         for context in (device.unwatched_backward, contextlib.nullcontext):
             with context():
-                Noting.apply(torch.ones(2, requires_grad=True)).sum().backward()
+                double.apply(torch.ones(2, requires_grad=True)).sum().backward()
         assert seen == [(True, "cpu"), (False, "cpu")] and torch.cuda.current_device() == 0
         with device.unwatched(), device.watched():
             assert torch.ones(2, device="cuda").device.type == "cpu"
