@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""A tour of hymeg on CPU, in a few minutes: a Hugging Face checkpoint trains on four processes, in two layouts, is
-fine-tuned, and becomes one again.
+"""A tour of hymeg on CPU, in a few minutes: a Hugging Face checkpoint trains on four processes, goes on under
+another layout on two, is fine-tuned, and becomes one again.
 
 Every step is a command line, printed before it runs, for you to type yourself. Here is only their order; what shows
 them is in tools/tour.
@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from tour.curves import FIRST, NUM_STEPS_TWICE, SECOND, TUNING, compare, draw, read_losses
+from tour.curves import FIRST, NUM_STEPS_TWICE, SECOND, compare, draw, read_losses
 from tour.screen import ROOT, Screen, TrainingScreen, run, shown, wrapped
 
 TINY = "examples/tiny_cpu"
@@ -24,8 +24,9 @@ LAYOUTS = {
     # Unsaid, the experts' tensor-parallel size is TP's, and they would want EP2 x ETP2 x PP2 = 8 processes.
     FIRST: "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 "
     "--expert-tensor-parallel-size 1",
-    **dict.fromkeys((SECOND, TUNING), "--context-parallel-size 2 --expert-model-parallel-size 2"),
+    SECOND: "--context-parallel-size 2 --expert-model-parallel-size 2",
 }
+NUM_PROCESSES = {FIRST: 4, SECOND: 2}
 HELD_OUT = "examples/data/translations_heldout.jsonl"
 TRANSLATIONS = (
     f"--data-path examples/data/translations.jsonl --valid-data-path {HELD_OUT} --valid-translations {HELD_OUT} "
@@ -67,8 +68,8 @@ class Tour:
 
     def __call__(self) -> None:
         print(
-            "A tiny Hy-MT2 trains on real text over four processes of this machine's CPU, then on translations over "
-            f"two: about four minutes. All it makes: {shown(self.out)}"
+            "A tiny Hy-MT2 trains on real text over four processes of this machine's CPU, then over two, then on "
+            f"translations: about three minutes. All it makes: {shown(self.out)}"
         )
         print(
             "Layouts: TP tensor, PP pipeline, EP expert, CP context, DP data parallel; a number says over how many "
@@ -122,8 +123,8 @@ class Tour:
             f"{self.untuned}"
         )
         self.step("its loss on held-out translations, so far", "", "untuned", before, TrainingScreen())
-        tune = f"{self.launch(2)} {settings} {load} --save {self.tuned} {LAYOUTS[TUNING]}"
-        self.step("fine-tune it on translations", TUNING, "tuned", tune, TrainingScreen())
+        tune = f"{self.launch(SECOND)} {settings} {load} --save {self.tuned} {LAYOUTS[SECOND]}"
+        self.step("fine-tune it on translations", SECOND, "tuned", tune, TrainingScreen())
 
     def publish(self) -> None:
         """What was trained as a Hugging Face checkpoint, and what transformers makes of it."""
@@ -135,8 +136,9 @@ class Tour:
         )
         self.step("its loss here and in transformers", "", "losses", losses)
 
-    def launch(self, processes: int) -> str:
-        return f"env HYMEG_PLATFORM=cpu {self.torchrun} --standalone --nproc-per-node {processes} pretrain_hy.py"
+    def launch(self, layout: str) -> str:
+        processes = f"--standalone --nproc-per-node {NUM_PROCESSES[layout]}"
+        return f"env HYMEG_PLATFORM=cpu {self.torchrun} {processes} pretrain_hy.py"
 
     def step(self, what: str, layout: str, name: str, command: str, screen: Screen | None = None) -> None:
         print(f"\n=== {len(self.rows) + 1} of {NUM_STAGES}: {what}{f', layout {layout}' if layout else ''}", flush=True)
@@ -148,7 +150,7 @@ class Tour:
         """Returns step -> loss."""
         curves = shown(self.out / "tensorboard" / name)
         save = f"--train-iters {self.last_step} --save {self.saves} --tensorboard-dir {curves}"
-        train = f"{self.launch(4)} {self.settings} {load} {save} {LAYOUTS[layout]}"
+        train = f"{self.launch(layout)} {self.settings} {load} {save} {LAYOUTS[layout]}"
         self.step(what, layout, name, train, TrainingScreen())
         losses = read_losses(self.out / "tensorboard" / name)
         begin, end = min(losses), max(losses)

@@ -206,3 +206,6 @@ def _leave_functions_as_they_are() -> None:
         return (lambda function: function) if model is None else model
 
     patch(torch, "compile", compiled, "jit.py:16 compiles the fusions as they are imported")
+    for name in ("add_param_group", "state_dict", "load_state_dict"):
+        original = getattr(torch.optim.Optimizer, name).__wrapped__
+        patch(torch.optim.Optimizer, name, original, "torch's own imports the compiler, to be left alone by it")

@@ -46,7 +46,7 @@ def command(folder):
     and then layouts differ.
     """
 
-    def build(*flags: str, checkpoint: str = "trunk", load: str | None = None, steps: int = 4) -> list[str]:
+    def build(*flags: str, checkpoint: str = "trunk", load: str | None = None, steps: int = 3) -> list[str]:
         model = str(folder / checkpoint)
         fixed = f"--seq-length {SEQ_LENGTH} --micro-batch-size 1 --train-iters {steps} --eval-iters 0 --num-workers 0"
         rate = "--lr 1e-3 --lr-decay-style constant"
@@ -78,8 +78,8 @@ def worlds(tmp_path_factory):
 def one_process(worlds, command):
     """What one process computes: `{name: steps}`. Everything else is held against it."""
     cases = {
-        "trunk": command(steps=6),
-        "mtp": command(checkpoint="mtp", steps=6),
+        "trunk": command(steps=4),
+        "mtp": command(checkpoint="mtp", steps=4),
         "bf16": command("--bf16"),
         "recompute": command(
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", checkpoint="mtp"

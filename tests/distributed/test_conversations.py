@@ -54,6 +54,11 @@ LAYOUTS = {  # world size -> name -> flags, checkpoint
 }
 
 
+def end_of(kind: str, cut: int) -> int:
+    """Up to which step a run goes that is resumed at `cut`: the first over all epochs."""
+    return STEPS if cut == CUTS[kind][0] else min(cut + 3, STEPS)
+
+
 def write_rows(path, num_rows: int, seed: int) -> None:
     choose = random.Random(seed)
     sentence = lambda: " ".join(choose.choices(WORDS, k=choose.randint(1, 5)))  # noqa: E731
@@ -177,7 +182,7 @@ def tuned(worlds, folder, tuning, num_packs):
                     for cut in CUTS[kind]:
                         load = f"{folder}/saved-{kind}"
                         cases[f"{kind} from {cut}"] = tuning(
-                            f"--ckpt-step {cut}", batch=2, steps=STEPS, files=files, load=load
+                            f"--ckpt-step {cut}", batch=2, steps=end_of(kind, cut), files=files, load=load
                         )
             started[size] = worlds.cases(size, cases)
         return started[size]
@@ -220,7 +225,7 @@ def test_a_resumed_run_goes_on_with_the_very_next_sample(tuned, kind, cut):
     """Saved by one process, resumed by two: what both lives draw, one after the other, is what the run without
     interruption draws.
     """
-    whole = tuned(1)[f"{kind} whole"]["steps"]
+    whole = tuned(1)[f"{kind} whole"]["steps"][: end_of(kind, cut)]
     resumed = tuned(2)[f"{kind} from {cut}"]["steps"]
     assert [sorted(step["drawn"]) for step in resumed] == [sorted(step["drawn"]) for step in whole[cut:]]
     assert_same_training(resumed, whole[cut:])

@@ -24,7 +24,7 @@ def test_frozen_multi_token_prediction_is_kept_to_the_bit(worlds, command, folde
     frozen, saved = worlds.run(1, command(FROZEN, f"--save {folder / 'frozen'}", checkpoint="mtp")), {}
     _load_state_dict(
         saved,
-        storage_reader=FileSystemReader(folder / "frozen" / "iter_0000004"),
+        storage_reader=FileSystemReader(folder / "frozen" / "iter_0000003"),
         planner=_EmptyStateDictLoadPlanner(),
         no_dist=True,
     )
