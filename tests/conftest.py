@@ -1,5 +1,6 @@
 """A tiny checkpoint in both formats, for tests that only read it; and no test writes to the user's cache."""
 
+import gc
 import os
 import resource
 
@@ -8,8 +9,9 @@ import pytest
 
 def pytest_configure():
     """Most machines allow a process 1,024 open files, and more if it asks: a world in which many cases run has process
-    groups by the hundred.
+    groups by the hundred. And what is imported with the tests stays: nobody looks for garbage in it.
     """
+    gc.disable()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
 
@@ -18,6 +20,11 @@ def pytest_configure():
 def pytest_xdist_auto_num_workers():
     """`-n auto`: one more than there are cores, since jobs, launchers and worlds of processes wait for one another."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 ROOMS = ("tests/slurm_jobs/", "tests/distributed/test_transformer_engine.py", "tests/distributed/")

@@ -119,6 +119,7 @@ def main(folder: Path, prepare: Callable[[ModuleType], None] = lambda worker: No
     Args:
         prepare: called with the module worker.py, before the first case.
     """
+    gc.disable()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print while they are imported is no answer
     import replaced_names
@@ -132,6 +133,7 @@ def main(folder: Path, prepare: Callable[[ModuleType], None] = lambda worker: No
     worker.prepare()
     prepare(worker)
     gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         print(json.dumps(answered(json.loads(line), folder)), file=answers, flush=True)
 
