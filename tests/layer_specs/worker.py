@@ -31,6 +31,7 @@ from hymeg import platform  # noqa: E402
 
 platform.install()
 
+import flag_help  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -215,4 +216,6 @@ def main(jobs_path: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    flag_help.read_once()
+    gc.freeze()
     main(sys.argv[2])
