@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,12 @@ def opened(path: str | os.PathLike) -> BinaryIO:
 def shown(value: Any) -> str:
     """`value`, whatever a file may hold, on one line of bounded length for a message."""
     return json.dumps(value) if value is None or isinstance(value, bool) else _repr.repr(value)
+
+
+def some(items: Iterable[Any], most: int) -> str:
+    """The first of them, for a message, and whether there are more."""
+    listed = [str(item) for item in items]
+    return ", ".join(listed[:most] + ["..."] * (len(listed) > most))
 
 
 def parse_bytes(text: str) -> int:

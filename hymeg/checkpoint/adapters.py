@@ -4,25 +4,25 @@ Streaming, in several processes, through the one pipe of `conversion`.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
-from hymeg.checkpoint.conversion import Conversion, Say, Summary, as_path, carry_out, check_apart
-from hymeg.checkpoint.dist_files import RELEASE, TRACKER
+from hymeg.checkpoint.conversion import Conversion, Summary, carry_out, check_apart, to_hf
 from hymeg.checkpoint.mapping import Entry, hf_entries, is_mtp, num_rows
+from hymeg.checkpoint.options import OfModel, Options, Say, ToHf
+from hymeg.checkpoint.reading import Read
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.sinks.dist_folder import files_of_adapter
-from hymeg.checkpoint.sinks.hf_folder import files_of_hf
 from hymeg.checkpoint.sinks.peft_folder import files_of_peft
 from hymeg.checkpoint.sources import open_adapter, open_dist_adapter, open_hf, open_peft
 from hymeg.checkpoint.sources.adapter_folder import Adapter
 from hymeg.checkpoint.sources.hf_folder import DEQUANTISED
-from hymeg.checkpoint.workers import aside, check_num_workers, run
+from hymeg.checkpoint.workers import aside, run
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.dtypes import ROUNDED_TO, WEIGHTS
-from hymeg.hf.safetensors_files import MAX_SHARD_BYTES
+from hymeg.hf.dtypes import WEIGHTS
 from hymeg.progress import Progress
 
 
@@ -44,17 +44,17 @@ def adapter_to_peft(
         layout: "peft", for `PeftModel.from_pretrained`, or "served", for vLLM and SGLang.
         iteration: which one; None: the one that the tracker names.
         base_hf: Hugging Face folder of the base model, where `dist` has no config.json.
-        dtype, workers, overwrite, say: as for `convert.hf_to_dist`.
+        dtype, workers, overwrite, say: as of `options.Options`.
 
     Raises:
         UserError: it is broken or incomplete; `peft` cannot be written; a layout cannot hold all of it.
     """
-    dist, peft, base = Path(dist), Path(peft), as_path(base_hf)
-    check_num_workers(workers)
+    how = OfModel(dtype=dtype, workers=workers, overwrite=overwrite, say=say, base_hf=base_hf)
+    dist, peft = Path(dist), Path(peft)
 
     def planned() -> Conversion:
-        adapter = open_dist_adapter(dist, HyConfig.from_dir(base) if base else None, iteration)
-        check_apart(peft, [adapter.folder, base], [dist])
+        adapter = open_dist_adapter(dist, HyConfig.from_dir(how.base) if how.base else None, iteration)
+        check_apart(peft, [adapter.folder, how.base], [dist])
         modules = [module for module in adapter.modules if not module.is_mtp]
         left_out = len(adapter.modules) - len(modules) + sum(is_mtp(adapter.config, name) for name in adapter.full)
         if not modules:
@@ -65,75 +65,40 @@ def adapter_to_peft(
                 "cannot load with an adapter; merge it"
             )
         note = f"left out: what was trained of MTP layers, {left_out} in all, which no reader of peft folders has"
-        files = files_of_peft(adapter, modules, layout, ROUNDED_TO[dtype], workers)
-        read = {"from": str(adapter.folder.resolve()), "iteration": adapter.iteration, "base_hf": base and str(base)}
-        return Conversion(
-            files=files,
-            subfolder="",
-            num_tensors=files.num_tasks,
-            config=None,
-            carried={},
-            tracker={},
-            record={"command": "adapter-to-peft", **read, "dtype": dtype, "layout": layout},
-            notes=[note] if left_out else [],
-        )
+        files = files_of_peft(adapter, modules, layout, how.rounded_to, how.workers)
+        base = how.base and str(how.base)
+        read = {"from": str(adapter.folder.resolve()), "iteration": adapter.iteration, "base_hf": base}
+        record = {"command": "adapter-to-peft", **read, "dtype": dtype, "layout": layout}
+        return Conversion(files, files.num_tasks, record, None, {}, [note] if left_out else [])
 
-    return carry_out(planned, peft, "to peft", workers, overwrite, False, say)
+    return carry_out(planned, peft, "to peft", how)
 
 
-def peft_to_adapter(
-    peft: str | Path,
-    dist: str | Path,
-    *,
-    base_hf: str | Path,
-    dtype: str = "keep",
-    workers: int = 2,
-    overwrite: bool = False,
-    verify: bool = False,
-    say: Say = lambda line: None,
-) -> Summary:
+def peft_to_adapter(peft: str | Path, dist: str | Path, *, base_hf: str | Path, **options: Any) -> Summary:
     """Write the adapter in the peft folder `peft`, in either layout, as a distributed checkpoint, to train on from.
 
     Args:
         base_hf: Hugging Face folder of its base model.
-        dtype, workers, overwrite, verify, say: as for `convert.hf_to_dist`.
+        options: as of `options.Options`.
 
     Raises:
         UserError: as `open_peft`; `dist` cannot be written.
     """
-    peft, dist, base = Path(peft), Path(dist), Path(base_hf)
-    check_num_workers(workers)
+    how, peft, dist, base = Options(**options), Path(peft), Path(dist), Path(base_hf)
 
     def planned() -> Conversion:
         adapter = open_peft(peft, HyConfig.from_dir(base))
         check_apart(dist, [peft, base])
-        return Conversion(
-            files=files_of_adapter(adapter.config, adapter.settings, adapter.tensors, ROUNDED_TO[dtype], workers),
-            subfolder=RELEASE,
-            num_tensors=len(adapter.tensors),
-            config=adapter.config,
-            carried=carried_files(base),
-            tracker={TRACKER: RELEASE.encode()},
-            record={"command": "peft-to-adapter", "from": str(peft.resolve()), "base_hf": str(base), "dtype": dtype},
-            notes=[],
-        )
+        files = files_of_adapter(adapter.config, adapter.settings, adapter.tensors, how.rounded_to, how.workers)
+        read = {"from": str(peft.resolve()), "base_hf": str(base)}
+        record = {"command": "peft-to-adapter", **read, "dtype": how.dtype}
+        return Conversion(files, len(adapter.tensors), record, adapter.config, carried_files(base), [], is_dist=True)
 
-    return carry_out(planned, dist, "to distributed", workers, overwrite, verify, say)
+    return carry_out(planned, dist, "to distributed", how)
 
 
 def merge(
-    base_hf: str | Path,
-    adapter: str | Path,
-    hf: str | Path,
-    *,
-    iteration: int | None = None,
-    layout: str = "hub",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    dtype: str = "keep",
-    workers: int = 2,
-    overwrite: bool = False,
-    verify: bool = False,
-    say: Say = lambda line: None,
+    base_hf: str | Path, adapter: str | Path, hf: str | Path, *, iteration: int | None = None, **options: Any
 ) -> Summary:
     """Write the Hugging Face checkpoint in folder `base_hf` with the adapter in its weights: W + scale * B @ A, in fp32
     and rounded once.
@@ -141,42 +106,32 @@ def merge(
     Args:
         adapter: a distributed checkpoint or a peft folder.
         iteration: of a distributed one; None: the one that the tracker names.
-        layout, max_shard_bytes, dtype, workers, overwrite, verify, say: as for `convert.dist_to_hf`.
+        options: as of `options.ToHf`.
 
     Raises:
         UserError: one of them is broken, or they do not belong together (of a distributed one by the fingerprint of its
             base); `hf` cannot be written.
     """
-    base_hf, adapter, hf = Path(base_hf), Path(adapter), Path(hf)
-    check_num_workers(workers)
+    how, base_hf, adapter, hf = ToHf(**options), Path(base_hf), Path(adapter), Path(hf)
 
     def planned() -> Conversion:
-        base, written = open_hf(base_hf), ROUNDED_TO[dtype]
+        base, rounded_to = open_hf(base_hf), how.rounded_to
         of_config = HyConfig.from_dir(base_hf)
         if of_config.without_quantization() is not of_config:
             # FP8 in fp32 as well, for one rounding.
-            base, written = open_hf(base_hf, dtype="F32"), written or DEQUANTISED
+            base, rounded_to = open_hf(base_hf, dtype="F32"), rounded_to or DEQUANTISED
         found = open_adapter(adapter, base.config, iteration)
-        check_apart(hf, [base_hf, found.folder], [adapter])
-        tensors = merged(base.config, base.tensors, found)
-        files, config = files_of_hf(base.config, tensors, layout, max_shard_bytes, written, workers)
-        read = {"base_hf": str(base_hf.resolve()), "from": str(found.folder.resolve()), "iteration": found.iteration}
-        return Conversion(
-            files=files,
-            subfolder="",
-            num_tensors=files.num_tasks,
-            config=config,
-            carried=carried_files(base_hf),
-            tracker={},
-            record={"command": "merge", **read, "dtype": dtype, "layout": layout},
-            notes=[*base.notes, f"adapters of {len(found.modules):,} modules, scale {found.settings.scale:g}"],
-        )
+        note = f"adapters of {len(found.modules):,} modules, scale {found.settings.scale:g}"
+        source = base._replace(tensors=merged(base.config, base.tensors, found), notes=(*base.notes, note))
+        record = {"base_hf": str(base_hf.resolve()), "from": str(found.folder.resolve()), "iteration": found.iteration}
+        read = Read(source, carried_files(base_hf), [base_hf, found.folder], [adapter], record)
+        return to_hf("merge", read, hf, how, rounded_to)
 
-    check_base(base_hf, adapter, iteration, workers, say)
-    return carry_out(planned, hf, "merging", workers, overwrite, verify, say)
+    check_base(base_hf, adapter, iteration, how)
+    return carry_out(planned, hf, "merging", how)
 
 
-def check_base(base_hf: Path, adapter: Path, iteration: int | None, workers: int, say: Say) -> None:
+def check_base(base_hf: Path, adapter: Path, iteration: int | None, how: Options) -> None:
     """Whether the adapter was trained on these weights, by the fingerprint that training left in adapter.json.
 
     Raises:
@@ -185,7 +140,7 @@ def check_base(base_hf: Path, adapter: Path, iteration: int | None, workers: int
     record, _ = aside(lambda: open_adapter(adapter, open_hf(base_hf).config, iteration).settings.base)
     wanted = (record or {}).get("fingerprint")
     if wanted is None:
-        say(f"{adapter} does not say which weights it was trained on: that they are {base_hf}'s is not checked")
+        how.say(f"{adapter} does not say which weights it was trained on: that they are {base_hf}'s is not checked")
         return
 
     def work(number: int, report: Callable[[int], None]) -> int:
@@ -197,7 +152,7 @@ def check_base(base_hf: Path, adapter: Path, iteration: int | None, workers: int
         total = 0
         with TensorReader() as reader:
             for place, tensor in enumerate(open_hf(base_hf).tensors.values()):
-                if place % workers != number:
+                if place % how.workers != number:
                     continue
                 row, dtype = 0, getattr(torch, WEIGHTS[tensor.dtype].torch)
                 for block in reader.blocks(tensor, [(0, num_rows(tensor.shape))]):
@@ -208,7 +163,7 @@ def check_base(base_hf: Path, adapter: Path, iteration: int | None, workers: int
         return total
 
     num_bytes = sum(path.stat().st_size for path in base_hf.glob("*.safetensors"))
-    totals = run(work, range(workers), Progress("reading the base", num_bytes)).results
+    totals = run(work, range(how.workers), Progress("reading the base", num_bytes)).results
     if (found := f"{sum(totals) % 2**48:012x}") != wanted:
         raise UserError(
             f"{adapter}: trained on other weights than {base_hf} holds (fingerprint {wanted}, found {found}); give "

@@ -2,13 +2,13 @@
 distributed on either side.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hymeg.checkpoint.mapping import Range, fits, hf_entries, num_rows
+from hymeg.checkpoint.mapping import Entry, Range, fits, hf_entries, num_rows
 from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, block_height
 from hymeg.checkpoint.sinks.transfer import shares
@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 
 def compare_pairs(shares: Sequence[Iterable[Pair]], progress: Progress, tolerance: float = 0.0) -> Outcome:
     """Every pair whose bits differ (with a `tolerance`: whose numbers differ by more), share by share, each compared in
-    a process of its own.
+    a process of its own: the results are all `Difference`s.
 
     Raises:
         UserError: a file cannot be read.
@@ -51,7 +51,8 @@ def compare_pairs(shares: Sequence[Iterable[Pair]], progress: Progress, toleranc
         with TensorReader() as reader_a, TensorReader() as reader_b:
             return [found for pair in share if (found := _difference(pair, reader_a, reader_b, tolerance, report))]
 
-    return run(work, shares, progress)
+    outcome = run(work, shares, progress)
+    return outcome._replace(results=[found for of_worker in outcome.results for found in of_worker])
 
 
 def _difference(
@@ -101,39 +102,27 @@ def compare_checkpoints(
     """
     if is_adapter(a) or is_adapter(b):
         return compare_adapters(a, b, tolerance, workers, base_hf)
-    check_num_workers(workers)
     left, right = open_any(a), open_any(b)
     config = left.config or right.config
     if config is None:
         raise UserError(f"neither {a} nor {b} has a {CONFIG_FILE}; copy the model's into one of them")
-    differences, pairs, known = [], [], set()
+    differences = []
     if left.config and right.config:
-        fields_a, fields_b = ({**vars(side.config), "raw": None, "dtype": None} for side in (left, right))
-        differences += [
-            Difference(CONFIG_FILE, f"{name}: {value} and {fields_b[name]}")
-            for name, value in fields_a.items()
-            if value != fields_b[name]
-        ]
-    for entry in hf_entries(config, "hub"):
-        known.add(entry.dist_key)
-        of_a, of_b = left.tensors.get(entry.dist_key), right.tensors.get(entry.dist_key)
-        if of_a is None or of_b is None:
-            if of_a is not of_b:
-                differences.append(Difference(entry.hf_name, f"only in {a if of_b is None else b}"))
-            continue
-        if not all(fits(entry.dist_key, tensor.shape, entry.dist_shape) for tensor in (of_a, of_b)):
-            shapes = f"{list(of_a.shape)} and {list(of_b.shape)}"
-            differences.append(Difference(entry.hf_name, f"shapes: {shapes} as {entry.dist_key}"))
-        elif tolerance == 0 and of_a.dtype != of_b.dtype:
-            differences.append(Difference(entry.hf_name, f"dtypes: {of_a.dtype} and {of_b.dtype}"))
-        else:
-            pairs.append(Pair(entry.hf_name, of_a, of_b, entry.rows, of_a.dtype if tolerance == 0 else "F32"))
+        for name, (of_a, of_b) in config_differences(left.config, right.config).items():
+            differences.append(Difference(CONFIG_FILE, f"{name}: {of_a} and {of_b}"))
+    entries = hf_entries(config, "hub")
+    differences += _compared(a, left.tensors, b, right.tensors, entries, tolerance, workers)
+    known = {entry.dist_key for entry in entries}
     for folder, side in ((a, left), (b, right)):
         unknown = [key for key in (*side.tensors, *side.unknown) if key not in known]
         differences += [Difference(key, f"only in {folder}, and unknown to config.json") for key in unknown]
-    progress = Progress("comparing", sum(pair.nbytes for pair in pairs))
-    outcome = compare_pairs(shares(pairs, workers), progress, tolerance)
-    return differences + [found for of_worker in outcome.results for found in of_worker]
+    return differences
+
+
+def config_differences(a: HyConfig, b: HyConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields that say something else of the model, and what."""
+    pairs = {name: (value, getattr(b, name)) for name, value in vars(a).items() if name not in ("raw", "dtype")}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def compare_adapters(
@@ -148,7 +137,6 @@ def compare_adapters(
     Raises:
         UserError: one of them is none, or cannot be read.
     """
-    check_num_workers(workers)
     config = HyConfig.from_dir(base_hf) if base_hf else None
     for folder in (a, b):
         if not is_adapter(folder):
@@ -157,25 +145,40 @@ def compare_adapters(
             config = open_adapter(folder).config
     left, right = open_adapter(a, config), open_adapter(b, config)
     differences = []
-    for name in ("rank", "scale", "targets"):
+    for name in ("rank", "scale"):
         of_a, of_b = getattr(left.settings, name), getattr(right.settings, name)
-        if name == "targets":
-            of_a, of_b = ([module.path for module in side.modules] for side in (left, right))
         if of_a != of_b:
-            what = "not the same modules" if name == "targets" else f"{of_a:g} and {of_b:g}"
-            differences.append(Difference(name, what))
-    pairs = []
-    for key in left.tensors | right.tensors:
-        of_a, of_b = left.tensors.get(key), right.tensors.get(key)
-        if of_a is None or of_b is None:
-            differences.append(Difference(key, f"only in {a if of_b is None else b}"))
-        elif of_a.shape != of_b.shape:
-            differences.append(Difference(key, f"shapes: {list(of_a.shape)} and {list(of_b.shape)}"))
-        elif tolerance == 0 and of_a.dtype_kept != of_b.dtype_kept:
-            differences.append(Difference(key, f"dtypes: {of_a.dtype_kept} and {of_b.dtype_kept}"))
+            differences.append(Difference(name, f"{of_a:g} and {of_b:g}"))
+    if left.modules != right.modules:
+        differences.append(Difference("targets", "not the same modules"))
+    entries = []
+    for key, tensor in (left.tensors | right.tensors).items():
+        entries.append(Entry(key, key, False, tensor.shape, tensor.shape, ((0, num_rows(tensor.shape)),)))
+    return differences + _compared(a, left.tensors, b, right.tensors, entries, tolerance, workers)
+
+
+def _compared(
+    a: str | Path,
+    of_a: Mapping[str, RowTensor],
+    b: str | Path,
+    of_b: Mapping[str, RowTensor],
+    entries: Iterable[Entry],
+    tolerance: float,
+    workers: int,
+) -> list[Difference]:
+    """What differs in these rows of the tensors of two folders, by distributed key, under the entries' names."""
+    check_num_workers(workers)
+    differences, pairs = [], []
+    for name, key, _, _, shape, rows in entries:
+        left, right = of_a.get(key), of_b.get(key)
+        if left is None or right is None:
+            if left is not right:
+                differences.append(Difference(name, f"only in {a if right is None else b}"))
+        elif not (fits(key, left.shape, shape) and fits(key, right.shape, shape)):
+            differences.append(Difference(name, f"shapes: {list(left.shape)} and {list(right.shape)} as {key}"))
+        elif tolerance == 0 and left.dtype_kept != right.dtype_kept:
+            differences.append(Difference(name, f"dtypes: {left.dtype_kept} and {right.dtype_kept}"))
         else:
-            dtype = of_a.dtype_kept if tolerance == 0 else "F32"
-            pairs.append(Pair(key, of_a, of_b, [(0, num_rows(of_a.shape))], dtype))
+            pairs.append(Pair(name, left, right, rows, left.dtype_kept if tolerance == 0 else "F32"))
     progress = Progress("comparing", sum(pair.nbytes for pair in pairs))
-    outcome = compare_pairs(shares(pairs, workers), progress, tolerance)
-    return differences + [found for of_worker in outcome.results for found in of_worker]
+    return differences + compare_pairs(shares(pairs, workers), progress, tolerance).results

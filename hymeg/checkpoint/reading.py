@@ -9,71 +9,59 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hymeg.checkpoint.companions import carried_files, companions, config_folder, has_tokenizer
+from hymeg.checkpoint.compare import config_differences
 from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, check_distributed_tensors, is_mtp
+from hymeg.checkpoint.options import FromDist, OfModel
 from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.row_functions import Mean
 from hymeg.checkpoint.row_tensors import RowTensor, Source, TensorReader
 from hymeg.checkpoint.sources import is_hf, open_dist, open_hf
 from hymeg.checkpoint.sources.hf_folder import settle_mtp, with_all_rows
 from hymeg.errors import UserError
+from hymeg.files import some
 from hymeg.hf.config import CONFIG_FILE, HyConfig
-
-
-class Completion(NamedTuple):
-    """How what is read becomes whole. `convert.hf_to_dist` and `dist_to_hf` say what each field means."""
-
-    base: Path | None = None
-    drop_mtp: bool = False
-    dtype: str | None = None  # to which all is going to be rounded
-    cut_vocabulary: bool = False
-    keep_vocabulary: bool = False
 
 
 class Read(NamedTuple):
     """A checkpoint to convert."""
 
-    source: Source
-    config: HyConfig
+    source: Source  # whole
     carried: dict[str, Path]
-    folders: list[Path]  # that are read; the target may not be there,
+    folders: list[Path | None]  # that are read; the target may not be there,
     beside: list[Path]  # nor be one of these
     record: dict[str, Any]  # of where it came from
 
 
-def read_hf(hf: Path, how: Completion) -> Read:
+def read_hf(hf: Path, how: OfModel) -> Read:
     """A Hugging Face folder. Raises UserError as `open_hf` does."""
-    source = open_hf(hf, base_hf=how.base, drop_mtp=how.drop_mtp, dtype=how.dtype)
-    uses_base = any(how.base in _folders_of(tensor) for tensor in source.tensors.values())
-    source = source._replace(notes=(*source.notes, *_unused(how.base, uses_base)))
+    source = open_hf(hf, base_hf=how.base, drop_mtp=how.drop_mtp, dtype=how.rounded_to)
+    source = source._replace(notes=(*source.notes, *_unused(how.base, source)))
     record = {"from": str(hf.resolve()), "base_hf": how.base and str(how.base)}
-    return Read(source, source.config, carried_files(hf), [hf, *_given(how.base)], [], record)
+    return Read(source, carried_files(hf), [hf, how.base], [], record)
 
 
-def read_dist(dist: Path, iteration: int | None, how: Completion) -> Read:
+def read_dist(dist: Path, iteration: int | None, how: FromDist) -> Read:
     """A distributed checkpoint, with what its base has and it has not. Raises UserError as `open_dist` does, and where
     something is missing, unknown, or would be lost.
     """
-    if how.cut_vocabulary and how.keep_vocabulary:
-        raise UserError("--cut-vocabulary and --keep-vocabulary contradict each other; give one of them")
-    source = _completed(open_dist(dist, iteration), dist, how.base, how.drop_mtp, how.dtype, how.keep_vocabulary)
+    source = _completed(open_dist(dist, iteration), dist, how)
     beside = [dist, source.folder, source.folder.parent]
-    carried = companions(dict.fromkeys([*beside, *_given(how.base)]))
-    of_base = [name for name, path in carried.items() if how.base in path.parents]
-    uses_base = of_base or not config_folder(*beside)
-    uses_base = uses_base or any(how.base in _folders_of(tensor) for tensor in source.tensors.values())
+    carried = companions(dict.fromkeys(filter(None, [*beside, how.base])))
     notes = [*source.notes, *_surplus_rows(source, how.cut_vocabulary)]
-    if of_base:
+    if of_base := [name for name, path in carried.items() if how.base in path.parents]:
         notes.append(f"taken from {how.base}: {', '.join(of_base)}")
+    elif config_folder(*beside):
+        notes += _unused(how.base, source)
     if not has_tokenizer(carried):
         notes.append(f"no tokenizer in {dist}{f' nor in {how.base}' if how.base else ': --base-hf says where one is'}")
-    source = source._replace(notes=(*notes, *_unused(how.base, uses_base)))
     base = how.base and str(how.base)
     record = {"from": str(source.folder.resolve()), "iteration": source.iteration, "base_hf": base}
-    return Read(source, source.config, carried, [source.folder, *_given(how.base)], beside, record)
+    source = source._replace(notes=tuple(notes))
+    return Read(source, carried, [source.folder, how.base], beside, record)
 
 
-def read_mean(folders: Sequence[tuple[Path, int | None]], how: Completion) -> Read:
+def read_mean(folders: Sequence[tuple[Path, int | None]], how: FromDist) -> Read:
     """The mean of several checkpoints of one model, given as folders, of either format, and iterations. What travels
     along comes from the last.
 
@@ -82,11 +70,14 @@ def read_mean(folders: Sequence[tuple[Path, int | None]], how: Completion) -> Re
     """
     if len(folders) < 2:
         raise UserError(f"{len(folders)} checkpoint: two or more are needed for a mean; give more, or --iterations A,B")
-    reads = [_read_any(folder, iteration, how) for folder, iteration in folders]
-    for read, (folder, _) in zip(reads, folders, strict=True):
-        if differing := _differing(read, reads[-1]):
-            raise UserError(f"{folder}: another model than {folders[-1][0]}'s: {'; '.join(differing[:3])}")
+    reads = [
+        read_hf(folder, how) if is_hf(folder, iteration) else read_dist(folder, iteration, how)
+        for folder, iteration in folders
+    ]
     last = reads[-1]
+    for read, (folder, _) in zip(reads, folders, strict=True):
+        if differing := _differing(read.source, last.source):
+            raise UserError(f"{folder}: another model than {folders[-1][0]}'s: {'; '.join(differing[:3])}")
     tensors = {
         key: RowTensor(key, "F32", tensor.shape, (), Mean(tuple(read.source.tensors[key] for read in reads)))
         for key, tensor in last.source.tensors.items()
@@ -100,47 +91,38 @@ def read_mean(folders: Sequence[tuple[Path, int | None]], how: Completion) -> Re
     )
 
 
-def _read_any(folder: Path, iteration: int | None, how: Completion) -> Read:
-    if not is_hf(folder, iteration):
-        return read_dist(folder, iteration, how)
-    return read_hf(folder, how)
+def _differing(one: Source, other: Source) -> list[str]:
+    found = config_differences(one.config, other.config)
+    shapes, of_other = ({key: t.shape for key, t in source.tensors.items()} for source in (one, other))
+    found |= {
+        key: (shapes.get(key), of_other.get(key)) for key in shapes | of_other if shapes.get(key) != of_other.get(key)
+    }
+    return [f"{name} is {ours} and {theirs}" for name, (ours, theirs) in found.items()]
 
 
-def _differing(one: Read, other: Read) -> list[str]:
-    fields, others = vars(one.config), vars(other.config)
-    names = [name for name in fields if name not in ("raw", "dtype") and fields[name] != others[name]]
-    shapes, of_other = ({key: t.shape for key, t in read.source.tensors.items()} for read in (one, other))
-    keys = [key for key in shapes | of_other if shapes.get(key) != of_other.get(key)]
-    return [f"{name} is {fields[name]} and {others[name]}" for name in names] + [
-        f"{key} is {shapes.get(key)} and {of_other.get(key)}" for key in keys
-    ]
-
-
-def _completed(
-    source: Source, dist: Path, base: Path | None, drop_mtp: bool, dtype: str | None, keep_vocabulary: bool
-) -> Source:
+def _completed(source: Source, dist: Path, how: FromDist) -> Source:
     """With a config, and with the MTP layers that training did not hold; all tensors accounted for."""
-    if source.config is None and base is None:
+    if source.config is None and how.base is None:
         raise UserError(
             f"{dist}: no {CONFIG_FILE} in it; give --base-hf, the Hugging Face folder that training began with"
         )
-    config = source.config or HyConfig.from_dir(base)
+    config = source.config or HyConfig.from_dir(how.base)
     if any(key.startswith(ADAPTER_KEYS) for key in source.tensors):
         raise UserError(f"{source.folder}: an adapter, no model; export it with adapter-to-peft, or merge it")
     if source.unknown:
-        names = f"{', '.join(source.unknown[:3])}{', ...' if len(source.unknown) > 3 else ''}"
         raise UserError(
-            f"{source.folder}: {len(source.unknown)} tensors that hymeg does not know ({names}); the names of a "
-            f"GPTModel are needed, which begin with {', '.join(MODEL_KEYS)}"
+            f"{source.folder}: {len(source.unknown)} tensors that hymeg does not know ({some(source.unknown, 3)}); the "
+            f"names of a GPTModel are needed, which begin with {', '.join(MODEL_KEYS)}"
         )
     held = [key for key in source.tensors if is_mtp(config, key)]
-    if keep_vocabulary:
-        config, notes = with_all_rows(
-            config, [source.tensors[key].shape for key in VOCABULARY_KEYS if key in source.tensors]
-        )
+    if how.keep_vocabulary:
+        shapes = [source.tensors[key].shape for key in VOCABULARY_KEYS if key in source.tensors]
+        config, notes = with_all_rows(config, shapes)
         source = source._replace(notes=(*source.notes, *notes))
-    mtp = settle_mtp(source.folder, config, held, base, drop_mtp, dtype)
-    tensors = {key: tensor for key, tensor in source.tensors.items() if not (drop_mtp and key in held)} | mtp.of_base
+    mtp = settle_mtp(source.folder, config, held, how.base, how.drop_mtp, how.rounded_to)
+    tensors = {
+        key: tensor for key, tensor in source.tensors.items() if not (how.drop_mtp and key in held)
+    } | mtp.of_base
     try:
         check_distributed_tensors(mtp.written, {key: tensor.shape for key, tensor in tensors.items()})
     except UserError as error:
@@ -172,13 +154,7 @@ def _surplus_rows(source: Source, may_be_cut: bool) -> list[str]:
     return notes
 
 
-def _given(base: Path | None) -> list[Path]:
-    return [base] if base else []
-
-
-def _folders_of(tensor: RowTensor) -> set[Path]:
-    return {Path(file).parent for file in tensor.files()}
-
-
-def _unused(base: Path | None, is_used: Any) -> list[str]:
-    return [f"--base-hf {base}: nothing was taken from it, all is there already"] if base and not is_used else []
+def _unused(base: Path | None, source: Source) -> list[str]:
+    if base is None or any(Path(file).parent == base for tensor in source.tensors.values() for file in tensor.files()):
+        return []
+    return [f"--base-hf {base}: nothing was taken from it, all is there already"]
