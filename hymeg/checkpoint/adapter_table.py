@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from hymeg.checkpoint.dist_files import ADAPTER_KEYS
-from hymeg.checkpoint.mapping import TABLE, Shape, complain, hf_entries, scopes
+from hymeg.checkpoint.mapping import TABLE, Shape, account_for, hf_entries, scopes
 from hymeg.errors import UserError
 from hymeg.files import shown
 from hymeg.hf.config import HyConfig
@@ -143,7 +143,4 @@ def check_adapter_tensors(
         UserError: one is missing, unexpected or of a wrong shape (one line: how many of each kind, and the first ten).
     """
     wanted = adapter_shapes(config, rank, targets, full)
-    missing = [key for key in wanted if key not in shapes]
-    unexpected = [key for key in shapes if key not in wanted]
-    misshapen = [(k, shapes[k], wanted[k]) for k in wanted if k in shapes and tuple(shapes[k]) != wanted[k]]
-    complain("the adapter's tensors", config, missing, unexpected, misshapen, needed_by="its targets and rank")
+    account_for("the adapter's tensors", config, shapes, wanted, wanted, needed_by="its targets and rank")

@@ -248,17 +248,14 @@ def detect_layout(names: Iterable[str]) -> str:
     Raises:
         UserError: some names are of the one layout and some of the other.
     """
-    found = {}
-    for name in names:
-        for layout, marks in _MARKS.items():
-            if layout not in found and marks.fullmatch(name):
-                found[layout] = name
-    if len(found) > 1:
+    names = list(names)
+    found = {layout: next(filter(marks.fullmatch, names), None) for layout, marks in _MARKS.items()}
+    if all(found.values()):
         raise UserError(
             f"the Hugging Face tensors mix two layouts: {found['hub']} is a hub name, {found['fused']} a fused one; "
             "keep to one"
         )
-    return next(iter(found), "hub")
+    return "fused" if found["fused"] else "hub"
 
 
 def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape], is_part: bool = False) -> HFMatch:
@@ -274,27 +271,24 @@ def match_hf_tensors(config: HyConfig, shapes: Mapping[str, Shape], is_part: boo
     layout = detect_layout(shapes)
     # An older name only where today's is absent.
     candidates = sorted(_expand(config, layout), key=lambda pair: pair[0].is_older)
-    found, dropped, misshapen = {}, [], []
+    found, dropped = {}, {}
     for row, entry in candidates:
-        place = entry.dist_key, entry.rows[0]
-        if entry.hf_name not in shapes or place in found:
-            continue
-        if tuple(shapes[entry.hf_name]) != entry.hf_shape:
-            misshapen.append((entry.hf_name, shapes[entry.hf_name], entry.hf_shape))
-        if row.dist == DROPPED:
-            dropped.append(entry.hf_name)
-        else:
-            found[place] = entry
+        if entry.hf_name in shapes and row.dist == DROPPED:
+            dropped[entry.hf_name] = entry.hf_shape
+        elif entry.hf_name in shapes:
+            found.setdefault(_place(entry), entry)
     wanted = [entry for row, entry in candidates if not row.is_older and row.dist != DROPPED]
     if is_part:
         held = {scope_of(key) for key, _ in found}
         wanted = [entry for entry in wanted if scope_of(entry.dist_key) in held]
-    missing = [entry.hf_name for entry in wanted if (entry.dist_key, entry.rows[0]) not in found]
-    accounted_for = {entry.hf_name for entry in found.values()}.union(dropped)
-    complain(
-        "the Hugging Face tensors", config, missing, [name for name in shapes if name not in accounted_for], misshapen
-    )
-    return HFMatch(layout, [found[entry.dist_key, entry.rows[0]] for entry in wanted], dropped)
+    missing = [entry.hf_name for entry in wanted if _place(entry) not in found]
+    known = {entry.hf_name: entry.hf_shape for entry in found.values()} | dropped
+    account_for("the Hugging Face tensors", config, shapes, known, missing)
+    return HFMatch(layout, [found[_place(entry)] for entry in wanted], list(dropped))
+
+
+def _place(entry: Entry) -> tuple[str, Range]:
+    return entry.dist_key, entry.rows[0]
 
 
 def check_distributed_tensors(
@@ -310,14 +304,39 @@ def check_distributed_tensors(
         UserError: a tensor is missing, unexpected or of a wrong shape (one line, as for `match_hf_tensors`).
     """
     wanted = distributed_shapes(config)
-    missing = [key for key in (wanted if required is None else required) if key not in shapes]
-    unexpected = [key for key in shapes if key not in wanted]
+    account_for("the distributed tensors", config, shapes, wanted, wanted if required is None else required)
+
+
+def account_for(
+    what: str,
+    config: HyConfig,
+    found: Mapping[str, Shape],
+    wanted: Mapping[str, Shape],
+    required: Iterable[str],
+    needed_by: str = "config.json",
+) -> None:
+    """Raise UserError where the shapes of tensors that were found, by name, are not those wanted, of which not all may
+    be required: one line, how many are missing, unexpected and misshapen, and the first ten of each kind.
+    """
+    missing = [name for name in required if name not in found]
+    unexpected = [name for name in found if name not in wanted]
     misshapen = [
-        (key, shapes[key], wanted[key])
-        for key in wanted
-        if key in shapes and not fits(key, tuple(shapes[key]), wanted[key])
+        f"{name} is {list(found[name])}, {list(shape)} is needed"
+        for name, shape in wanted.items()
+        if name in found and not fits(name, found[name], shape)
     ]
-    complain("the distributed tensors", config, missing, unexpected, misshapen)
+    told = []
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
+        more = f", and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
+        told += [f"{len(names)} {kind} ({', '.join(names[:NUM_LISTED])}{more})"] if names else []
+    advice = ""
+    if not misshapen and all(is_mtp(config, name) for name in missing + unexpected):
+        advice = (
+            ". All belong to MTP layers: make num_nextn_predict_layers "
+            f"({config.num_nextn_predict_layers} in config.json) agree with them"
+        )
+    if told:
+        raise UserError(f"{what} are not those of {needed_by}: {'; '.join(told)}{advice}")
 
 
 def scope_of(key: str) -> str:
@@ -330,8 +349,8 @@ def fits(key: str, found: Shape, wanted: Shape) -> bool:
     vocabulary's with padding rows.
     """
     if key in VOCABULARY_KEYS and len(found) == len(wanted):
-        return found[0] >= wanted[0] and found[1:] == wanted[1:]
-    return found == wanted
+        wanted = (max(found[0], wanted[0]), *wanted[1:])
+    return tuple(found) == wanted
 
 
 def scopes(config: HyConfig) -> Iterator[tuple[str, str, str]]:
@@ -356,14 +375,11 @@ def _expand(config: HyConfig, layout: str) -> Iterator[tuple[Row, Entry]]:
         for row in TABLE[scope]:
             if layout not in row.layouts or (row.when and not getattr(config, row.when)):
                 continue
-            hf, dist, place = hf_prefix + row.hf, dist_prefix + row.dist, row.how.place(config)
-            is_fp32_buffer = isinstance(row.how, Fp32Buffer)
-            if "{e}" not in hf:
-                yield row, Entry(hf, dist, is_fp32_buffer, *place)
-                continue
-            for expert in range(config.num_experts):
-                stacked = place.in_stack(expert, config.num_experts)
-                yield row, Entry(hf.replace("{e}", str(expert)), dist, is_fp32_buffer, *stacked)
+            dist, place, is_fp32_buffer = dist_prefix + row.dist, row.how.place(config), isinstance(row.how, Fp32Buffer)
+            for expert in range(config.num_experts) if "{e}" in row.hf else (None,):
+                of_expert = place if expert is None else place.in_stack(expert, config.num_experts)
+                hf = hf_prefix + row.hf.replace("{e}", str(expert))
+                yield row, Entry(hf, dist, is_fp32_buffer, *of_expert)
 
 
 def _marks(layout: str) -> re.Pattern:
@@ -374,36 +390,6 @@ def _marks(layout: str) -> re.Pattern:
 
 
 _MARKS = {layout: _marks(layout) for layout in HF_LAYOUTS}
-
-
-def complain(
-    what: str,
-    config: HyConfig,
-    missing: list[str],
-    unexpected: list[str],
-    misshapen: list[tuple[str, Shape, Shape]],
-    needed_by: str = "config.json",
-) -> None:
-    """Raise UserError where any is given: one line, how many of each kind, and the first ten."""
-    kinds = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "misshapen": [f"{name} is {list(found)}, {list(wanted)} is needed" for name, found, wanted in misshapen],
-    }
-    if not any(kinds.values()):
-        return
-    told = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names]
-    advice = ""
-    if not misshapen and all(is_mtp(config, name) for name in missing + unexpected):
-        advice = (
-            ". All belong to MTP layers: make num_nextn_predict_layers "
-            f"({config.num_nextn_predict_layers} in config.json) agree with them"
-        )
-    raise UserError(f"{what} are not those of {needed_by}: {'; '.join(told)}{advice}")
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:NUM_LISTED]) + (f", and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else "")
 
 
 def is_mtp(config: HyConfig, name: str) -> bool:

@@ -6,6 +6,8 @@ or fetched by `hf download --local-dir`, with the SHA-256 (large files) or Git's
 a distributed checkpoint that has neither with the CRC-32 of each tensor stored in it.
 """
 
+import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -23,7 +25,7 @@ from hymeg.checkpoint.stored_tensor import FileWindow
 from hymeg.checkpoint.workers import check_num_workers, dealt, run
 from hymeg.checksums import MANIFEST, Damaged, FileSum, damaged_blocks, read_manifest, sum_of_file
 from hymeg.errors import UserError
-from hymeg.files import drop_from_cache, opened
+from hymeg.files import drop_from_cache, opened, some
 from hymeg.hf.safetensors_files import SafetensorsFile
 from hymeg.progress import Progress
 
@@ -40,20 +42,18 @@ def verification_notes(folder: Path, *beside: Path) -> Iterator[str]:
     """
     manifest = read_manifest(folder / MANIFEST)
     if manifest is None:
-        how = ": `inspect --verify` compares it with the hub's hashes" if _has_hub_hashes(folder) else ""
+        has_hashes = any(map(_hub_hash, folder.glob("*.safetensors")))
+        how = ": `inspect --verify` compares it with the hub's hashes" if has_hashes else ""
         yield f"{folder}: written without checksums, what is read of it is not verified{how}"
     for place in dict.fromkeys((folder, *beside)):
-        for name, expected in _of_small_files(place).items():
-            path = place / name
-            if not path.is_file():
-                yield f"{path}: was there when the folder was written, and is not now"
-            elif sum_of_file(path) != expected:
-                yield f"{path}: was changed after it was written, or is damaged"
-
-
-def _of_small_files(folder: Path) -> dict[str, FileSum]:
-    manifest = read_manifest(folder / MANIFEST)
-    return {name: found for name, found in manifest.files.items() if not _BIG.fullmatch(name)} if manifest else {}
+        manifest = read_manifest(place / MANIFEST)
+        for name, expected in manifest.files.items() if manifest else ():
+            if _BIG.fullmatch(name):
+                continue
+            if not (place / name).is_file():
+                yield f"{place / name}: was there when the folder was written, and is not now"
+            elif sum_of_file(place / name) != expected:
+                yield f"{place / name}: was changed after it was written, or is damaged"
 
 
 class Finding(NamedTuple):
@@ -64,11 +64,14 @@ class Finding(NamedTuple):
     tensors: tuple[str, ...]  # that lie, or may lie, where it is damaged
 
     def __str__(self) -> str:
-        names = ", ".join(self.tensors[:5]) + (", ..." if len(self.tensors) > 5 else "")
-        return f"{self.path}: {self.what}{f'; there lie: {names}' if names else ''}"
+        return f"{self.path}: {self.what}{f'; there lie: {some(self.tensors, 5)}' if self.tensors else ''}"
 
 
-class Report(NamedTuple):
+Report = Callable[[int], None]  # that so many more bytes are done
+_Check = Callable[[Path, Report], list[Finding]]
+
+
+class Verified(NamedTuple):
     num_files: int  # that were compared
     num_bytes: int
     damaged: list[Finding]
@@ -80,13 +83,7 @@ class Report(NamedTuple):
         return f"{self.num_files:,} files, {self.num_bytes:,} bytes verified: {state}{others}"
 
 
-class _Check(NamedTuple):
-    path: Path
-    size: int
-    how: Callable[[Path, Callable[[int], None]], list[Finding]]
-
-
-def verify_folder(folder: str | os.PathLike, workers: int = 2) -> Report:
+def verify_folder(folder: str | os.PathLike, workers: int = 2) -> Verified:
     """Every file of a checkpoint's folder, all its iterations included, or of text for pre-training, read from the disk
     and compared.
 
@@ -98,7 +95,8 @@ def verify_folder(folder: str | os.PathLike, workers: int = 2) -> Report:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give that of a checkpoint")
     findings: list[Finding] = []
-    checks, unverified = [], []
+    checks: list[tuple[int, Path, _Check]] = []  # the size first
+    unverified = []
     for place in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
         known: dict[str, FileSum] = {}
         manifests = sorted({place / MANIFEST, *place.glob(f"*.{MANIFEST}")})
@@ -111,71 +109,52 @@ def verify_folder(folder: str | os.PathLike, workers: int = 2) -> Report:
                 known |= manifest.files if manifest else {}
         for name, expected in known.items():
             if (place / name).is_file():
-                checks.append(_Check(place / name, expected.size, _ComparedWithSums(expected)))
+                checks.append((expected.size, place / name, functools.partial(_compared_with_sums, expected)))
             else:
                 findings.append(Finding(place / name, "missing", ()))
         for path in sorted(path for path in place.iterdir() if path.is_file()):
-            if path.name not in known and path not in manifests:
-                how = _otherwise(path)
-                if how:
-                    checks.append(_Check(path, path.stat().st_size, how))
-                elif path.suffix in (".safetensors", ".distcp", ".bin", ".idx") or path.name == ".metadata":
-                    unverified.append(path)
+            if path.name in known or path in manifests:
+                continue
+            if (hub_hash := _hub_hash(path)) is not None:
+                checks.append((path.stat().st_size, path, functools.partial(_compared_with_hub, hub_hash)))
+            elif path.suffix == ".distcp" and (place / METADATA).is_file():
+                checks.append((path.stat().st_size, path, _compared_with_zips))
+            elif path.suffix in (".safetensors", ".distcp", ".bin", ".idx") or path.name == METADATA:
+                unverified.append(path)
 
-    def work(dealt_checks: Iterator[_Check], report: Callable[[int], None]) -> list[Finding]:
-        return [finding for check in dealt_checks for finding in check.how(check.path, report)]
+    def work(dealt_checks: Iterator[tuple[int, Path, _Check]], report: Report) -> list[Finding]:
+        return [finding for _, path, check in dealt_checks for finding in check(path, report)]
 
-    checks.sort(key=lambda check: -check.size)
-    num_bytes = sum(check.size for check in checks)
-    for check in checks:
-        drop_from_cache(check.path)
+    checks.sort(key=lambda check: -check[0])
+    num_bytes = sum(size for size, _, _ in checks)
+    for _, path, _ in checks:
+        drop_from_cache(path)
     outcome = run(work, [dealt(checks)] * min(workers, max(len(checks), 1)), Progress("verifying", num_bytes))
     findings += [finding for of_worker in outcome.results for finding in of_worker]
-    return Report(len(checks), num_bytes, sorted(findings), unverified)
+    return Verified(len(checks), num_bytes, sorted(findings), unverified)
 
 
-class _ComparedWithSums:
-    def __init__(self, expected: FileSum):
-        self.expected = expected
-
-    def __call__(self, path: Path, report: Callable[[int], None]) -> list[Finding]:
-        wrong = damaged_blocks(path, self.expected, report)
-        if not wrong:
-            return []
-        where = ", ".join(f"{part.start} to {part.stop - 1}" for part in wrong[:3]) + (", ..." if wrong[3:] else "")
-        return [Finding(path, f"bytes {where} are not those that were written", tuple(_tensors_at(path, wrong)))]
-
-
-def _otherwise(path: Path) -> Callable[[Path, Callable[[int], None]], list[Finding]] | None:
-    """How to verify a file that no manifest has, if there is a way."""
-    if (hub_hash := _hub_hash(path)) is not None:
-        return lambda path, report: _compared_with_hub(path, hub_hash, report)
-    if path.suffix == ".distcp" and (path.parent / METADATA).is_file():
-        return _compared_with_zips
-    return None
+def _compared_with_sums(expected: FileSum, path: Path, report: Report) -> list[Finding]:
+    wrong = damaged_blocks(path, expected, report)
+    where = some((f"{part.start} to {part.stop - 1}" for part in wrong), 3)
+    what = f"bytes {where} are not those that were written"
+    return [Finding(path, what, tuple(_tensors_at(path, wrong)))] if wrong else []
 
 
 # ---- hashes that the hub gave
-
-
-def _has_hub_hashes(folder: Path) -> bool:
-    return any(_hub_hash(path) for path in folder.glob("*.safetensors"))
 
 
 def _hub_hash(path: Path) -> str | None:
     """SHA-256, 64 digits, or Git's SHA-1, 40: huggingface_hub names the blobs of its cache so, to which the files of a
     snapshot are links, and keeps it in .cache/huggingface/download/NAME.metadata, second line, of a --local-dir.
     """
-    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", name := os.path.basename(os.readlink(path))):
-        return name
-    try:
-        kept = (path.parent / ".cache/huggingface/download" / f"{path.name}.metadata").read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return kept[1] if len(kept) > 1 and re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", kept[1]) else None
+    told = [os.path.basename(os.readlink(path))] if path.is_symlink() else []
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        told += (path.parent / f".cache/huggingface/download/{path.name}.metadata").read_text().splitlines()[1:2]
+    return next((name for name in told if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", name)), None)
 
 
-def _compared_with_hub(path: Path, expected: str, report: Callable[[int], None]) -> list[Finding]:
+def _compared_with_hub(expected: str, path: Path, report: Report) -> list[Finding]:
     digest = hashlib.sha256()
     if len(expected) == 40:
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
@@ -194,55 +173,43 @@ def _compared_with_hub(path: Path, expected: str, report: Callable[[int], None])
 def _tensors_at(path: Path, wrong: list[range]) -> list[str]:
     """Of a file's tensors those in these bytes, as far as can be told."""
     try:
-        if path.suffix == ".safetensors":
-            tensors = SafetensorsFile(path, opened).tensors
-            places = [(name, tensor.offset, tensor.nbytes) for name, tensor in tensors.items()]
-        elif path.suffix != ".distcp":
-            return []
-        else:
-            places = [item for item in _stored_items(path.parent) if item.file == path.name]
-            broken = [item for item in places if _overlaps(item[1], item[2], wrong) and _is_broken(path, item)]
-            places = broken or places
-            places = [(item.key, item.position, item.length) for item in places]
+        places = [
+            (key, start, length)
+            for key, start, length in _places(path)
+            if any(start < part.stop and part.start < start + length for part in wrong)
+        ]
+        if path.suffix == ".distcp":
+            places = [place for place in places if _is_broken(path, *place[1:])] or places
     except (UserError, OSError):
         return []
-    return list(dict.fromkeys(name for name, start, length in places if _overlaps(start, length, wrong)))
+    return list(dict.fromkeys(key for key, _, _ in places))
 
 
-def _overlaps(start: int, length: int, wrong: list[range]) -> bool:
-    return any(start < part.stop and part.start < start + length for part in wrong)
+def _places(path: Path) -> list[tuple[str, int, int]]:
+    """Name, position and length of each tensor, or other object, that is stored in a file."""
+    if path.suffix == ".safetensors":
+        return [(name, entry.offset, entry.nbytes) for name, entry in SafetensorsFile(path, opened).tensors.items()]
+    if path.suffix != ".distcp":
+        return []
+    return [(key, *place) for key, file, *place in stored_places(path.parent) if file == path.name]
 
 
-class _Item(NamedTuple):
-    """One stored tensor or object of a distributed checkpoint."""
-
-    key: str
-    position: int
-    length: int
-    file: str
-
-
-def _stored_items(folder: Path) -> list[_Item]:
-    return [_Item(key, position, length, file) for key, file, position, length in stored_places(folder)]
-
-
-def _compared_with_zips(path: Path, report: Callable[[int], None]) -> list[Finding]:
-    items = [item for item in _stored_items(path.parent) if item.file == path.name]
+def _compared_with_zips(path: Path, report: Report) -> list[Finding]:
     broken = []
-    for item in items:
-        if _is_broken(path, item):
-            broken.append(item.key)
-        report(item.length)
+    for key, position, length in _places(path):
+        if _is_broken(path, position, length):
+            broken.append(key)
+        report(length)
     what = "stored tensors that do not have the CRC-32 that was stored with them"
     return [Finding(path, f"{len(broken)} {what}", tuple(broken))] if broken else []
 
 
-def _is_broken(path: Path, item: _Item) -> bool:
+def _is_broken(path: Path, position: int, length: int) -> bool:
     """Whether a record of the zip that torch.save wrote has another CRC-32 than it should have. What is no zip is not
     known to be broken.
     """
     with open(path, "rb", buffering=0) as file:
-        window = FileWindow(file.fileno(), item.position, item.length)
+        window = FileWindow(file.fileno(), position, length)
         if window.read_at(0, 4) != b"PK\3\4":
             return False
         try:

@@ -13,7 +13,7 @@ from corpora import udhr_texts
 from single_process import ensure_world
 
 from hymeg.checkpoint.convert import dist_to_hf
-from hymeg.checkpoint.verification import _is_broken, _Item, verify_folder
+from hymeg.checkpoint.verification import _is_broken, verify_folder
 from hymeg.checksums import MANIFEST
 from hymeg.data.corpus import preprocess
 from hymeg.data.index_building import build_missing
@@ -82,10 +82,10 @@ def test_a_bit_that_flips_in_what_describes_a_stored_tensor_ends_in_an_answer(tm
         data = bytearray(stored)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
-        answers.append(_is_broken(path, _Item("weight", 0, len(stored), path.name)))
+        answers.append(_is_broken(path, 0, len(stored)))
     assert len(answers) > 1000 and sum(answers) > 300
     path.write_bytes(stored)
-    assert not _is_broken(path, _Item("weight", 0, len(stored), path.name))
+    assert not _is_broken(path, 0, len(stored))
 
 
 def test_a_damaged_index_is_not_read(written, tmp_path):
