@@ -3,8 +3,9 @@
 Checkpoint files are not touched here. Names and places come from `hymeg.checkpoint.mapping`.
 """
 
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,17 +13,20 @@ import torch
 from hymeg.checkpoint.mapping import (
     VOCABULARY_KEYS,
     Entry,
+    by_key,
     check_distributed_tensors,
     distributed_shapes,
     fits,
     hf_entries,
     match_hf_tensors,
     scope_of,
+    with_rows,
 )
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 
 StateDict = Mapping[str, torch.Tensor]
+_NOTHING = r"(?!)"  # the pattern that matches nothing
 
 
 class HyStateDictAdapter:
@@ -42,7 +46,6 @@ class HyStateDictAdapter:
     def __init__(self, config: Any, moe_config: Any = None, backend: Any = None, dtype: torch.dtype | None = None):
         self.config = config if isinstance(config, HyConfig) else HyConfig.from_dict(config.to_dict())
         self.moe_config, self.backend, self.dtype = moe_config, backend, dtype
-        self._entries: dict[str, dict[str, list[Entry]]] = {}
 
     def from_hf(
         self,
@@ -73,7 +76,7 @@ class HyStateDictAdapter:
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in hf_state_dict.items()}
         match = match_hf_tensors(self.config, shapes, is_part=True)
-        made = {key: _assembled(entries, hf_state_dict, rows) for key, entries in _by_key(match.entries).items()}
+        made = {key: _assembled(entries, hf_state_dict, rows) for key, entries in by_key(match.entries).items()}
         if self.dtype is None:
             return made
         buffers = {entry.dist_key for entry in match.entries if entry.is_fp32_buffer}
@@ -106,15 +109,15 @@ class HyStateDictAdapter:
         _check_one_rank(device_mesh)
         if quantization:
             raise UserError("quantization=True: hymeg's state dict adapter does not quantize; leave it False")
-        excluded = re.compile(exclude_key_regex) if exclude_key_regex else None
-        taken = {key: tensor for key, tensor in state_dict.items() if not (excluded and excluded.match(key))}
+        excluded = re.compile(exclude_key_regex or _NOTHING)
+        taken = {key: tensor for key, tensor in state_dict.items() if not excluded.match(key)}
         held = {scope_of(key) for key in taken}
         required = [key for key in distributed_shapes(self.config) if scope_of(key) in held]
         check_distributed_tensors(self.config, {key: tuple(tensor.shape) for key, tensor in taken.items()}, required)
         return {
             entry.hf_name: _taken(entry, taken[entry.dist_key])
             for entry in hf_entries(self.config, layout)
-            if entry.dist_key in taken and not (excluded and excluded.match(entry.hf_name))
+            if entry.dist_key in taken and not excluded.match(entry.hf_name)
         }
 
     def convert_single_tensor_to_hf(
@@ -132,18 +135,13 @@ class HyStateDictAdapter:
         Raises:
             UserError: the model has no such tensor, or one of another shape.
         """
-        if exclude_key_regex and re.match(exclude_key_regex, fqn):
+        excluded = re.compile(exclude_key_regex or _NOTHING)
+        if excluded.match(fqn):
             return []
-        if layout not in self._entries:
-            self._entries[layout] = _by_key(hf_entries(self.config, layout))
-        entries = self._entries[layout].get(fqn)
-        if entries is None or not fits(fqn, tuple(tensor.shape), entries[0].dist_shape):
+        entries = _entries(self.config, layout).get(fqn)
+        if entries is None or not fits(fqn, tensor.shape, entries[0].dist_shape):
             check_distributed_tensors(self.config, {fqn: tuple(tensor.shape)}, required=())  # says what is wrong
-        return [
-            (entry.hf_name, _taken(entry, tensor))
-            for entry in entries
-            if not (exclude_key_regex and re.match(exclude_key_regex, entry.hf_name))
-        ]
+        return [(entry.hf_name, _taken(entry, tensor)) for entry in entries if not excluded.match(entry.hf_name)]
 
     def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
         """The names that `to_hf` would give, without its tensors."""
@@ -167,11 +165,9 @@ def _check_one_rank(device_mesh: Any) -> None:
         )
 
 
-def _by_key(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    by_key: dict[str, list[Entry]] = {}
-    for entry in entries:
-        by_key.setdefault(entry.dist_key, []).append(entry)
-    return by_key
+@functools.lru_cache(maxsize=4)
+def _entries(config: HyConfig, layout: str) -> dict[str, list[Entry]]:
+    return by_key(hf_entries(config, layout))
 
 
 def _assembled(entries: list[Entry], state_dict: StateDict, vocab_rows: int) -> torch.Tensor:
@@ -186,9 +182,8 @@ def _assembled(entries: list[Entry], state_dict: StateDict, vocab_rows: int) -> 
         tensor = pieces[0].new_empty(first.dist_shape)
         rows = tensor.view(-1, first.dist_shape[-1])
         for entry, piece in zip(entries, pieces, strict=True):
-            parts = piece.reshape(-1, rows.shape[1]).split([stop - start for start, stop in entry.rows])
-            for (start, stop), part in zip(entry.rows, parts, strict=True):
-                rows[start:stop] = part
+            for start, stop, row in with_rows(entry.rows):
+                rows[start:stop] = piece.reshape(-1, rows.shape[1])[row : row + stop - start]
         return tensor
     tensor = pieces[0].float() if first.is_fp32_buffer else pieces[0]
     if first.dist_key in VOCABULARY_KEYS and vocab_rows > tensor.shape[0]:

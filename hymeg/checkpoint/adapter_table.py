@@ -16,7 +16,7 @@ num_hidden_layers + i. A weight's delta is scale * B @ A. A parameter trained in
 its Hugging Face name, `.full`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from hymeg.checkpoint.dist_files import ADAPTER_KEYS
@@ -74,10 +74,7 @@ def is_meant(target: str, module: Module) -> bool:
 
 def all_modules(config: HyConfig) -> list[Module]:
     """Every module of the model that can have an adapter, layer by layer."""
-    return list(_modules(config))
-
-
-def _modules(config: HyConfig) -> Iterator[Module]:
+    modules = []
     for scope, prefix, dist_prefix in scopes(config):
         for row in TABLE[scope]:
             name = row.hf.removesuffix(_WEIGHT).rpartition(".")[2]
@@ -85,7 +82,8 @@ def _modules(config: HyConfig) -> Iterator[Module]:
                 num_out, num_in = row.how.place(config).hf_shape
                 path = prefix + row.hf.removesuffix(_WEIGHT).replace(_EXPERT, "")
                 num_experts = config.num_experts if _EXPERT in row.hf else None
-                yield Module(path, num_in, num_out, num_experts, dist_prefix.startswith(MTP))
+                modules.append(Module(path, num_in, num_out, num_experts, dist_prefix.startswith(MTP)))
+    return modules
 
 
 def adapter_modules(config: HyConfig, targets: Iterable[str]) -> list[Module]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hymeg.checkpoint.mapping import Entry, Range, fits, hf_entries, num_rows
-from hymeg.checkpoint.rounding import converted
+from hymeg.checkpoint.rounding import as_fp32, converted
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, block_height
 from hymeg.checkpoint.sinks.transfer import shares
 from hymeg.checkpoint.sources import is_adapter, is_peft, open_adapter, open_any
@@ -66,7 +66,7 @@ def _difference(
         report(len(raw_a))
         a, b = converted(raw_a, pair.a.dtype, pair.dtype), converted(raw_b, pair.b.dtype, pair.dtype)
         if a != b:
-            numbers_a, numbers_b = _numbers(a, pair.dtype), _numbers(b, pair.dtype)
+            numbers_a, numbers_b = (as_fp32(data, pair.dtype).astype(np.float64) for data in (a, b))
             unsigned = f"<u{ITEM_SIZES[pair.dtype]}"
             with np.errstate(invalid="ignore"):
                 distance = np.abs(numbers_a - numbers_b)
@@ -82,10 +82,6 @@ def _difference(
     return (
         Difference(pair.name, f"{count} of {position} elements, {first}, by {largest:.3g} at most") if count else None
     )
-
-
-def _numbers(data: memoryview, dtype: str) -> np.ndarray:
-    return np.frombuffer(converted(data, dtype, "F32"), "<f4").astype(np.float64)
 
 
 def compare_checkpoints(

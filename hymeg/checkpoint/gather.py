@@ -5,23 +5,24 @@ it runs, and rank 0 alone what describes them. The files are copied as they are,
 import filecmp
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hymeg.checkpoint.companions import carry, companions
+from hymeg.checkpoint.companions import carry, companions, config_folder
+from hymeg.checkpoint.conversion import check_apart
 from hymeg.checkpoint.dist_files import FORMAT_FILE, METADATA, RELEASE, TRACKER, iteration_folder
 from hymeg.checkpoint.metadata_file import stored_places
+from hymeg.checkpoint.options import Say
 from hymeg.checkpoint.sinks.new_folder import new_folder
 from hymeg.checkpoint.sources.dist_folder import open_dist
 from hymeg.checksums import MANIFEST, open_verified
 from hymeg.errors import UserError
-from hymeg.files import write_whole
+from hymeg.files import some, write_whole
 from hymeg.hf.config import CONFIG_FILE
 from hymeg.progress import Progress
 
 _BLOCK_BYTES = 8 << 20
-_NUM_NAMED = 5
 
 
 class Gathered(NamedTuple):
@@ -38,7 +39,7 @@ def gather(
     *,
     iteration: int | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Gathered:
     """Copy the one checkpoint that lies scattered over `folders` into the folder `dist`.
 
@@ -56,9 +57,7 @@ def gather(
     described, iteration = _described(folders, iteration)
     name = RELEASE if iteration is None else f"iter_{iteration:07d}"
     parts = list(dict.fromkeys(part.resolve() for folder in folders if (part := _part(folder, name, described))))
-    for part in parts:
-        if dist.resolve() in (part, *part.parents) or part in dist.resolve().parents:
-            raise UserError(f"{dist}: is, holds or lies in {part}, which is read; give a folder elsewhere")
+    check_apart(dist, parts)
     files = _files(parts, described, say)
     num_bytes = sum(path.stat().st_size for path in files.values())
     beside = companions(dict.fromkeys([*parts, *(part.parent for part in parts)]))
@@ -71,9 +70,8 @@ def gather(
             done = _copy(path, partial / name / file_name, progress, done)
         progress.show(done, at_end=True)
         open_dist(partial / name)
-        configs = (folder / CONFIG_FILE for part in parts for folder in (part, part.parent))
-        config = next((path for path in configs if path.is_file()), None)
-        carry(beside | ({CONFIG_FILE: config} if config else {}), partial)
+        config = config_folder(*(folder for part in parts for folder in (part, part.parent)))
+        carry(beside | ({CONFIG_FILE: config / CONFIG_FILE} if config else {}), partial)
         write_whole(partial / TRACKER, (RELEASE if iteration is None else str(iteration)).encode())
     return Gathered(iteration, len(files), num_bytes)
 
@@ -111,7 +109,7 @@ def _part(folder: Path, name: str, described: Path) -> Path | None:
     return folder if folder.resolve() == described.resolve() or any(folder.glob("*.distcp")) else None
 
 
-def _files(parts: Sequence[Path], described: Path, say: Callable[[str], None]) -> dict[str, Path]:
+def _files(parts: Sequence[Path], described: Path, say: Say) -> dict[str, Path]:
     """Every file of the checkpoint, by its name: those that `.metadata` names, and what is beside them."""
     needed: dict[str, int] = {}
     for _, file, position, length in stored_places(described):
@@ -122,20 +120,24 @@ def _files(parts: Sequence[Path], described: Path, say: Callable[[str], None]) -
             if path.suffix == ".distcp" and path.name not in needed:
                 surplus.append(path)
                 continue
-            is_taken = path.is_file() and path.name != MANIFEST
-            if is_taken and files.setdefault(path.name, path) != path and path.name in needed:
-                _check_same(files[path.name], path)
+            if not path.is_file() or path.name == MANIFEST:
+                continue
+            one = files.setdefault(path.name, path)
+            if one != path and path.name in needed and not filecmp.cmp(one, path, shallow=False):
+                raise UserError(
+                    f"{one} and {path} differ; they are of two saves: remove the one that does not belong here"
+                )
     if missing := sorted(needed.keys() - files.keys(), key=_rank):
         ranks = sorted({rank for name in missing if (rank := _rank(name)[0]) is not None})
         raise UserError(
-            f"{len(missing)} of {len(needed)} files are in none of the {len(parts)} folders: {_some(missing)} (of "
-            f"ranks {_some(ranks)}); give the folders of the nodes on which they ran, too"
+            f"{len(missing)} of {len(needed)} files are in none of the {len(parts)} folders: {some(missing, 5)} (of "
+            f"ranks {some(ranks, 5)}); give the folders of the nodes on which they ran, too"
         )
     for name, size in needed.items():
         if (found := files[name].stat().st_size) < size:
             raise UserError(f"{files[name]}: truncated: {found} bytes, {size} are needed; copy it again")
     if surplus:
-        say(f"left out, of another save: {_some([path.name for path in surplus])}")
+        say(f"left out, of another save: {some((path.name for path in surplus), 5)}")
     return files
 
 
@@ -143,16 +145,6 @@ def _rank(name: str) -> tuple[int | None, str]:
     """Of the rank that wrote a file, `__RANK_NUMBER.distcp`."""
     found = re.match(r"__(\d+)_\d+\.distcp", name)
     return int(found[1]) if found else 0, name
-
-
-def _some(items: Iterable) -> str:
-    items = list(items)
-    return ", ".join(map(str, items[:_NUM_NAMED])) + (", ..." if len(items) > _NUM_NAMED else "")
-
-
-def _check_same(one: Path, other: Path) -> None:
-    if not filecmp.cmp(one, other, shallow=False):
-        raise UserError(f"{one} and {other} differ; they are of two saves: remove the one that does not belong here")
 
 
 def _copy(source: Path, target: Path, progress: Progress, done: int) -> int:

@@ -8,13 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from hymeg.checkpoint.mapping import (
-    Entry,
-    check_distributed_tensors,
-    hf_entries,
-    num_rows,
-    row_ranges,
-)
+from hymeg.checkpoint.mapping import Entry, check_distributed_tensors, hf_entries, num_rows, row_ranges
 from hymeg.checkpoint.peft_table import served_tensors
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.sources import open_any
@@ -70,15 +64,13 @@ def export_adapter_weights(
     rank = live.shapes[modules[0].lora_a][-2]
     entries = []
     for tensor in served_tensors(modules, rank):
-        [module], (height, _), expert = tensor.modules, tensor.shape, tensor.expert or 0
-        key = module.lora_b if tensor.is_b else module.lora_a
-        rows = ((expert * height, (expert + 1) * height),)
+        [key], first = tensor.keys, (tensor.expert or 0) * tensor.shape[0]
+        rows = ((first, first + tensor.shape[0]),)
         entries.append(Entry(tensor.name, key, False, tensor.shape, live.shapes[key], rows))
     for entry, tensor in live.tensors(entries, to_rank):
         yield entry.hf_name, tensor
 
 
-@torch.no_grad()
 def load_weights(model_chunks: Sequence[torch.nn.Module], config: HyConfig, folder: str | Path) -> None:
     """Fill this rank's part of a model, in place and in its own dtype, from the Hugging Face or distributed checkpoint
     in `folder`, of which it reads what it needs. Padding rows of the vocabulary become zero.

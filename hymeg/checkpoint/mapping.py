@@ -59,6 +59,14 @@ def row_ranges(shape: Shape, offset: Shape, extent: Shape) -> list[Range]:
     return [(i * height + first, i * height + first + length) for i in slices]
 
 
+def with_rows(ranges: Iterable[Range]) -> Iterator[tuple[int, int, int]]:
+    """The start and the end of each range, and how many rows the ranges before it have."""
+    row = 0
+    for start, stop in ranges:
+        yield start, stop, row
+        row += stop - start
+
+
 # ---- how: the ways a Hugging Face tensor can lie in a distributed one. A size is a field of HyConfig or a product of
 # some: "2*hidden_size".
 
@@ -219,6 +227,14 @@ def hf_entries(config: HyConfig, layout: str) -> list[Entry]:
     tensor exactly once.
     """
     return [entry for row, entry in _expand(config, layout) if not row.is_older and row.dist != DROPPED]
+
+
+def by_key(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """The entries of each distributed tensor."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.dist_key, []).append(entry)
+    return found
 
 
 def distributed_shapes(config: HyConfig, padded_vocab_size: int | None = None) -> dict[str, Shape]:

@@ -46,10 +46,15 @@ class PeftTensor(NamedTuple):
     num_experts: int | None = None
     rank: int = 0
 
+    @property
+    def keys(self) -> list[str]:
+        """Of the distributed tensors of those modules."""
+        return [module.lora_b if self.is_b else module.lora_a for module in self.modules]
+
 
 def transformers_paths(config: HyConfig, modules: Iterable[Module]) -> dict[str, Module]:
     """The modules that are no routed experts by their path in transformers."""
-    return {f"{_in_transformers(module.path)}": module for module in modules if module.num_experts is None}
+    return {_in_transformers(module.path): module for module in modules if module.num_experts is None}
 
 
 def _in_transformers(path: str) -> str:
@@ -69,10 +74,15 @@ def served_tensors(modules: Iterable[Module], rank: int) -> list[PeftTensor]:
     made = []
     for module in modules:
         for expert in range(module.num_experts) if module.num_experts else (None,):
-            path = MODEL + module.weight(expert).removesuffix(".weight")
-            made.append(PeftTensor(path + LORA_A, (rank, module.num_in), (module,), False, expert))
-            made.append(PeftTensor(path + LORA_B, (module.num_out, rank), (module,), True, expert))
+            made += _single(module.weight(expert).removesuffix(".weight"), module, rank, expert)
     return made
+
+
+def _single(path: str, module: Module, rank: int, expert: int | None = None) -> list[PeftTensor]:
+    return [
+        PeftTensor(MODEL + path + LORA_A, (rank, module.num_in), (module,), False, expert),
+        PeftTensor(MODEL + path + LORA_B, (module.num_out, rank), (module,), True, expert),
+    ]
 
 
 def peft_tensors(modules: Sequence[Module], rank: int, has_one_a: bool) -> list[PeftTensor]:
@@ -84,9 +94,7 @@ def peft_tensors(modules: Sequence[Module], rank: int, has_one_a: bool) -> list[
     made, experts = [], {}
     for module in modules:
         if module.num_experts is None:
-            path = MODEL + _in_transformers(module.path)
-            made.append(PeftTensor(path + LORA_A, (rank, module.num_in), (module,), False))
-            made.append(PeftTensor(path + LORA_B, (module.num_out, rank), (module,), True))
+            made += _single(_in_transformers(module.path), module, rank)
         else:
             above, name = _EXPERTS.fullmatch(module.path).groups()
             experts.setdefault(above, {})[name] = module
@@ -116,21 +124,17 @@ def peft_config(
     settings: AdapterSettings, modules: Sequence[Module], layout: str, has_one_a: bool, full: Iterable[str]
 ) -> dict[str, Any]:
     """adapter_config.json. `full`: transformers' names of parameters trained in full beside the adapters."""
-    single = [module for module in modules if module.num_experts is None]
     routed = {module.path.rpartition(".")[2] for module in modules if module.num_experts}
-    parameters, patterns = [], {"rank_pattern": {}, "alpha_pattern": {}}
+    parameters, ranks, alphas = [], {}, {}
     if layout == "served":
-        targets = sorted({module.path.rpartition(".")[2] for module in modules})
+        targets = {module.path.rpartition(".")[2] for module in modules}
     else:
-        targets = sorted({_in_transformers(module.path).split(".", 3)[3] for module in single})
+        targets = {_in_transformers(module.path).split(".", 3)[3] for module in modules if module.num_experts is None}
         parameters = [GATE_UP_PARAMETER] * bool(routed & set(_GATE_UP)) + [DOWN_PARAMETER] * ("down_proj" in routed)
         if routed >= set(_GATE_UP) and not has_one_a:
             # The same scale at twice the rank.
-            alpha = settings.alpha * (2 if settings.scaling == "lora" else math.sqrt(2))
-            patterns = {
-                "rank_pattern": {re.escape(GATE_UP_PARAMETER): 2 * settings.rank},
-                "alpha_pattern": {re.escape(GATE_UP_PARAMETER): alpha},
-            }
+            ranks[re.escape(GATE_UP_PARAMETER)] = 2 * settings.rank
+            alphas[re.escape(GATE_UP_PARAMETER)] = settings.alpha * (2 if settings.scaling == "lora" else math.sqrt(2))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -140,10 +144,11 @@ def peft_config(
         "lora_alpha": settings.alpha,
         "lora_dropout": 0.0 if parameters else settings.dropout,  # peft refuses another one with target_parameters
         "use_rslora": settings.scaling == "rslora",
-        "target_modules": targets,
+        "target_modules": sorted(targets),
         "target_parameters": parameters or None,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in full}) or None,
-        **patterns,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from hymeg.checkpoint.companions import carried_files, companions, config_folder, has_tokenizer
 from hymeg.checkpoint.compare import config_differences
 from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, check_distributed_tensors, is_mtp
 from hymeg.checkpoint.options import FromDist, OfModel
-from hymeg.checkpoint.rounding import converted
+from hymeg.checkpoint.rounding import as_fp32
 from hymeg.checkpoint.row_functions import Mean
 from hymeg.checkpoint.row_tensors import RowTensor, Source, TensorReader
 from hymeg.checkpoint.sources import is_hf, open_dist, open_hf
@@ -142,7 +140,7 @@ def _surplus_rows(source: Source, may_be_cut: bool) -> list[str]:
         first, num = source.config.vocab_size, tensor.shape[0]
         with TensorReader() as reader:
             blocks = reader.blocks(tensor, [(first, num)]) if num > first else []
-            has_numbers = any(np.frombuffer(converted(b, tensor.dtype, "F32"), "<f4").any() for b in blocks)
+            has_numbers = any(as_fp32(block, tensor.dtype).any() for block in blocks)
         if has_numbers and not may_be_cut:
             raise UserError(
                 f"{source.folder}: {tensor.key} has {num} rows, {CONFIG_FILE} a vocabulary of {first}, and the surplus "

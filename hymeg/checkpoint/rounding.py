@@ -4,6 +4,7 @@ FP8 becomes weights with its scales only, fp32(weight) * scale, and they FP8: `h
 """
 
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -24,6 +25,16 @@ def converted(data: memoryview, found: str, wanted: str) -> memoryview:
     if wanted == "BF16":
         return memoryview(_bf16_bits(numbers)).cast("B")
     return memoryview(numbers.astype({"F16": "<f2", "F32": "<f4"}[wanted])).cast("B")
+
+
+def as_fp32(data: memoryview, dtype: str) -> np.ndarray:
+    return np.frombuffer(converted(data, dtype, "F32"), "<f4")
+
+
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """That of all, or F32, which holds every other one exactly."""
+    kinds = set(dtypes)
+    return kinds.pop() if len(kinds) == 1 else "F32"
 
 
 def _bf16_bits(numbers: np.ndarray) -> np.ndarray:
@@ -71,7 +82,7 @@ def quantised(data: memoryview, found: str, scale: np.float32) -> np.ndarray:
     """The F8_E4M3 codes of the numbers in `data`, of dtype `found`, divided by `scale` in fp32."""
     if found == "BF16":
         return np.take(_codes_of_bf16(float(scale)), np.frombuffer(data, "<u2"), mode="clip")
-    return e4m3_codes(np.frombuffer(converted(data, found, "F32"), "<f4") / scale)
+    return e4m3_codes(as_fp32(data, found) / scale)
 
 
 @functools.lru_cache(maxsize=4)

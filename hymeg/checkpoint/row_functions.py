@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.checkpoint.mapping import Range, num_rows
-from hymeg.checkpoint.rounding import E4M3_MAX, converted, e4m3_numbers, quantised
+from hymeg.checkpoint.mapping import Range, num_rows, with_rows
+from hymeg.checkpoint.rounding import E4M3_MAX, as_fp32, common_dtype, e4m3_numbers, quantised
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.errors import UserError
 from hymeg.hf.fp8 import E4M3
@@ -26,6 +26,11 @@ class LowRank(NamedTuple):
     first_a: int = 0
     rank: int = 0
     scale: float = 1.0
+
+    def numbers_of_a(self, reader: TensorReader) -> np.ndarray:
+        """[rank, columns]; kept by the reader, as an A is for many rows."""
+        a, rows = self.a, (self.first_a, self.first_a + self.rank)
+        return reader.kept(("A", a.key, a.first_byte(self.first_a), rows), lambda: reader.numbers(a, [rows]))
 
     def only(self) -> "LowRank":
         b = self.b.only([(self.first_b, self.first_b + self.stop - self.start)])
@@ -65,7 +70,7 @@ class PlusLowRank(NamedTuple):
             bits = np.frombuffer(block, "<u2").reshape(rows.shape)
             np.left_shift(bits, np.uint32(16), out=rows.view("<u4"), dtype="<u4")
         else:
-            rows[:] = np.frombuffer(converted(block, self.base.dtype, "F32"), np.float32).reshape(rows.shape)
+            rows[:] = as_fp32(block, self.base.dtype).reshape(rows.shape)
         for part in self._between(low, high):
             start, stop = max(low, part.start), min(high, part.stop)
             shift = part.first_b - part.start
@@ -74,14 +79,8 @@ class PlusLowRank(NamedTuple):
             if part.a is None:
                 changed[:] = b
             else:
-                a = part.a
-                of_a = [(part.first_a, part.first_a + part.rank)]
-                numbers = reader.kept(
-                    ("A", a.key, a.first_byte(part.first_a), part.first_a, part.rank),
-                    lambda a=a, of_a=of_a: reader.numbers(a, of_a),
-                )
                 b *= np.float32(part.scale)
-                changed += b @ numbers
+                changed += b @ part.numbers_of_a(reader)
 
 
 class Mean(NamedTuple):
@@ -93,8 +92,7 @@ class Mean(NamedTuple):
 
     @property
     def dtype_kept(self) -> str:
-        kinds = {source.dtype_kept for source in self.sources}
-        return kinds.pop() if len(kinds) == 1 else "F32"
+        return common_dtype(source.dtype_kept for source in self.sources)
 
     def only(self, ranges: Sequence[Range]) -> "Mean":
         return Mean(tuple(source.only(ranges) for source in self.sources))
@@ -116,18 +114,15 @@ class Rearranged(NamedTuple):
 
     @property
     def dtype_kept(self) -> str:
-        kinds = {source.dtype_kept for source in self.sources}
-        return kinds.pop() if len(kinds) == 1 else "F32"
+        return common_dtype(source.dtype_kept for source in self.sources)
 
     def only(self, ranges: Sequence[Range]) -> "Rearranged":
         return self
 
     def fill(self, reader: TensorReader, low: int, high: int, into: memoryview) -> None:
-        def make() -> np.ndarray:
-            return self.arrange(*(reader.numbers(s, [(0, num_rows(s.shape))]) for s in self.sources))
-
+        whole = (reader.numbers(source, [(0, num_rows(source.shape))]) for source in self.sources)
         rows = np.frombuffer(into, np.float32).reshape(high - low, -1)
-        rows[:] = reader.kept(("arranged", self.name), make)[low:high]
+        rows[:] = reader.kept(("arranged", self.name), lambda: self.arrange(*whole))[low:high]
 
 
 class Fp8Scale(NamedTuple):
@@ -159,7 +154,7 @@ class Fp8Scale(NamedTuple):
     def _found(self, reader: TensorReader) -> np.ndarray:
         largest = np.float32(0)
         for block in reader.blocks(self.source, self.rows):
-            numbers = np.frombuffer(converted(block, self.source.dtype, "F32"), np.float32)
+            numbers = as_fp32(block, self.source.dtype)
             largest = np.maximum(largest, np.maximum(numbers.max(), -numbers.min()))
         if not np.isfinite(largest):
             raise UserError(f"{self.weight}: holds {largest}, which FP8 has no scale for; finite numbers are needed")
@@ -193,7 +188,7 @@ class Fp8Codes(NamedTuple):
             codes = quantised(block, source.dtype, scale)
             all_codes[at : at + len(codes)] = codes
             at += len(codes)
-            numbers = np.frombuffer(converted(block, source.dtype, "F32"), np.float32)
+            numbers = as_fp32(block, source.dtype)
             difference = np.take(e4m3_numbers(), codes) * scale - numbers
             squares = (np.square(found).sum(dtype=np.float64) for found in (difference, numbers))
             reader.sums[self.kind] = reader.sums.get(self.kind, 0) + np.array(list(squares))
@@ -201,10 +196,5 @@ class Fp8Codes(NamedTuple):
 
 def _part_of(ranges: Sequence[Range], low: int, high: int) -> list[Range]:
     """Rows `low` to `high` of those in `ranges`, counted from the first of them."""
-    found, row = [], 0
-    for start, stop in ranges:
-        first, last = max(low - row, 0), min(high - row, stop - start)
-        if first < last:
-            found.append((start + first, start + last))
-        row += stop - start
-    return found
+    cut = ((start + max(low - row, 0), min(stop, start + high - row)) for start, stop, row in with_rows(ranges))
+    return [(start, stop) for start, stop in cut if start < stop]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hymeg.checkpoint.mapping import HF_LAYOUTS, Entry, hf_entries
+from hymeg.checkpoint.mapping import HF_LAYOUTS, Entry, by_key, hf_entries
 from hymeg.checkpoint.rounding import converted
 from hymeg.errors import UserError
 from hymeg.files import write_whole
@@ -169,10 +169,7 @@ def _with_hub_parts(config: HyConfig, layout: str) -> list[tuple[Entry, list[Ent
     """Every tensor of the layout with those of the hub layout that it is made of, one after the other. Stacked experts
     come last, since nothing may count on a layer lying in one file.
     """
-    hub: dict[str, list[Entry]] = {}
-    for entry in hf_entries(config, "hub"):
-        hub.setdefault(entry.dist_key, []).append(entry)
-    made = []
+    hub, made = by_key(hf_entries(config, "hub")), []
     for entry in hf_entries(config, layout):
         same = [part for part in hub[entry.dist_key] if part.rows == entry.rows]
         made.append((entry, same or sorted(hub[entry.dist_key], key=lambda part: part.rows)))

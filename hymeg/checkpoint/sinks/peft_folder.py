@@ -77,8 +77,7 @@ def _have_one_a(adapter: Adapter, modules: Sequence[Module]) -> bool:
 
 
 def _rows_of(wanted: PeftTensor, adapter: Adapter) -> tuple[RowTensor, list[tuple[int, int]]]:
-    keys = [module.lora_b if wanted.is_b else module.lora_a for module in wanted.modules]
-    tensors = tuple(adapter.tensors[key] for key in keys)
+    tensors = tuple(adapter.tensors[key] for key in wanted.keys)
     height = wanted.shape[0]
     if wanted.num_experts is None:
         first = (wanted.expert or 0) * height
