@@ -10,7 +10,7 @@ from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.conversion import Conversion, Summary, carry_out, check_apart, to_hf
 from hymeg.checkpoint.mapping import hf_entries, is_mtp, num_rows, with_rows
-from hymeg.checkpoint.options import OfModel, Options, Say, ToHf
+from hymeg.checkpoint.options import Options, ToHf, Verified
 from hymeg.checkpoint.reading import Read
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
@@ -33,10 +33,7 @@ def adapter_to_peft(
     layout: str = "peft",
     iteration: int | None = None,
     base_hf: str | Path | None = None,
-    dtype: str = "keep",
-    workers: int = 2,
-    overwrite: bool = False,
-    say: Say = lambda line: None,
+    **options: Any,
 ) -> Summary:
     """Write the adapter in the distributed checkpoint `dist` as a peft folder.
 
@@ -44,17 +41,17 @@ def adapter_to_peft(
         layout: "peft", for `PeftModel.from_pretrained`, or "served", for vLLM and SGLang.
         iteration: which one; None: the one that the tracker names.
         base_hf: Hugging Face folder of the base model, where `dist` has no config.json.
-        dtype, workers, overwrite, say: as of `options.Options`.
+        options: as of `options.Options`.
 
     Raises:
         UserError: it is broken or incomplete; `peft` cannot be written; a layout cannot hold all of it.
     """
-    how = OfModel(dtype=dtype, workers=workers, overwrite=overwrite, say=say, base_hf=base_hf)
-    dist, peft = Path(dist), Path(peft)
+    how, dist, peft = Options(**options), Path(dist), Path(peft)
+    base = None if base_hf is None else Path(base_hf)
 
     def planned() -> Conversion:
-        adapter = open_dist_adapter(dist, HyConfig.from_dir(how.base) if how.base else None, iteration)
-        check_apart(peft, [adapter.folder, how.base], [dist])
+        adapter = open_dist_adapter(dist, HyConfig.from_dir(base) if base else None, iteration)
+        check_apart(peft, [adapter.folder, base], [dist])
         modules = [module for module in adapter.modules if not module.is_mtp]
         left_out = len(adapter.modules) - len(modules) + sum(is_mtp(adapter.config, name) for name in adapter.full)
         if not modules:
@@ -66,9 +63,8 @@ def adapter_to_peft(
             )
         note = f"left out: what was trained of MTP layers, {left_out} in all, which no reader of peft folders has"
         files = files_of_peft(adapter, modules, layout, how.rounded_to, how.workers)
-        base = how.base and str(how.base)
-        read = {"from": str(adapter.folder.resolve()), "iteration": adapter.iteration, "base_hf": base}
-        record = {"command": "adapter-to-peft", **read, "dtype": dtype, "layout": layout}
+        read = {"from": str(adapter.folder.resolve()), "iteration": adapter.iteration, "base_hf": base and str(base)}
+        record = {"command": "adapter-to-peft", **read, "dtype": how.dtype, "layout": layout}
         return Conversion(files, files.num_tasks, record, None, {}, [note] if left_out else [])
 
     return carry_out(planned, peft, "to peft", how)
@@ -79,12 +75,12 @@ def peft_to_adapter(peft: str | Path, dist: str | Path, *, base_hf: str | Path, 
 
     Args:
         base_hf: Hugging Face folder of its base model.
-        options: as of `options.Options`.
+        options: as of `options.Verified`.
 
     Raises:
         UserError: as `open_peft`; `dist` cannot be written.
     """
-    how, peft, dist, base = Options(**options), Path(peft), Path(dist), Path(base_hf)
+    how, peft, dist, base = Verified(**options), Path(peft), Path(dist), Path(base_hf)
 
     def planned() -> Conversion:
         adapter = open_peft(peft, HyConfig.from_dir(base))

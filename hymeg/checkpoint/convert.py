@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hymeg.checkpoint.conversion import Summary, carry_out, to_dist, to_hf
-from hymeg.checkpoint.options import DistToHf, FromDist, HfToHf, OfModel
+from hymeg.checkpoint.options import Average, DistToHf, FromDist, HfToHf, OfModel
 from hymeg.checkpoint.reading import read_dist, read_hf, read_mean
 from hymeg.errors import UserError
 
@@ -92,7 +92,7 @@ def average(
     Args:
         folders: Hugging Face or distributed ones.
         iterations: of the one distributed folder that is then given.
-        options: as of `options.DistToHf`.
+        options: as of `options.Average`.
 
     Raises:
         UserError: as `dist_to_hf`; they are fewer than two, or of several models.
@@ -102,5 +102,5 @@ def average(
     if iterations is not None and len(folders) != 1:
         raise UserError(f"--iterations are those of one folder; {len(folders)} are given")
     given = [(Path(folders[0]), number) for number in iterations] if iterations else [(Path(f), None) for f in folders]
-    how, target, to_target = DistToHf(**options), Path(hf or dist), to_hf if hf else to_dist
+    how, target, to_target = Average(**options), Path(hf or dist), to_hf if hf else to_dist
     return carry_out(lambda: to_target("average", read_mean(given, how), target, how), target, "converting", how)

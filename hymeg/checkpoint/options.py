@@ -1,4 +1,4 @@
-"""What a conversion can be asked for, by keyword: each argument said once, for all functions that take it."""
+"""What a conversion can be asked for: each argument said once, for all functions that take it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +14,25 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Of every conversion."""
+    """Of every conversion. What some cannot be asked for is a constant here, and a field below."""
 
     dtype: str = "keep"  # "bf16", "fp32" or "keep". The expert bias is always fp32
     workers: int = 2  # number of processes
     overwrite: bool = False  # replace what an earlier conversion wrote
-    verify: bool = False  # read everything back from the disk and compare it, before the folder appears
     say: Say = lambda line: None  # is given lines for the user
+    verify = cut_vocabulary = keep_vocabulary = False
+    shards_like = quantize = scales_from = None
 
     def __post_init__(self) -> None:
         check_num_workers(self.workers)
+        assert self.quantize in (None, "fp8")
+        if self.cut_vocabulary and self.keep_vocabulary:
+            raise UserError("--cut-vocabulary and --keep-vocabulary contradict each other; give one of them")
+        if self.scales_from and not self.quantize:
+            raise UserError(f"--scales-from {self.scales_from}: scales are those of FP8; give --quantize fp8 as well")
+        if self.quantize and self.layout != "hub":
+            given = f"--quantize {self.quantize} --layout {self.layout}"
+            raise UserError(f"{given}: no engine reads it; --layout hub is needed")
 
     @property
     def rounded_to(self) -> str | None:
@@ -31,7 +40,14 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfModel(Options):
+class Verified(Options):
+    """Of what makes models, or adapters in training's form."""
+
+    verify: bool = False  # read everything back from the disk and compare it, before the folder appears
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfModel(Verified):
     """Of what reads whole models."""
 
     # The Hugging Face folder that training began with. From it comes what is not there: MTP layers, and, of a
@@ -46,40 +62,18 @@ class OfModel(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class FromDist(OfModel):
-    """Of what reads a distributed checkpoint; its vocabulary may have more rows than config.json counts tokens."""
+    """Of what reads one distributed checkpoint; its vocabulary may have more rows than config.json counts tokens."""
 
     cut_vocabulary: bool = False  # they may hold numbers, which are lost. (Zeros are padding, and always cut.)
     keep_vocabulary: bool = False  # they are kept instead, padding included, and counted in config.json
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cut_vocabulary and self.keep_vocabulary:
-            raise UserError("--cut-vocabulary and --keep-vocabulary contradict each other; give one of them")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ToHf(Options):
+class ToHf(Verified):
     """Of what writes a Hugging Face folder."""
 
     layout: str = "hub"  # the published names; or "fused", transformers' names in memory
     max_shard_bytes: int = MAX_SHARD_BYTES  # for each safetensors file
-    # A Hugging Face folder; every tensor goes into the file that it has there, whatever the size.
-    shards_like: str | Path | None = None
-    # "fp8": Linears in FP8, in Tencent's form, with new scales; in the layout "hub" only. `dtype` is then of the rest.
-    quantize: str | None = None
-    # For "fp8", the published FP8 folder whose scales of inputs and of the KV cache go along, and which says which
-    # weights are in FP8. None: config.json tells engines to scale inputs as they come.
-    scales_from: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        assert self.quantize in (None, "fp8")
-        if self.scales_from and not self.quantize:
-            raise UserError(f"--scales-from {self.scales_from}: scales are those of FP8; give --quantize fp8 as well")
-        if self.quantize and self.layout != "hub":
-            raise UserError(
-                f"--quantize {self.quantize} --layout {self.layout}: no engine reads it; --layout hub is needed"
-            )
 
     @property
     def sharding(self) -> int | dict[str, str]:
@@ -88,10 +82,23 @@ class ToHf(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HfToHf(OfModel, ToHf):
-    """Of both."""
+class Average(OfModel, ToHf):
+    """Of a mean; `layout` and `max_shard_bytes` are of one that becomes a Hugging Face folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistToHf(FromDist, ToHf):
-    """Of both."""
+class HfToHf(OfModel, ToHf):
+    """Of a model written anew as a Hugging Face folder."""
+
+    # A Hugging Face folder; every tensor goes into the file that it has there, whatever the size.
+    shards_like: str | Path | None = None
+    # "fp8": Linears in FP8, in Tencent's form, with new scales; in the layout "hub" only. `dtype` is then of the rest.
+    quantize: str | None = None
+    # For "fp8", the published FP8 folder whose scales of inputs and of the KV cache go along, and which says which
+    # weights are in FP8. None: config.json tells engines to scale inputs as they come.
+    scales_from: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistToHf(FromDist, HfToHf):
+    """As `HfToHf`, of a distributed checkpoint."""

@@ -17,7 +17,7 @@ from invocations import NEEDED
 from megatron.training.arguments import validate_args
 from places import make_places
 
-from hymeg.checkpoint.options import FromDist, OfModel
+from hymeg.checkpoint.options import OfModel
 from hymeg.checkpoint.reading import read_dist, read_hf
 from hymeg.checkpoint.verification import verify_folder
 from hymeg.checksums import MANIFEST
@@ -250,6 +250,6 @@ def test_metadata(dist_checkpoint, tmp_path, count):
         path.write_bytes(changed_bytes(intact, chance))
         if chance.random() < 0.2:
             verify_folder(folder, workers=1)
-        read_dist(folder, None, FromDist())
+        read_dist(folder, None, OfModel())
 
     fuzzed(count, once)
