@@ -76,11 +76,11 @@ class HyStateDictAdapter:
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in hf_state_dict.items()}
         match = match_hf_tensors(self.config, shapes, is_part=True)
-        made = {key: _assembled(entries, hf_state_dict, rows) for key, entries in by_key(match.entries).items()}
-        if self.dtype is None:
-            return made
-        buffers = {entry.dist_key for entry in match.entries if entry.is_fp32_buffer}
-        return {key: tensor if key in buffers else tensor.to(self.dtype) for key, tensor in made.items()}
+        made = {}
+        for key, entries in by_key(match.entries).items():
+            tensor = _assembled(entries, hf_state_dict, rows)
+            made[key] = tensor if self.dtype is None or entries[0].is_fp32_buffer else tensor.to(self.dtype)
+        return made
 
     def to_hf(
         self,

@@ -48,9 +48,8 @@ def companions(folders: Iterable[Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for folder in folders:
-        of_folder = carried_files(folder)
         complete = has_tokenizer(found)
-        for name, path in of_folder.items():
+        for name, path in carried_files(folder).items():
             if name not in found and not (complete and _TOKENIZER.fullmatch(name)):
                 found[name] = path
     return found

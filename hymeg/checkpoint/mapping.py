@@ -247,14 +247,14 @@ def distributed_shapes(config: HyConfig, padded_vocab_size: int | None = None) -
     return shapes
 
 
-def num_parameters(config: HyConfig, include_mtp: bool = True, include_expert_bias: bool = False) -> int:
+def num_parameters(config: HyConfig, include_expert_bias: bool = False) -> int:
     """Number of parameters, the vocabulary unpadded.
 
     The expert bias is a buffer and does not count, unless asked for. The two published counts of Hy3 differ in this:
     295,033,528,320 for the trunk is without it (as transformers counts parameters); 298,786,155,776 with MTP is every
     element in the checkpoint, the 15,360 biases included.
     """
-    entries = (entry for entry in hf_entries(config, "fused") if include_mtp or not entry.dist_key.startswith("mtp."))
+    entries = hf_entries(config, "fused")
     return sum(math.prod(entry.hf_shape) for entry in entries if include_expert_bias or not entry.is_fp32_buffer)
 
 

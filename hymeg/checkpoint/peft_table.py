@@ -27,7 +27,6 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 MODEL = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _GATE_UP, _DOWN = ("gate_proj", "up_proj"), ("down_proj",)
-_EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\w+)")
 GATE_UP_PARAMETER, DOWN_PARAMETER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
@@ -96,7 +95,7 @@ def peft_tensors(modules: Sequence[Module], rank: int, has_one_a: bool) -> list[
         if module.num_experts is None:
             made += _single(_in_transformers(module.path), module, rank)
         else:
-            above, name = _EXPERTS.fullmatch(module.path).groups()
+            above, _, name = module.path.rpartition(".")
             experts.setdefault(above, {})[name] = module
     for above, of_layer in experts.items():
         inner = [of_layer[name] for name in _GATE_UP if name in of_layer]

@@ -12,6 +12,7 @@ import torch
 from fp8_folders import quantised_folder, weights
 from safetensors.torch import save_file
 
+from hymeg.checkpoint.adapters import adapter_to_peft, merge
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import average, dist_to_dist, dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.sources import open_dist
@@ -110,6 +111,27 @@ def test_what_has_no_mean_is_refused(models, hf_checkpoint, tmp_path):
             average(folders, hf=tmp_path / "a", **options)
     with pytest.raises(UserError, match="is, holds or lies in"):
         average(models, hf=models[1], overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (hf_to_dist, "layout"),
+        (hf_to_dist, "cut_vocabulary"),
+        (dist_to_hf, "from_base"),
+        (hf_to_hf, "keep_vocabulary"),
+        (dist_to_dist, "quantize"),
+        (merge, "shards_like"),
+        (merge, "quantize"),
+        (adapter_to_peft, "verify"),
+    ],
+)
+def test_what_a_command_cannot_do_is_no_argument_of_its(command, option, tmp_path):
+    folders = [tmp_path / name for name in ("a", "b", "c")][: 3 if command is merge else 2]
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        command(*folders, **{option: True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'quantize'"):
+        average(folders, hf=tmp_path / "mean", quantize="fp8")
 
 
 def test_optimizer_state_is_left_behind(models, tmp_path):

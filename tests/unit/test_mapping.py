@@ -190,10 +190,10 @@ def test_only_q_k_and_v_are_more_than_one_range_of_rows():
 
 def test_published_counts():
     hy3, hy_mt2 = HyConfig.from_dict(HY3), HyConfig.from_dict(HY_MT2)
-    assert num_parameters(hy3, include_mtp=False) == 295_033_528_320
+    assert num_parameters(hy3.without_mtp()) == 295_033_528_320
     assert num_parameters(hy3, include_expert_bias=True) == 298_786_155_776
     assert num_parameters(hy3) == 298_786_155_776 - 80 * 192
-    assert num_parameters(hy_mt2) == num_parameters(hy_mt2, include_mtp=False) == 30_064_719_872
+    assert num_parameters(hy_mt2) == num_parameters(hy_mt2.without_mtp()) == 30_064_719_872
     tensors = hf_entries(hy3, "hub")
     assert len(tensors) == 47_138
     assert sum(math.prod(entry.hf_shape) * (4 if entry.is_fp32_buffer else 2) for entry in tensors) == 597_572_342_272
@@ -203,7 +203,7 @@ def test_published_counts():
 def test_trunk_count_is_transformers_parameter_count(published):
     config = HyConfig.from_dict(published)
     model = transformers_model(config, "meta")
-    assert num_parameters(config, include_mtp=False) == sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(config.without_mtp()) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_expert_bias_is_the_only_fp32_buffer_and_goes_with_its_switch():
