@@ -277,6 +277,13 @@ def test_comparison_sees_one_bit_and_one_setting(folders, tmp_path, base):
     shutil.rmtree(tmp_path / "changed")
     [found] = compare_checkpoints(folders / "dist", changed(folders, tmp_path, "served", {"lora_alpha": 9}))
     assert found == ("scale", "4 and 4.5")
+    other = settings_of("attention", rank=4)
+    save_adapter(tmp_path / "other", CONFIG, other, random_adapter(CONFIG, other))
+    names = {found.name: found.what for found in compare_checkpoints(folders / "dist", tmp_path / "other")}
+    key = "adapter.model.layers.1.self_attn.q_proj.lora_A"
+    assert names["rank"] == "2 and 4" and names["targets"] == "not the same modules"
+    assert names[key] == f"shapes: [2, 64] and [4, 64] as {key}"
+    assert names["adapter.model.layers.1.mlp.experts.up_proj.lora_B"] == f"only in {folders / 'dist'}"
     with pytest.raises(UserError, match="no adapter, to which one could be compared"):
         compare_checkpoints(folders / "dist", base)
 
