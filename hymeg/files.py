@@ -29,12 +29,6 @@ def shown(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else _repr.repr(value)
 
 
-def some(items: Iterable[Any], most: int) -> str:
-    """The first of them, for a message, and whether there are more."""
-    listed = [str(item) for item in items]
-    return ", ".join(listed[:most] + ["..."] * (len(listed) > most))
-
-
 def parse_bytes(text: str) -> int:
     """The number of bytes in "5GB", "500MB", "2GiB" or "1000000". Raises UserError for anything else."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
@@ -45,6 +39,12 @@ def parse_bytes(text: str) -> int:
     if num_bytes < 1:
         raise UserError(f"size {shown(text)}: a number of bytes such as 5GB, 500MB, 2GiB or 1000000 is needed")
     return num_bytes
+
+
+def some(items: Iterable[Any], most: int) -> str:
+    """The first of them, for a message, and whether there are more."""
+    listed = [str(item) for item in items]
+    return ", ".join(listed[:most] + ["..."] * (len(listed) > most))
 
 
 def read_json(path: str | os.PathLike, opened: Callable[[Any], BinaryIO] = opened) -> Any:

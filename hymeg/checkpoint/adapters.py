@@ -2,14 +2,14 @@
 Streaming, in several processes, through the one pipe of `conversion`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.conversion import Conversion, Summary, carry_out, check_apart, to_hf
-from hymeg.checkpoint.mapping import hf_entries, is_mtp, num_rows, with_rows
+from hymeg.checkpoint.mapping import Entry, hf_entries, is_mtp, num_rows
 from hymeg.checkpoint.options import Options, ToHf, Verified
 from hymeg.checkpoint.reading import Read
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
@@ -176,19 +176,30 @@ def merged(config: HyConfig, base: dict[str, RowTensor], adapter: Adapter) -> di
         rank, scale = adapter.settings.rank, adapter.settings.scale
         for expert in range(module.num_experts) if module.num_experts else (None,):
             entry, index = entries[module.weight(expert)], expert or 0
-            for start, stop, row in with_rows(entry.rows):
+            for start, stop, row in _ranges(entry):
                 part = LowRank(start, stop, b, index * module.num_out + row, a, index * rank, rank, scale)
                 parts.setdefault(entry.dist_key, []).append(part)
     for name in adapter.full:
         entry = entries[name]
-        for start, stop, row in with_rows(entry.rows):
+        for start, stop, row in _ranges(entry):
             part = LowRank(start, stop, adapter.tensors[PREFIX + name + FULL], row)
             of_key = parts.setdefault(entry.dist_key, [])
             if any(other.start < stop and start < other.stop for other in of_key):
                 raise UserError(f"{adapter.folder}: {name} was trained in full and has an adapter; one is needed")
             of_key.append(part)
-    made = dict(base)
-    for key, of_key in parts.items():
-        rows = PlusLowRank(base[key], tuple(sorted(of_key, key=lambda part: part.start)))
-        made[key] = RowTensor(key, "F32", base[key].shape, (), rows)
-    return made
+    return {
+        key: _plus(tensor, sorted(parts[key], key=lambda part: part.start)) if key in parts else tensor
+        for key, tensor in base.items()
+    }
+
+
+def _ranges(entry: Entry) -> Iterator[tuple[int, int, int]]:
+    """(first row, end, and which row of the Hugging Face tensor the first is)."""
+    row = 0
+    for start, stop in entry.rows:
+        yield start, stop, row
+        row += stop - start
+
+
+def _plus(tensor: RowTensor, parts: list[LowRank]) -> RowTensor:
+    return RowTensor(tensor.key, "F32", tensor.shape, (), PlusLowRank(tensor, tuple(parts)))

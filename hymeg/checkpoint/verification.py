@@ -46,14 +46,17 @@ def verification_notes(folder: Path, *beside: Path) -> Iterator[str]:
         how = ": `inspect --verify` compares it with the hub's hashes" if has_hashes else ""
         yield f"{folder}: written without checksums, what is read of it is not verified{how}"
     for place in dict.fromkeys((folder, *beside)):
-        manifest = read_manifest(place / MANIFEST)
-        for name, expected in manifest.files.items() if manifest else ():
-            if _BIG.fullmatch(name):
-                continue
-            if not (place / name).is_file():
-                yield f"{place / name}: was there when the folder was written, and is not now"
-            elif sum_of_file(place / name) != expected:
-                yield f"{place / name}: was changed after it was written, or is damaged"
+        for name, expected in _of_small_files(place).items():
+            path = place / name
+            if not path.is_file():
+                yield f"{path}: was there when the folder was written, and is not now"
+            elif sum_of_file(path) != expected:
+                yield f"{path}: was changed after it was written, or is damaged"
+
+
+def _of_small_files(folder: Path) -> dict[str, FileSum]:
+    manifest = read_manifest(folder / MANIFEST)
+    return {name: found for name, found in manifest.files.items() if not _BIG.fullmatch(name)} if manifest else {}
 
 
 class Finding(NamedTuple):
