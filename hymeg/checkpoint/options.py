@@ -25,7 +25,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_num_workers(self.workers)
-        assert self.quantize in (None, "fp8")
+        assert self.dtype in ROUNDED_TO and self.quantize in (None, "fp8")
         if self.cut_vocabulary and self.keep_vocabulary:
             raise UserError("--cut-vocabulary and --keep-vocabulary contradict each other; give one of them")
         if self.scales_from and not self.quantize:

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from adapter_files import EVERY_KIND, random_adapter, save_adapter
+from fp8_folders import quantised_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,7 @@ from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import adapter_modules
 from hymeg.checkpoint.adapters import adapter_to_peft, merge, peft_to_adapter
 from hymeg.checkpoint.compare import compare_checkpoints
-from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import num_rows
 from hymeg.checkpoint.row_tensors import TensorReader
@@ -228,6 +229,20 @@ def test_merging_rounds_once_and_keeps_what_has_no_adapter(tmp_path):
     assert "left out: what was trained of MTP layers, 1 in all," in said(
         adapter_to_peft, tmp_path / "dist", tmp_path / "peft", base_hf=base
     )
+
+
+def test_a_base_in_fp8_is_merged_in_fp32_and_rounded_once(tmp_path):
+    settings = settings_of()
+    write_tiny_checkpoint(tmp_path / "plain", CONFIG)
+    quantised_folder(tmp_path / "plain", tmp_path / "fp8")
+    hf_to_hf(tmp_path / "fp8", tmp_path / "wide", dtype="fp32")
+    save_adapter(tmp_path / "dist", None, settings, random_adapter(CONFIG, settings))
+    for base in ("fp8", "wide"):
+        merge(tmp_path / base, tmp_path / "dist", tmp_path / f"of_{base}")
+    found, wide = (load_file(tmp_path / f"of_{base}" / "model.safetensors") for base in ("fp8", "wide"))
+    assert found.keys() == wide.keys()
+    for name, tensor in wide.items():
+        assert torch.equal(found[name], tensor if "expert_bias" in name else tensor.bfloat16()), name
 
 
 def said(convert, *folders, **options) -> str:

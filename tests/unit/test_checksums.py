@@ -225,22 +225,27 @@ def test_tensors_of_older_checkpoints_are_verified_by_their_zips(dist):
 def test_files_of_the_hub_are_verified_by_the_hashes_it_gave(hf_checkpoint, tmp_path):
     import hashlib
 
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs, snapshot, local = tmp_path / "blobs", tmp_path / "snapshots" / "1", tmp_path / "local"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
+    of_local = local / ".cache" / "huggingface" / "download"  # what `hf download --local-dir` leaves
+    of_local.mkdir(parents=True)
     for path in hf_checkpoint.iterdir():
         data = path.read_bytes()
         git = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
         name = hashlib.sha256(data).hexdigest() if path.suffix == ".safetensors" else git
         (blobs / name).write_bytes(data)
         (snapshot / path.name).symlink_to(f"../../blobs/{name}")
-    assert str(verify_folder(snapshot)).endswith("verified: none damaged")
-    for name in ("model-00001-of-00004.safetensors", "config.json"):
-        flip((snapshot / name).resolve(), 50)
-    assert [finding.path.name for finding in verify_folder(snapshot).damaged] == [
-        "config.json",
-        "model-00001-of-00004.safetensors",
-    ]
+        (local / path.name).write_bytes(data)
+        (of_local / f"{path.name}.metadata").write_text(f"{'c' * 40}\n{name}\n1764400000.0\n")
+    for folder in (snapshot, local):
+        assert str(verify_folder(folder)).endswith("verified: none damaged")
+        for name in ("model-00001-of-00004.safetensors", "config.json"):
+            flip((folder / name).resolve(), 50)
+        assert [finding.path.name for finding in verify_folder(folder).damaged] == [
+            "config.json",
+            "model-00001-of-00004.safetensors",
+        ]
 
 
 # ---- Megatron's own
