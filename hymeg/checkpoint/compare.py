@@ -79,9 +79,8 @@ def _difference(
                 count += int(np.count_nonzero(differ))
                 largest = float(np.fmax(largest, np.nanmax(np.where(differ, distance, 0.0))))
         position += len(b) // ITEM_SIZES[pair.dtype]
-    return (
-        Difference(pair.name, f"{count} of {position} elements, {first}, by {largest:.3g} at most") if count else None
-    )
+    what = f"{count} of {position} elements, {first}, by {largest:.3g} at most"
+    return Difference(pair.name, what) if count else None
 
 
 def compare_checkpoints(

@@ -109,9 +109,8 @@ def peft_tensors(modules: Sequence[Module], rank: int, has_one_a: bool) -> list[
 
 def _stacked(path: str, modules: list[Module], rank: int, has_one_a: bool) -> list[PeftTensor]:
     first = modules[0]
-    is_gate_up = first.path.endswith(_GATE_UP)
     rank *= 1 if has_one_a else len(modules)
-    num_out = (2 if is_gate_up else 1) * first.num_out
+    num_out = first.num_out * (2 if first.path.endswith(_GATE_UP) else 1)
     shared = {"modules": tuple(modules), "num_experts": first.num_experts, "rank": rank}
     return [
         PeftTensor(path + LORA_A, (first.num_experts * rank, first.num_in), is_b=False, **shared),

@@ -109,22 +109,29 @@ def write_tiny_checkpoint(
     config = config or HyConfig.from_dict(TINY_CONFIG, source="the built-in tiny config")
     tokenizer = _tiny_tokenizer(config.vocab_size)
     written = _with_tokens(config, tokenizer.get_vocab(), WEIGHTS[ROUNDED_TO[dtype]].torch, num_mtp_layers)
-    specs, parts = [], {}
-    for entry, of_hub in _with_hub_parts(written, layout):
-        specs.append(TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else ROUNDED_TO[dtype], entry.hf_shape))
-        parts[entry.hf_name] = of_hub
+    hub = by_key(hf_entries(written, "hub"))
+    parts = {}  # of every tensor: those of the hub layout that it is made of, one after the other
+    for entry in hf_entries(written, layout):
+        same = [part for part in hub[entry.dist_key] if part.rows == entry.rows]
+        parts[entry] = same or sorted(hub[entry.dist_key], key=lambda part: part.rows)
+    of_spec = {}
+    for entry in sorted(parts, key=lambda entry: len(parts[entry]) > 1):  # nothing may count on a layer in one file
+        spec = TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else ROUNDED_TO[dtype], entry.hf_shape)
+        of_spec[spec] = parts[entry]
 
     _make_folder(directory)
     tokenizer.save_pretrained(directory)
     written.save(directory)
-    write_whole(directory / "generation_config.json", _generation_config(written).encode())
+    token_ids = {f"{name}_token_id": getattr(written, f"{name}_token_id") for name in _TOKENS}
+    generation = json.dumps({**token_ids, "do_sample": True, "temperature": 0.7, "top_p": 1.0}, indent=2) + "\n"
+    write_whole(directory / "generation_config.json", generation.encode())
 
     def read(spec: TensorSpec) -> Iterator[memoryview]:
-        for part in parts[spec.name]:
+        for part in of_spec[spec]:
             for numbers in _random_numbers(part, config.initializer_range, seed):
                 yield converted(memoryview(numbers).cast("B"), "F32", spec.dtype)
 
-    write_checkpoint(directory, specs, read, max_shard_bytes)
+    write_checkpoint(directory, of_spec, read, max_shard_bytes)
     return written
 
 
@@ -158,22 +165,6 @@ def _with_tokens(config: HyConfig, vocab: dict[str, int], dtype: str, num_mtp_la
     if num_mtp_layers is not None:
         raw["num_nextn_predict_layers"] = num_mtp_layers
     return HyConfig.from_dict(raw)
-
-
-def _generation_config(config: HyConfig) -> str:
-    token_ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in _TOKENS}
-    return json.dumps({**token_ids, "do_sample": True, "temperature": 0.7, "top_p": 1.0}, indent=2) + "\n"
-
-
-def _with_hub_parts(config: HyConfig, layout: str) -> list[tuple[Entry, list[Entry]]]:
-    """Every tensor of the layout with those of the hub layout that it is made of, one after the other. Stacked experts
-    come last, since nothing may count on a layer lying in one file.
-    """
-    hub, made = by_key(hf_entries(config, "hub")), []
-    for entry in hf_entries(config, layout):
-        same = [part for part in hub[entry.dist_key] if part.rows == entry.rows]
-        made.append((entry, same or sorted(hub[entry.dist_key], key=lambda part: part.rows)))
-    return sorted(made, key=lambda tensor: len(tensor[1]) > 1)
 
 
 def _random_numbers(part: Entry, initializer_range: float, seed: int) -> Iterator[np.ndarray]:
