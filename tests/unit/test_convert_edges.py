@@ -341,6 +341,10 @@ def test_tokenizers_are_not_mixed_and_a_base_that_gives_nothing_is_told(dist, hf
     dist_to_hf(dist, tmp_path / "out", base_hf=hf, say=said.append)
     assert not {"vocab.json", "chat_template.jinja"} & set(os.listdir(tmp_path / "out"))
     assert said == [f"--base-hf {hf}: nothing was taken from it, all is there already"]
+    said.clear()
+    (dist / "config.json").unlink()
+    dist_to_hf(dist, tmp_path / "configured", base_hf=hf, say=said.append)
+    assert said == [] and (tmp_path / "configured" / "config.json").is_file()
 
 
 CARRIED = [
