@@ -10,7 +10,7 @@ from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.conversion import Conversion, Summary, carry_out, check_apart, to_hf
 from hymeg.checkpoint.mapping import Entry, hf_entries, is_mtp, num_rows
-from hymeg.checkpoint.options import Options, ToHf, Verified
+from hymeg.checkpoint.options import ANY, TO_HF, VERIFIED, Options
 from hymeg.checkpoint.reading import Read
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
@@ -41,12 +41,12 @@ def adapter_to_peft(
         layout: "peft", for `PeftModel.from_pretrained`, or "served", for vLLM and SGLang.
         iteration: which one; None: the one that the tracker names.
         base_hf: Hugging Face folder of the base model, where `dist` has no config.json.
-        options: as of `options.Options`.
+        options: `ANY`, as `options.Options` has them.
 
     Raises:
         UserError: it is broken or incomplete; `peft` cannot be written; a layout cannot hold all of it.
     """
-    how, dist, peft = Options(**options), Path(dist), Path(peft)
+    how, dist, peft = Options.taken(ANY, options), Path(dist), Path(peft)
     base = None if base_hf is None else Path(base_hf)
 
     def planned() -> Conversion:
@@ -75,12 +75,12 @@ def peft_to_adapter(peft: str | Path, dist: str | Path, *, base_hf: str | Path, 
 
     Args:
         base_hf: Hugging Face folder of its base model.
-        options: as of `options.Verified`.
+        options: `VERIFIED`, as `options.Options` has them.
 
     Raises:
         UserError: as `open_peft`; `dist` cannot be written.
     """
-    how, peft, dist, base = Verified(**options), Path(peft), Path(dist), Path(base_hf)
+    how, peft, dist, base = Options.taken(VERIFIED, options), Path(peft), Path(dist), Path(base_hf)
 
     def planned() -> Conversion:
         adapter = open_peft(peft, HyConfig.from_dir(base))
@@ -102,13 +102,13 @@ def merge(
     Args:
         adapter: a distributed checkpoint or a peft folder.
         iteration: of a distributed one; None: the one that the tracker names.
-        options: as of `options.ToHf`.
+        options: `VERIFIED`, `TO_HF`, as `options.Options` has them.
 
     Raises:
         UserError: one of them is broken, or they do not belong together (of a distributed one by the fingerprint of its
             base); `hf` cannot be written.
     """
-    how, base_hf, adapter, hf = ToHf(**options), Path(base_hf), Path(adapter), Path(hf)
+    how, base_hf, adapter, hf = Options.taken((*VERIFIED, *TO_HF), options), Path(base_hf), Path(adapter), Path(hf)
 
     def planned() -> Conversion:
         base, rounded_to = open_hf(base_hf), how.rounded_to

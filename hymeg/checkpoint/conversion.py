@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from hymeg.checkpoint.companions import carry
 from hymeg.checkpoint.compare import Pair, compare_pairs
 from hymeg.checkpoint.dist_files import RELEASE, TRACKER
-from hymeg.checkpoint.options import Options, ToHf
+from hymeg.checkpoint.options import Options
 from hymeg.checkpoint.reading import Read
 from hymeg.checkpoint.sinks.dist_folder import files_of_dist
 from hymeg.checkpoint.sinks.fp8_folder import files_of_fp8, fp8_errors
@@ -69,7 +69,7 @@ def to_dist(command: str, read: Read, target: Path, how: Options) -> Conversion:
     return Conversion(files, len(source.tensors), record, source.config, read.carried, source.notes, is_dist=True)
 
 
-def to_hf(command: str, read: Read, target: Path, how: ToHf, rounded_to: str | None = None) -> Conversion:
+def to_hf(command: str, read: Read, target: Path, how: Options, rounded_to: str | None = None) -> Conversion:
     """What was read as a Hugging Face folder. Raises UserError where `target` is in the way, or `how` cannot be done.
 
     Args:

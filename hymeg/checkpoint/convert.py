@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hymeg.checkpoint.conversion import Summary, carry_out, to_dist, to_hf
-from hymeg.checkpoint.options import Average, DistToHf, FromDist, HfToHf, OfModel
+from hymeg.checkpoint.options import ANEW, OF_MODEL, TO_HF, VOCABULARY, Options
 from hymeg.checkpoint.reading import read_dist, read_hf, read_mean
 from hymeg.errors import UserError
 
@@ -21,13 +21,13 @@ def hf_to_dist(hf: str | Path, dist: str | Path, **options: Any) -> Summary:
     beside the weights.
 
     Args:
-        options: as of `options.OfModel`.
+        options: `OF_MODEL`, as `options.Options` has them.
 
     Raises:
         UserError: the checkpoint is broken, incomplete or not that of its config.json; `dist` cannot be written, or
             holds what no conversion wrote. Nothing is left behind.
     """
-    how, hf, dist = OfModel(**options), Path(hf), Path(dist)
+    how, hf, dist = Options.taken(OF_MODEL, options), Path(hf), Path(dist)
     return carry_out(lambda: to_dist("hf-to-dist", read_hf(hf, how), dist, how), dist, "converting", how)
 
 
@@ -37,13 +37,13 @@ def dist_to_hf(dist: str | Path, hf: str | Path, *, iteration: int | None = None
 
     Args:
         iteration: which one; None: the one that the tracker names.
-        options: as of `options.DistToHf`.
+        options: `OF_MODEL`, `VOCABULARY`, `ANEW`, as `options.Options` has them.
 
     Raises:
         UserError: the checkpoint is broken, incomplete or not that of the config.json; `hf` cannot be written, or
             holds what no conversion wrote. Nothing is left behind.
     """
-    how, dist, hf = DistToHf(**options), Path(dist), Path(hf)
+    how, dist, hf = Options.taken((*OF_MODEL, *VOCABULARY, *ANEW), options), Path(dist), Path(hf)
     return carry_out(lambda: to_hf("dist-to-hf", read_dist(dist, iteration, how), hf, how), hf, "converting", how)
 
 
@@ -52,12 +52,12 @@ def hf_to_hf(source: str | Path, hf: str | Path, **options: Any) -> Summary:
     of FP8 or into it, with MTP layers or without.
 
     Args:
-        options: as of `options.HfToHf`.
+        options: `OF_MODEL`, `ANEW`, as `options.Options` has them.
 
     Raises:
         UserError: as `hf_to_dist` and `dist_to_hf`.
     """
-    how, source, hf = HfToHf(**options), Path(source), Path(hf)
+    how, source, hf = Options.taken((*OF_MODEL, *ANEW), options), Path(source), Path(hf)
     return carry_out(lambda: to_hf("hf-to-hf", read_hf(source, how), hf, how), hf, "converting", how)
 
 
@@ -67,12 +67,12 @@ def dist_to_dist(source: str | Path, dist: str | Path, *, iteration: int | None 
 
     Args:
         iteration: which one; None: the one that the tracker names.
-        options: as of `options.FromDist`.
+        options: `OF_MODEL`, `VOCABULARY`, as `options.Options` has them.
 
     Raises:
         UserError: as `dist_to_hf`.
     """
-    how, source, dist = FromDist(**options), Path(source), Path(dist)
+    how, source, dist = Options.taken((*OF_MODEL, *VOCABULARY), options), Path(source), Path(dist)
     return carry_out(
         lambda: to_dist("dist-to-dist", read_dist(source, iteration, how), dist, how), dist, "converting", how
     )
@@ -92,7 +92,7 @@ def average(
     Args:
         folders: Hugging Face or distributed ones.
         iterations: of the one distributed folder that is then given.
-        options: as of `options.Average`.
+        options: `OF_MODEL`, `TO_HF`, as `options.Options` has them.
 
     Raises:
         UserError: as `dist_to_hf`; they are fewer than two, or of several models.
@@ -102,5 +102,5 @@ def average(
     if iterations is not None and len(folders) != 1:
         raise UserError(f"--iterations are those of one folder; {len(folders)} are given")
     given = [(Path(folders[0]), number) for number in iterations] if iterations else [(Path(f), None) for f in folders]
-    how, target, to_target = Average(**options), Path(hf or dist), to_hf if hf else to_dist
+    how, target, to_target = Options.taken((*OF_MODEL, *TO_HF), options), Path(hf or dist), to_hf if hf else to_dist
     return carry_out(lambda: to_target("average", read_mean(given, how), target, how), target, "converting", how)

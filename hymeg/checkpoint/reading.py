@@ -10,7 +10,7 @@ from hymeg.checkpoint.companions import carried_files, companions, config_folder
 from hymeg.checkpoint.compare import config_differences
 from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, check_distributed_tensors, is_mtp
-from hymeg.checkpoint.options import OfModel
+from hymeg.checkpoint.options import Options
 from hymeg.checkpoint.rounding import as_fp32
 from hymeg.checkpoint.row_functions import Mean
 from hymeg.checkpoint.row_tensors import RowTensor, Source, TensorReader
@@ -31,7 +31,7 @@ class Read(NamedTuple):
     record: dict[str, Any]  # of where it came from
 
 
-def read_hf(hf: Path, how: OfModel) -> Read:
+def read_hf(hf: Path, how: Options) -> Read:
     """A Hugging Face folder. Raises UserError as `open_hf` does."""
     source = open_hf(hf, base_hf=how.base, drop_mtp=how.drop_mtp, dtype=how.rounded_to)
     source = source._replace(notes=(*source.notes, *_unused(how.base, source)))
@@ -39,7 +39,7 @@ def read_hf(hf: Path, how: OfModel) -> Read:
     return Read(source, carried_files(hf), [hf, how.base], [], record)
 
 
-def read_dist(dist: Path, iteration: int | None, how: OfModel) -> Read:
+def read_dist(dist: Path, iteration: int | None, how: Options) -> Read:
     """A distributed checkpoint, with what its base has and it has not. Raises UserError as `open_dist` does, and where
     something is missing, unknown, or would be lost.
     """
@@ -59,7 +59,7 @@ def read_dist(dist: Path, iteration: int | None, how: OfModel) -> Read:
     return Read(source, carried, [source.folder, how.base], beside, record)
 
 
-def read_mean(folders: Sequence[tuple[Path, int | None]], how: OfModel) -> Read:
+def read_mean(folders: Sequence[tuple[Path, int | None]], how: Options) -> Read:
     """The mean of several checkpoints of one model, given as folders, of either format, and iterations. What travels
     along comes from the last.
 
@@ -98,7 +98,7 @@ def _differing(one: Source, other: Source) -> list[str]:
     return [f"{name} is {ours} and {theirs}" for name, (ours, theirs) in found.items()]
 
 
-def _completed(source: Source, dist: Path, how: OfModel) -> Source:
+def _completed(source: Source, dist: Path, how: Options) -> Source:
     """With a config, and with the MTP layers that training did not hold; all tensors accounted for."""
     if source.config is None and how.base is None:
         raise UserError(

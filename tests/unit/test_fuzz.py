@@ -17,7 +17,7 @@ from invocations import NEEDED
 from megatron.training.arguments import validate_args
 from places import make_places
 
-from hymeg.checkpoint.options import OfModel
+from hymeg.checkpoint.options import Options
 from hymeg.checkpoint.reading import read_dist, read_hf
 from hymeg.checkpoint.verification import verify_folder
 from hymeg.checksums import MANIFEST
@@ -232,7 +232,7 @@ def test_safetensors_headers(hf_checkpoint, tmp_path, count):
         new = changed_bytes(header, chance) if is_text else json.dumps(changed).encode()
         told = chance.choice((len(new), len(new), len(new), len(header), chance.getrandbits(64), 0))
         path.write_bytes(struct.pack("<Q", told) + new + tensors)
-        read_hf(model, OfModel())
+        read_hf(model, Options())
 
     fuzzed(count, once)
 
@@ -250,6 +250,6 @@ def test_metadata(dist_checkpoint, tmp_path, count):
         path.write_bytes(changed_bytes(intact, chance))
         if chance.random() < 0.2:
             verify_folder(folder, workers=1)
-        read_dist(folder, None, OfModel())
+        read_dist(folder, None, Options())
 
     fuzzed(count, once)
