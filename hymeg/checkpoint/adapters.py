@@ -26,31 +26,21 @@ from hymeg.hf.dtypes import WEIGHTS
 from hymeg.progress import Progress
 
 
-def adapter_to_peft(
-    dist: str | Path,
-    peft: str | Path,
-    *,
-    layout: str = "peft",
-    iteration: int | None = None,
-    base_hf: str | Path | None = None,
-    **options: Any,
-) -> Summary:
+def adapter_to_peft(dist: str | Path, peft: str | Path, *, layout: str = "peft", **options: Any) -> Summary:
     """Write the adapter in the distributed checkpoint `dist` as a peft folder.
 
     Args:
         layout: "peft", for `PeftModel.from_pretrained`, or "served", for vLLM and SGLang.
-        iteration: which one; None: the one that the tracker names.
-        base_hf: Hugging Face folder of the base model, where `dist` has no config.json.
-        options: `ANY`, as `options.Options` has them.
+        options: `ANY`, `iteration`, `base_hf`, as `options.Options` has them; the last where `dist` has no config.json.
 
     Raises:
         UserError: it is broken or incomplete; `peft` cannot be written; a layout cannot hold all of it.
     """
-    how, dist, peft = Options.taken(ANY, options), Path(dist), Path(peft)
-    base = None if base_hf is None else Path(base_hf)
+    how, dist, peft = Options.taken((*ANY, "iteration", "base_hf"), options), Path(dist), Path(peft)
 
     def planned() -> Conversion:
-        adapter = open_dist_adapter(dist, HyConfig.from_dir(base) if base else None, iteration)
+        base = how.base
+        adapter = open_dist_adapter(dist, HyConfig.from_dir(base) if base else None, how.iteration)
         check_apart(peft, [adapter.folder, base], [dist])
         modules = [module for module in adapter.modules if not module.is_mtp]
         left_out = len(adapter.modules) - len(modules) + sum(is_mtp(adapter.config, name) for name in adapter.full)
@@ -93,22 +83,20 @@ def peft_to_adapter(peft: str | Path, dist: str | Path, *, base_hf: str | Path, 
     return carry_out(planned, dist, "to distributed", how)
 
 
-def merge(
-    base_hf: str | Path, adapter: str | Path, hf: str | Path, *, iteration: int | None = None, **options: Any
-) -> Summary:
+def merge(base_hf: str | Path, adapter: str | Path, hf: str | Path, **options: Any) -> Summary:
     """Write the Hugging Face checkpoint in folder `base_hf` with the adapter in its weights: W + scale * B @ A, in fp32
     and rounded once.
 
     Args:
         adapter: a distributed checkpoint or a peft folder.
-        iteration: of a distributed one; None: the one that the tracker names.
-        options: `VERIFIED`, `TO_HF`, as `options.Options` has them.
+        options: `VERIFIED`, `TO_HF`, `iteration`, as `options.Options` has them.
 
     Raises:
         UserError: one of them is broken, or they do not belong together (of a distributed one by the fingerprint of its
             base); `hf` cannot be written.
     """
-    how, base_hf, adapter, hf = Options.taken((*VERIFIED, *TO_HF), options), Path(base_hf), Path(adapter), Path(hf)
+    how = Options.taken((*VERIFIED, *TO_HF, "iteration"), options)
+    base_hf, adapter, hf = Path(base_hf), Path(adapter), Path(hf)
 
     def planned() -> Conversion:
         base, rounded_to = open_hf(base_hf), how.rounded_to
@@ -116,24 +104,24 @@ def merge(
         if of_config.without_quantization() is not of_config:
             # FP8 in fp32 as well, for one rounding.
             base, rounded_to = open_hf(base_hf, dtype="F32"), rounded_to or DEQUANTISED
-        found = open_adapter(adapter, base.config, iteration)
+        found = open_adapter(adapter, base.config, how.iteration)
         note = f"adapters of {len(found.modules):,} modules, scale {found.settings.scale:g}"
         source = base._replace(tensors=merged(base.config, base.tensors, found), notes=(*base.notes, note))
         record = {"base_hf": str(base_hf.resolve()), "from": str(found.folder.resolve()), "iteration": found.iteration}
         read = Read(source, carried_files(base_hf), [base_hf, found.folder], [adapter], record)
         return to_hf("merge", read, hf, how, rounded_to)
 
-    check_base(base_hf, adapter, iteration, how)
+    check_base(base_hf, adapter, how)
     return carry_out(planned, hf, "merging", how)
 
 
-def check_base(base_hf: Path, adapter: Path, iteration: int | None, how: Options) -> None:
+def check_base(base_hf: Path, adapter: Path, how: Options) -> None:
     """Whether the adapter was trained on these weights, by the fingerprint that training left in adapter.json.
 
     Raises:
         UserError: it was trained on others; or one of the folders cannot be read.
     """
-    record, _ = aside(lambda: open_adapter(adapter, open_hf(base_hf).config, iteration).settings.base)
+    record, _ = aside(lambda: open_adapter(adapter, open_hf(base_hf).config, how.iteration).settings.base)
     wanted = (record or {}).get("fingerprint")
     if wanted is None:
         how.say(f"{adapter} does not say which weights it was trained on: that they are {base_hf}'s is not checked")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hymeg.checkpoint.conversion import Summary, carry_out, to_dist, to_hf
-from hymeg.checkpoint.options import ANEW, OF_MODEL, TO_HF, VOCABULARY, Options
+from hymeg.checkpoint.options import ANEW, FROM_DIST, OF_MODEL, TO_HF, Options
 from hymeg.checkpoint.reading import read_dist, read_hf, read_mean
 from hymeg.errors import UserError
 
@@ -31,20 +31,19 @@ def hf_to_dist(hf: str | Path, dist: str | Path, **options: Any) -> Summary:
     return carry_out(lambda: to_dist("hf-to-dist", read_hf(hf, how), dist, how), dist, "converting", how)
 
 
-def dist_to_hf(dist: str | Path, hf: str | Path, *, iteration: int | None = None, **options: Any) -> Summary:
+def dist_to_hf(dist: str | Path, hf: str | Path, **options: Any) -> Summary:
     """Convert the distributed checkpoint in folder `dist` to a Hugging Face one in `hf`. Optimizer state beside the
     weights is passed over.
 
     Args:
-        iteration: which one; None: the one that the tracker names.
-        options: `OF_MODEL`, `VOCABULARY`, `ANEW`, as `options.Options` has them.
+        options: `OF_MODEL`, `FROM_DIST`, `ANEW`, as `options.Options` has them.
 
     Raises:
         UserError: the checkpoint is broken, incomplete or not that of the config.json; `hf` cannot be written, or
             holds what no conversion wrote. Nothing is left behind.
     """
-    how, dist, hf = Options.taken((*OF_MODEL, *VOCABULARY, *ANEW), options), Path(dist), Path(hf)
-    return carry_out(lambda: to_hf("dist-to-hf", read_dist(dist, iteration, how), hf, how), hf, "converting", how)
+    how, dist, hf = Options.taken((*OF_MODEL, *FROM_DIST, *ANEW), options), Path(dist), Path(hf)
+    return carry_out(lambda: to_hf("dist-to-hf", read_dist(dist, how), hf, how), hf, "converting", how)
 
 
 def hf_to_hf(source: str | Path, hf: str | Path, **options: Any) -> Summary:
@@ -61,21 +60,18 @@ def hf_to_hf(source: str | Path, hf: str | Path, **options: Any) -> Summary:
     return carry_out(lambda: to_hf("hf-to-hf", read_hf(source, how), hf, how), hf, "converting", how)
 
 
-def dist_to_dist(source: str | Path, dist: str | Path, *, iteration: int | None = None, **options: Any) -> Summary:
+def dist_to_dist(source: str | Path, dist: str | Path, **options: Any) -> Summary:
     """Write the weights of the distributed checkpoint in folder `source` to `dist`, without optimizer state, to begin a
     run with.
 
     Args:
-        iteration: which one; None: the one that the tracker names.
-        options: `OF_MODEL`, `VOCABULARY`, as `options.Options` has them.
+        options: `OF_MODEL`, `FROM_DIST`, as `options.Options` has them.
 
     Raises:
         UserError: as `dist_to_hf`.
     """
-    how, source, dist = Options.taken((*OF_MODEL, *VOCABULARY), options), Path(source), Path(dist)
-    return carry_out(
-        lambda: to_dist("dist-to-dist", read_dist(source, iteration, how), dist, how), dist, "converting", how
-    )
+    how, source, dist = Options.taken((*OF_MODEL, *FROM_DIST), options), Path(source), Path(dist)
+    return carry_out(lambda: to_dist("dist-to-dist", read_dist(source, how), dist, how), dist, "converting", how)
 
 
 def average(

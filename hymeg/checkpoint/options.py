@@ -13,11 +13,11 @@ from hymeg.hf.safetensors_files import MAX_SHARD_BYTES, files_by_tensor
 Say = Callable[[str], None]
 
 # Which fields of `Options` go together: those of every conversion, of one that can be verified, of one that reads whole
-# models, of a distributed one's vocabulary, of a Hugging Face folder, and of one written in other ways.
+# models, of one that reads a distributed one, of one that writes a Hugging Face folder, and in which ways.
 ANY = ("dtype", "workers", "overwrite", "say")
 VERIFIED = (*ANY, "verify")
 OF_MODEL = (*VERIFIED, "base_hf", "drop_mtp")
-VOCABULARY = ("cut_vocabulary", "keep_vocabulary")
+FROM_DIST = ("iteration", "cut_vocabulary", "keep_vocabulary")
 TO_HF = ("layout", "max_shard_bytes")
 ANEW = (*TO_HF, "shards_like", "quantize", "scales_from")
 
@@ -33,6 +33,7 @@ class Options:
     # distributed checkpoint, config.json and the tokenizer.
     base_hf: str | Path | None = None
     drop_mtp: bool = False  # leave the MTP layers out
+    iteration: int | None = None  # of a distributed checkpoint; None: the one that the tracker names
     # Rows of embedding and output layer beyond the config's vocabulary may hold numbers, which are lost. (Zeros are
     # padding, and always cut.)
     cut_vocabulary: bool = False

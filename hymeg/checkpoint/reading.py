@@ -3,6 +3,7 @@ travel along.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +40,11 @@ def read_hf(hf: Path, how: Options) -> Read:
     return Read(source, carried_files(hf), [hf, how.base], [], record)
 
 
-def read_dist(dist: Path, iteration: int | None, how: Options) -> Read:
+def read_dist(dist: Path, how: Options) -> Read:
     """A distributed checkpoint, with what its base has and it has not. Raises UserError as `open_dist` does, and where
     something is missing, unknown, or would be lost.
     """
-    source = _completed(open_dist(dist, iteration), dist, how)
+    source = _completed(open_dist(dist, how.iteration), dist, how)
     beside = [dist, source.folder, source.folder.parent]
     carried = companions(dict.fromkeys(filter(None, [*beside, how.base])))
     notes = [*source.notes, *_surplus_rows(source, how.cut_vocabulary)]
@@ -69,7 +70,7 @@ def read_mean(folders: Sequence[tuple[Path, int | None]], how: Options) -> Read:
     if len(folders) < 2:
         raise UserError(f"{len(folders)} checkpoint: two or more are needed for a mean; give more, or --iterations A,B")
     reads = [
-        read_hf(folder, how) if is_hf(folder, iteration) else read_dist(folder, iteration, how)
+        read_hf(folder, how) if is_hf(folder, iteration) else read_dist(folder, replace(how, iteration=iteration))
         for folder, iteration in folders
     ]
     last = reads[-1]

@@ -250,6 +250,6 @@ def test_metadata(dist_checkpoint, tmp_path, count):
         path.write_bytes(changed_bytes(intact, chance))
         if chance.random() < 0.2:
             verify_folder(folder, workers=1)
-        read_dist(folder, None, Options())
+        read_dist(folder, Options())
 
     fuzzed(count, once)
