@@ -16,6 +16,7 @@ from hymeg.checkpoint.convert import average, dist_to_dist, dist_to_hf, hf_to_di
 from hymeg.checkpoint.gather import gather
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import HF_LAYOUTS
+from hymeg.checkpoint.options import ANEW, ANY, FROM_DIST, OF_MODEL, TO_HF, VERIFIED
 from hymeg.checkpoint.peft_table import PEFT_LAYOUTS
 from hymeg.checkpoint.verification import verify_folder
 from hymeg.errors import UserError, exit_on_user_error
@@ -37,45 +38,41 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "hub",
         "help": "tensor names: as published, or as in transformers' memory (default: hub)",
     },
-    "peft-layout": {
+    "peft_layout": {
         "choices": PEFT_LAYOUTS,
         "default": "peft",
         "dest": "layout",
         "help": "for PeftModel.from_pretrained, or, every expert by its own name, for vLLM and SGLang (default: peft)",
     },
-    "shard-size": {
+    "max_shard_bytes": {
         "default": "5GB",
         "metavar": "BYTES",
         "help": "largest safetensors file, such as 500MB (default: 5GB)",
     },
-    "shards-like": {"metavar": "DIR", "help": "put each tensor into the file that it has in this Hugging Face folder"},
+    "shards_like": {"metavar": "DIR", "help": "put each tensor into the file that it has in this Hugging Face folder"},
     "quantize": {
         "choices": ("fp8",),
         "help": "as Tencent publishes FP8: a scale for each Linear of attention and MLPs (--dtype is of the rest)",
     },
-    "scales-from": {
+    "scales_from": {
         "metavar": "DIR",
         "help": "--quantize: the published FP8 folder, for its scales of inputs and KV cache (default: none, dynamic)",
     },
-    "cut-vocabulary": {
+    "cut_vocabulary": {
         "action": "store_true",
         "help": "lose rows of the vocabulary beyond config.json's even where they are not zero",
     },
-    "keep-vocabulary": {"action": "store_true", "help": "keep them, padding included, and correct config.json"},
-    "base-hf": {
+    "keep_vocabulary": {"action": "store_true", "help": "keep them, padding included, and correct config.json"},
+    "base_hf": {
         "metavar": "DIR",
         "help": "Hugging Face folder of the original: for what is missing, such as MTP layers that other trainers drop",
     },
-    "drop-mtp": {"action": "store_true", "help": "leave multi-token-prediction layers out, of config.json as well"},
+    "drop_mtp": {"action": "store_true", "help": "leave multi-token-prediction layers out, of config.json as well"},
     "workers": {"type": int, "default": 2, "metavar": "N", "help": "processes (default: 2)"},
     "overwrite": {"action": "store_true", "help": "replace what an earlier conversion wrote"},
     "verify": {"action": "store_true", "help": "read everything back and compare it, before the folder appears"},
 }
-ADAPTER = ("dtype", "workers", "overwrite")
-MOVE = (*ADAPTER, "verify")
-TO_HF = ("layout", "shard-size", "shards-like", "quantize", "scales-from")
-VOCABULARY = ("cut-vocabulary", "keep-vocabulary")
-WHOLE = ("base-hf", "drop-mtp")
+FLAGS = {"max_shard_bytes": "--shard-size", "peft_layout": "--layout"}  # the others are called as the argument
 NEEDED = "folder to write; must be empty or not exist"
 
 
@@ -91,31 +88,31 @@ COMMANDS = {
         hf_to_dist,
         "Hugging Face to distributed, for `pretrain_hy.py --load`",
         {"hf": "Hugging Face folder to read; hub or fused names, FP8 as well", "dist": NEEDED},
-        (*MOVE, *WHOLE),
+        OF_MODEL,
     ),
     "dist-to-hf": Command(
         dist_to_hf,
         "distributed, as training saved it, to Hugging Face",
         {"dist": "folder to read, with its tracker file", "hf": NEEDED},
-        (*MOVE, *WHOLE, "iteration", *TO_HF, *VOCABULARY),
+        (*OF_MODEL, *FROM_DIST, *ANEW),
     ),
     "hf-to-hf": Command(
         hf_to_hf,
         "Hugging Face anew: another layout, dtype, size of files; out of FP8 or into it; with MTP layers or without",
         {"hf": "Hugging Face folder to read", "to": NEEDED},
-        (*MOVE, *WHOLE, *TO_HF),
+        (*OF_MODEL, *ANEW),
     ),
     "dist-to-dist": Command(
         dist_to_dist,
         "distributed without its optimizer state, to begin a run with",
         {"dist": "folder to read, with its tracker file", "to": NEEDED},
-        (*MOVE, *WHOLE, "iteration", *VOCABULARY),
+        (*OF_MODEL, *FROM_DIST),
     ),
     "average": Command(
         average,
         "the mean of several checkpoints, or iterations of one",
         {"folders": "Hugging Face or distributed checkpoints to read"},
-        (*MOVE, *WHOLE, "iterations", "layout", "shard-size"),
+        (*OF_MODEL, *TO_HF, "iterations"),
     ),
     "gather": Command(
         gather,
@@ -127,13 +124,13 @@ COMMANDS = {
         adapter_to_peft,
         "a trained adapter to a peft folder",
         {"adapter": "distributed checkpoint of an adapter to read", "peft": NEEDED},
-        (*ADAPTER, "iteration", "base-hf", "peft-layout"),
+        (*ANY, "iteration", "base_hf", "peft_layout"),
     ),
     "peft-to-adapter": Command(
         peft_to_adapter,
         "a peft folder to distributed, to train on from",
         {"peft": "peft folder to read, in either layout", "dist": NEEDED},
-        (*MOVE, "base-hf"),
+        (*VERIFIED, "base_hf"),
     ),
     "merge": Command(
         merge,
@@ -143,7 +140,7 @@ COMMANDS = {
             "adapter": "to read: distributed or a peft folder",
             "hf": NEEDED,
         },
-        (*MOVE, "iteration", "layout", "shard-size"),
+        (*VERIFIED, *TO_HF, "iteration"),
     ),
 }
 
@@ -163,10 +160,10 @@ def _parser() -> argparse.ArgumentParser:
             for kind in ("hf", "dist"):
                 target.add_argument(f"--{kind}", metavar="DIR", help=NEEDED)
         for option in command.options:
-            settings = OPTIONS[option]
-            if name == "peft-to-adapter" and option == "base-hf":
-                settings = settings | {"required": True}
-            of_command.add_argument("--layout" if option == "peft-layout" else f"--{option}", **settings)
+            settings = {"dest": option, **OPTIONS[option]}
+            if name == "peft-to-adapter" and option == "base_hf":
+                settings["required"] = True
+            of_command.add_argument(FLAGS.get(option, f"--{option.replace('_', '-')}"), **settings)
     inspect = commands.add_parser("inspect", help="say what a folder holds")
     inspect.add_argument("folder", metavar="DIR", help="Hugging Face or distributed checkpoint")
     inspect.add_argument("--iteration", **OPTIONS["iteration"])
@@ -216,8 +213,8 @@ def main() -> None:
         command = COMMANDS[name]
         folders = [args.pop(folder.replace("-", "_")) for folder in command.folders]
         target = folders[-1] if name != "average" else args["hf"] or args["dist"]
-        if "shard_size" in args:
-            args["max_shard_bytes"] = parse_bytes(args.pop("shard_size"))
+        if "max_shard_bytes" in args:
+            args["max_shard_bytes"] = parse_bytes(args["max_shard_bytes"])
         num_read = len(folders) if name == "average" else len(folders) - 1
         try:
             folders[:num_read] = [_local(folder) for folder in folders[:num_read]]

@@ -14,7 +14,7 @@ Say = Callable[[str], None]
 
 # Which fields of `Options` go together: those of every conversion, of one that can be verified, of one that reads whole
 # models, of one that reads a distributed one, of one that writes a Hugging Face folder, and in which ways.
-ANY = ("dtype", "workers", "overwrite", "say")
+ANY = ("dtype", "workers", "overwrite")
 VERIFIED = (*ANY, "verify")
 OF_MODEL = (*VERIFIED, "base_hf", "drop_mtp")
 FROM_DIST = ("iteration", "cut_vocabulary", "keep_vocabulary")
@@ -50,9 +50,9 @@ class Options:
 
     @classmethod
     def taken(cls, names: tuple[str, ...], given: Mapping[str, Any]) -> "Options":
-        """Those given. Raises TypeError where one of them is not among `names`, the function's own."""
+        """Those given. Raises TypeError where one of them is neither `say` nor among `names`, the function's own."""
         for name in given:
-            if name not in names:
+            if name not in (*names, "say"):
                 raise TypeError(f"got an unexpected keyword argument {name!r}")
         return cls(**given)
 
