@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hymeg.checkpoint.companions import carry, companions, config_folder
 from hymeg.checkpoint.conversion import check_apart
 from hymeg.checkpoint.dist_files import FORMAT_FILE, METADATA, RELEASE, TRACKER, iteration_folder
 from hymeg.checkpoint.metadata_file import stored_places
-from hymeg.checkpoint.options import Say
+from hymeg.checkpoint.options import Options, Say
 from hymeg.checkpoint.sinks.new_folder import new_folder
 from hymeg.checkpoint.sources.dist_folder import open_dist
 from hymeg.checksums import MANIFEST, open_verified
@@ -33,36 +33,28 @@ class Gathered(NamedTuple):
     num_bytes: int
 
 
-def gather(
-    folders: Sequence[str | Path],
-    dist: str | Path,
-    *,
-    iteration: int | None = None,
-    overwrite: bool = False,
-    say: Say = lambda line: None,
-) -> Gathered:
+def gather(folders: Sequence[str | Path], dist: str | Path, **options: Any) -> Gathered:
     """Copy the one checkpoint that lies scattered over `folders` into the folder `dist`.
 
     Args:
         folders: what --save named on each node, or the iteration's folders in them.
-        iteration: which one; None: the one that the tracker beside its `.metadata` names.
-        overwrite: replace what an earlier call wrote to `dist`.
-        say: is given lines for the user.
+        options: `iteration`, `overwrite`, as `options.Options` has them.
 
     Raises:
         UserError: a file is missing in all folders, truncated, or differs in two of them; `dist` cannot be written.
             Nothing is left behind.
     """
+    how = Options.taken(("iteration", "overwrite"), options)
     dist, folders = Path(dist), [Path(folder) for folder in folders]
-    described, iteration = _described(folders, iteration)
+    described, iteration = _described(folders, how.iteration)
     name = RELEASE if iteration is None else f"iter_{iteration:07d}"
     parts = list(dict.fromkeys(part.resolve() for folder in folders if (part := _part(folder, name, described))))
     check_apart(dist, parts)
-    files = _files(parts, described, say)
+    files = _files(parts, described, how.say)
     num_bytes = sum(path.stat().st_size for path in files.values())
     beside = companions(dict.fromkeys([*parts, *(part.parent for part in parts)]))
     record = {"command": "gather", "from": [str(part) for part in parts], "iteration": iteration}
-    with new_folder(dist, num_bytes, overwrite, record, say) as partial:
+    with new_folder(dist, num_bytes, how.overwrite, record, how.say) as partial:
         (partial / name).mkdir()
         progress, done = Progress("gathering", num_bytes), 0
         # FORMAT_FILE makes it valid, and comes last.
