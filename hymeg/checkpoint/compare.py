@@ -2,7 +2,7 @@
 distributed on either side.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,17 +86,42 @@ def _difference(
 def compare_checkpoints(
     a: str | Path, b: str | Path, tolerance: float = 0.0, workers: int = 2, base_hf: str | Path | None = None
 ) -> list[Difference]:
-    """All that differs between two checkpoints: tensors that one of them lacks, shapes, dtypes, elements. Names are
-    those of the hub layout.
+    """All that differs between two checkpoints: tensors that one of them lacks, shapes, dtypes, elements, under the
+    names of the hub layout. Or between two adapters, each distributed or of peft in either layout: settings, and
+    tensors by their distributed keys.
 
-    Padding rows of a vocabulary are left out. With a `tolerance` dtypes may differ and are compared as fp32. Adapters
-    are compared as `compare_adapters` does.
+    Padding rows of a vocabulary are left out. With a `tolerance` dtypes may differ and are compared as fp32.
+
+    Args:
+        base_hf: folder of the base of two adapters, where neither says of which model it is.
 
     Raises:
-        UserError: one of them cannot be read, or neither has a config.json.
+        UserError: one of them cannot be read, neither has a config.json, or one alone is an adapter.
     """
-    if is_adapter(a) or is_adapter(b):
-        return compare_adapters(a, b, tolerance, workers, base_hf)
+    check_num_workers(workers)
+    opened = _adapters(a, b, base_hf) if is_adapter(a) or is_adapter(b) else _models(a, b)
+    differences, tensors_a, tensors_b, entries = opened
+    pairs = []
+    for name, key, _, _, shape, rows in entries:
+        of_a, of_b = tensors_a.get(key), tensors_b.get(key)
+        if of_a is None or of_b is None:
+            if of_a is not of_b:
+                differences.append(Difference(name, f"only in {a if of_b is None else b}"))
+        elif not (fits(key, of_a.shape, shape) and fits(key, of_b.shape, shape)):
+            differences.append(Difference(name, f"shapes: {list(of_a.shape)} and {list(of_b.shape)} as {key}"))
+        elif tolerance == 0 and of_a.dtype_kept != of_b.dtype_kept:
+            differences.append(Difference(name, f"dtypes: {of_a.dtype_kept} and {of_b.dtype_kept}"))
+        else:
+            pairs.append(Pair(name, of_a, of_b, rows, of_a.dtype_kept if tolerance == 0 else "F32"))
+    progress = Progress("comparing", sum(pair.nbytes for pair in pairs))
+    return differences + compare_pairs(shares(pairs, workers), progress, tolerance).results
+
+
+# What differs beside the tensors, the tensors of both by distributed key, and which rows of them are to be compared.
+_Opened = tuple[list[Difference], dict[str, RowTensor], dict[str, RowTensor], list[Entry]]
+
+
+def _models(a: str | Path, b: str | Path) -> _Opened:
     left, right = open_any(a), open_any(b)
     config = left.config or right.config
     if config is None:
@@ -106,12 +131,11 @@ def compare_checkpoints(
         for name, (of_a, of_b) in config_differences(left.config, right.config).items():
             differences.append(Difference(CONFIG_FILE, f"{name}: {of_a} and {of_b}"))
     entries = hf_entries(config, "hub")
-    differences += _compared(a, left.tensors, b, right.tensors, entries, tolerance, workers)
     known = {entry.dist_key for entry in entries}
     for folder, side in ((a, left), (b, right)):
         unknown = [key for key in (*side.tensors, *side.unknown) if key not in known]
         differences += [Difference(key, f"only in {folder}, and unknown to config.json") for key in unknown]
-    return differences
+    return differences, left.tensors, right.tensors, entries
 
 
 def config_differences(a: HyConfig, b: HyConfig) -> dict[str, tuple[Any, Any]]:
@@ -120,18 +144,7 @@ def config_differences(a: HyConfig, b: HyConfig) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def compare_adapters(
-    a: str | Path, b: str | Path, tolerance: float = 0.0, workers: int = 2, base_hf: str | Path | None = None
-) -> list[Difference]:
-    """As `compare_checkpoints`, of two adapters, each distributed or of peft in either layout: settings and tensors,
-    these by their distributed keys.
-
-    Args:
-        base_hf: folder of their base, where neither says of which model it is.
-
-    Raises:
-        UserError: one of them is none, or cannot be read.
-    """
+def _adapters(a: str | Path, b: str | Path, base_hf: str | Path | None) -> _Opened:
     config = HyConfig.from_dir(base_hf) if base_hf else None
     for folder in (a, b):
         if not is_adapter(folder):
@@ -146,34 +159,6 @@ def compare_adapters(
             differences.append(Difference(name, f"{of_a:g} and {of_b:g}"))
     if left.modules != right.modules:
         differences.append(Difference("targets", "not the same modules"))
-    entries = []
-    for key, tensor in (left.tensors | right.tensors).items():
-        entries.append(Entry(key, key, False, tensor.shape, tensor.shape, ((0, num_rows(tensor.shape)),)))
-    return differences + _compared(a, left.tensors, b, right.tensors, entries, tolerance, workers)
-
-
-def _compared(
-    a: str | Path,
-    of_a: Mapping[str, RowTensor],
-    b: str | Path,
-    of_b: Mapping[str, RowTensor],
-    entries: Iterable[Entry],
-    tolerance: float,
-    workers: int,
-) -> list[Difference]:
-    """What differs in these rows of the tensors of two folders, by distributed key, under the entries' names."""
-    check_num_workers(workers)
-    differences, pairs = [], []
-    for name, key, _, _, shape, rows in entries:
-        left, right = of_a.get(key), of_b.get(key)
-        if left is None or right is None:
-            if left is not right:
-                differences.append(Difference(name, f"only in {a if right is None else b}"))
-        elif not (fits(key, left.shape, shape) and fits(key, right.shape, shape)):
-            differences.append(Difference(name, f"shapes: {list(left.shape)} and {list(right.shape)} as {key}"))
-        elif tolerance == 0 and left.dtype_kept != right.dtype_kept:
-            differences.append(Difference(name, f"dtypes: {left.dtype_kept} and {right.dtype_kept}"))
-        else:
-            pairs.append(Pair(name, left, right, rows, left.dtype_kept if tolerance == 0 else "F32"))
-    progress = Progress("comparing", sum(pair.nbytes for pair in pairs))
-    return differences + compare_pairs(shares(pairs, workers), progress, tolerance).results
+    shapes = {key: tensor.shape for key, tensor in (left.tensors | right.tensors).items()}
+    entries = [Entry(key, key, False, shape, shape, ((0, num_rows(shape)),)) for key, shape in shapes.items()]
+    return differences, left.tensors, right.tensors, entries
