@@ -20,7 +20,7 @@ from hymeg.checkpoint.mapping import (
     hf_entries,
     match_hf_tensors,
     scope_of,
-    with_rows,
+    with_first_rows,
 )
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -182,7 +182,7 @@ def _assembled(entries: list[Entry], state_dict: StateDict, vocab_rows: int) -> 
         tensor = pieces[0].new_empty(first.dist_shape)
         rows = tensor.view(-1, first.dist_shape[-1])
         for entry, piece in zip(entries, pieces, strict=True):
-            for start, stop, row in with_rows(entry.rows):
+            for start, stop, row in with_first_rows(entry.rows):
                 rows[start:stop] = piece.reshape(-1, rows.shape[1])[row : row + stop - start]
         return tensor
     tensor = pieces[0].float() if first.is_fp32_buffer else pieces[0]

@@ -59,7 +59,7 @@ def row_ranges(shape: Shape, offset: Shape, extent: Shape) -> list[Range]:
     return [(i * height + first, i * height + first + length) for i in slices]
 
 
-def with_rows(ranges: Iterable[Range]) -> Iterator[tuple[int, int, int]]:
+def with_first_rows(ranges: Iterable[Range]) -> Iterator[tuple[int, int, int]]:
     """The start and the end of each range, and how many rows the ranges before it have."""
     row = 0
     for start, stop in ranges:

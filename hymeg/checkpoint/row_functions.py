@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.checkpoint.mapping import Range, num_rows, with_rows
+from hymeg.checkpoint.mapping import Range, num_rows, with_first_rows
 from hymeg.checkpoint.rounding import E4M3_MAX, as_fp32, common_dtype, e4m3_numbers, quantised
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.errors import UserError
@@ -196,5 +196,5 @@ class Fp8Codes(NamedTuple):
 
 def _part_of(ranges: Sequence[Range], low: int, high: int) -> list[Range]:
     """Rows `low` to `high` of those in `ranges`, counted from the first of them."""
-    cut = ((start + max(low - row, 0), min(stop, start + high - row)) for start, stop, row in with_rows(ranges))
+    cut = ((start + max(low - row, 0), min(stop, start + high - row)) for start, stop, row in with_first_rows(ranges))
     return [(start, stop) for start, stop in cut if start < stop]
