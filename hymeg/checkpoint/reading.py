@@ -139,17 +139,17 @@ def _surplus_rows(source: Source, may_be_cut: bool) -> list[str]:
     notes = []
     for tensor in (source.tensors[key] for key in VOCABULARY_KEYS):
         first, num = source.config.vocab_size, tensor.shape[0]
+        if num == first:
+            continue
         with TensorReader() as reader:
-            blocks = reader.blocks(tensor, [(first, num)]) if num > first else []
-            has_numbers = any(as_fp32(block, tensor.dtype).any() for block in blocks)
+            has_numbers = any(as_fp32(block, tensor.dtype).any() for block in reader.blocks(tensor, [(first, num)]))
         if has_numbers and not may_be_cut:
             raise UserError(
                 f"{source.folder}: {tensor.key} has {num} rows, {CONFIG_FILE} a vocabulary of {first}, and the surplus "
                 "is not zero: if the vocabulary was extended, give --keep-vocabulary; if the run began from scratch, "
                 "whose padding is random, --cut-vocabulary"
             )
-        if num > first:
-            notes.append(f"cut off: {num - first} rows of {tensor.key} beyond the vocabulary of {first}")
+        notes.append(f"cut off: {num - first} rows of {tensor.key} beyond the vocabulary of {first}")
     return notes
 
 
