@@ -20,6 +20,20 @@ class UserError(Exception):
     """
 
 
+class located:
+    """`where`, in front of what a `UserError` from inside says."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, UserError):
+            raise UserError(f"{self.where}: {error}") from error
+
+
 @contextlib.contextmanager
 def exit_on_user_error():
     """Turn a `UserError` into one line and exit code 2. Every command line runs inside this.

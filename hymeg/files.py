@@ -62,20 +62,18 @@ def read_json(path: str | os.PathLike, opened: Callable[[Any], BinaryIO] = opene
         raise UserError(f"{path}: not valid JSON: {error}") from error
 
 
-def parse_row(where: str, text: str, needed: str = "an object a line is needed, as jq -c writes it") -> Any:
-    """The JSON value `text`, one line of a file or a part of it. Raises UserError, which begins with `where` and ends
-    with what is `needed`, for no JSON and for a key twice in one object.
+def parse_row(text: str, needed: str = "an object a line is needed, as jq -c writes it") -> Any:
+    """The JSON value `text`, one line of a file or a part of it. Raises UserError for no JSON, which ends with what is
+    `needed`, and for a key twice in one object.
     """
     try:
         return _ROW.decode(text)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         found = text[error.pos : error.pos + 20]
         reason = f"{error.msg} (column {error.colno}: {shown(found) if found else 'the end'})"
     except (ValueError, RecursionError) as error:
         reason = str(error)
-    raise UserError(f"{where}: not JSON: {reason}; {needed}")
+    raise UserError(f"not JSON: {reason}; {needed}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

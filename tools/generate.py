@@ -24,7 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hymeg import platform
-from hymeg.errors import UserError, exit_on_user_error
+from hymeg.errors import UserError, exit_on_user_error, located
 from hymeg.files import parse_row, write_whole
 
 EFFORTS = ("no_think", "low", "high")
@@ -163,7 +163,8 @@ class Asked:
     def _of_row(self, where: str, line: str) -> tuple[str, list[int]]:
         from hymeg.generation.prompts import chat_prompt, translation_request
 
-        row = parse_row(where, line)
+        with located(where):
+            row = parse_row(line)
         if not isinstance(row, dict):
             raise UserError(f"{where}: an object is needed, such as {{'prompt': ...}}")
         effort = row.get("reasoning_effort", self.args.effort)

@@ -15,7 +15,6 @@ import json
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from hymeg.data.rows import Conversation
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.files import shown
 
 _MARK = secrets.token_hex(8)  # that no row can hold
@@ -194,7 +193,7 @@ class ChatTemplate:
             since = [_without_arguments(messages[previous]), *messages[previous + 1 : number + 1]]
             short = whole if number == numbers[0] else messages[: numbers[0]] + since
             previous = number
-            with _located(f"message {number + 1}"):
+            with located(f"message {number + 1}"):
                 try:
                     turn = self._next_turn(text, end, short, tools, effort)
                 except UserError:
@@ -318,14 +317,6 @@ def _without_arguments(message: dict) -> dict:
         return item | {"arguments": {}} if isinstance(item.get("arguments"), dict) else item
 
     return json.loads(_plain_json(message), object_hook=emptied) if "tool_calls" in message else message
-
-
-@contextlib.contextmanager
-def _located(where: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def _without_texts(conversation: Conversation, without_arguments: bool) -> tuple[str, list[str], list[str]]:

@@ -20,7 +20,7 @@ from hymeg import platform
 from hymeg.checksums import MANIFEST, Summer, SummingStream, sum_of_file, write_manifest
 from hymeg.data.text_files import Batch, check_given_once, check_name, is_text, place, read_batches
 from hymeg.data.workers import encode_all
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.files import fsync_folder, parse_row, shown
 from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer, text_tokenizer
 
@@ -184,12 +184,10 @@ class Encoder:
             ) from error
         if is_text(path):
             return [text]
-        record = parse_row(place(path, number), text)
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{place(path, number)}: holds {shown(record)}; an object with the key {shown(self._json_keys[0])} is "
-                "needed"
-            )
+        with located(place(path, number)):
+            record = parse_row(text)
+            if not isinstance(record, dict):
+                raise UserError(f"holds {shown(record)}; an object with the key {shown(self._json_keys[0])} is needed")
         return [self._text(place(path, number), record, key) for key in self._json_keys]
 
     def _text(self, where: str, record: dict, key: str) -> str:

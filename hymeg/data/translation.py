@@ -9,12 +9,11 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hymeg.data.fields import found, text_of
-from hymeg.errors import UserError
+from hymeg.data.fields import text_of, wrong
+from hymeg.errors import UserError, located
 from hymeg.files import shown
 
 NEEDED = ("source", "target", "source_lang", "target_lang")
@@ -27,7 +26,7 @@ _FIELDS = {  # placeholder, but for those of languages: the row's key
     "background_text": "background_text",
 }
 KEYS = (*NEEDED, *_FIELDS.values(), "prompt", "prompt_lang")
-_REPEATED = ("text", "user_preferences")  # a line with one of them stands once for each item of the row's list
+_REPEATED = {"text", "user_preferences"}  # a line with one of them stands once for each item of the row's list
 _PLACEHOLDER = re.compile(r"(?<![{$])\{([a-z_]+)\}(?!\})")  # {{var}} and ${var} are text
 
 # Code: (English name, Chinese name), those of the Hy-MT2 README.
@@ -117,11 +116,9 @@ class Prompt:
 
     def __init__(self, text: str):
         self.placeholders = set(_PLACEHOLDER.findall(text)) - {"number"}
-        self._lines = [(line, self._repeated(line)) for line in text.split("\n")]
-
-    @staticmethod
-    def _repeated(line: str) -> str | None:
-        return next((name for name in _PLACEHOLDER.findall(line) if name in _REPEATED), None)
+        self._lines = [
+            (line, next(iter(_REPEATED.intersection(_PLACEHOLDER.findall(line))), None)) for line in text.split("\n")
+        ]
 
     def render(self, values: dict[str, str | list]) -> str:
         """The prompt with `values` in place of its placeholders; what looks like a placeholder in a value stays.
@@ -130,18 +127,19 @@ class Prompt:
             values: for each placeholder a string; for "text" a list of (source term, target term), for
                 "user_preferences" a list of strings.
         """
-        lines, number = [], 0
+        lines, number, values = [], 0, dict(values)
         for line, repeated in self._lines:
             for item in values[repeated] if repeated else [None]:
                 number += "{number}" in line
-                of_line = values | {"number": str(number), "user_preferences": item}
-                terms = iter(item) if repeated == "text" else iter(())
-                lines.append(_PLACEHOLDER.sub(functools.partial(_value, of_line, terms), line))
+                values["number"] = str(number)
+                lines.append(_filled(line, values, item))
         return "\n".join(lines)
 
 
-def _value(values: dict[str, str | list], terms: Iterator[str], match: re.Match) -> str:
-    return next(terms) if match[1] == "text" else values[match[1]]
+def _filled(line: str, values: dict[str, str | list], item: str | tuple[str, str] | None) -> str:
+    """`item`: of the list that the line is repeated for; of a pair, one after the other."""
+    parts = iter([item] if isinstance(item, str) else item or ())
+    return _PLACEHOLDER.sub(lambda match: next(parts) if match[1] in _REPEATED else values[match[1]], line)
 
 
 _FILE = Path(__file__).with_name("translation_prompts.json").read_bytes()
@@ -155,71 +153,63 @@ PROMPTS = {
 """By kind and language."""
 
 
-def request(where: str, row: dict) -> str:
-    """What the user says in the translation row at `where`. Raises UserError where a field is missing, wrong or has no
-    place in the row's prompt.
+def request(row: dict) -> str:
+    """What the user says in a translation row. Raises UserError where a field is missing, wrong or has no place in the
+    row's prompt.
     """
-    names = {key: _language(where, row, key) for key in ("source_lang", "target_lang")}
-    kind, language = _kind(where, row, "zh" if names["source_lang"].is_chinese else "en")
+    names = {key: _language(row, key) for key in ("source_lang", "target_lang")}
+    kind, language = _kind(row, "zh" if names["source_lang"].is_chinese else "en")
     prompt = PROMPTS[kind][language]
     values = {key: getattr(name, language) for key, name in names.items()}
     for placeholder, key in _FIELDS.items():
         if placeholder in prompt.placeholders:
-            values[placeholder] = _READ_FIELD.get(key, text_of)(where, row, key)
+            values[placeholder] = _READ_FIELD.get(key, text_of)(row, key)
         elif key in row:
             kinds = [kind for kind, prompts in PROMPTS.items() if placeholder in prompts[language].placeholders]
             raise UserError(
-                f"{where}: {key!r} has no place in the {shown(kind)} prompt; set 'prompt' to "
-                f"{' or '.join(map(repr, kinds))}, or leave it out"
+                f"{key!r} has no place in the {shown(kind)} prompt; set 'prompt' to {' or '.join(map(repr, kinds))}, "
+                "or leave it out"
             )
     return prompt.render(values)
 
 
-def _kind(where: str, row: dict, default_language: str) -> tuple[str, str]:
+def _kind(row: dict, default_language: str) -> tuple[str, str]:
     kind, language = row.get("prompt", "default"), row.get("prompt_lang", default_language)
     if not isinstance(kind, str) or kind not in PROMPTS:
-        raise UserError(
-            f"{where}: 'prompt' is {shown(kind)}; kinds of prompt are {', '.join(PROMPTS)}; for a prompt of your own "
-            "write 'messages'"
+        raise wrong(
+            row, "prompt", f"kinds of prompt are {', '.join(PROMPTS)}; for a prompt of your own write 'messages'"
         )
     if language not in tuple(PROMPTS[kind]):
-        raise UserError(f"{where}: 'prompt_lang' is {shown(language)}; {', '.join(PROMPTS[kind])} are possible")
+        raise wrong(row, "prompt_lang", f"{', '.join(PROMPTS[kind])} are possible")
     return kind, language
 
 
-def _language(where: str, row: dict, key: str) -> LanguageNames:
-    name = text_of(where, row, key).strip()
+def _language(row: dict, key: str) -> LanguageNames:
+    name = text_of(row, key).strip()
     if len(name.splitlines()) > 1:
-        raise UserError(f"{where}: {key!r} is {shown(name)}; the name or code of a language is needed")
-    try:
+        raise wrong(row, key, "the name or code of a language is needed")
+    with located(repr(key)):
         return language_names(name)
-    except UserError as error:
-        raise UserError(f"{where}: {key!r}: {error}") from error
 
 
-def _terms(where: str, row: dict, key: str) -> list[tuple[str, str]]:
+def _terms(row: dict, key: str) -> list[tuple[str, str]]:
     value = row.get(key)
     pairs = list(value.items()) if isinstance(value, dict) else value
-    good = (
-        isinstance(pairs, list) and pairs and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
-    )
-    if not good or not all(isinstance(term, str) and term.strip() for pair in pairs for term in pair):
-        raise UserError(
-            f"{where}: {key!r} {found(row, key)}; [[source term, target term], ...] or {{source term: target term}} "
-            "is needed"
-        )
+    if not isinstance(pairs, list) or not pairs or not all(_are_texts(pair) and len(pair) == 2 for pair in pairs):
+        needed = "[[source term, target term], ...] or {source term: target term} is needed"
+        raise wrong(row, key, needed)
     return pairs
 
 
-def _preferences(where: str, row: dict, key: str) -> list[str]:
-    value = row.get(key)
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(preference, str) and preference.strip() for preference in value)
-    ):
-        raise UserError(f"{where}: {key!r} {found(row, key)}; a list of strings is needed")
-    return value
+def _preferences(row: dict, key: str) -> list[str]:
+    if not _are_texts(row.get(key)):
+        raise wrong(row, key, "a list of strings is needed")
+    return row[key]
+
+
+def _are_texts(value: Any) -> bool:
+    is_filled = isinstance(value, list | tuple) and bool(value)
+    return is_filled and all(isinstance(text, str) and text.strip() for text in value)
 
 
 _READ_FIELD = {"terminology": _terms, "user_preferences": _preferences}

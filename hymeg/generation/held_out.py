@@ -4,6 +4,7 @@ Rows are those of training (`hymeg.data.rows`). A translation asks for its targe
 last message. The model itself is not used here: who has one answers the questions.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from hymeg.data.fields import decoded
 from hymeg.data.rows import RowReader
 from hymeg.data.text_files import check_row_file, read_batches
 from hymeg.data.translation import NEEDED
@@ -118,7 +118,7 @@ class HeldOut:
             effort=conversation.reasoning_effort,
             where=conversation.where,
         )
-        row = row if isinstance(row, dict) else decoded(conversation.where, row.decode())
+        row = row if isinstance(row, dict) else json.loads(row)
         is_translation = row.keys() >= set(NEEDED)
         texts = [last.get("reasoning_content") or "", last["content"]]
         num_tokens = sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))

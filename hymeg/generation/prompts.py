@@ -71,7 +71,7 @@ def translation_request(text: str, target: str, source: str | None = None) -> st
         source = "zh" if _HAN.search(text) and not _KANA_HANGUL.search(text) else "en"
     for language in (target, source):
         translation.language_names(language)
-    return translation.request("", {"source": text, "source_lang": source, "target_lang": target})
+    return translation.request({"source": text, "source_lang": source, "target_lang": target})
 
 
 def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:
