@@ -7,6 +7,7 @@ dataset is Megatron's business.
 
 import contextlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,11 +19,23 @@ import numpy as np
 
 from hymeg import platform
 from hymeg.checksums import MANIFEST, Summer, SummingStream, sum_of_file, write_manifest
+from hymeg.data.fields import not_text, wrong
 from hymeg.data.text_files import Batch, check_given_once, check_name, is_text, place, read_batches
 from hymeg.data.workers import encode_all
 from hymeg.errors import UserError, located
 from hymeg.files import fsync_folder, parse_row, shown
 from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer, text_tokenizer
+
+_SUFFIXES = ("bin", MANIFEST, "idx")  # in the order in which a dataset's files appear
+
+
+class Encoded(NamedTuple):
+    """The documents of one `Batch`."""
+
+    documents: list[tuple[np.ndarray, list[int]]]  # for each key: token ids, one document after another; tokens in each
+    num_empty: int
+    bad_rows: list[str]
+    num_bytes_read: int
 
 
 @dataclass
@@ -39,17 +52,13 @@ class Counts:
     first_bad_row: str | None = None  # what is wrong with it
     prefixes: list[str] = field(default_factory=list)  # for --data-path, one for each key; set once the files are there
 
-
-class Encoded(NamedTuple):
-    """The documents of one `Batch`: for each key the token ids, one document after another, and the number of tokens in
-    each.
-    """
-
-    token_ids: dict[str, np.ndarray]
-    lengths: dict[str, list[int]]
-    num_empty: int
-    bad_rows: list[str]
-    num_bytes_read: int
+    def add(self, batch: Encoded) -> None:
+        self.num_bytes_read += batch.num_bytes_read
+        self.num_documents += sum(len(lengths) for _, lengths in batch.documents)
+        self.num_tokens += sum(len(token_ids) for token_ids, _ in batch.documents)
+        self.num_empty += batch.num_empty
+        self.num_bad_rows += len(batch.bad_rows)
+        self.first_bad_row = self.first_bad_row or next(iter(batch.bad_rows), None)
 
 
 def preprocess(
@@ -104,7 +113,7 @@ def preprocess(
     counts = Counts(sum(os.path.getsize(path) for path in paths), encoder.end)
     batches = chain.from_iterable(read_batches(path, json_keys) for path in paths)
     with contextlib.closing(encode_all(batches, Encoder, settings, num_workers)) as encoded:
-        _write(encoded, dict(zip(json_keys, prefixes, strict=True)), encoder.vocab_size, counts, report)
+        _write(encoded, dict(zip(json_keys, map(Path, prefixes), strict=True)), encoder.vocab_size, counts, report)
     counts.prefixes = prefixes
     return counts
 
@@ -161,117 +170,118 @@ class Encoder:
                 if not self._skip_bad_rows:
                     raise
                 bad_rows.append(str(error))
-        token_ids, lengths, num_empty = {}, {}, 0
-        for index, key in enumerate(self._json_keys):
+        datasets, num_empty = [], 0
+        for index in range(len(self._json_keys)):
             encodings = self._tokenizer.encode_batch_fast([texts[index] for texts in rows], add_special_tokens=False)
             documents = [encoding.ids + self._end for encoding in encodings if len(encoding)]
             num_empty += len(encodings) - len(documents)
-            lengths[key] = [len(document) for document in documents]
-            token_ids[key] = np.fromiter(chain.from_iterable(documents), np.int32, sum(lengths[key]))
-        return Encoded(token_ids, lengths, num_empty, bad_rows, batch.num_bytes_read)
+            lengths = list(map(len, documents))
+            datasets.append((np.fromiter(chain.from_iterable(documents), np.int32, sum(lengths)), lengths))
+        return Encoded(datasets, num_empty, bad_rows, batch.num_bytes_read)
 
     def _texts(self, path: str, number: int, row: bytes | dict) -> list[str]:
         """The text under each key."""
-        if isinstance(row, dict):
-            return [self._text(place(path, number), row, key) for key in self._json_keys]
-        try:
-            text = row.decode()
-        except UnicodeDecodeError as error:
-            number += row.count(b"\n", 0, error.start) if is_text(path) else 0
-            raise UserError(
-                f"{place(path, number)}: not UTF-8: byte {shown(row[error.start : error.start + 1])}; convert the file "
-                "with iconv"
-            ) from error
-        if is_text(path):
-            return [text]
+        if isinstance(row, bytes):
+            try:
+                row = row.decode()
+            except UnicodeDecodeError as error:
+                number += error.object.count(b"\n", 0, error.start) if is_text(path) else 0
+                raise UserError(f"{place(path, number)}: {not_text(error)}") from error
+            if is_text(path):
+                return [row]
         with located(place(path, number)):
-            record = parse_row(text)
+            record = parse_row(row) if isinstance(row, str) else row
             if not isinstance(record, dict):
                 raise UserError(f"holds {shown(record)}; an object with the key {shown(self._json_keys[0])} is needed")
-        return [self._text(place(path, number), record, key) for key in self._json_keys]
+            return [_text(record, key) for key in self._json_keys]
 
-    def _text(self, where: str, record: dict, key: str) -> str:
-        if key not in record:
-            raise UserError(
-                f"{where}: no key {shown(key)} among {shown(list(record))}; --json-keys names the keys to read"
-            )
-        if not isinstance(record[key], str):
-            raise UserError(f"{where}: {shown(key)} is {shown(record[key])}; a string is needed")
-        try:
-            record[key].encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where}: {shown(key)} holds {shown(record[key][error.start])}, half of a surrogate pair, which is no "
-                "text"
-            ) from error
-        return record[key]
+
+def _text(record: dict, key: str) -> str:
+    if key not in record:
+        raise UserError(f"no key {shown(key)} among {shown(list(record))}; --json-keys names the keys to read")
+    if not isinstance(record[key], str):
+        raise wrong(record, key, "a string is needed")
+    try:
+        record[key].encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{shown(key)} {not_text(error)}") from error
+    return record[key]
+
+
+class _Dataset:
+    """That of one key, under way in `folder`; its checksums are taken as it is written."""
+
+    def __init__(self, folder: Path, name: str, vocab_size: int):
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self.paths = self._bin, self._sums, self._idx = [folder / f"{name}.{suffix}" for suffix in _SUFFIXES]
+        self._builder = IndexedDatasetBuilder(str(self._bin), DType.optimal_dtype(vocab_size))
+        self._file, self._summer = self._builder.data_file, Summer()
+        self._builder.data_file = SummingStream(self._file, self._summer)
+
+    def __len__(self) -> int:
+        return len(self._builder.sequence_lengths)
+
+    def add(self, token_ids: np.ndarray, lengths: list[int]) -> None:
+        start = 0
+        for length in lengths:
+            self._builder.add_document(token_ids[start : start + length], [length])
+            start += length
+
+    def finish(self) -> None:
+        """To the disk."""
+        self._builder.data_file = self._file
+        self._builder.finalize(str(self._idx))
+        write_manifest(self._sums, {self._bin.name: self._summer.result(), self._idx.name: sum_of_file(self._idx)})
+        for path in (self._bin, self._idx):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def _write(
     encoded: Iterable[Encoded],
-    prefixes: dict[str, str],
+    prefixes: dict[str, Path],
     vocab_size: int,
     counts: Counts,
     report: Callable[[Counts], None],
 ) -> None:
-    """Write a dataset for each key under temporary names, flush them to disk, then give them their own, the .idx files
-    last.
-    """
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # of optional packages that are not installed: nothing here needs them
+    """Write a dataset for each key in a folder of its own, then give the files their places, the .idx files last."""
+    with warnings.catch_warnings(action="ignore"):  # of optional packages: nothing here needs them
         platform.install()
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    bins, indices, manifests = (
-        {key: Path(f"{prefix}.{suffix}") for key, prefix in prefixes.items()} for suffix in ("bin", "idx", MANIFEST)
-    )
-    all_paths = (*bins.values(), *manifests.values(), *indices.values())
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in all_paths}
-    summers = {key: Summer() for key in prefixes}
-    folder = next(iter(bins.values())).parent
+        import megatron.core.datasets.indexed_dataset  # noqa: F401
+    first = next(iter(prefixes.values()))
+    folder, partial = first.parent, first.with_name(f".{first.name}.{os.getpid()}.tmp")
     is_new_folder = not folder.exists()
     try:
         with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            builders = {
-                key: IndexedDatasetBuilder(str(temporary[path]), DType.optimal_dtype(vocab_size))
-                for key, path in bins.items()
-            }
-        files = {key: builder.data_file for key, builder in builders.items()}
-        for key, builder in builders.items():
-            builder.data_file = SummingStream(files[key], summers[key])
+            partial.mkdir()
+            datasets = {key: _Dataset(partial, prefix.name, vocab_size) for key, prefix in prefixes.items()}
         report(counts)
         for batch in encoded:
             with _write_errors(folder):
-                for key, builder in builders.items():
-                    _add_documents(builder, batch.token_ids[key], batch.lengths[key])
-            _count(counts, batch)
+                for dataset, documents in zip(datasets.values(), batch.documents, strict=True):
+                    dataset.add(*documents)
+            counts.add(batch)
             report(counts)
-        for key, builder in builders.items():
-            if not builder.sequence_lengths:
+        for key, dataset in datasets.items():
+            if not len(dataset):
+                bad_row = f", the first: {counts.first_bad_row}" if counts.num_bad_rows else ""
                 raise UserError(
                     f"nothing to write: the input holds no document with a token under {shown(key)} "
-                    f"({_skipped(counts)})"
+                    f"({counts.num_empty} empty texts, {counts.num_bad_rows} bad rows{bad_row})"
                 )
         with _write_errors(folder):
-            for key, builder in builders.items():
-                builder.data_file = files[key]
-                builder.finalize(str(temporary[indices[key]]))
-                sums = {bins[key].name: summers[key].result(), indices[key].name: sum_of_file(temporary[indices[key]])}
-                write_manifest(temporary[manifests[key]], sums)
-            for path in temporary.values():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            for path in indices.values():
-                path.unlink(missing_ok=True)  # an old index over new tokens would be read as a dataset
-            for path in all_paths:
-                temporary[path].rename(path)
+            for dataset in datasets.values():
+                dataset.finish()
+            for prefix in prefixes.values():
+                prefix.with_name(f"{prefix.name}.idx").unlink(missing_ok=True)  # over new tokens it would be read
+            for paths in zip(*(dataset.paths for dataset in datasets.values()), strict=True):
+                for path in paths:
+                    path.rename(folder / path.name)
             fsync_folder(folder)
     finally:
-        for path in temporary.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if is_new_folder:
             with contextlib.suppress(OSError):  # it holds the files
                 folder.rmdir()
@@ -286,24 +296,3 @@ def _write_errors(folder: Path) -> Iterator[None]:
             f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room there, or give "
             "another --output"
         ) from error
-
-
-def _add_documents(builder, token_ids: np.ndarray, lengths: list[int]) -> None:
-    start = 0
-    for length in lengths:
-        builder.add_document(token_ids[start : start + length], [length])
-        start += length
-
-
-def _count(counts: Counts, batch: Encoded) -> None:
-    counts.num_bytes_read += batch.num_bytes_read
-    counts.num_documents += sum(len(lengths) for lengths in batch.lengths.values())
-    counts.num_tokens += sum(len(token_ids) for token_ids in batch.token_ids.values())
-    counts.num_empty += batch.num_empty
-    counts.num_bad_rows += len(batch.bad_rows)
-    counts.first_bad_row = counts.first_bad_row or next(iter(batch.bad_rows), None)
-
-
-def _skipped(counts: Counts) -> str:
-    first = f", the first: {counts.first_bad_row}" if counts.num_bad_rows else ""
-    return f"{counts.num_empty} empty texts, {counts.num_bad_rows} bad rows{first}"

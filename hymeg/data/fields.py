@@ -17,20 +17,22 @@ def wrong(row: dict, key: str, needed: str) -> UserError:
     return UserError(f"{key!r} {found}; {needed}")
 
 
+def not_text(error: UnicodeError) -> str:
+    """What is said of bytes that are no UTF-8, and of a string that has none."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8: byte {shown(error.object[error.start : error.start + 1])}; convert the file with iconv"
+    return f"holds {shown(error.object[error.start])}, half of a surrogate pair, which is no text"
+
+
 def decoded(text: str, *needed: str) -> Any:
     """`parse_row`, which moreover raises UserError where a string is no text."""
     value = parse_row(text, *needed)
     if "\\u" in text:
-        check_text(json.dumps(value, ensure_ascii=False))
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(not_text(error)) from error
     return value
-
-
-def check_text(text: str) -> None:
-    """Raises UserError where UTF-8 has nothing for a character of a string."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"holds {shown(text[error.start])}, half of a surrogate pair, which is no text") from error
 
 
 def text_of(row: dict, key: str) -> str:

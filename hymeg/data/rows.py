@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hymeg.data import translation
-from hymeg.data.fields import SWITCHES, WEIGHTS, decoded, one_of, text_of, weight_of, wrong
+from hymeg.data.fields import SWITCHES, WEIGHTS, decoded, not_text, one_of, text_of, weight_of, wrong
 from hymeg.data.messages import read_functions, read_messages
 from hymeg.data.text_files import place
 from hymeg.errors import UserError, located
@@ -92,8 +92,7 @@ def _read(row: bytes | dict) -> dict:
         try:
             row = decoded(row.decode())
         except UnicodeDecodeError as error:
-            byte = shown(row[error.start : error.start + 1])
-            raise UserError(f"not UTF-8: byte {byte}; convert the file with iconv") from error
+            raise UserError(not_text(error)) from error
     if not isinstance(row, dict):
         remedy = " (jq -c '.[]' makes lines of a list)" if isinstance(row, list) else ""
         raise UserError(f"holds {shown(row)}; an object is needed, such as {{'messages': [...]}}{remedy}")
