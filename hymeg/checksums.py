@@ -185,9 +185,10 @@ def write_manifest(path: str | os.PathLike, files: Mapping[str, FileSum]) -> Non
     write_whole(path, manifest_text(files))
 
 
-def manifest_beside(path: str | os.PathLike) -> Manifest | None:
-    """That of the folder of the file `path`. Raises as `read_manifest` does."""
-    return read_manifest(os.path.join(os.path.dirname(path) or ".", MANIFEST))
+def expected_sum(path: str | os.PathLike) -> FileSum | None:
+    """What the manifest of its folder says of the file `path`; None where there is none. Raises as `read_manifest`."""
+    manifest = read_manifest(os.path.join(os.path.dirname(path) or ".", MANIFEST))
+    return manifest.files.get(os.path.basename(path)) if manifest else None
 
 
 def read_manifest(path: str | os.PathLike) -> Manifest | None:
@@ -381,8 +382,7 @@ def open_verified(path: str | os.PathLike) -> BinaryIO:
         Damaged: it has another length than it had when it was written; so do reads of damaged blocks.
         OSError: it cannot be read.
     """
-    manifest = manifest_beside(path)
-    expected = manifest.files.get(os.path.basename(path)) if manifest else None
+    expected = expected_sum(path)
     if expected is None:
         return open(path, "rb")
     return io.BufferedReader(VerifiedStream(path, expected))

@@ -72,8 +72,8 @@ def main() -> None:
 
     def report(counts: Counts) -> None:
         nonlocal progress
-        progress = progress or Progress("tokenizing", counts.total_bytes, counts=functools.partial(described, counts))
-        progress.show(counts.num_bytes_read)
+        progress = progress or Progress("tokenizing", counts.total_bytes)
+        progress.show(counts.num_bytes_read, counts=functools.partial(described, counts))
 
     try:
         summary = preprocess(
@@ -87,7 +87,7 @@ def main() -> None:
             overwrite=args.overwrite,
             report=report,
         )
-        progress.show(summary.num_bytes_read, at_end=True)
+        progress.show(summary.num_bytes_read, at_end=True, counts=functools.partial(described, summary))
     finally:
         if progress:
             progress.close()

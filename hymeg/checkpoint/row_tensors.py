@@ -20,7 +20,7 @@ import numpy as np
 from hymeg.checkpoint.mapping import Range, Shape
 from hymeg.checkpoint.rounding import converted, dequantised
 from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow
-from hymeg.checksums import BlockCache, Damaged, VerifiedFile, manifest_beside
+from hymeg.checksums import BlockCache, Damaged, VerifiedFile, expected_sum
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
@@ -293,8 +293,7 @@ class _OpenFile:
     """Verified where there are checksums."""
 
     def __init__(self, path: str, blocks: BlockCache):
-        manifest = manifest_beside(path)
-        expected = manifest.files.get(os.path.basename(path)) if manifest else None
+        expected = expected_sum(path)
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._verified = VerifiedFile(path, self._descriptor, expected, blocks) if expected else None
 

@@ -25,7 +25,7 @@ from hymeg.data.row_index import (
     is_built,
     note_seen,
     older_indices,
-    save_array,
+    save_arrays,
 )
 from hymeg.data.rows import Conversation, RowReader
 from hymeg.data.text_files import Batch, read_batches
@@ -45,10 +45,7 @@ class Encoded(NamedTuple):
 
     path: str
     stored: np.ndarray  # int32, as in tokens.bin
-    lengths: list[int]
-    lines: list[int]
-    weights: list[float]  # of each turn that is trained
-    num_turns: list[int]  # of each row, that are trained
+    columns: dict[str, array]  # `_columns`
     num_without_weight: int  # rows that are left out: every turn has weight 0
     bad_rows: list[str]
     counts: Counter
@@ -56,13 +53,21 @@ class Encoded(NamedTuple):
     num_bytes_read: int
 
 
+def _columns() -> dict[str, array]:
+    """Of each row its tokens, its line and how many of its turns are trained; and of each such turn its weight."""
+    return {"lengths": array("q"), "lines": array("q"), "num_turns": array("q"), "weights": array("f")}
+
+
 class Done(NamedTuple):
     """Of all files, so far."""
 
-    path: str  # of the file that is under way
-    num_bytes: int  # of the files as they lie on disk
-    num_rows: int
-    num_tokens: int
+    path: str = ""  # of the file that is under way
+    num_bytes: int = 0  # of the files as they lie on disk
+    num_rows: int = 0
+    num_tokens: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.num_rows:,} rows, {self.num_tokens:,} tokens"
 
 
 class RowEncoder:
@@ -81,41 +86,29 @@ class RowEncoder:
     def __call__(self, batch: Batch) -> Encoded:
         """Raises UserError at the first bad row, unless they are to be skipped."""
         self._reader.ignored.clear()
-        rows = [(number, self._parsed(batch.path, number, raw)) for number, raw in batch.rows]
-        good = [row for _, row in rows if not isinstance(row, UserError)]
-        encoded = iter(self._encoder.encode_batch(good))
-        stored, lines, bad_rows, counts = [np.empty(0, np.int32)], [], [], Counter()
-        weights, num_turns, num_without_weight = [], [], 0
-        for number, row in rows:
+        rows = [self._parsed(batch.path, number, raw) for number, raw in batch.rows]
+        encoded = iter(self._encoder.encode_batch([row for row in rows if not isinstance(row, UserError)]))
+        stored, columns, num_without_weight = [np.empty(0, np.int32)], _columns(), 0
+        bad_rows, counts = [], Counter()
+        for (number, _), row in zip(batch.rows, rows, strict=True):
             tokens = row if isinstance(row, UserError) else next(encoded)
-            if not isinstance(tokens, UserError) and not tokens.trained.any():
-                num_without_weight += 1
-            elif not isinstance(tokens, UserError):
-                stored.append(np.where(tokens.trained, ~tokens.token_ids, tokens.token_ids))
-                lines.append(number)
-                counts.update(_counted(row))
-                of_turns = [weight for weight in _weights(row) if weight]
-                weights += of_turns
-                num_turns.append(len(of_turns))
-            elif self._skip_bad_rows:
+            if isinstance(tokens, UserError):
+                if not self._skip_bad_rows:
+                    raise UserError(f"{tokens} (--sft-bad-rows skip leaves such rows out)")
                 bad_rows.append(str(tokens))
+            elif not tokens.trained.any():
+                num_without_weight += 1
             else:
-                raise UserError(f"{tokens} (--sft-bad-rows skip leaves such rows out)")
-        lengths = [len(row) for row in stored[1:]]
+                stored.append(np.where(tokens.trained, ~tokens.token_ids, tokens.token_ids))
+                weights = [weight for weight in _weights(row) if weight]
+                columns["lengths"].append(len(stored[-1]))
+                columns["lines"].append(number)
+                columns["num_turns"].append(len(weights))
+                columns["weights"].extend(weights)
+                counts.update(_counted(row))
         ignored = self._reader.ignored.copy()
-        return Encoded(
-            batch.path,
-            np.concatenate(stored),
-            lengths,
-            lines,
-            weights,
-            num_turns,
-            num_without_weight,
-            bad_rows,
-            counts,
-            ignored,
-            batch.num_bytes_read,
-        )
+        stored = np.concatenate(stored)
+        return Encoded(batch.path, stored, columns, num_without_weight, bad_rows, counts, ignored, batch.num_bytes_read)
 
     def _parsed(self, path: str, number: int, raw: bytes) -> Conversation | UserError:
         try:
@@ -125,18 +118,17 @@ class RowEncoder:
 
 
 def _counted(conversation: Conversation) -> Iterator[str]:
-    weights = iter(_weights(conversation))
-    for message in conversation.messages:
-        if message["role"] == "assistant":
-            yield "turns"
-            if (weight := next(weights)) != 1:
-                yield "turns weighed" if weight else "turns not trained"
-            if message.get("reasoning_content"):
-                yield "turns with reasoning"
-            elif conversation.reasoning_effort == "high":
-                yield "turns of effort high without reasoning"
-            if message.get("tool_calls"):
-                yield "turns with calls"
+    turns = [message for message in conversation.messages if message["role"] == "assistant"]
+    for message, weight in zip(turns, _weights(conversation), strict=True):
+        yield "turns"
+        if weight != 1:
+            yield "turns weighed" if weight else "turns not trained"
+        if message.get("reasoning_content"):
+            yield "turns with reasoning"
+        elif conversation.reasoning_effort == "high":
+            yield "turns of effort high without reasoning"
+        if message.get("tool_calls"):
+            yield "turns with calls"
 
 
 def _weights(conversation: Conversation) -> tuple[float, ...]:
@@ -152,32 +144,22 @@ def build_missing(folders: Mapping[str, Path], settings: tuple, stream: TextIO, 
         num_workers: None: as many as this machine has cores and are worth starting.
     """
     missing = {path: folder for path, folder in folders.items() if not is_built(folder, path)}
-    if num_workers is None:
-        num_workers = worthwhile_workers(list(missing))
     if not missing:
         return
-    done = Done("", 0, 0, 0)
+    num_workers = num_workers or worthwhile_workers(list(missing))
+    with contextlib.closing(Progress("tokenizing rows", sum(map(os.path.getsize, missing)), stream)) as progress:
 
-    def report(so_far: Done) -> None:
-        nonlocal done
-        done = so_far
-        progress.show(done.num_bytes)
+        def report(done: Done) -> None:
+            progress.show(done.num_bytes, counts=lambda seconds: f"{done}, {done.num_tokens / seconds:,.0f} tokens/s")
 
-    def counts(seconds: float) -> str:
-        return f"{done.num_rows:,} rows, {done.num_tokens:,} tokens, {done.num_tokens / seconds:,.0f} tokens/s"
-
-    with contextlib.closing(
-        Progress("tokenizing rows", sum(map(os.path.getsize, missing)), stream, counts)
-    ) as progress:
-        build_indices(missing, settings, num_workers, report)
-    print(f"hymeg: indices made: {len(missing)}, {done.num_rows:,} rows, {done.num_tokens:,} tokens", file=stream)
+        done = build_indices(missing, settings, num_workers, report)
+    print(f"hymeg: indices made: {len(missing)}, {done}", file=stream)
     for path, folder in missing.items():
         if older := older_indices(folder, path):
             num_bytes = sum(file.stat().st_size for other in older for file in other.rglob("*") if file.is_file())
-            names = " ".join(map(str, older))
             print(
-                f"hymeg: {path}: {len(older)} older indices, {num_bytes / 1e9:.1f} GB, to delete if no run uses them: "
-                f"{names}",
+                f"hymeg: {path}: {len(older)} older indices, {num_bytes / 1e9:.1f} GB, to delete if no run uses them:",
+                *older,
                 file=stream,
                 flush=True,
             )
@@ -194,7 +176,7 @@ def build_indices(
     settings: tuple,
     num_workers: int = 1,
     report: Callable[[Done], None] = lambda done: None,
-) -> None:
+) -> Done:
     """Tokenize files, each into a folder, which appears whole or not at all.
 
     Args:
@@ -208,63 +190,57 @@ def build_indices(
             cannot be written.
     """
     states = {path: file_state(path) for path in folders}
-    done = Done("", 0, 0, 0)
+    done = Done()
     batches = chain.from_iterable(map(read_batches, folders))
     with contextlib.closing(encode_all(batches, RowEncoder, settings, num_workers)) as encoded:
         for path, parts in groupby(encoded, key=lambda part: part.path):
             is_good = functools.partial(is_built, folders[path], path)
             with built_beside(folders[path], is_good) as partial:
-                for so_far in _write(partial, path, parts, done):
-                    report(so_far)
-                done = so_far
+                done = _write(partial, path, parts, done, report)
                 if file_state(path) != states[path]:
                     raise UserError(f"{path}: has changed while it was read; start again once it is complete")
                 note_seen(partial, path, states[path])
+    return done
 
 
-def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Iterator[Done]:
-    """Yields how far all has come, after each part."""
-    lengths, lines, counts, ignored, bad_rows = array("q"), array("q"), Counter(), Counter(), {}
-    weights, num_turns, num_without_weight = array("f"), array("q"), 0
-    tokens = Summer()
-    with open(folder / "tokens.bin", "wb") as raw:
-        file = SummingStream(raw, tokens)
+def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done, report: Callable[[Done], None]) -> Done:
+    """The index of one file; how far all has come with it."""
+    columns, counts, ignored, num_without_weight = _columns(), Counter(), Counter(), 0
+    bad_rows: dict[str, BadRows] = {}
+    summer = Summer()
+    with open(folder / "tokens.bin", "wb") as file:
+        summing = SummingStream(file, summer)
         for part in parts:
-            file.write(part.stored.tobytes())
-            lengths.extend(part.lengths)
-            lines.extend(part.lines)
-            weights.extend(part.weights)
-            num_turns.extend(part.num_turns)
+            summing.write(part.stored.tobytes())
+            for name, values in part.columns.items():
+                columns[name].extend(values)
             num_without_weight += part.num_without_weight
             counts.update(part.counts)
             ignored.update(part.ignored)
             for message in part.bad_rows:
                 _count_bad_row(bad_rows, path, message)
+            num_rows, num_tokens = len(part.columns["lines"]), len(part.stored)
             done = Done(
-                path,
-                done.num_bytes + part.num_bytes_read,
-                done.num_rows + len(part.lines),
-                done.num_tokens + len(part.stored),
+                path, done.num_bytes + part.num_bytes_read, done.num_rows + num_rows, done.num_tokens + num_tokens
             )
-            yield done
-    if not lines and bad_rows:
-        first = next(iter(bad_rows.values())).first
-        raise UserError(f"{path}: no row can be trained on, of {_total(bad_rows.values()):,}; the first: {first}")
-    if not lines and num_without_weight:
-        raise UserError(f"{path}: every turn of every row has weight 0 (or train: false); nothing is left to train on")
-    if not lines:
-        raise UserError(f"{path}: holds no row; give a file with conversations or translations, one a line")
-    sums = {
-        "tokens.bin": tokens.result(),
-        "starts.npy": save_array(folder / "starts.npy", np.cumsum([0, *lengths], dtype=np.int64)),
-        "lines.npy": save_array(folder / "lines.npy", np.array(lines, dtype=np.int64)),
+            report(done)
+    if not columns["lines"]:
+        if bad_rows:
+            first = next(iter(bad_rows.values())).first
+            raise UserError(f"{path}: no row can be trained on, of {_total(bad_rows.values()):,}; the first: {first}")
+        if num_without_weight:
+            what = "every turn of every row has weight 0 (or train: false); nothing is left to train on"
+        else:
+            what = "holds no row; give a file with conversations or translations, one a line"
+        raise UserError(f"{path}: {what}")
+    arrays = {
+        "starts": np.cumsum([0, *columns["lengths"]], dtype=np.int64),
+        "lines": np.array(columns["lines"]),
     }
-    is_weighted = any(weight != 1 for weight in weights)
+    is_weighted = any(weight != 1 for weight in columns["weights"])
     if is_weighted:
-        sums |= {
-            "weights.npy": save_array(folder / "weights.npy", np.array(weights)),
-            "turns.npy": save_array(folder / "turns.npy", np.cumsum([0, *num_turns], dtype=np.int64)),
-        }
+        arrays["weights"] = np.array(columns["weights"])
+        arrays["turns"] = np.cumsum([0, *columns["num_turns"]], dtype=np.int64)
     summary = {
         "is_weighted": is_weighted,
         "without_weight": num_without_weight,
@@ -275,7 +251,9 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done) -> Ite
     }
     text = json.dumps(summary).encode()
     write_whole(folder / SUMMARY, text)
-    write_manifest(folder / MANIFEST, sums | {SUMMARY: sum_of(text)})
+    sums = save_arrays(folder, arrays) | {"tokens.bin": summer.result(), SUMMARY: sum_of(text)}
+    write_manifest(folder / MANIFEST, sums)
+    return done
 
 
 def _count_bad_row(bad_rows: dict[str, BadRows], path: str, message: str) -> None:

@@ -33,8 +33,8 @@ from hymeg.checksums import (
     SummingStream,
     check_block,
     damaged_blocks,
+    expected_sum,
     open_verified,
-    read_manifest,
     write_manifest,
 )
 from hymeg.data.chat import Tokens
@@ -44,7 +44,7 @@ from hymeg.files import fsync_folder, read_json, write_whole
 SUMMARY = "index.json"
 _VERSION = 3
 _END_BYTES = 1 << 20  # at each end of the file
-_LOCK, _FOLDERS = ".lock", (".partial", ".old")  # of a build: its lock, what it writes, what it replaces
+_LOCK, _PARTIAL = ".lock", ".partial"  # of a build: its lock, what it writes
 _NAME_LENGTH = 48  # characters of the file's name in the folder's
 _BROKEN = (UserError, OSError, EOFError, ValueError, LookupError, TypeError)  # what reading a damaged index raises
 
@@ -68,18 +68,16 @@ class RowIndex:
         self.counts: dict[str, int] = summary["counts"]
         self.ignored: dict[str, int] = summary["ignored"]  # rows by key that has no meaning in them, most first
         self.num_without_weight: int = summary["without_weight"]  # rows that are left out: every turn has weight 0
+        self._is_weighted: bool = summary["is_weighted"]
         self.starts, self.lines = (_verified_array(folder / f"{name}.npy") for name in ("starts", "lines"))
-        self._turns, self._weights = (
-            (_verified_array(folder / f"{name}.npy") for name in ("turns", "weights"))
-            if summary["is_weighted"]
-            else (None, None)
-        )
+        if self._is_weighted:
+            self._turns, self._weights = (_verified_array(folder / f"{name}.npy") for name in ("turns", "weights"))
         self.stored = np.memmap(folder / "tokens.bin", np.int32, mode="r")
-        self._expected = _expected(folder / "tokens.bin")
+        self._expected = expected_sum(folder / "tokens.bin")
         self._bytes = memoryview(self.stored).cast("B")
         self._verified = bytearray(-(-len(self._bytes) // BLOCK_BYTES))  # blocks of the tokens: 1 where it was compared
-        if self._expected and len(self._bytes) != self._expected.size:
-            raise self._mended(Damaged(folder / "tokens.bin", f"{len(self._bytes)} bytes"))
+        if len(self.starts) != len(self.lines) + 1 or len(self.stored) != self.starts[-1]:
+            raise self._damaged(f"{len(self._bytes)} bytes")
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -90,12 +88,12 @@ class RowIndex:
         stored = self.stored[start:stop]
         trained = stored < 0
         token_ids = np.where(trained, ~stored, stored)
-        if self._weights is None:
+        if not self._is_weighted:
             return Tokens(token_ids, trained)
         weights = np.zeros(len(stored), np.float32)
-        weights[trained] = self._weights[self._turns[row] : self._turns[row + 1]][
-            np.cumsum(begins_of_turns(trained))[trained] - 1
-        ]
+        # Of the turn that each trained token is in: the token that opens a turn is not trained.
+        begins = trained & ~np.concatenate([[False], trained[:-1]])
+        weights[trained] = self._weights[self._turns[row] : self._turns[row + 1]][np.cumsum(begins)[trained] - 1]
         return Tokens(token_ids, trained, weights)
 
     def _verify(self, start: int, stop: int) -> None:
@@ -106,11 +104,11 @@ class RowIndex:
                 try:
                     check_block(self.folder / "tokens.bin", self._expected, number, block)
                 except Damaged as error:
-                    raise self._mended(error) from None
+                    raise self._damaged(error.what) from None
                 self._verified[number] = 1
 
-    def _mended(self, error: Damaged) -> Damaged:
-        return Damaged(error.path, f"{error.what}; remove {self.folder}, and it is made again")
+    def _damaged(self, what: str) -> Damaged:
+        return Damaged(self.folder / "tokens.bin", f"{what}; remove {self.folder}, and it is made again")
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64."""
@@ -124,16 +122,8 @@ class RowIndex:
         folder = self.folder / name
         if not self.is_cached(name):
             with built_beside(folder, lambda: self.is_cached(name)) as partial:
-                write_manifest(
-                    partial / MANIFEST,
-                    {f"{key}.npy": save_array(partial / f"{key}.npy", array) for key, array in make().items()},
-                )
+                write_manifest(partial / MANIFEST, save_arrays(partial, make()))
         return _arrays(folder)
-
-
-def begins_of_turns(trained: np.ndarray) -> np.ndarray:
-    """Which of the tokens `[tokens]`, bool, is a trained turn's first: the token that opens a turn is not trained."""
-    return trained & ~np.concatenate([[False], trained[:-1]])
 
 
 def index_folder(path: str, cache: str | None, fingerprint: str) -> Path:
@@ -152,8 +142,6 @@ def is_built(folder: Path, path: str) -> bool:
     """
     try:
         index = RowIndex(folder, path)
-        if len(index.starts) != len(index) + 1 or (folder / "tokens.bin").stat().st_size != index.starts[-1] * 4:
-            return False
         seen = _seen(folder, path)
         if seen.is_file() and seen.read_text() == file_state(path):
             return True
@@ -179,6 +167,10 @@ def note_seen(folder: Path, path: str, state: str) -> None:
     write_whole(seen, state.encode())
 
 
+def _seen(folder: Path, path: str) -> Path:
+    return folder / "seen" / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+
+
 def content_digest(path: str) -> str:
     """Of the whole file."""
     with open(path, "rb") as file:
@@ -187,43 +179,34 @@ def content_digest(path: str) -> str:
 
 def older_indices(folder: Path, path: str) -> list[Path]:
     """Indices of files of that name which the index in `folder` has taken the place of, or which are another run's."""
-    return sorted(
-        other
-        for other in folder.parent.glob(f"{glob.escape(Path(path).name[:_NAME_LENGTH])}-{'[0-9a-f]' * 16}")
-        if other != folder
-    )
-
-
-def _seen(folder: Path, path: str) -> Path:
-    return folder / "seen" / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+    pattern = f"{glob.escape(Path(path).name[:_NAME_LENGTH])}-{'[0-9a-f]' * 16}"
+    return sorted(other for other in folder.parent.glob(pattern) if other != folder)
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray]:
     """The arrays in `folder`, memory-mapped; none where it is damaged or not there."""
     try:
         return {path.stem: _verified_array(path) for path in folder.glob("*.npy")}
-    except (UserError, OSError, EOFError, ValueError):
+    except _BROKEN:
         return {}
-
-
-def save_array(path: Path, array: np.ndarray) -> FileSum:
-    """As np.save does; the file's checksums."""
-    summer = Summer()
-    with open(path, "wb") as file:
-        np.save(SummingStream(file, summer), array)
-    return summer.result()
-
-
-def _expected(path: Path) -> FileSum | None:
-    manifest = read_manifest(path.parent / MANIFEST)
-    return manifest.files.get(path.name) if manifest else None
 
 
 def _verified_array(path: Path) -> np.ndarray:
     """Memory-mapped. Raises Damaged where the file is not what was written."""
-    if (expected := _expected(path)) and (wrong := damaged_blocks(path, expected)):
+    if (expected := expected_sum(path)) and (wrong := damaged_blocks(path, expected)):
         raise Damaged(path, f"bytes {wrong[0].start} to {wrong[0].stop - 1} are not those that were written")
     return np.load(path, mmap_mode="r")
+
+
+def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, FileSum]:
+    """Each as FOLDER/KEY.npy, as np.save does; the files' checksums by name."""
+    sums = {}
+    for key, array in arrays.items():
+        summer = Summer()
+        with open(folder / f"{key}.npy", "wb") as file:
+            np.save(SummingStream(file, summer), array)
+        sums[f"{key}.npy"] = summer.result()
+    return sums
 
 
 @contextlib.contextmanager
@@ -232,7 +215,7 @@ def built_beside(folder: Path, is_good: Callable[[], bool]) -> Iterator[Path]:
     second keeps the first one's, which is the same.
     """
     mine = f".{folder.name}.{socket.gethostname()}."
-    partial = folder.with_name(f"{mine}{os.getpid()}.partial")
+    partial = folder.with_name(f"{mine}{os.getpid()}{_PARTIAL}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent, mine)
@@ -242,7 +225,14 @@ def built_beside(folder: Path, is_good: Callable[[], bool]) -> Iterator[Path]:
             for path in partial.rglob("*.*"):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-            _rename(partial, folder, is_good)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+                if not is_good():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    partial.rename(folder)
         fsync_folder(folder.parent)
     except OSError as error:
         raise UserError(
@@ -274,35 +264,15 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _remove_leftovers(parent: Path, mine: str) -> None:
     """Of builds that were killed: a process, in whatever container, holds the lock of what it is writing."""
-    found = [path for path in parent.glob(f"{glob.escape(mine)}*") if path.suffix in (_LOCK, *_FOLDERS)]
-    for build in {path.with_suffix("") for path in found}:
-        lock = build.with_name(build.name + _LOCK)
-        folders = [build.with_name(build.name + suffix) for suffix in _FOLDERS]
+    found = [path for path in parent.glob(f"{glob.escape(mine)}*") if path.suffix in (_LOCK, _PARTIAL)]
+    for lock in {path.with_suffix(_LOCK) for path in found}:
+        partial = lock.with_suffix(_PARTIAL)
         try:
             with open(lock, "r+") as held:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(*folders)
+                shutil.rmtree(partial, ignore_errors=True)
                 lock.unlink()
         except FileNotFoundError:
-            _remove(*folders)
+            shutil.rmtree(partial, ignore_errors=True)
         except OSError:  # under way, or it cannot be told
             continue
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _rename(partial: Path, folder: Path, is_good: Callable[[], bool]) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        if is_good():
-            return
-        aside = partial.with_suffix(".old")
-        folder.rename(aside)
-        partial.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)

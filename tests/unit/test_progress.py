@@ -24,10 +24,10 @@ def terminal():
 
 def shown(clock, stream, counts=None, seconds=(0, 5, 10, 11, 20, 25)):
     clock[0] = 100
-    bar = Progress("converting", 40_000_000_000, stream, counts)
+    bar = Progress("converting", 40_000_000_000, stream)
     for second in seconds:
         clock[0] = 100 + second
-        bar.show(second * 1_000_000_000)
+        bar.show(second * 1_000_000_000, counts=counts)
     return bar, stream.getvalue()
 
 

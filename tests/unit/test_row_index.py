@@ -348,10 +348,10 @@ def test_without_a_row_there_is_nothing_to_train_on(rows, settings):
 def test_what_a_killed_build_left_is_removed_and_what_is_under_way_is_not(tmp_path):
     """Whoever writes holds a lock: that of a process is gone with it, and holds across containers of one name."""
     folder, build = tmp_path / "index", f".index.{os.uname().nodename}."
-    for name in ("11.partial", "12.partial", "13.partial", "13.old", "14.partial", "15.old"):
+    for name in ("11.partial", "12.partial", "14.partial"):
         (tmp_path / f"{build}{name}" / "seen").mkdir(parents=True)
     (tmp_path / ".index.elsewhere.11.partial").mkdir()
-    for number in (11, 12, 13, 16):  # killed while it wrote, alive, while it replaced, before it wrote
+    for number in (11, 12, 16):  # killed while it wrote, alive, killed before it wrote
         (tmp_path / f"{build}{number}.lock").touch()
     with open(tmp_path / f"{build}12.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
