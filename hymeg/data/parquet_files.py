@@ -3,7 +3,6 @@
 Memory: a few hundred rows, and what one row group of the file takes on disk.
 """
 
-import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -15,18 +14,19 @@ from hymeg.files import shown
 _ROWS_AT_ONCE = 256
 
 
-def check_available(path: str) -> None:
+def check_available() -> None:
     """Raises UserError where pyarrow is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError(
-            f"{path}: reading parquet needs pyarrow; install it (pip install 'hymeg[parquet]') or convert the file to "
-            ".jsonl"
+            "reading parquet needs pyarrow; install it (pip install 'hymeg[parquet]') or convert the file to .jsonl"
         )
 
 
-class ParquetRows:
-    """(number from 1, row) of each row, in order: as an object of what JSON knows. A row with a text that is not UTF-8
-    comes as the bytes of that text.
+def read_rows(
+    path: str, file: BinaryIO, columns: tuple[str, ...] | None
+) -> Iterator[tuple[int, dict | bytes, int, int]]:
+    """Of each row, in order: its number, from 1; the row, as an object of what JSON knows, or the bytes of a text in it
+    that is not UTF-8; what it takes in memory; how many bytes of the file the rows so far stand for.
 
     A struct has every key that any row's has, null where a row has none; what was null and what was not there cannot be
     told apart any more. So nulls inside of a column are left out.
@@ -34,51 +34,28 @@ class ParquetRows:
     Args:
         columns: those that are wanted; None: all.
 
-    Attributes:
-        row_bytes: what the last row takes in memory.
-
     Raises:
         UserError: it is no parquet file, is broken, or lacks a column.
     """
+    import pyarrow.parquet
 
-    def __init__(self, path: str, file: BinaryIO, columns: tuple[str, ...] | None):
-        import pyarrow.parquet
-
-        self._path, self._columns = path, columns and list(columns)
-        self._num_bytes = file.seek(0, os.SEEK_END)
-        self._num_read = self.row_bytes = 0
-        with self._errors():
-            self._file = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-            names = self._file.schema_arrow.names
+    num_bytes, number = os.fstat(file.fileno()).st_size, 0
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+        names = parquet.schema_arrow.names
         if missing := [column for column in columns or () if column not in names]:
             raise UserError(
                 f"{path}: no column {shown(missing[0])} among {shown(names)}; --json-keys names the columns to read"
             )
-
-    def __iter__(self) -> Iterator[tuple[int, dict | bytes]]:
-        with self._errors():
-            for batch in self._file.iter_batches(_ROWS_AT_ONCE, columns=self._columns, use_threads=False):
-                for index in range(len(batch)):
-                    row = batch.slice(index, 1)
-                    self._num_read, self.row_bytes = self._num_read + 1, row.nbytes
-                    yield self._num_read, _as_object(row)
-
-    def tell(self) -> int:
-        """The bytes of the file that the rows so far stand for."""
-        num_rows = self._file.metadata.num_rows
-        return self._num_bytes * self._num_read // num_rows if num_rows else self._num_bytes
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        import pyarrow
-
-        try:
-            yield
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"{self._path}: is no parquet file or a broken one: {reason.rstrip('.')}; copy or make it again"
-            ) from error
+        for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns and list(columns), use_threads=False):
+            for row in (batch.slice(index, 1) for index in range(len(batch))):
+                number += 1
+                yield number, _as_object(row), row.nbytes, num_bytes * number // parquet.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{path}: is no parquet file or a broken one: {reason.rstrip('.')}; copy or make it again"
+        ) from error
 
 
 def _as_object(batch) -> dict | bytes:

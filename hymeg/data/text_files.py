@@ -5,7 +5,6 @@ feeds are kept. Both may be compressed (.gz, .zst); a byte-order mark, carriage 
 lines are left out. Parquet: a row a row, as an object.
 """
 
-import contextlib
 import functools
 import gzip
 import io
@@ -19,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import zstandard
 
 from hymeg.data import parquet_files
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.files import shown
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -78,24 +77,22 @@ def check_name(path: str | os.PathLike) -> str:
     except (OSError, ValueError) as error:
         found = f"is a link to {os.readlink(path)}, where no file is" if os.path.islink(path) else "no such file"
         raise UserError(f"{path or repr(path)}: {found}; check the path") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{path}: is a folder; name the files in it ({path.rstrip('/')}/*.jsonl)")
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(
-            f"{path}: is a pipe or a device; write what it gives to a file, which can be read more than once"
-        )
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: not readable by this user; change its permissions (chmod a+r)")
-    if status.st_size == 0:
-        raise UserError(f"{path}: is empty; leave it out, or give a file with documents or rows, one a line")
-    if is_parquet(path):
-        parquet_files.check_available(path)
-    elif _suffix(path) not in JSON_SUFFIXES + TEXT_SUFFIXES:
-        raise UserError(
-            f"{path}: its name does not tell what it holds; {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} (each also as "
-            ".gz or .zst) "
-            f"and {', '.join(PARQUET_SUFFIXES)} can be read"
-        )
+    with located(path):
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError(f"is a folder; name the files in it ({path.rstrip('/')}/*.jsonl)")
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("is a pipe or a device; write what it gives to a file, which can be read more than once")
+        if not os.access(path, os.R_OK):
+            raise UserError("not readable by this user; change its permissions (chmod a+r)")
+        if status.st_size == 0:
+            raise UserError("is empty; leave it out, or give a file with documents or rows, one a line")
+        if is_parquet(path):
+            parquet_files.check_available()
+        elif _suffix(path) not in JSON_SUFFIXES + TEXT_SUFFIXES:
+            raise UserError(
+                f"its name does not tell what it holds; {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} (each also as .gz "
+                f"or .zst) and {', '.join(PARQUET_SUFFIXES)} can be read"
+            )
     return path
 
 
@@ -129,20 +126,17 @@ def read_batches(path: str, columns: tuple[str, ...] | None = None) -> Iterator[
     Raises:
         UserError: the file cannot be read, lacks a column, or a row is longer than `MAX_ROW_BYTES`.
     """
-    rows, num_bytes, position = [], 0, 0
+    rows, num_bytes, start = [], 0, 0
     try:
-        with open(path, "rb") as raw, _decompressed(path, raw) as file:
-            source = parquet_files.ParquetRows(path, raw, columns) if is_parquet(path) else None
-            tell = source.tell if source else raw.tell
-            for row in source or (_documents(path, file) if is_text(path) else _lines(path, file)):
-                if not source and (not row[1] or row[1].isspace()):
-                    continue
-                rows.append(row)
-                num_bytes += source.row_bytes if source else len(row[1])
+        with open(path, "rb") as raw:
+            found = parquet_files.read_rows(path, raw, columns) if is_parquet(path) else _read_rows(path, raw)
+            for number, row, row_bytes, position in found:
+                rows.append((number, row))
+                num_bytes += row_bytes
                 if num_bytes >= BATCH_BYTES:
-                    yield Batch(path, rows, tell() - position)
-                    rows, num_bytes, position = [], 0, tell()
-            yield Batch(path, rows, tell() - position)
+                    yield Batch(path, rows, position - start)
+                    rows, num_bytes, start = [], 0, position
+            yield Batch(path, rows, os.fstat(raw.fileno()).st_size - start)
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise UserError(
             f"{path}: the compressed file is broken or cut short: {error}; copy or make it again"
@@ -151,12 +145,14 @@ def read_batches(path: str, columns: tuple[str, ...] | None = None) -> Iterator[
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; check the file and its disk") from error
 
 
-def _decompressed(path: str, raw: BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
-    if path.endswith(".gz"):
-        return gzip.open(raw)
+def _read_rows(path: str, raw: BinaryIO) -> Iterator[tuple[int, bytes, int, int]]:
+    """As `parquet_files.read_rows`, of the other kinds, without blank lines."""
+    file = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
     if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(raw), 1 << 16)
-    return contextlib.nullcontext(raw)
+        file = io.BufferedReader(_ZstdFile(raw), 1 << 16)
+    for number, row in (_documents if is_text(path) else _lines)(path, file):
+        if row and not row.isspace():
+            yield number, row, len(row), raw.tell()
 
 
 class _ZstdFile(io.RawIOBase):
@@ -166,24 +162,19 @@ class _ZstdFile(io.RawIOBase):
 
     def __init__(self, raw: BinaryIO):
         self._raw = raw
-        self._frame = None
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._pending = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        while not self._pending:
-            block = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._raw.read(
-                _ZSTD_BLOCK_BYTES
-            )
-            if not block:
-                if self._frame and not self._frame.eof:
-                    raise EOFError("the last frame has no end")
-                return 0
-            if self._frame is None or self._frame.eof:
+        while not self._pending and (block := self._frame.unused_data or self._raw.read(_ZSTD_BLOCK_BYTES)):
+            if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
             self._pending = memoryview(self._frame.decompress(block))
+        if not self._pending and not self._frame.eof:
+            raise EOFError("the last frame has no end")
         num_bytes = min(len(buffer), len(self._pending))
         buffer[:num_bytes], self._pending = self._pending[:num_bytes], self._pending[num_bytes:]
         return num_bytes
