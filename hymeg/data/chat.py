@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hymeg.data.chat_template import ChatTemplate, Form
 from hymeg.data.rows import Conversation
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.files import shown
-from hymeg.hf.tokenizer import load_tokenizer
+from hymeg.hf.tokenizer import load_tokenizer, without_special
 
 _VERSION = 2  # of what this module makes of the same row, tokenizer and template
 
@@ -59,15 +59,13 @@ class ChatEncoder:
         self._fast = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         self._fast.no_truncation()
         self._fast.no_padding()
-        _check(tokenizer_dir, self.tokenizer, vocab_size)
-        self._template = ChatTemplate(self.tokenizer, self._fast)
-        try:
+        with located(str(tokenizer_dir)):
+            _check(self.tokenizer, vocab_size)
+            self._template = ChatTemplate(self.tokenizer, self._fast)
             self._template.render([{"role": "user", "content": "?"}])
-        except UserError as error:
-            raise UserError(f"{tokenizer_dir}: {error}") from error
         decisive = [_VERSION, self._fast.to_str(), self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
         self.fingerprint = hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:16]
-        self._without_special = functools.lru_cache(16)(self._tokenizer_without_special)
+        self._without = functools.lru_cache(16)(functools.partial(without_special, self._fast))
 
     def encode(self, conversation: Conversation) -> Tokens:
         """`encode_batch` for one conversation. Raises the UserError."""
@@ -104,9 +102,7 @@ class ChatEncoder:
 
     def _encode_stretches(self, form: Form, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The token ids, and the positions of the controls among them."""
-        encodings = self._without_special(form.special_ids).encode_batch_fast(
-            form.stretches(texts), add_special_tokens=False
-        )
+        encodings = self._without(form.special_ids).encode_batch_fast(form.stretches(texts), add_special_tokens=False)
         stretches = [np.array(encoding.ids, np.int32) for encoding in encodings]
         for stretch in stretches:
             for token_id in stretch[form.is_special[stretch]].tolist():
@@ -115,40 +111,25 @@ class ChatEncoder:
                     f"a message holds {shown(token)}, a special token that this tokenizer cannot take for plain text; "
                     "reword it"
                 )
-        pieces = [
-            piece
-            for stretch, token_id in zip(stretches, form.control_ids, strict=False)
-            for piece in (stretch, [token_id])
-        ]
-        positions = np.cumsum([len(stretch) + 1 for stretch in stretches[:-1]]) - 1
-        return np.concatenate([*pieces, stretches[-1]]).astype(np.int32), positions
-
-    def _tokenizer_without_special(self, special_ids: frozenset[int]) -> Tokenizer:
-        """A tokenizer for which `special_ids` do not exist in text."""
-        settings = json.loads(self._fast.to_str())
-        for token in settings["added_tokens"]:
-            token["special"] = token["id"] in special_ids
-        tokenizer = Tokenizer.from_str(json.dumps(settings))
-        tokenizer.encode_special_tokens = True  # that is, as the text that they are
-        return tokenizer
+        closed = [np.append(stretch, token) for stretch, token in zip(stretches, form.control_ids, strict=False)]
+        return np.concatenate([*closed, stretches[-1]]), np.cumsum(list(map(len, closed))) - 1
 
 
-def _check(tokenizer_dir: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+def _check(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
     """Raises UserError where no conversation could be encoded."""
     if vocab_size is not None and (largest_id := max(tokenizer.get_vocab().values())) >= vocab_size:
         raise UserError(
-            f"{tokenizer_dir}: token ids go up to {largest_id}, but the model's vocab_size is {vocab_size}: "
-            "tokenizer and model do not belong together"
+            f"token ids go up to {largest_id}, but the model's vocab_size is {vocab_size}: tokenizer and model do not "
+            "belong together"
         )
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{tokenizer_dir}: the tokenizer has no chat template; put the checkpoint's chat_template.jinja there "
-            "(or its tokenizer_config.json with a chat_template)"
+            "the tokenizer has no chat template; put the checkpoint's chat_template.jinja there (or its "
+            "tokenizer_config.json with a chat_template)"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"{tokenizer_dir}: the tokenizer has no EOS token (eos_token in tokenizer_config.json), which ends the "
-            "assistant's turns"
+            "the tokenizer has no EOS token (eos_token in tokenizer_config.json), which ends the assistant's turns"
         )
 
 

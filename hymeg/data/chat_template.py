@@ -90,7 +90,6 @@ class ChatTemplate:
         self._added = fast.get_added_tokens_decoder()
         self._id_of = {token.content: token_id for token_id, token in self._added.items()}
         self._literal = _pattern(self._added.values())
-        self._num_ids = max(fast.get_vocab().values()) + 1
         named = set(self._literal.findall(str(tokenizer.chat_template)))
         # Not the unknown token: it stands for a character that is not in the vocabulary.
         self._special_ids = {
@@ -99,7 +98,8 @@ class ChatTemplate:
         self._analysed = functools.lru_cache(256)(self._analyse)
         self._last_turn = functools.lru_cache(1024)(self._find_last_turn)
         self._context = functools.lru_cache(1024)(self._find_context)
-        self._is_special = functools.lru_cache(16)(self._lookup)
+        ids = np.arange(max(fast.get_vocab().values()) + 1)
+        self._is_special = functools.lru_cache(16)(lambda special_ids: np.isin(ids, list(special_ids)))
 
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, effort: str | None = None, prompt: bool = False
@@ -262,11 +262,6 @@ class ChatTemplate:
             raise UserError(_DIFFERENTLY)
         return before, before[len(earlier) :], prompted[len(before) :]
 
-    def _lookup(self, special_ids: frozenset[int]) -> np.ndarray:
-        is_special = np.zeros(self._num_ids, bool)
-        is_special[list(special_ids)] = True
-        return is_special
-
 
 _DIFFERENTLY = (
     "the chat template renders what stands before it differently when more follows, so that the assistant would not be "
@@ -299,15 +294,14 @@ def _pattern(added_tokens) -> re.Pattern:
 def _check_nothing_is_left_out(messages: list[dict], tools: list[dict] | None, text: str) -> None:
     """Raises UserError where a marker in `messages` or `tools` is not in `text`."""
     seen = set(_MARKER.findall(text))
-    for number, message in enumerate(messages, start=1):
-        for key, value in message.items():
-            if not seen.issuperset(_MARKER.findall(_plain_json(value))):
-                raise UserError(
-                    f"message {number}: the chat template leaves out its {key!r}; it cannot be trained with this "
-                    "tokenizer's template"
-                )
-    if not seen.issuperset(_MARKER.findall(_plain_json(tools))):
-        raise UserError("the chat template leaves out 'tools'; they cannot be trained with this tokenizer's template")
+    of_messages = [
+        (f"message {number}: the chat template leaves out its {key!r}; it", value)
+        for number, message in enumerate(messages, start=1)
+        for key, value in message.items()
+    ]
+    for what, value in [*of_messages, ("the chat template leaves out 'tools'; they", tools)]:
+        if not seen.issuperset(_MARKER.findall(_plain_json(value))):
+            raise UserError(f"{what} cannot be trained with this tokenizer's template")
 
 
 def _without_arguments(message: dict) -> dict:

@@ -7,7 +7,7 @@ own template and its own tokens count, never the ones below. Those have the form
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -130,10 +130,19 @@ def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A copy of the tokenizer below, for which all is text, also what looks like a special token, or like another added
     token that the chat template writes.
     """
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    special_ids = {
+        token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or (not token.content.isspace() and token.content in str(tokenizer.chat_template))
+    }
+    return without_special(tokenizer.backend_tokenizer, special_ids)
+
+
+def without_special(tokenizer: Tokenizer, special_ids: Container[int]) -> Tokenizer:
+    """A copy of the tokenizer for which these tokens do not exist in text, and that cuts and pads nothing."""
+    settings = json.loads(tokenizer.to_str())
     for token in settings["added_tokens"]:
-        token["special"] |= not token["content"].isspace() and token["content"] in str(tokenizer.chat_template)
-    # transformers switches them off in its own calls.
+        token["special"] = token["id"] in special_ids
     settings["truncation"] = settings["padding"] = None
     text_only = Tokenizer.from_str(json.dumps(settings))
     text_only.encode_special_tokens = True  # that is, as the text that they are
