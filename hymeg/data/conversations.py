@@ -59,9 +59,8 @@ class Sequences:
 
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
-        return self.index.cached(
-            self.fingerprint, lambda: _make_sequences(self.index, self.rows, self.shape, self.seed)
-        )
+        make = functools.partial(_make_sequences, self.index, self.rows, self.shape, self.seed)
+        return self.index.cached(self.fingerprint, make)
 
     @functools.cached_property
     def packs(self) -> Packs:
@@ -79,18 +78,15 @@ class Sequences:
         """`tokens`, `labels`, `position_ids`, `lengths` (int64) and `loss_mask` (fp32), each `[seq_length]`. The mask
         holds the weights of the tokens' losses. Positions restart with each conversation of a packed sequence, and with
         the padding at its end; where a conversation begins, `lengths` has its tokens."""
-        sample = empty_sample(self.shape)
-        start = 0
+        sample, start = empty_sample(self.shape), 0
         for row in self.packs[number]:
             token_ids, weights = _cut(self.index[row], self.shape)
             length = len(token_ids) - 1
             here = slice(start, start + length)
             sample["lengths"][start] = length
-            sample["tokens"][here], sample["labels"][here], sample["loss_mask"][here] = (
-                token_ids[:-1],
-                token_ids[1:],
-                weights[1:],
-            )
+            sample["tokens"][here] = token_ids[:-1]
+            sample["labels"][here] = token_ids[1:]
+            sample["loss_mask"][here] = weights[1:]
             if not self.shape.packed:
                 return sample
             padded = _padded(length, self.shape.alignment)
@@ -112,36 +108,30 @@ def empty_sample(shape: Shape) -> dict[str, np.ndarray]:
 
 
 def _make_sequences(index: RowIndex, rows: tuple[int, int], shape: Shape, seed: int) -> dict[str, np.ndarray]:
-    lengths = np.array(index.lengths()[slice(*rows)]) - 1  # the last token is a label only
+    lengths = index.lengths()[slice(*rows)] - 1  # the last token is a label only
     too_long = np.flatnonzero(lengths > shape.seq_length)
-    keep = np.ones(len(lengths), bool)
-    num_truncated = 0
     if len(too_long) and shape.truncation == "error":
         first, worst = too_long[0], lengths.max() + 1
         raise UserError(
             f"{place(index.path, index.lines[rows[0] + first])}: a conversation of {lengths[first] + 1} tokens, more "
-            "than --seq-length "
-            f"{shape.seq_length} holds (rows as long: {len(too_long)}, the longest {worst} tokens); give --seq-length "
-            f"{_padded(worst - 1, 128)}, or "
-            f"--sft-truncation right, left or drop"
+            f"than --seq-length {shape.seq_length} holds (rows as long: {len(too_long)}, the longest {worst} tokens); "
+            f"give --seq-length {_padded(worst - 1, 128)}, or --sft-truncation right, left or drop"
         )
+    keep = np.ones(len(lengths), bool)
     for row in too_long:
         keep[row] = shape.truncation != "drop" and _cut(index[rows[0] + row], shape)[1][1:].any()
-        num_truncated += keep[row]
-    lengths = np.minimum(lengths, shape.seq_length)
-    kept = np.flatnonzero(keep)
+    lengths, kept = np.minimum(lengths, shape.seq_length), np.flatnonzero(keep)
     if not len(kept):
         raise UserError(
             f"{index.path}: no conversation is left of {len(lengths)}: none has a trained token within --seq-length "
             f"{shape.seq_length}"
         )
     if shape.packed:
-        packs = pack(
-            _padded(lengths[kept], shape.alignment) // shape.alignment, shape.seq_length // shape.alignment, seed
-        )
+        units = _padded(lengths[kept], shape.alignment) // shape.alignment
+        packs = pack(units, shape.seq_length // shape.alignment, seed)
     else:
         packs = Packs(np.arange(len(kept)), np.arange(len(kept) + 1))
-    counts = Counts(len(lengths), int(num_truncated), len(lengths) - len(kept), int(lengths[kept].sum()))
+    counts = Counts(len(lengths), int(keep[too_long].sum()), len(lengths) - len(kept), int(lengths[kept].sum()))
     return {"order": rows[0] + kept[packs.order], "starts": packs.starts, "counts": np.array(counts)}
 
 
