@@ -134,16 +134,16 @@ class Asked:
         asked = [(text, self.tokens(text)) for text in [*self.args.prompt, *self.args.text]]
         return [*asked, *self._of_file()] if self.args.file else asked
 
-    def tokens(self, text: str, where: str = "") -> list[int]:
+    def tokens(self, text: str) -> list[int]:
         from hymeg.generation.prompts import chat_prompt, text_prompt, translation_request
 
         if not text.strip():
-            raise UserError(f"{where or 'a prompt'}: is empty; give a text")
+            raise UserError("a prompt: is empty; give a text")
         if self.args.raw:
             return text_prompt(self.tokenizer, text)
         if self.args.to:
             text = translation_request(text, self.args.to, self.args.source)
-        return chat_prompt(self.tokenizer, self._chat(text), effort=self.args.effort, where=where)
+        return chat_prompt(self.tokenizer, self._chat(text), effort=self.args.effort)
 
     def _chat(self, text: str) -> list[dict]:
         system = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
@@ -157,31 +157,31 @@ class Asked:
             raise UserError(f"--file {path}: cannot be read: {error}") from error
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                where = f"{path}: line {number}"
-                yield self._of_row(where, line) if path.suffix == ".jsonl" else (line, self.tokens(line, where))
+                with located(f"{path}: line {number}"):
+                    asked = self._of_row(line) if path.suffix == ".jsonl" else (line, self.tokens(line))
+                yield asked
 
-    def _of_row(self, where: str, line: str) -> tuple[str, list[int]]:
+    def _of_row(self, line: str) -> tuple[str, list[int]]:
         from hymeg.generation.prompts import chat_prompt, translation_request
 
-        with located(where):
-            row = parse_row(line)
+        row = parse_row(line)
         if not isinstance(row, dict):
-            raise UserError(f"{where}: an object is needed, such as {{'prompt': ...}}")
+            raise UserError("an object is needed, such as {'prompt': ...}")
         effort = row.get("reasoning_effort", self.args.effort)
         if isinstance(messages := row.get("messages"), list) and messages:
             while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
                 messages = messages[:-1]
             if not messages or not all(isinstance(message, dict) for message in messages):
-                raise UserError(f"{where}: 'messages' holds no question; a list of {{'role', 'content'}} is needed")
-            tokens = chat_prompt(self.tokenizer, messages, tools=row.get("tools"), effort=effort, where=where)
+                raise UserError("'messages' holds no question; a list of {'role', 'content'} is needed")
+            tokens = chat_prompt(self.tokenizer, messages, tools=row.get("tools"), effort=effort)
             return str(messages[-1].get("content")), tokens
         if isinstance(prompt := row.get("prompt"), str) and "source" not in row:
-            return prompt, self.tokens(prompt, where)
+            return prompt, self.tokens(prompt)
         source, target = row.get("source"), row.get("target_lang", self.args.to)
         if isinstance(source, str) and isinstance(target, str):
             request = translation_request(source, target, row.get("source_lang", self.args.source))
-            return source, chat_prompt(self.tokenizer, self._chat(request), effort=effort, where=where)
-        raise UserError(f"{where}: 'messages', 'prompt', or 'source' and 'target_lang' are needed; it has {list(row)}")
+            return source, chat_prompt(self.tokenizer, self._chat(request), effort=effort)
+        raise UserError(f"'messages', 'prompt', or 'source' and 'target_lang' are needed; it has {list(row)}")
 
 
 def _speak(args: argparse.Namespace, flags: list[str]) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from hymeg.data.rows import Conversation
 from hymeg.errors import UserError, located
 from hymeg.files import shown
+from hymeg.hf.tokenizer import rendered
 
 _MARK = secrets.token_hex(8)  # that no row can hold
 _MARKER = re.compile(f"<{_MARK}-([0-9]{{6}})>")
@@ -105,16 +106,7 @@ class ChatTemplate:
         self, messages: list[dict], tools: list[dict] | None = None, effort: str | None = None, prompt: bool = False
     ) -> str:
         """What the template makes of `messages`; with `prompt`, followed by the beginning of the assistant's turn."""
-        given = {} if effort is None else {"reasoning_effort": effort}
-        try:
-            # A batch of one, because one conversation may not be empty.
-            [text] = self._tokenizer.apply_chat_template(
-                [messages], tools=tools, tokenize=False, add_generation_prompt=prompt, is_training=True, **given
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            reason = next(iter(str(error).strip().splitlines()), "")
-            raise UserError(f"the chat template cannot render it: {reason or type(error).__name__}") from error
-        return text
+        return rendered(self._tokenizer, messages, tools, effort, add_generation_prompt=prompt, is_training=True)
 
     def form(self, conversation: Conversation) -> tuple[Form, list[str], str]:
         """The conversation's form, the texts that make it the conversation (`Form.filled`), and the conversation as the

@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from hymeg.data.rows import RowReader
 from hymeg.data.text_files import check_row_file, read_batches
 from hymeg.data.translation import NEEDED
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.generation.alarms import alarms, crossed, rates
-from hymeg.generation.judging import Example, Scores, scores, scores_by_pair
+from hymeg.generation.judging import METRICS, Example, Scores, scores, scores_by_pair
 from hymeg.generation.prompts import chat_prompt
 from hymeg.generation.replies import Answer
 from hymeg.generation.sampling import Sampling
 from hymeg.hf.config import HyConfig
+from hymeg.hf.tokenizer import rendered
 
-METRICS = ("chrF", "chrF++", "BLEU")
 _REASONING, _CONTENT = "reasoning of 3f9c", "content of 3f9c"
 
 
@@ -35,6 +35,7 @@ class Question(NamedTuple):
         asked: the source of a translation, the last message before the answer of a conversation.
         reference: what the row answers, without its reasoning.
         num_reference_tokens: with it.
+        translation: source and languages of one, by the row's keys.
         row: as it stands in the file.
         number: its line there.
     """
@@ -44,6 +45,7 @@ class Question(NamedTuple):
     reference: str
     num_reference_tokens: int
     effort: str | None
+    translation: dict[str, str]
     row: dict[str, Any]
     number: int
 
@@ -107,39 +109,29 @@ class HeldOut:
     def _question(self, reader: RowReader, path: str, number: int, row: bytes | dict) -> Question:
         conversation = reader.parse(path, number, row)
         *before, last = conversation.messages
-        if last["role"] != "assistant" or not (last.get("content") or "").strip() or not before:
-            raise UserError(
-                f"{conversation.where}: ends without an answer in words, with which to compare; leave it out"
-            )
-        prompt = chat_prompt(
-            self.tokenizer,
-            before,
-            tools=conversation.tools,
-            effort=conversation.reasoning_effort,
-            where=conversation.where,
-        )
+        with located(conversation.where):
+            if last["role"] != "assistant" or not (last.get("content") or "").strip() or not before:
+                raise UserError("ends without an answer in words, with which to compare; leave it out")
+            prompt = chat_prompt(self.tokenizer, before, conversation.tools, conversation.reasoning_effort)
         row = row if isinstance(row, dict) else json.loads(row)
-        is_translation = row.keys() >= set(NEEDED)
+        translation = {key: row[key] for key in NEEDED if key != "target"} if row.keys() >= set(NEEDED) else {}
         texts = [last.get("reasoning_content") or "", last["content"]]
         num_tokens = sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
-        asked = row["source"] if is_translation else str(before[-1].get("content"))
-        return Question(prompt, asked, last["content"], num_tokens, conversation.reasoning_effort, row, number)
+        asked = translation.get("source", str(before[-1].get("content")))
+        effort = conversation.reasoning_effort
+        return Question(prompt, asked, last["content"], num_tokens, effort, translation, row, number)
 
     def _example(self, question: Question, answer: Answer) -> Example:
         text, thinking = self.tokenizer.decode(answer.tokens), None
         if self._closing and self._closing in text:
             thinking, _, text = text.partition(self._closing)
             thinking = self._special.sub("", thinking)
-        found = self._special.findall(text)
-        text = self._special.sub("", text).strip()
-        is_translation = question.row.keys() >= set(NEEDED)
-        translation = {key: question.row[key] for key in NEEDED if key != "target"} if is_translation else {}
         return Example(
             question.reference,
-            text,
+            self._special.sub("", text).strip(),
             answer.ended,
-            tuple(found),
-            **translation,
+            tuple(self._special.findall(text)),
+            **question.translation,
             thinking=thinking,
             effort=question.effort,
         )
@@ -148,10 +140,9 @@ class HeldOut:
 def _closing(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What the chat template writes between reasoning and answer; None where it has no place for reasoning."""
     message = {"role": "assistant", "reasoning_content": _REASONING, "content": _CONTENT}
-    messages = [{"role": "user", "content": "?"}, message]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, reasoning_effort="high", is_training=True)
-    except Exception:  # a template is a program: it may raise anything, and then has no such place
+        text = rendered(tokenizer, [{"role": "user", "content": "?"}, message], effort="high", is_training=True)
+    except UserError:
         return None
     between = re.search(f"{re.escape(_REASONING)}(.*?){re.escape(_CONTENT)}", text, re.DOTALL)
     return between[1].strip() or None if between else None
@@ -163,16 +154,15 @@ def figures(examples: Sequence[Example]) -> dict[str, Any]:
     """
     overall = scores(examples)
     return {
-        "overall": _by_metric(overall),
-        "pairs": {pair: _by_metric(found) for pair, found in scores_by_pair(examples).items()},
+        "overall": _rounded(overall),
+        "pairs": {pair: _rounded(found) for pair, found in scores_by_pair(examples).items()},
         "signatures": overall.signatures,
         "alarms": {name: round(share, 4) for name, share in rates([alarms(one) for one in examples]).items()},
     }
 
 
-def _by_metric(found: Scores) -> dict[str, float]:
-    values = zip(METRICS, (found.chrf, found.chrf_pp, found.bleu), strict=True)
-    return {"texts": found.num_texts} | {name: round(value, 4) for name, value in values}
+def _rounded(found: Scores) -> dict[str, float]:
+    return {"texts": found.num_texts} | {metric: round(value, 4) for metric, value in found.values.items()}
 
 
 def line(found: dict[str, Any]) -> str:

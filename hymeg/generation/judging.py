@@ -5,6 +5,7 @@ wrong with a single text is in `hymeg.generation.alarms`.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from sacrebleu.metrics import BLEU, CHRF
@@ -16,6 +17,7 @@ _TOKENIZERS = {
     # no blanks between words; for Japanese and Korean, because sacrebleu's own tokenizers need MeCab
     **dict.fromkeys(("ja", "ko", "th", "km", "my", "bo"), "char"),
 }
+METRICS = ("chrF", "chrF++", "BLEU")
 CHATS = "chats"
 """In place of a language pair, of rows that are no translations."""
 
@@ -54,12 +56,10 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of a set of texts, each from 0 to 100; `signatures` are sacrebleu's, by metric."""
+    """Of a set of texts, by metric: from 0 to 100, and sacrebleu's signatures."""
 
     num_texts: int
-    chrf: float
-    chrf_pp: float
-    bleu: float
+    values: dict[str, float]
     signatures: dict[str, str]
 
 
@@ -79,13 +79,12 @@ def scores(examples: Sequence[Example]) -> Scores:
     """
     if not examples:
         raise ValueError("no texts to score")
-    texts = [example.hypothesis for example in examples], [[example.reference for example in examples]]
-    signatures, values = {}, {}
+    values, signatures = {}, {}
     for name, metric in (("chrF", CHRF()), ("chrF++", CHRF(word_order=2))):
-        values[name] = metric.corpus_score(*texts).score
+        values[name] = metric.corpus_score(*_texts(examples)).score
         signatures[name] = str(metric.get_signature())
-    bleu, signatures["BLEU"] = _bleu(examples)
-    return Scores(len(examples), values["chrF"], values["chrF++"], bleu, signatures)
+    values["BLEU"], signatures["BLEU"] = _bleu(examples)
+    return Scores(len(examples), values, signatures)
 
 
 def scores_by_pair(examples: Sequence[Example]) -> dict[str, Scores]:
@@ -101,15 +100,10 @@ def _bleu(examples: Sequence[Example]) -> tuple[float, str]:
     by_tokenizer: dict[str, list[Example]] = {}
     for example in examples:
         by_tokenizer.setdefault(bleu_tokenizer(example.target_lang), []).append(example)
-    parts, signature = [], ""
+    parts = []
     for tokenizer, those in by_tokenizer.items():
         metric = BLEU(tokenize=tokenizer, force=True)  # force: no warning where a text looks as if it were tokenized
-        parts.append(
-            metric.corpus_score([example.hypothesis for example in those], [[example.reference for example in those]])
-        )
-        signature = str(metric.get_signature())
-    if len(parts) == 1:
-        return parts[0].score, signature
+        parts.append(metric.corpus_score(*_texts(those)))
     whole = BLEU.compute_bleu(
         correct=[sum(counts) for counts in zip(*(part.counts for part in parts), strict=True)],
         total=[sum(totals) for totals in zip(*(part.totals for part in parts), strict=True)],
@@ -117,5 +111,10 @@ def _bleu(examples: Sequence[Example]) -> tuple[float, str]:
         ref_len=sum(part.ref_len for part in parts),
         smooth_method="exp",
     )
-    [tokenizer] = (field for field in signature.split("|") if field.startswith("tok:"))
-    return whole.score, signature.replace(tokenizer, f"tok:{'+'.join(sorted(by_tokenizer))}")
+    signature = re.sub(r"(?<=\|)tok:[^|]*", f"tok:{'+'.join(sorted(by_tokenizer))}", str(metric.get_signature()))
+    return whole.score, signature
+
+
+def _texts(examples: Sequence[Example]) -> tuple[list[str], list[list[str]]]:
+    """As sacrebleu takes them."""
+    return [example.hypothesis for example in examples], [[example.reference for example in examples]]

@@ -13,6 +13,7 @@ from hymeg.errors import UserError
 from hymeg.files import read_json, shown
 from hymeg.generation.sampling import Sampling
 from hymeg.hf.config import HyConfig
+from hymeg.hf.tokenizer import rendered
 
 GENERATION_CONFIG = "generation_config.json"
 _HAN, _KANA_HANGUL = re.compile("[\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff\uac00-\ud7af]")
@@ -27,34 +28,23 @@ def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def chat_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict],
-    *,
     tools: list[dict] | None = None,
     effort: str | None = None,
-    where: str = "",
 ) -> list[int]:
     """Messages by the checkpoint's chat template, up to where the assistant speaks.
 
     Args:
         effort: of reasoning: no_think, low, high; None leaves it to the template.
-        where: they stand, for messages to the user.
 
     Raises:
         UserError: there is no template, it refuses them, or a message holds one of the tokenizer's special tokens.
     """
-    at = f"{where}: " if where else ""
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template; continue plain text with --raw instead")
     for token in tokenizer.all_special_tokens:
         if any(token in str(message.get("content")) for message in messages):
-            raise UserError(
-                f"{at}a message holds {shown(token)}, a special token: it would open or end a turn; reword it"
-            )
-    given = {} if effort is None else {"reasoning_effort": effort}
-    try:
-        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True, **given)
-    except Exception as error:  # a template is a program: it may raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{at}the chat template cannot render it: {reason}") from error
+            raise UserError(f"a message holds {shown(token)}, a special token: it would open or end a turn; reword it")
+    text = rendered(tokenizer, messages, tools, effort, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -87,10 +77,8 @@ def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:
     for name, value in chosen.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{path}: {name!r} is {shown(value)}; a number is needed")
-    if not given.get("do_sample", "temperature" in chosen):
-        chosen["temperature"] = 0.0
-    elif "temperature" not in chosen:
-        chosen["temperature"] = 1.0
+    draws = given.get("do_sample", "temperature" in chosen)
+    chosen["temperature"] = chosen.get("temperature", 1.0) if draws else 0.0
     stop_ids = given.get("eos_token_id", config.eos_token_id)
     stop_ids = tuple(stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids])
     try:

@@ -149,6 +149,26 @@ def without_special(tokenizer: Tokenizer, special_ids: Container[int]) -> Tokeni
     return text_only
 
 
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    effort: str | None = None,
+    **settings: bool,
+) -> str:
+    """What the chat template makes of `messages`, which may be none; `settings` are transformers' and the template's.
+
+    Raises:
+        UserError: it does not render them.
+    """
+    given = settings if effort is None else settings | {"reasoning_effort": effort}
+    try:
+        [text] = tokenizer.apply_chat_template([messages], tools=tools, tokenize=False, **given)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise UserError(f"the chat template cannot render it: {_first_line(error) or type(error).__name__}") from error
+    return text
+
+
 def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, trained on `texts`, with Hy's special tokens (the last
     ids) and chat template.
