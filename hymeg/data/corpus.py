@@ -113,26 +113,25 @@ def preprocess(
     counts = Counts(sum(os.path.getsize(path) for path in paths), encoder.end)
     batches = chain.from_iterable(read_batches(path, json_keys) for path in paths)
     with contextlib.closing(encode_all(batches, Encoder, settings, num_workers)) as encoded:
-        _write(encoded, dict(zip(json_keys, map(Path, prefixes), strict=True)), encoder.vocab_size, counts, report)
-    counts.prefixes = prefixes
+        _write(encoded, prefixes, encoder.vocab_size, counts, report)
+    counts.prefixes = [f"{os.fspath(output)}_{key}_document" for key in json_keys]
     return counts
 
 
-def _prefixes(output: str, json_keys: tuple[str, ...], overwrite: bool) -> list[str]:
+def _prefixes(output: str, json_keys: tuple[str, ...], overwrite: bool) -> dict[str, Path]:
     if len(set(json_keys)) != len(json_keys):
         raise UserError(f"--json-keys names a key twice: {', '.join(json_keys)}")
     if os.path.isdir(output) or not os.path.basename(output):
         raise UserError(
-            f"--output {output}: is a folder; a prefix for the files is needed, such as "
-            f"{os.path.join(output, 'corpus')}"
+            f"--output {output}: is a folder; a prefix for the files is needed, such as {Path(output) / 'corpus'}"
         )
-    if wrong := [key for key in json_keys if "/" in key]:
+    if slashed := [key for key in json_keys if "/" in key]:
         raise UserError(
-            f"--json-keys {shown(wrong[0])}: holds a '/', which no file can have in its name; rename the key in the "
+            f"--json-keys {shown(slashed[0])}: holds a '/', which no file can have in its name; rename the key in the "
             "input"
         )
-    prefixes = [f"{output}_{key}_document" for key in json_keys]
-    for path in (prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")):
+    prefixes = {key: Path(f"{output}_{key}_document") for key in json_keys}
+    for path in (f"{prefix}.{suffix}" for prefix in prefixes.values() for suffix in ("bin", "idx")):
         if os.path.isdir(path):
             raise UserError(f"{path}: is a folder; give another --output")
         if os.path.exists(path) and not overwrite:

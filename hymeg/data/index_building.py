@@ -15,18 +15,9 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from hymeg.checksums import MANIFEST, Summer, SummingStream, sum_of, write_manifest
+from hymeg.data import row_index
 from hymeg.data.chat import ChatEncoder
-from hymeg.data.row_index import (
-    SUMMARY,
-    BadRows,
-    built_beside,
-    content_digest,
-    file_state,
-    is_built,
-    note_seen,
-    older_indices,
-    save_arrays,
-)
+from hymeg.data.row_index import SUMMARY, BadRows
 from hymeg.data.rows import Conversation, RowReader
 from hymeg.data.text_files import Batch, read_batches
 from hymeg.data.workers import encode_all
@@ -143,7 +134,7 @@ def build_missing(folders: Mapping[str, Path], settings: tuple, stream: TextIO, 
     Args:
         num_workers: None: as many as this machine has cores and are worth starting.
     """
-    missing = {path: folder for path, folder in folders.items() if not is_built(folder, path)}
+    missing = {path: folder for path, folder in folders.items() if not row_index.is_built(folder, path)}
     if not missing:
         return
     num_workers = num_workers or worthwhile_workers(list(missing))
@@ -155,7 +146,7 @@ def build_missing(folders: Mapping[str, Path], settings: tuple, stream: TextIO, 
         done = build_indices(missing, settings, num_workers, report)
     print(f"hymeg: indices made: {len(missing)}, {done}", file=stream)
     for path, folder in missing.items():
-        if older := older_indices(folder, path):
+        if older := row_index.older_indices(folder, path):
             num_bytes = sum(file.stat().st_size for other in older for file in other.rglob("*") if file.is_file())
             print(
                 f"hymeg: {path}: {len(older)} older indices, {num_bytes / 1e9:.1f} GB, to delete if no run uses them:",
@@ -189,17 +180,17 @@ def build_indices(
         UserError: a file cannot be read, changes while it is read, a row is wrong, no good row is in it, a folder
             cannot be written.
     """
-    states = {path: file_state(path) for path in folders}
+    states = {path: row_index.file_state(path) for path in folders}
     done = Done()
     batches = chain.from_iterable(map(read_batches, folders))
     with contextlib.closing(encode_all(batches, RowEncoder, settings, num_workers)) as encoded:
         for path, parts in groupby(encoded, key=lambda part: part.path):
-            is_good = functools.partial(is_built, folders[path], path)
-            with built_beside(folders[path], is_good) as partial:
+            is_good = functools.partial(row_index.is_built, folders[path], path)
+            with row_index.built_beside(folders[path], is_good) as partial:
                 done = _write(partial, path, parts, done, report)
-                if file_state(path) != states[path]:
+                if row_index.file_state(path) != states[path]:
                     raise UserError(f"{path}: has changed while it was read; start again once it is complete")
-                note_seen(partial, path, states[path])
+                row_index.note_seen(partial, path, states[path])
     return done
 
 
@@ -244,14 +235,14 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done, report
     summary = {
         "is_weighted": is_weighted,
         "without_weight": num_without_weight,
-        "digest": content_digest(path),
+        "digest": row_index.content_digest(path),
         "bad_rows": list(bad_rows.values()),
         "counts": counts,
         "ignored": dict(ignored.most_common(_MAX_KEYS)),
     }
     text = json.dumps(summary).encode()
     write_whole(folder / SUMMARY, text)
-    sums = save_arrays(folder, arrays) | {"tokens.bin": summer.result(), SUMMARY: sum_of(text)}
+    sums = row_index.save_arrays(folder, arrays) | {"tokens.bin": summer.result(), SUMMARY: sum_of(text)}
     write_manifest(folder / MANIFEST, sums)
     return done
 

@@ -24,19 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.checksums import (
-    BLOCK_BYTES,
-    MANIFEST,
-    Damaged,
-    FileSum,
-    Summer,
-    SummingStream,
-    check_block,
-    damaged_blocks,
-    expected_sum,
-    open_verified,
-    write_manifest,
-)
+from hymeg import checksums
+from hymeg.checksums import BLOCK_BYTES, MANIFEST, Damaged, FileSum
 from hymeg.data.chat import Tokens
 from hymeg.errors import UserError
 from hymeg.files import fsync_folder, read_json, write_whole
@@ -62,7 +51,7 @@ class RowIndex:
 
     def __init__(self, folder: Path, path: str):
         self.folder, self.path = folder, path
-        summary = read_json(folder / SUMMARY, open_verified)
+        summary = read_json(folder / SUMMARY, checksums.open_verified)
         self.digest: str = summary["digest"]
         self.bad_rows = [BadRows(*entry) for entry in summary["bad_rows"]]
         self.counts: dict[str, int] = summary["counts"]
@@ -73,7 +62,7 @@ class RowIndex:
         if self._is_weighted:
             self._turns, self._weights = (_verified_array(folder / f"{name}.npy") for name in ("turns", "weights"))
         self.stored = np.memmap(folder / "tokens.bin", np.int32, mode="r")
-        self._expected = expected_sum(folder / "tokens.bin")
+        self._expected = checksums.expected_sum(folder / "tokens.bin")
         self._bytes = memoryview(self.stored).cast("B")
         self._verified = bytearray(-(-len(self._bytes) // BLOCK_BYTES))  # blocks of the tokens: 1 where it was compared
         if len(self.starts) != len(self.lines) + 1 or len(self.stored) != self.starts[-1]:
@@ -102,7 +91,7 @@ class RowIndex:
             if not self._verified[number]:
                 block = self._bytes[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
                 try:
-                    check_block(self.folder / "tokens.bin", self._expected, number, block)
+                    checksums.check_block(self.folder / "tokens.bin", self._expected, number, block)
                 except Damaged as error:
                     raise self._damaged(error.what) from None
                 self._verified[number] = 1
@@ -122,7 +111,7 @@ class RowIndex:
         folder = self.folder / name
         if not self.is_cached(name):
             with built_beside(folder, lambda: self.is_cached(name)) as partial:
-                write_manifest(partial / MANIFEST, save_arrays(partial, make()))
+                checksums.write_manifest(partial / MANIFEST, save_arrays(partial, make()))
         return _arrays(folder)
 
 
@@ -193,7 +182,7 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
 
 def _verified_array(path: Path) -> np.ndarray:
     """Memory-mapped. Raises Damaged where the file is not what was written."""
-    if (expected := expected_sum(path)) and (wrong := damaged_blocks(path, expected)):
+    if (expected := checksums.expected_sum(path)) and (wrong := checksums.damaged_blocks(path, expected)):
         raise Damaged(path, f"bytes {wrong[0].start} to {wrong[0].stop - 1} are not those that were written")
     return np.load(path, mmap_mode="r")
 
@@ -202,9 +191,9 @@ def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, FileSu
     """Each as FOLDER/KEY.npy, as np.save does; the files' checksums by name."""
     sums = {}
     for key, array in arrays.items():
-        summer = Summer()
+        summer = checksums.Summer()
         with open(folder / f"{key}.npy", "wb") as file:
-            np.save(SummingStream(file, summer), array)
+            np.save(checksums.SummingStream(file, summer), array)
         sums[f"{key}.npy"] = summer.result()
     return sums
 
