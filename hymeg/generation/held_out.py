@@ -22,7 +22,7 @@ from hymeg.generation.prompts import chat_prompt
 from hymeg.generation.replies import Answer
 from hymeg.generation.sampling import Sampling
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tokenizer import rendered
+from hymeg.hf.tokenizer import control_tokens, rendered
 
 _REASONING, _CONTENT = "reasoning of 3f9c", "content of 3f9c"
 
@@ -85,12 +85,8 @@ class HeldOut:
                 f"{config.max_position_embeddings:,} (max_position_embeddings); leave the longest rows out"
             )
         self._closing = _closing(tokenizer)
-        named = [
-            token.content
-            for token in tokenizer.added_tokens_decoder.values()
-            if token.special or (token.content.strip() and token.content in str(tokenizer.chat_template))
-        ]
-        self._special = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))) or r"(?!)")
+        literals = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
 
     @property
     def prompts(self) -> list[list[int]]:

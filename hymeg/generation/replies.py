@@ -39,6 +39,7 @@ class _Sequence:
         place: of the prompt in the list.
         tokens: of both.
         prompt_length: in tokens.
+        limit: of both, in tokens.
         generator: its random numbers.
         text: what the drafter keeps of it.
         num_computed: tokens whose keys and values are in the cache.
@@ -50,6 +51,7 @@ class _Sequence:
     place: int
     tokens: list[int]
     prompt_length: int
+    limit: int
     generator: np.random.Generator
     text: Text
     num_computed: int = 0
@@ -62,24 +64,22 @@ class _Sequence:
         """What the next pass takes of it."""
         return self.tokens[self.num_computed :] + self.drafts
 
-    def num_left(self, sampling: Sampling) -> int:
-        return sampling.max_new_tokens - (len(self.tokens) - self.prompt_length)
+    @property
+    def is_done(self) -> bool:
+        return self.ended or len(self.tokens) == self.limit
 
-    def take(self, tokens: list[int], sampling: Sampling, drafting: Drafting | None) -> list[int]:
+    def take(self, tokens: list[int], stop_ids: Sequence[int], drafting: Drafting | None) -> list[int]:
         """Add what a pass has chosen; what of it is the answer's."""
+        self.ended = tokens[-1] in stop_ids
         if drafting:
             # A draft beyond the text's end was neither right nor wrong.
-            num_judged = min(len(self.drafts), len(tokens)) if tokens[-1] in sampling.stop_ids else len(self.drafts)
+            num_judged = min(len(self.drafts), len(tokens)) if self.ended else len(self.drafts)
             pairs = zip(tokens, self.drafts, strict=False)
             drafting.count(num_judged, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         self.num_computed = len(self.tokens) + len(tokens) - 1
-        self.ended = tokens[-1] in sampling.stop_ids
         new = tokens[: len(tokens) - self.ended]
         self.tokens += new
         return new
-
-    def answer(self) -> Answer:
-        return Answer(self.tokens[self.prompt_length :], self.ended)
 
 
 @torch.no_grad()
@@ -115,19 +115,18 @@ def generate(
         raise ValueError(f"prompt {next(i for i, prompt in enumerate(prompts) if not len(prompt))} is empty")
     numbers = range(len(prompts)) if numbers is None else numbers
     num_drafts = drafting.num_tokens if drafting else 0
-    waiting = deque(
-        _Sequence(place, list(prompt), len(prompt), sampling.random_numbers(number), Text(num_drafts))
-        for place, (number, prompt) in enumerate(zip(numbers, prompts, strict=True))
-    )
-    replies = _Replies(Stages(model), waiting, sampling, batch_size, drafting)
+    waiting = deque()
+    for place, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
+        limit, generator = len(prompt) + sampling.max_new_tokens, sampling.random_numbers(number)
+        waiting.append(_Sequence(place, list(prompt), len(prompt), limit, generator, Text(num_drafts)))
+    stages = Stages(model)
     answers: list[Answer | None] = [None] * len(prompts)
-    with _evaluating(replies.stages):
-        while (made := replies.advance()) is not None:
-            for sequence, tokens, is_last in made:
-                if is_last:
-                    answers[sequence.place] = sequence.answer()
-                if stream:
-                    stream(sequence.place, tokens, is_last)
+    with _evaluating(stages):
+        for sequence, tokens in _Replies(stages, waiting, sampling, batch_size, drafting).passes():
+            if sequence.is_done:
+                answers[sequence.place] = Answer(sequence.tokens[sequence.prompt_length :], sequence.ended)
+            if stream:
+                stream(sequence.place, tokens, sequence.is_done)
     return answers
 
 
@@ -156,44 +155,49 @@ class _Replies:
     """The sequences that are being worked on, each in a slot of the cache."""
 
     def __init__(
-        self,
-        stages: Stages,
-        waiting: deque[_Sequence],
-        sampling: Sampling,
-        batch_size: int,
-        drafting: Drafting | None,
+        self, stages: Stages, waiting: deque[_Sequence], sampling: Sampling, batch_size: int, drafting: Drafting | None
     ):
         self.stages, self.waiting, self.sampling, self.drafting = stages, waiting, sampling, drafting
         self.num_slots = min(batch_size, len(waiting))
-        max_length = max((sequence.prompt_length for sequence in waiting), default=0) + sampling.max_new_tokens
+        max_length = max((sequence.limit for sequence in waiting), default=sampling.max_new_tokens)
         self.cache = stages.cache(self.num_slots, max_length)
         self.drafter = drafting and Drafter(stages, drafting.num_tokens, self.num_slots, max_length)
         self.active: list[_Sequence] = []
 
-    def advance(self) -> list[tuple[_Sequence, list[int], bool]] | None:
-        """One pass: the sequences that were worked on, their new tokens, and whether they have ended. None where there
-        is nothing left to do, here and on the ranks that this one is tied to.
+    def passes(self) -> Iterator[tuple[_Sequence, list[int]]]:
+        """After each pass the sequences that were worked on and their new tokens, until nothing is left to do, here and
+        on the ranks that this one is tied to.
         """
-        _admit(self.waiting, self.active, self.num_slots)
-        new = [sequence.waiting for sequence in self.active]
-        length = self.stages.pass_length(sum(map(len, new)))
-        if length == 0:
-            return None
-        self.cache.begin([sequence.num_computed for sequence in self.active], [len(tokens) for tokens in new])
-        hidden = self.stages.hidden_states([token for tokens in new for token in tokens], length, self.cache)
-        states = self.stages.whole(hidden)[:, 0] if self.drafter and self.stages.holds_head else None
-        made, row = [], 0
-        for sequence, passed, tokens in zip(self.active, new, self._chosen(hidden, new), strict=True):
-            start = sequence.num_computed
-            of_answer = sequence.take(tokens, self.sampling, self.drafting)
-            if states is not None:
-                sequence.states = states[row : row + sequence.num_computed - start]
-            row += len(passed)
-            made.append((sequence, of_answer, sequence.ended or sequence.num_left(self.sampling) == 0))
-        self._dismiss({sequence.place for sequence, _, is_last in made if is_last})
-        if self.drafter:
-            self._draft()
-        return made
+        while True:
+            self._admit()
+            new = [sequence.waiting for sequence in self.active]
+            length = self.stages.pass_length(sum(map(len, new)))
+            if length == 0:
+                return
+            self.cache.begin([sequence.num_computed for sequence in self.active], [len(tokens) for tokens in new])
+            hidden = self.stages.hidden_states([token for tokens in new for token in tokens], length, self.cache)
+            states = self.stages.whole(hidden)[:, 0] if self.drafter and self.stages.holds_head else None
+            made, row = [], 0
+            for sequence, passed, tokens in zip(self.active, new, self._chosen(hidden, new), strict=True):
+                start = sequence.num_computed
+                made.append((sequence, sequence.take(tokens, self.sampling.stop_ids, self.drafting)))
+                if states is not None:
+                    sequence.states = states[row : row + sequence.num_computed - start]
+                row += len(passed)
+            self._dismiss()
+            if self.drafter:
+                self._draft()
+            yield from made
+
+    def _admit(self) -> None:
+        """Let prompts in where there are slots, and not too many tokens at once."""
+        begun = 0
+        while self.waiting and len(self.active) < self.num_slots:
+            num_tokens = len(self.waiting[0].tokens)
+            if begun and begun + num_tokens > _TOKENS_AT_A_TIME:
+                return
+            begun += num_tokens
+            self.active.append(self.waiting.popleft())
 
     def _chosen(self, hidden: torch.Tensor | None, new: list[list[int]]) -> list[list[int]]:
         """For each active sequence what comes next: its drafts as far as they are right, and one token more."""
@@ -215,21 +219,15 @@ class _Replies:
                 )
                 for i, token in zip(going, tokens, strict=True):
                     chosen[i].append(token)
-                going = [i for i in going if self._goes_on(chosen[i], self.active[i].drafts)]
+                going = [i for i in going if chosen[i] == self.active[i].drafts[: len(chosen[i])]]
+                going = [i for i in going if chosen[i][-1] not in self.sampling.stop_ids]
         table = torch.tensor([row + [-1] * (num_drafts + 1 - len(row)) for row in chosen], device=device.current())
         return [[token for token in row if token >= 0] for row in self.stages.agreed(table).tolist()]
 
-    def _goes_on(self, chosen: list[int], drafts: list[int]) -> bool:
-        return (
-            len(chosen) <= len(drafts)
-            and chosen[-1] == drafts[len(chosen) - 1]
-            and chosen[-1] not in self.sampling.stop_ids
-        )
-
-    def _dismiss(self, places: set[int]) -> None:
+    def _dismiss(self) -> None:
         """Take out what has ended; the last slot's sequence moves into the gap."""
         for slot in reversed(range(len(self.active))):
-            if self.active[slot].place not in places:
+            if not self.active[slot].is_done:
                 continue
             last = self.active.pop()
             if slot < len(self.active):
@@ -238,23 +236,14 @@ class _Replies:
                     cache.move(len(self.active), slot)
 
     def _draft(self) -> None:
-        holds_head = self.stages.holds_head
         drafts = self.drafter.draft(
             [sequence.text for sequence in self.active],
             [sequence.tokens for sequence in self.active],
-            [sequence.states for sequence in self.active] if holds_head else None,
+            [sequence.states for sequence in self.active] if self.stages.holds_head else None,
         )
         drafts = self.stages.agreed(torch.tensor(drafts, device=device.current())).tolist()
         for sequence, of_sequence in zip(self.active, drafts, strict=True):
-            sequence.drafts = of_sequence[: sequence.num_left(self.sampling) - 1]
-
-
-def _admit(waiting: deque[_Sequence], active: list[_Sequence], num_slots: int) -> None:
-    """Let prompts in where there are slots, and not too many tokens at once."""
-    begun = 0
-    while waiting and len(active) < num_slots and (begun == 0 or begun + len(waiting[0].tokens) <= _TOKENS_AT_A_TIME):
-        begun += len(waiting[0].tokens)
-        active.append(waiting.popleft())
+            sequence.drafts = of_sequence[: sequence.limit - len(sequence.tokens) - 1]
 
 
 @contextlib.contextmanager

@@ -126,16 +126,20 @@ def end_of_document_id(directory: str | os.PathLike, tokenizer: PreTrainedTokeni
     return token_id
 
 
-def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer below, for which all is text, also what looks like a special token, or like another added
-    token that the chat template writes.
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokens that no text may hold, by their ids: special ones, and other added tokens that the chat template
+    writes.
     """
-    special_ids = {
-        token_id
+    return {
+        token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or (not token.content.isspace() and token.content in str(tokenizer.chat_template))
+        if token.special or (token.content.strip() and token.content in str(tokenizer.chat_template))
     }
-    return without_special(tokenizer.backend_tokenizer, special_ids)
+
+
+def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer below, for which all is text, also what looks like one of its `control_tokens`."""
+    return without_special(tokenizer.backend_tokenizer, control_tokens(tokenizer))
 
 
 def without_special(tokenizer: Tokenizer, special_ids: Container[int]) -> Tokenizer:
