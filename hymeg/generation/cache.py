@@ -69,10 +69,11 @@ class Cache:
         self.positions = self._index([start + i for start, count in spans for i in range(count)])
         self.runs, slot, token = [], 0, 0
         for count, run in itertools.groupby(spans, key=lambda span: span[1]):
-            run = list(run)
+            starts = [start for start, _ in run]
+            slots, tokens = slice(slot, slot + len(starts)), slice(token, token + len(starts) * count)
             if count:
-                self.runs.append(self._run(slot, token, [start for start, _ in run], count))
-            slot, token = slot + len(run), token + len(run) * count
+                self.runs.append(self._run(slots, tokens, starts, count))
+            slot, token = slots.stop, tokens.stop
         if self.runs:
             angles = self.angles[self.positions]  # [n, 1, head_dim]
             self.cos, self.sin = angles.cos(), angles.sin()
@@ -110,16 +111,11 @@ class Cache:
             parts.append(query.new_zeros(num_padded - num_tokens, query.size(1) * query.size(2)))
         return torch.cat(parts).unsqueeze(1) if len(parts) != 1 else parts[0].unsqueeze(1)
 
-    def _run(self, slot: int, token: int, starts: list[int], count: int) -> _Run:
-        num_slots, num_keys = len(starts), max(starts) + count
-        causal = not any(starts)
-        mask = None
+    def _run(self, slots: slice, tokens: slice, starts: list[int], count: int) -> _Run:
+        num_keys, mask, causal = max(starts) + count, None, not any(starts)
         if not causal and (count > 1 or min(starts) != max(starts)):
-            positions = self.positions[token : token + num_slots * count].view(num_slots, 1, count, 1)
-            mask = torch.arange(num_keys, device=self.device) <= positions
-        return _Run(
-            slice(slot, slot + num_slots), slice(token, token + num_slots * count), count, num_keys, mask, causal
-        )
+            mask = torch.arange(num_keys, device=self.device) <= self.positions[tokens].view(-1, 1, count, 1)
+        return _Run(slots, tokens, count, num_keys, mask, causal)
 
     def _of(self, layer: torch.nn.Module, key: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values `[slots, query_groups, capacity, head_dim]` of the layer."""
