@@ -217,8 +217,8 @@ def _write(folder: Path, path: str, parts: Iterator[Encoded], done: Done, report
             report(done)
     if not columns["lines"]:
         if bad_rows:
-            first = next(iter(bad_rows.values())).first
-            raise UserError(f"{path}: no row can be trained on, of {_total(bad_rows.values()):,}; the first: {first}")
+            first, num_rows = next(iter(bad_rows.values())).first, sum(entry.count for entry in bad_rows.values())
+            raise UserError(f"{path}: no row can be trained on, of {num_rows:,}; the first: {first}")
         if num_without_weight:
             what = "every turn of every row has weight 0 (or train: false); nothing is left to train on"
         else:
@@ -258,19 +258,12 @@ def _count_bad_row(bad_rows: dict[str, BadRows], path: str, message: str) -> Non
     bad_rows[reason] = before._replace(count=before.count + 1)
 
 
-def _total(bad_rows) -> int:
-    return sum(entry.count for entry in bad_rows)
-
-
 def told_bad_rows(bad_rows: list[BadRows], num_good: int) -> list[str]:
     """How many rows are left out and why, the most frequent reason first, in lines."""
     if not bad_rows:
         return []
-    total = _total(bad_rows)
+    total, most_frequent = sum(entry.count for entry in bad_rows), sorted(bad_rows, key=lambda entry: -entry.count)
     return [
         f"{total:,} of {total + num_good:,} rows cannot be trained on and are left out",
-        *(
-            f"  {entry.count:,}: {entry.reason} (the first: {entry.first})"
-            for entry in sorted(bad_rows, key=lambda entry: -entry.count)[:10]
-        ),
+        *(f"  {entry.count:,}: {entry.reason} (the first: {entry.first})" for entry in most_frequent[:10]),
     ]

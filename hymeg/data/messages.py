@@ -24,6 +24,7 @@ _OTHER_ROLES = {
     "tool_call": _CALLS,
 }
 _OTHER_KEYS = {"from": "role", "value": "content", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
+_WEIGHT = (*WEIGHTS, *SWITCHES)
 _MESSAGE_KEYS = ("role", "content", "name")
 _KEYS_OF_ROLE = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("tool_call_id",)}
 _IN_A_STRING = "JSON is needed in this string"
@@ -100,16 +101,14 @@ def _message(value: dict) -> dict:
 
 def _take_weight(role: str, message: dict) -> float:
     """What the message says of it, taken out; 1 of one that is no turn of the assistant's, which may only say 0."""
-    given = {key: message.pop(key) for key in (*WEIGHTS, *SWITCHES) if key in message}
-    weight = weight_of(given, tuple(given) or WEIGHTS)
+    given = {key: message.pop(key) for key in _WEIGHT if key in message}
+    weight = weight_of(given, _WEIGHT)
     if role in ("assistant", _CALLS) or not given:
         return weight
     if weight != 0:
-        key, value = next(iter(given.items()))
-        raise UserError(
-            f"{key!r} is {shown(value)} in a message of role {role}; only the assistant's turns are trained: leave it "
-            "out"
-        )
+        [(key, value), *_] = given.items()
+        remedy = "only the assistant's turns are trained: leave it out"
+        raise UserError(f"{key!r} is {shown(value)} in a message of role {role}; {remedy}")
     return 1.0
 
 
