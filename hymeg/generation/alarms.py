@@ -76,7 +76,8 @@ def alarms(example: Example) -> tuple[str, ...]:
     if not example.hypothesis.strip():
         fired["empty"] = True
     else:
-        fired["length"] = _has_other_length(example.hypothesis, example.reference)
+        ratio = (len(example.hypothesis) + _LENGTH_SLACK) / (len(example.reference) + _LENGTH_SLACK)
+        fired["length"] = not 0.5 <= ratio <= 2
         fired["script"] = _has_other_script(example)
         fired["copy"] = _is_copy(example)
     return tuple(alarm.name for alarm in ALARMS if fired.get(alarm.name))
@@ -105,21 +106,11 @@ def repeats(text: str) -> bool:
     """Whether some stretch of `text` is there three times or more, one after another, over 32 characters together."""
     letters = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     for period in range(1, len(letters) // 3 + 1):
-        run = _longest_run(letters[period:] == letters[:-period])
-        if run + period >= max(3 * period, _SMALLEST_REPETITION):
+        different = np.flatnonzero(letters[period:] != letters[:-period])
+        longest_run = np.diff(different, prepend=-1, append=len(letters) - period).max() - 1  # of equal ones
+        if longest_run + period >= max(3 * period, _SMALLEST_REPETITION):
             return True
     return False
-
-
-def _longest_run(equal: np.ndarray) -> int:
-    """How many of a bool array's values are True in a row at most."""
-    different = np.flatnonzero(~equal)
-    return int(np.diff(different, prepend=-1, append=len(equal)).max()) - 1
-
-
-def _has_other_length(hypothesis: str, reference: str) -> bool:
-    ratio = (len(hypothesis) + _LENGTH_SLACK) / (len(reference) + _LENGTH_SLACK)
-    return not 0.5 <= ratio <= 2
 
 
 def _has_other_script(example: Example) -> bool:

@@ -67,7 +67,8 @@ class Stages:
                 hidden = self._receive(length)
             hidden = self._through(chunk, tokens, hidden, cache)
             if not chunk.post_process:
-                hidden = self._send(hidden)
+                dist.send(hidden.contiguous(), self._neighbour(1), group=self.pipeline_group)
+                hidden = None
         return hidden
 
     def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -107,9 +108,6 @@ class Stages:
         hidden = torch.empty(length, 1, self.config.hidden_size, dtype=dtype, device=device.current())
         dist.recv(hidden, self._neighbour(-1), group=self.pipeline_group)
         return hidden
-
-    def _send(self, hidden: torch.Tensor) -> None:
-        dist.send(hidden.contiguous(), self._neighbour(1), group=self.pipeline_group)
 
     def _neighbour(self, step: int) -> int:
         return self.pipeline_ranks[(self.pipeline_group.rank() + step) % len(self.pipeline_ranks)]

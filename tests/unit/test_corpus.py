@@ -2,11 +2,13 @@
 and leaves nothing behind.
 """
 
+import errno
 import gzip
 import importlib.util
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -327,6 +329,23 @@ def test_existing_files_are_replaced_only_when_asked_for_and_only_by_whole_ones(
     assert sorted(files()) == sorted(before)
     assert not verify_folder(output.parent, workers=1).damaged
     assert read_back(f"{output}_text_document")[1] == [[*tokenizer.encode("good"), tokenizer.eos_token_id]]
+
+
+def test_a_replacement_that_ends_between_its_files_leaves_no_old_index_over_new_tokens(
+    tmp_path, tokenizer_dir, monkeypatch
+):
+    rename, old, new = Path.rename, UDHR / "en.jsonl", write_rows(tmp_path / "new.jsonl", ["good"])
+
+    def full(path, target):
+        if path.suffix == ".idx":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return rename(path, target)
+
+    preprocess([old], tmp_path / "corpus", tokenizer_dir)
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device; make room there"):
+        preprocess([new], tmp_path / "corpus", tokenizer_dir, overwrite=True)
+    assert sorted(path.suffix for path in tmp_path.glob("corpus*")) == [".bin", ".sfv"]
 
 
 # The command
