@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
-from hymeg.generation import Sampling, generate, generate_dealt
+from hymeg.generation import Sampling, generate, generate_dealt, replies
 from hymeg.generation.sampling import _filtered, _penalized, choose
 from hymeg.generation.shortcuts import _WAYS, shortened
 from hymeg.generation.stages import Stages
@@ -92,13 +92,15 @@ def test_a_repetition_penalty_is_that_of_transformers(pair):
     assert ours_of(ours, prompts, repetition_penalty=1.5) == expected != theirs_of(theirs, prompts)
 
 
-def test_drawn_text_depends_on_seed_and_prompt_only(pair):
+def test_drawn_text_depends_on_seed_and_prompt_only(pair, monkeypatch):
     model, _ = pair
     prompts = random_prompts([5, 30, 5, 17, 1, 5])
     sampling = Sampling(NUM_NEW, temperature=1.0, top_p=0.9, seed=7, stop_ids=STOP_IDS)
     together = generate(model, prompts, sampling)
     assert generate(model, prompts, sampling, batch_size=2) == together
     assert generate_dealt(model, prompts, sampling) == together
+    monkeypatch.setattr(replies, "_TOKENS_AT_A_TIME", 20)  # that begin together; a longer prompt begins alone
+    assert generate(model, prompts, sampling) == together
     assert generate(model, prompts[3:4], sampling, numbers=[3]) == together[3:4]
     assert generate(model, prompts, Sampling(**{**vars(sampling), "seed": 8})) != together
     same_prompt = generate(model, prompts[1:2] * 2, sampling)

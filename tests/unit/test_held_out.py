@@ -72,7 +72,8 @@ def test_an_answer_is_taken_apart(held_out, tokenizer, row, text, expected, alar
     found = held_out(row)
     [example] = found.examples([Answer(tokenizer.encode(text), True)])
     assert (example.hypothesis, example.special_tokens, example.thinking) == expected
-    assert rows(found.questions, [example])[0]["alarms"] == alarms
+    [said] = rows(found.questions, [example])
+    assert (said["alarms"], said["pair"]) == (alarms, "en-de" if row is TRANSLATION else "chats")
 
 
 def test_figures_are_those_of_sacrebleu_on_the_lines_of_the_file(held_out, tokenizer):
