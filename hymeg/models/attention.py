@@ -1,13 +1,12 @@
 """Core attention for the local layer spec: grouped queries, context parallelism, packed sequences.
 
 Megatron's local `DotProductAttention` refuses the last two. Keys and values are gathered over the context-parallel
-group; a rank's queries are two chunks of every sequence (chunk r and chunk 2 x cp - 1 - r, the load-balanced order of
-Megatron's batches), and each chunk attends to the keys up to its own end. Softmax is taken in fp32 by torch's kernel
+group; a rank's queries are two chunks of every sequence (`chunks_of_rank`), and each attends to the keys up to its own
+end. Softmax is taken in fp32 by torch's kernel
 whatever the dtype, so `enable_attention_fp32_softmax` always holds.
 """
 
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+
+from hymeg.platform.kernels import chunks_of_rank
 
 
 class CoreAttention(MegatronModule):
@@ -35,7 +36,7 @@ class CoreAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.cp_group = pg_collection.cp
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.softmax_scale = softmax_scale  # None: 1 / sqrt(head_dim)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -61,11 +62,13 @@ class CoreAttention(MegatronModule):
         Returns:
             `[s, b, heads * head_dim]`, or `[t, heads * head_dim]` when packed.
         """
+        cp_size = self.cp_group.size()
+        boundaries = [0, query.size(0) * cp_size]
         packed = packed_seq_params is not None
         if packed:
             query, key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
-        cp_size = self.cp_group.size()
-        boundaries = _boundaries(packed_seq_params) if packed else [0, query.size(0) * cp_size]
+            padded = packed_seq_params.cu_seqlens_q_padded
+            boundaries = (packed_seq_params.cu_seqlens_q if padded is None else padded).tolist()
         if cp_size == 1:
             spans = [(slice(a, b), slice(a, b)) for a, b in itertools.pairwise(boundaries)]
         else:
@@ -94,21 +97,14 @@ class CoreAttention(MegatronModule):
         )
 
 
-def _boundaries(packed: PackedSeqParams) -> list[int]:
-    padded = packed.cu_seqlens_q_padded
-    return (packed.cu_seqlens_q if padded is None else padded).tolist()
-
-
 def _chunk_spans(boundaries: list[int], cp_size: int, rank: int) -> list[tuple[slice, slice]]:
-    """For each sequence the rank's two chunks: where they lie in the local queries, and the keys (in the whole sample's
-    order) up to their end.
+    """For each of the rank's chunks: where it lies in the local queries, and the keys (in the whole sample's order) of
+    its sequence up to its end.
     """
     spans, local = [], 0
-    for start, end in itertools.pairwise(boundaries):
-        chunk = (end - start) // (2 * cp_size)
-        for index in (rank, 2 * cp_size - 1 - rank):
-            spans.append((slice(local, local + chunk), slice(start, start + (index + 1) * chunk)))
-            local += chunk
+    for first, start, end in chunks_of_rank(boundaries, cp_size, rank):
+        spans.append((slice(local, local + end - start), slice(first, end)))
+        local += end - start
     return spans
 
 
@@ -116,13 +112,11 @@ def _gather(key: torch.Tensor, value: torch.Tensor, boundaries: list[int], group
     """All ranks' keys and values, `[s, b, groups, d] -> [s * cp, b, groups, d]`, in the whole sample's order. Gradients
     are reduce-scattered.
     """
-    cp_size = group.size()
-    positions = []  # of the gathered rows, rank by rank
-    for rank in range(cp_size):
-        for start, end in itertools.pairwise(boundaries):
-            chunk = (end - start) // (2 * cp_size)
-            for index in (rank, 2 * cp_size - 1 - rank):
-                positions.append(torch.arange(start + index * chunk, start + (index + 1) * chunk, device=key.device))
+    positions = [  # of the gathered rows, rank by rank
+        torch.arange(start, end, device=key.device)
+        for rank in range(group.size())
+        for _, start, end in chunks_of_rank(boundaries, group.size(), rank)
+    ]
     order = torch.argsort(torch.cat(positions))
     both = torch.cat([key, value], dim=-1).contiguous()
     both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=group)[order]

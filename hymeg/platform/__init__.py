@@ -1,13 +1,15 @@
 """Where hymeg runs: the one place that knows of CPU, gloo and Megatron's private names.
 
-With CUDA some of Megatron's names change, too: a call that its wheel cannot serve, how multi-token prediction rolls and
-logs, a count that needs logits, and optimizers of nothing (the functions of `hymeg.platform.megatron` that say "on
-every platform"), and how checkpoints are written and read (`hymeg.platform.saving`).
+With CUDA some of Megatron's names change, too: a call that its wheel cannot serve and optimizers of nothing
+(`hymeg.platform.megatron`), the losses of multi-token prediction (`hymeg.platform.mtp`), and how checkpoints are
+written and read (`hymeg.platform.saving`).
 Without CUDA, `install` makes unmodified megatron-core train on CPU over gloo. It must run before anything imports
 Megatron: the packages that import it call it. `HYMEG_PLATFORM=cpu` forces the CPU, `HYMEG_PLATFORM=cuda` refuses to run
 without a GPU; unset, the presence of CUDA decides.
 """
 
+import importlib
+import logging
 import os
 import sys
 import warnings
@@ -85,24 +87,34 @@ def install() -> None:
         # Where they are installed Megatron uses them, local spec or not, and they have kernels for CUDA only.
         for package in ("transformer_engine", "apex"):
             sys.modules.setdefault(package, None)
-        from hymeg.platform import gloo, torch_cuda
-
-        torch_cuda.install()
-        gloo.install()
+        _replace_names("torch_cuda", "gloo")
     _installed = True
-    from hymeg.platform import megatron
+    _quieten()
+    _replace_names("megatron", "mtp", "saving")
+    if is_cpu():
+        _replace_names("on_cpu")
 
-    for message in (r"`torch.distributed.\w+` is deprecated", "MimoModelConfig is experimental"):
+
+def _replace_names(*modules: str) -> None:
+    """As they are imported."""
+    for module in modules:
+        importlib.import_module(f"{__name__}.{module}")
+
+
+def _quieten() -> None:
+    """Before Megatron is imported: on a CPU it warns a dozen times of what is as it should be."""
+    messages = [r"`torch.distributed.\w+` is deprecated", "MimoModelConfig is experimental"]
+    if is_cpu():
+        messages += [
+            "Transformer Engine and Apex are not installed",
+            "Apex is not installed",
+            "Only transformer-engine",
+            "'pin_memory' argument is set",
+        ]
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        # The device's generator is the CPU's, so that both change together.
+        logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+            lambda record: "CPU RNG state changed" not in record.getMessage()
+        )
+    for message in messages:
         warnings.filterwarnings("ignore", message=message)
-    if is_cpu():
-        megatron.quieten()
-    from hymeg.platform import saving  # imports Megatron, which warns
-
-    megatron.use_shipped_dataset_helpers()
-    megatron.mend_mtp_rolls()
-    megatron.weigh_mtp_losses()
-    megatron.count_mtp_hits_without_logits()
-    megatron.leave_out_empty_optimizers()
-    saving.install()
-    if is_cpu():
-        megatron.install()

@@ -1,6 +1,7 @@
 """Arithmetic that CPU and CUDA offer under different names, and in sizes of their own."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,3 +71,19 @@ class _GroupedLinear(torch.autograd.Function):
         if x is not None:
             of_weights = [rows.t() @ of for rows, of in zip(gradients, x.split(ctx.counts), strict=True)]
         return of_x, None, *of_weights
+
+
+def chunks_of_rank(boundaries: Sequence[int], cp_size: int, cp_rank: int) -> Iterator[tuple[int, int, int]]:
+    """What a rank has of a sample under context parallelism: of every sequence, cut into 2 x cp_size chunks, chunk
+    cp_rank and its mirror, the load-balanced order of Megatron's batches.
+
+    Args:
+        boundaries: where the sequences begin, and where the last one ends.
+
+    Yields:
+        Where the sequence begins, where the chunk begins, where it ends.
+    """
+    for first, end in itertools.pairwise(boundaries):
+        length = (end - first) // (2 * cp_size)
+        for number in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            yield first, first + number * length, first + (number + 1) * length

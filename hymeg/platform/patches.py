@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -43,3 +44,26 @@ def patched(owner: Any, name: str, new: Any, reason: str) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, INSTALLED.pop().original)
+
+
+def replaces(owner: Any, name: str, reason: str) -> Callable[[Callable], Callable]:
+    """Decorator of a function that is called in the place of `owner.name`, with that as its first argument."""
+
+    def install(function: Callable) -> Callable:
+        patch(owner, name, _given_first(getattr(owner, name, None), function), reason)
+        return function
+
+    return install
+
+
+def replaced(owner: Any, name: str, function: Callable, reason: str) -> contextlib.AbstractContextManager:
+    """`replaces`, undone at the end."""
+    return patched(owner, name, _given_first(getattr(owner, name), function), reason)
+
+
+def _given_first(original: Callable, function: Callable) -> Callable:
+    @functools.wraps(original)  # Megatron looks at the signature of some
+    def replacement(*args, **kwargs):
+        return function(original, *args, **kwargs)
+
+    return replacement

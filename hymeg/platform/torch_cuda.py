@@ -1,4 +1,4 @@
-"""The torch.cuda calls that Megatron makes, answered by the CPU.
+"""The torch.cuda calls that Megatron makes, answered by the CPU. Importing this module replaces the names.
 
 Streams do nothing (the CPU runs in order), memory is the process's resident memory, the device's random
 generator is torch's default one, and a tensor asked for on "cuda" is made on the CPU; nothing is compiled. Line numbers
@@ -16,18 +16,9 @@ import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hymeg.platform.patches import patch
+from hymeg.platform.patches import patch, replaces
 
 _CPU = torch.device("cpu")
-
-
-def install() -> None:
-    _install_mode()
-    _install_device()
-    _install_streams()
-    _install_memory()
-    _install_random()
-    _leave_functions_as_they_are()
 
 
 def _on_cpu(device):
@@ -62,48 +53,24 @@ class OnCpu(TorchFunctionMode):
         return found
 
 
-around_backward: Callable[[], contextlib.AbstractContextManager] | None = None
-"""What a backward pass runs in; None: in the mode."""
+_MODE = OnCpu()
+_MODE.__enter__()
+around_backward: Callable[[], contextlib.AbstractContextManager] = lambda: _MODE  # noqa: E731
+"""What a backward pass runs in. Torch leaves a mode while it serves a call, and a whole backward pass is one: so it is
+entered again.
+"""
 
 
-def _install_mode() -> None:
-    """Torch leaves a mode while it serves a call, and a whole backward pass is one: it is entered again for that."""
-    mode, run_backward = OnCpu(), torch.autograd._engine_run_backward
-    mode.__enter__()
-
-    def run_in_mode(*args, **kwargs):
-        with mode if around_backward is None else around_backward():
-            return run_backward(*args, **kwargs)
-
-    patch(torch.autograd, "_engine_run_backward", run_in_mode, "mappings.py:185 and others make tensors in backward()")
+@replaces(torch.autograd, "_engine_run_backward", "mappings.py:185 and others make tensors in backward()")
+def _run_backward(run_backward, *args, **kwargs):
+    with around_backward():
+        return run_backward(*args, **kwargs)
 
 
-def _install_device() -> None:
-    cuda = torch.cuda
-    properties = types.SimpleNamespace(
-        name="cpu",
-        major=8,
-        minor=0,
-        total_memory=psutil.virtual_memory().total,
-        multi_processor_count=os.cpu_count(),
-        gcnArchName="cpu",
-    )
-    for name, new, reason in (
-        ("current_device", lambda: 0, "nearly every module: the device a tensor is made on"),
-        (
-            "device_count",
-            lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            "initialize.py:270: 0 would skip the model-parallel set-up",
-        ),
-        ("set_device", lambda device: None, "initialize.py:282"),
-        ("synchronize", lambda *args: None, "timers.py:152"),
-        ("empty_cache", lambda: None, "training.py:3060, checkpointing.py:2727"),
-        ("get_device_name", lambda *args: "cpu", "logs"),
-        ("get_device_properties", lambda *args: properties, "common_utils.py:504, get_device_arch_version"),
-        ("is_current_stream_capturing", lambda: False, "router_trace.py:268"),
-        ("_lazy_call", lambda callback, **kwargs: callback(), "tensor_parallel/random.py:174"),
-    ):
-        patch(cuda, name, new, reason)
+@replaces(torch, "compile", "jit.py:16 compiles the fusions as they are imported")
+def _compile(compile, model=None, **kwargs):
+    """A fusion costs a compiler run and wins nothing on a CPU; the compiler alone is a sixth of all imports."""
+    return (lambda function: function) if model is None else model
 
 
 class Stream:
@@ -121,91 +88,49 @@ class Stream:
     def synchronize(self):
         pass
 
-    def __eq__(self, other):
-        return isinstance(other, Stream)
 
-    def __hash__(self):
-        return 0
+def _resident_memory(*args) -> int:
+    return psutil.Process().memory_info().rss
 
 
-def _install_streams() -> None:
-    only = Stream()
-    for name, new in (
-        ("Stream", Stream),
-        ("current_stream", lambda *args: only),
-        ("stream", lambda stream: contextlib.nullcontext()),
-    ):
-        patch(
-            torch.cuda,
-            name,
-            new,
-            "overlap of communication: param_and_grad_buffer.py:632, token_dispatcher.py:469, dist_utils.py:303",
-        )
+def _memory_stats(device=None) -> dict:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    of_bytes = {"all": {"current": _resident_memory(), "peak": peak}}
+    return {"allocated_bytes": of_bytes, "reserved_bytes": of_bytes, "allocation": {"all": {"current": 0}}}
 
 
-def _install_memory() -> None:
-    def resident(*args, **kwargs) -> int:
-        return psutil.Process().memory_info().rss
+_STREAMS = "overlap of communication: param_and_grad_buffer.py:632, token_dispatcher.py:469, dist_utils.py:303"
+_RANDOM = "tensor_parallel/random.py:118, 174, 305; checkpointing.py:417: the device's generator is torch's default one"
+_PROPERTIES = types.SimpleNamespace(name="cpu", major=8, minor=0, gcnArchName="cpu")
+_PROPERTIES.total_memory, _PROPERTIES.multi_processor_count = psutil.virtual_memory().total, os.cpu_count()
+_STREAM = Stream()
 
-    def peak(*args, **kwargs) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Each a function of its own: torch._dynamo has rules by object.
+for _owner, _name, _new, _reason in (
+    (torch.cuda, "current_device", lambda: 0, "nearly every module: the device a tensor is made on"),
+    (
+        torch.cuda,
+        "device_count",
+        lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "initialize.py:270: 0 would skip the model-parallel set-up",
+    ),
+    (torch.cuda, "set_device", lambda device: None, "initialize.py:282"),
+    (torch.cuda, "synchronize", lambda device=None: None, "timers.py:152"),
+    (torch.cuda, "get_device_properties", lambda *args: _PROPERTIES, "common_utils.py:504; get_device_name"),
+    (torch.cuda, "is_current_stream_capturing", lambda: False, "router_trace.py:268"),
+    (torch.cuda, "Stream", Stream, _STREAMS),
+    (torch.cuda, "current_stream", lambda *args: _STREAM, _STREAMS),
+    (torch.cuda, "stream", lambda stream: contextlib.nullcontext(), _STREAMS),
+    (torch.cuda, "device_memory_used", _resident_memory, "common_utils.py:327"),
+    (torch.cuda.memory, "memory_stats_as_nested_dict", _memory_stats, "common_utils.py:322, training.py:2742"),
+    (torch.cuda, "_lazy_call", lambda callback, **kwargs: callback(), _RANDOM),
+    (torch.cuda.random, "_lazy_call", lambda callback, **kwargs: callback(), _RANDOM),
+    (torch.cuda.random, "_lazy_init", lambda: None, _RANDOM),
+    (torch.cuda.random, "current_device", lambda: 0, _RANDOM),
+    (torch.cuda, "default_generators", collections.defaultdict(lambda: torch.default_generator), _RANDOM),
+):
+    patch(_owner, _name, _new, _reason)
 
-    def stats(*args):
-        return collections.defaultdict(
-            int, {"allocated_bytes.all.current": resident(), "allocated_bytes.all.peak": peak()}
-        )
-
-    for name, new in (
-        ("memory_allocated", resident),
-        ("memory_reserved", resident),
-        ("max_memory_allocated", peak),
-        ("max_memory_reserved", peak),
-        ("device_memory_used", resident),
-        ("memory_stats", stats),
-    ):
-        patch(
-            torch.cuda,
-            name,
-            new,
-            "memory report: common_utils.py:322, training.py:2742. Resident memory of the process stands in",
-        )
-
-
-class _OneGenerator:
-    """torch.cuda.default_generators: the same generator under every index."""
-
-    def __getitem__(self, index):
-        return torch.default_generator
-
-
-def _install_random() -> None:
-    def get_rng_state(*args, **kwargs):
-        return torch.default_generator.get_state()
-
-    def set_rng_state(state, *args, **kwargs):
-        torch.default_generator.set_state(state)
-
-    def manual_seed(seed):
-        torch.default_generator.manual_seed(seed)
-
-    reason = "tensor_parallel/random.py:118, 305; checkpointing.py:417: the device's generator is torch's default one"
-    for owner, name, new in (
-        (torch.cuda, "get_rng_state", get_rng_state),
-        (torch.cuda.random, "get_rng_state", get_rng_state),
-        (torch.cuda, "set_rng_state", set_rng_state),
-        (torch.cuda, "manual_seed", manual_seed),
-        (torch.cuda, "default_generators", _OneGenerator()),
-    ):
-        patch(owner, name, new, reason)
-
-
-def _leave_functions_as_they_are() -> None:
-    """A fusion costs a compiler run and wins nothing on a CPU; the compiler alone is a sixth of all imports."""
-
-    def compiled(model=None, **kwargs):
-        return (lambda function: function) if model is None else model
-
-    patch(torch, "compile", compiled, "jit.py:16 compiles the fusions as they are imported")
-    for name in ("add_param_group", "state_dict", "load_state_dict"):
-        original = getattr(torch.optim.Optimizer, name).__wrapped__
-        patch(torch.optim.Optimizer, name, original, "torch's own imports the compiler, to be left alone by it")
+for _name in ("add_param_group", "state_dict", "load_state_dict"):
+    _original = getattr(torch.optim.Optimizer, _name).__wrapped__
+    patch(torch.optim.Optimizer, _name, _original, "torch's own imports the compiler, to be left alone by it")

@@ -17,9 +17,7 @@ TRAININGS = [  # size of the world, flags, checkpoint: the same as other tests',
 ]
 BY_FLAGS = {
     "device_memory_used": "--log-device-memory-used",
-    "memory_stats": "--log-memory-to-tensorboard",
     "is_current_stream_capturing": "--moe-routing-trace-path",
-    "set_rng_state": "checkpointing.py:2665, where the layout has not changed",
     "get_async_strategy": "--save",
     "save": "--save",
     "save_config": "--save",

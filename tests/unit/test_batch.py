@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.models.hy import HYV3ForCausalLM
 from hymeg.models.router import Router
-from hymeg.platform.megatron import roll_packed
+from hymeg.platform.mtp import roll_packed
 from hymeg.platform.patches import INSTALLED
 from hymeg.training import step
 from hymeg.training.batch import get_batch, padding_of

@@ -136,7 +136,6 @@ def test_the_heat_map_is_drawn_at_every_tenth_line_with_the_mean_a_third_of_whit
 @pytest.mark.parametrize(("iteration", "is_skipped"), [(4, False), (5, False), (4, True)])
 def test_the_line_is_told_what_megatrons_log_is_told(monkeypatch, iteration, is_skipped):
     """By place: `training_log(loss_dict, total_loss_dict, learning_rate, iteration, ..., grad_norm, ...)`."""
-    import megatron.training
     from megatron.training import training
 
     from hymeg.platform import megatron as platform_megatron
@@ -154,8 +153,8 @@ def test_the_line_is_told_what_megatrons_log_is_told(monkeypatch, iteration, is_
         training.print_rank_last("the line")
 
     timer = types.SimpleNamespace(elapsed=lambda: 6.0)
-    monkeypatch.setattr(megatron.training, "get_timers", lambda: lambda name: timer)
-    monkeypatch.setattr(megatron.training, "get_args", lambda: types.SimpleNamespace(log_interval=4))
+    monkeypatch.setattr(platform_megatron, "get_timers", lambda: lambda name: timer)
+    monkeypatch.setattr(platform_megatron, "get_args", lambda: types.SimpleNamespace(log_interval=4))
     monkeypatch.setattr(training, "training_log", training_log)
     monkeypatch.setattr(training, "print_rank_last", told.append)
     total = {"advanced iterations": 2, "skipped iterations": 1, "lm loss": 7.0}
