@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -61,53 +60,50 @@ class Adapter(torch.nn.Module):
     rows in the layer's order.
 
     Args:
+        linears: the layer, or that of each local expert.
         parts: the layer's projections in the order of its rows, None where one has no adapter.
+        is_row_parallel: whether the layer's input is cut among the ranks, or its output.
+
+    Attributes:
         rows: of each projection in the layer's weight on this rank, for each of the `num_runs` runs that they
             alternate in.
-        is_row_parallel: whether the layer's input is cut among the ranks, or its output.
     """
 
     def __init__(
         self,
+        linears: Sequence[torch.nn.Module],
         parts: Sequence[Module | None],
-        rows: Sequence[int],
-        num_runs: int,
         is_row_parallel: bool,
         groups: Groups,
+        config: HyConfig,
         settings: AdapterSettings,
         seed: int,
-        linears: Sequence[torch.nn.Module],
         sequence_parallel: bool,
     ):
         super().__init__()
-        self.linears = tuple(linears)  # no children of this module
-        self.parts, self.rows, self.num_runs = tuple(parts), tuple(rows), num_runs
+        self.linears, self.parts = tuple(linears), tuple(parts)  # no children of this module
         self.is_row_parallel, self.groups = is_row_parallel, groups
         self.rank, self.scale, self.dropout = settings.rank, settings.scale, settings.dropout
         self.seed = seed
+        weight = next(self.weights())
+        self.rows, self.num_runs = _rows(len(parts), len(weight), config)
         self.of_experts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for part, num_rows in zip(parts, rows, strict=True):
+        for part, num_rows in zip(parts, self.rows, strict=True):
             if part is None:
                 continue
-            a = _initial(part, settings.rank, seed, self._local_experts(part))
+            a = _initial(part, settings.rank, seed, groups.experts)
             if is_row_parallel:
                 a = a.chunk(groups.shards.size(), dim=-1)[groups.shards.rank()]
-            b = torch.zeros(*a.shape[:-2], num_runs * num_rows, settings.rank)
+            b = torch.zeros(*a.shape[:-2], self.num_runs * num_rows, settings.rank)
             for letter, tensor, is_cut, dim in (("A", a, is_row_parallel, -1), ("B", b, not is_row_parallel, -2)):
-                parameter = torch.nn.Parameter(tensor.to(next(self.weights()), copy=True).contiguous())
+                parameter = torch.nn.Parameter(tensor.to(weight, copy=True).contiguous())
                 set_tensor_model_parallel_attributes(parameter, is_cut, parameter.dim() + dim if is_cut else -1, 1)
                 if groups.experts is not None:
                     parameter.allreduce = False
                 elif not is_cut:
                     # Each rank's gradient is of its tokens only, or of its part of B or A: Megatron sums them.
                     parameter.sequence_parallel = sequence_parallel
-                self.register_parameter(f"{_name(part)}_lora_{letter}", parameter)
-
-    def _local_experts(self, part: Module) -> range | None:
-        if part.num_experts is None:
-            return None
-        each, group = part.num_experts // self.groups.experts.size(), self.groups.experts
-        return range(group.rank() * each, (group.rank() + 1) * each)
+                self.register_parameter(_name(part, letter), parameter)
 
     def weights(self) -> Iterator[torch.Tensor]:
         """Of the layer, `[out, in]` on this rank; of experts one after the other."""
@@ -120,20 +116,18 @@ class Adapter(torch.nn.Module):
         """Each projection that has an adapter, its A and its B."""
         for part in self.parts:
             if part is not None:
-                yield part, *(getattr(self, f"{_name(part)}_lora_{letter}") for letter in "AB")
+                yield part, *(getattr(self, _name(part, letter)) for letter in "AB")
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = {part: (a, b) for part, a, b in self.pairs()}
-        width, first, blocks = len(pairs) * self.rank, 0, []
+        a = torch.cat([a for a, _ in pairs.values()], dim=-2)
+        first, blocks = 0, []
         for part, num_rows in zip(self.parts, self.rows, strict=True):
-            if part is None:
-                like = next(iter(pairs.values()))[1]
-                blocks.append(like.new_zeros(*like.shape[:-2], self.num_runs, num_rows, width))
-                continue
-            b = pairs[part][1].unflatten(-2, (self.num_runs, num_rows))
-            blocks.append(F.pad(b, (first, width - first - self.rank)))
-            first += self.rank
-        a, b = torch.cat([a for a, _ in pairs.values()], dim=-2), torch.cat(blocks, dim=-2).flatten(-3, -2)
+            b = pairs[part][1] if part else a.new_zeros(*a.shape[:-2], self.num_runs * num_rows, 0)
+            b = b.unflatten(-2, (self.num_runs, num_rows))
+            blocks.append(F.pad(b, (first, a.shape[-2] - first - b.shape[-1])))
+            first += b.shape[-1]
+        b = torch.cat(blocks, dim=-2).flatten(-3, -2)
         if self.groups.experts is not None and self.groups.shards.size() > 1:
             # What is on every shard has on each only a summand of its gradient.
             if self.is_row_parallel:
@@ -145,25 +139,23 @@ class Adapter(torch.nn.Module):
     def add(self, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         """Forward hook of a layer that all tokens go through: `[s, b, in]` (under sequence parallelism s is the rank's
         share where the layer takes or returns that) to `[s, b, out]`."""
-        base, bias = output
+        shards = self.groups.shards
         a, b = self()
         # A layer whose input the MoE layer has gathered already communicates nothing either.
         is_silent = getattr(linear, "explicit_expert_comm", False) or getattr(linear, "parallel_mode", "") is None
-        communicates = self.groups.shards.size() > 1 and not is_silent
+        communicates = shards.size() > 1 and not is_silent
         inner = F.linear(self._dropped(_normalised(linear, args[0]), linear.training, communicates), a)
         if communicates and self.is_row_parallel:
-            inner = reduce_scatter_to_sequence_parallel_region(inner, group=self.groups.shards)
+            inner = reduce_scatter_to_sequence_parallel_region(inner, group=shards)
         elif communicates:
-            inner = gather_from_sequence_parallel_region(
-                inner, tensor_parallel_output_grad=True, group=self.groups.shards
-            )
-        return self._sum(base, inner, b), bias
+            inner = gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=shards)
+        return self._sum(output, inner, b)
 
     def add_grouped(self, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         """Forward hook of a layer of all experts: tokens `[t, in]`, ordered by expert, and how many each has."""
         base, bias = output
         (a, b), (x, counts) = self(), args[:2]
-        inner = grouped_linear(self._dropped(x, linear.training, False), a, counts)
+        inner = grouped_linear(self._dropped(x, linear.training), a, counts)
         return torch.add(base, grouped_linear(inner, b, counts), alpha=self.scale), bias
 
     def unbind(self, experts: torch.nn.Module, args: tuple) -> None:
@@ -173,15 +165,15 @@ class Adapter(torch.nn.Module):
 
     def add_of_expert(self, expert: int, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         """Forward hook of one such expert's layer: `[t, in]` to `[t, out]`."""
-        base, bias = output
         a, b = self.of_experts[expert]
-        return self._sum(base, F.linear(self._dropped(args[0], linear.training, False), a), b), bias
+        return self._sum(output, F.linear(self._dropped(args[0], linear.training), a), b)
 
-    def _sum(self, base: torch.Tensor, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def _sum(self, output: tuple, inner: torch.Tensor, b: torch.Tensor) -> tuple:
+        base, bias = output
         flat = torch.addmm(base.flatten(0, -2), inner.flatten(0, -2), b.t(), alpha=self.scale)
-        return flat.view_as(base)
+        return flat.view_as(base), bias
 
-    def _dropped(self, x: torch.Tensor, training: bool, communicates: bool) -> torch.Tensor:
+    def _dropped(self, x: torch.Tensor, training: bool, communicates: bool = False) -> torch.Tensor:
         if not training or self.dropout == 0:
             return x
         with self._random_numbers(communicates):
@@ -203,26 +195,35 @@ class Adapter(torch.nn.Module):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Its parameters as parts of the tensors that `adapter_table` names."""
         shards, experts = self.groups.shards, self.groups.experts
+        stack = [] if experts is None else [(0, experts.rank(), experts.size())]
         found = {}
         for part, *both in self.pairs():
-            stack = [] if experts is None else [(0, experts.rank(), experts.size())]
-            for letter, key, parameter, axis in zip("AB", (part.lora_a, part.lora_b), both, (-1, -2), strict=True):
-                is_cut = self.is_row_parallel == (letter == "A")
-                cut = [(parameter.dim() + axis, shards.rank(), shards.size())] if is_cut else []
+            for letter, key, parameter in zip("AB", (part.lora_a, part.lora_b), both, strict=True):
+                is_cut = parameter.tensor_model_parallel
+                cut = [(parameter.partition_dim, shards.rank(), shards.size())] if is_cut else []
                 replica = (0, 0 if is_cut else shards.rank(), self.groups.copies.rank())
-                found[f"{prefix}{_name(part)}_lora_{letter}"] = ShardedTensor.from_rank_offsets(
+                found[prefix + _name(part, letter)] = ShardedTensor.from_rank_offsets(
                     key, parameter, *stack, *cut, replica_id=replica
                 )
         return found
 
 
-def _name(part: Module) -> str:
-    return part.path.rpartition(".")[2]
+def _name(part: Module, letter: str) -> str:
+    return f"{part.path.rpartition('.')[2]}_lora_{letter}"
 
 
-def _initial(part: Module, rank: int, seed: int, experts: range | None) -> torch.Tensor:
-    """A whole, as peft begins: uniform in +-1 / sqrt(in), which is kaiming_uniform_ with a = sqrt(5). Drawn by seed,
-    name and expert, so that every layout begins alike."""
+def _rows(num_projections: int, num_rows: int, config: HyConfig) -> tuple[list[int], int]:
+    """Rows of each projection on this rank, in each run, and the number of runs."""
+    if num_projections == 3:
+        per_group = config.num_attention_heads // config.num_key_value_heads
+        of_run = [per_group * config.head_dim, config.head_dim, config.head_dim]
+        return of_run, num_rows // sum(of_run)
+    return [num_rows // num_projections] * num_projections, 1
+
+
+def _initial(part: Module, rank: int, seed: int, experts: torch.distributed.ProcessGroup | None) -> torch.Tensor:
+    """A whole, of this rank's experts, as peft begins: uniform in +-1 / sqrt(in), which is kaiming_uniform_ with a =
+    sqrt(5). Drawn by seed, name and expert, so that every layout begins alike."""
 
     def drawn(name: str) -> torch.Tensor:
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -230,44 +231,16 @@ def _initial(part: Module, rank: int, seed: int, experts: range | None) -> torch
         bound = 1 / math.sqrt(part.num_in)
         return torch.empty(rank, part.num_in).uniform_(-bound, bound, generator=generator)
 
-    return drawn(part.path) if experts is None else torch.stack([drawn(f"{part.path} {e}") for e in experts])
+    if experts is None:
+        return drawn(part.path)
+    first, each = experts.rank() * part.num_experts // experts.size(), part.num_experts // experts.size()
+    return torch.stack([drawn(f"{part.path} {expert}") for expert in range(first, first + each)])
 
 
 def _normalised(linear: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the layer multiplies: Transformer Engine's may begin with a norm."""
     weight = getattr(linear, "layer_norm_weight", None)
     return x if weight is None else F.rms_norm(x, weight.shape, weight, linear.eps)
-
-
-def add_adapters(model: torch.nn.Module, config: HyConfig, settings: AdapterSettings, seed: int) -> None:
-    """Freeze the model, one pipeline stage of it, and put adapters beside its layers: `model.adapters`, in order.
-
-    Raises:
-        UserError: a target means no module of the model.
-    """
-    wanted = {module.path: module for module in adapter_modules(config, settings.targets)}
-    model.requires_grad_(False)
-    model.adapters = torch.nn.ModuleDict()
-    for prefix, layer in _layers(model, config):
-        for path, owner, is_expert in _owners(layer):
-            for name, names, is_row_parallel in _LINEARS:
-                parts = [wanted.get(f"{prefix}{path}{projection}") for projection in names]
-                linears = _linears(owner, name)
-                if not linears or not any(parts):
-                    continue
-                adapter = Adapter(
-                    parts,
-                    *_rows(names, config, linears[0]),
-                    is_row_parallel,
-                    _groups(model.pg_collection, is_expert),
-                    settings,
-                    seed,
-                    linears,
-                    model.config.sequence_parallel,
-                )
-                model.adapters[f"{prefix}{path}{name}".replace(".", "-")] = adapter
-                _hook(adapter, owner, name, is_expert)
-    require_gradients_of_inputs(model)
 
 
 # Attribute, projections in the order of its rows, whether it is row-parallel.
@@ -279,53 +252,66 @@ _LINEARS = (
 )
 
 
-def _layers(model: torch.nn.Module, config: HyConfig) -> Iterator[tuple[str, TransformerLayer]]:
-    """The layers of this stage, and what their modules' paths begin with."""
-    inner = {}
-    for module in model.modules():
-        if isinstance(module, MultiTokenPredictionLayer):
-            inner[module.mtp_model_layer] = config.num_hidden_layers + module.layer_number - 1
-    for module in model.modules():
-        if isinstance(module, TransformerLayer):
-            yield f"model.layers.{inner.get(module, module.layer_number - 1)}.", module
+def add_adapters(model: torch.nn.Module, config: HyConfig, settings: AdapterSettings, seed: int) -> None:
+    """Freeze the model, one pipeline stage of it, and put adapters beside its layers: `model.adapters`, in order.
+
+    Raises:
+        UserError: a target means no module of the model.
+    """
+    wanted = {module.path: module for module in adapter_modules(config, settings.targets)}
+    groups = model.pg_collection
+    of_all, of_experts = Groups(groups.tp, None, groups.dp_cp), Groups(groups.expt_tp, groups.ep, groups.expt_dp)
+    model.requires_grad_(False)
+    model.adapters = torch.nn.ModuleDict()
+    for path, owner, is_expert in _owners(model, config):
+        for name, names, is_row_parallel in _LINEARS:
+            parts = [wanted.get(f"{path}{projection}") for projection in names]
+            linears = _linears(owner, name)
+            if not linears or not any(parts):
+                continue
+            adapter = Adapter(
+                linears,
+                parts,
+                is_row_parallel,
+                of_experts if is_expert else of_all,
+                config,
+                settings,
+                seed,
+                model.config.sequence_parallel,
+            )
+            model.adapters[f"{path}{name}".replace(".", "-")] = adapter
+            if hasattr(owner, name):
+                getattr(owner, name).register_forward_hook(adapter.add_grouped if is_expert else adapter.add)
+                continue
+            owner.register_forward_pre_hook(adapter.unbind)
+            for expert, linear in enumerate(linears):
+                linear.register_forward_hook(functools.partial(adapter.add_of_expert, expert))
+    require_gradients_of_inputs(model)
 
 
-def _owners(layer: TransformerLayer) -> Iterator[tuple[str, torch.nn.Module, bool]]:
-    yield "self_attn.", layer.self_attention, False
-    if not isinstance(layer.mlp, MoELayer):
-        yield "mlp.", layer.mlp, False
-        return
-    if layer.mlp.shared_experts is not None:
-        yield "mlp.shared_mlp.", layer.mlp.shared_experts, False
-    yield "mlp.experts.", layer.mlp.experts, True
+def _owners(model: torch.nn.Module, config: HyConfig) -> Iterator[tuple[str, torch.nn.Module, bool]]:
+    """The modules of this stage that have linear layers, what those's projections' paths begin with, and whether the
+    layers are of experts.
+    """
+    mtp = {
+        module.mtp_model_layer: config.num_hidden_layers + module.layer_number - 1
+        for module in model.modules()
+        if isinstance(module, MultiTokenPredictionLayer)
+    }
+    for layer in model.modules():
+        if not isinstance(layer, TransformerLayer):
+            continue
+        prefix = f"model.layers.{mtp.get(layer, layer.layer_number - 1)}."
+        yield f"{prefix}self_attn.", layer.self_attention, False
+        if not isinstance(layer.mlp, MoELayer):
+            yield f"{prefix}mlp.", layer.mlp, False
+            continue
+        if layer.mlp.shared_experts is not None:
+            yield f"{prefix}mlp.shared_mlp.", layer.mlp.shared_experts, False
+        yield f"{prefix}mlp.experts.", layer.mlp.experts, True
 
 
 def _linears(owner: torch.nn.Module, name: str) -> list[torch.nn.Module]:
     """The layers of that name: one, or one for each local expert, or none."""
     of = owner.local_experts if isinstance(owner, SequentialMLP) else [owner]
     return [getattr(one, name) for one in of if hasattr(one, name)]
-
-
-def _rows(names: Sequence[str], config: HyConfig, linear: torch.nn.Module) -> tuple[list[int], int]:
-    """Rows of each projection on this rank, in each run, and the number of runs."""
-    num_rows = next(p for name, p in linear.named_parameters() if name.startswith("weight")).shape[0]
-    if len(names) == 3:
-        per_group = config.num_attention_heads // config.num_key_value_heads
-        runs = num_rows // ((per_group + 2) * config.head_dim)
-        return [per_group * config.head_dim, config.head_dim, config.head_dim], runs
-    return [num_rows // len(names)] * len(names), 1
-
-
-def _groups(collection: ProcessGroupCollection, is_expert: bool) -> Groups:
-    if is_expert:
-        return Groups(collection.expt_tp, collection.ep, collection.expt_dp)
-    return Groups(collection.tp, None, collection.dp_cp)
-
-
-def _hook(adapter: Adapter, owner: torch.nn.Module, name: str, is_expert: bool) -> None:
-    if hasattr(owner, name):
-        getattr(owner, name).register_forward_hook(adapter.add_grouped if is_expert else adapter.add)
-        return
-    owner.register_forward_pre_hook(adapter.unbind)
-    for expert, mlp in enumerate(owner.local_experts):
-        getattr(mlp, name).register_forward_hook(functools.partial(adapter.add_of_expert, expert))
