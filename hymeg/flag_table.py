@@ -22,10 +22,10 @@ class Row(NamedTuple):
 
     dests: str  # destinations, with * as in a shell
     why: str
-    when: str = ALWAYS
     instead: str = ""  # what to do; leaving the flag out, where nothing is said
     only: Any = _DEFAULT  # the value that is let through: the flag's default, where nothing is said
     values: tuple[Any, ...] = ()  # where given, only these are refused
+    when: str = ALWAYS
     needs: str = ""  # one of these must be set: "dest", "dest=value,value", "dest>1", by spaces
 
     def names(self, dest: str) -> bool:
@@ -49,24 +49,12 @@ class Row(NamedTuple):
         return None if value == allowed or (value is False and allowed is None) else value
 
 
-def _no_effect_without(needs: str, dests: str) -> Row:
-    return Row(dests, "", WITHOUT, needs=needs)
-
-
-_OTHER_MODEL = "it makes another model than Hy-MT2 or Hy3, whose checkpoints could not be used"
 _OLD = "Megatron has replaced it"
 _GONE = "Megatron does not read it any more"
-_INFERENCE = "hymeg trains, and it is for inference"
-_TOKENIZER = "tokenizer and chat template are those in --hf-model"
 _FORMAT = "checkpoints are in Megatron's torch_dist format"
-_SHARDS = "hymeg's layouts know tensor parallelism and the distributed optimizer only"
 _VOCABULARY = "the vocabulary is config.json's, padded so that the tensor-parallel ranks share it evenly"
 _CAUSAL = "attention is causal over the whole sample, so it would change nothing"
-_INDEXED = "hymeg reads Megatron's indexed datasets (tools/preprocess_data.py)"
-_OWN_LOSS = "these models are trained on their data's own tokens"
 _COMMAND = "config.json is where the architecture comes from, and the command line where the layout does"
-_NO_SHARDED_MODEL = "hymeg's tools cannot read FSDP's checkpoints"
-_SHARD = "shard with --use-distributed-optimizer, and tensor, expert or pipeline parallelism"
 
 _EVERYWHERE = (
     Row(
@@ -82,7 +70,7 @@ _EVERYWHERE = (
         rope_scaling_factor rope_type rotary_interleaved rotary_scaling_factor rotary_seq_len_interpolation_factor
         softmax_type spec squared_relu use_fused_weighted_squared_relu use_mamba_mem_eff_path use_mup use_rope_scaling
         v_head_dim window_attn_skip_freq window_size yarn_*""",
-        _OTHER_MODEL,
+        "it makes another model than Hy-MT2 or Hy3, whose checkpoints could not be used",
     ),
     Row(
         """bert_* biencoder_* block_data_path classes_fraction data_per_class_fraction dino_* embedding_path
@@ -92,18 +80,18 @@ _EVERYWHERE = (
         "it is for other kinds of models: BERT, retrieval, vision",
     ),
     Row("rl_* grpo_* langrl_* perform_rl_step refit_method", "reinforcement learning is not part of hymeg"),
-    Row("logits_load_* logits_save_*", _OWN_LOSS),
+    Row("logits_load_* logits_save_*", "these models are trained on their data's own tokens"),
     Row(
         """inference_* decode_only_cuda_graphs enable_chunked_prefill flash_decode max_tokens_to_oom
         mlp_chunks_for_prefill moe_enable_routing_replay moe_pad_experts_for_cuda_graph_inference
         nccl_all_reduce_for_prefill num_speculative_tokens offset_sampling_seed_by_dp_rank use_legacy_static_engine""",
-        _INFERENCE,
+        "hymeg trains, and it is for inference",
     ),
     Row(
         """chat_template merge_file metadata_path null_tokenizer_* sft_tokenizer_prompt_format special_tokens tiktoken_*
         tokenizer_hf_* tokenizer_sentencepiece_* trust_remote_code use_tokenizer_model_from_checkpoint_args
         vocab_file""",
-        _TOKENIZER,
+        "tokenizer and chat template are those in --hf-model",
     ),
     Row("pad_vocab_size padded_vocab_size vocab_extra_ids", _VOCABULARY),
     # ---- what has another name
@@ -150,9 +138,12 @@ _EVERYWHERE = (
     ),
     Row("dataloader_inter_document_masking reset_attention_mask", _CAUSAL),
     Row("reset_position_ids", "rotary positions are counted over the whole sample, so it would change nothing"),
-    Row("fim_* per_dataset_sequences_path", _INDEXED),
+    Row("fim_* per_dataset_sequences_path", "hymeg reads Megatron's indexed datasets (tools/preprocess_data.py)"),
     Row("hybrid_context_parallel max_seqlen_per_dp_cp_rank", "context parallelism cuts every sample alike"),
-    Row("*tensor_parallel_num_weight_shards", _SHARDS),
+    Row(
+        "*tensor_parallel_num_weight_shards",
+        "hymeg's layouts know tensor parallelism and the distributed optimizer only",
+    ),
     Row("use_checkpoint_args use_mp_args_from_checkpoint_args", _COMMAND),
     Row("mtp_standalone", "--pipeline-model-parallel-layout says where those layers lie"),
     Row("auto_detect_ckpt_format ckpt_format", _FORMAT),
@@ -170,13 +161,10 @@ _EVERYWHERE = (
         """use_megatron_fsdp use_torch_fsdp2 data_parallel_sharding_strategy enable_full_sharding_in_hsdp fsdp_*
         gradient_reduce_div_fusion keep_fp8_transpose_cache megatron_fsdp_* outer_dp_sharding_strategy
         strict_fsdp_dtensor_load suggested_communication_unit_size torch_fsdp2_*""",
-        _NO_SHARDED_MODEL,
-        instead=_SHARD,
+        "hymeg's tools cannot read FSDP's checkpoints",
+        instead="shard with --use-distributed-optimizer, and tensor, expert or pipeline parallelism",
     ),
-    Row(
-        "fp8_margin fp8_interval fp8_amax_*",
-        "it is for --fp8-recipe delayed, which is not supported",
-    ),
+    Row("fp8_margin fp8_interval fp8_amax_*", "it is for --fp8-recipe delayed, which is not supported"),
     Row(
         "fp8_recipe",
         "its state cannot be loaded again: Transformer Engine refuses to unpickle it, so that no run could be resumed",
@@ -195,222 +183,187 @@ _EVERYWHERE = (
 
 _NEEDS_TE = "it needs Transformer Engine on a GPU"
 _NEEDS_CUDA = "it needs CUDA"
-_NO_NCCL = "it is NCCL's, and the CPU's backend is gloo"
 
 _ON_CPU = (
     # ---- what every run on CPU is given
-    Row("transformer_impl", "Transformer Engine needs a GPU, and the CPU takes local", ON_CPU, only="local"),
-    Row("distributed_backend", "the CPU's backend is gloo", ON_CPU, only="gloo"),
-    Row("apply_rope_fusion", _NEEDS_TE, ON_CPU, only=False),
-    Row("no_persist_layer_norm", _NEEDS_CUDA, ON_CPU, only=True),
-    Row("masked_softmax_fusion gradient_accumulation_fusion", _NEEDS_CUDA, ON_CPU, only=False),
-    Row("moe_grouped_gemm", "its kernels are Transformer Engine's, which needs a GPU", ON_CPU, only=False),
+    Row("transformer_impl", "Transformer Engine needs a GPU, and the CPU takes local", only="local"),
+    Row("distributed_backend", "the CPU's backend is gloo", only="gloo"),
+    Row("apply_rope_fusion", _NEEDS_TE, only=False),
+    Row("no_persist_layer_norm", _NEEDS_CUDA, only=True),
+    Row("masked_softmax_fusion gradient_accumulation_fusion", _NEEDS_CUDA, only=False),
+    Row("moe_grouped_gemm", "its kernels are Transformer Engine's, which needs a GPU", only=False),
+    Row("dist_ckpt_optim_fully_reshardable", "what its other format has saved cannot be resumed there", only=True),
     # ---- what is refused there
     Row(
-        """delay_wgrad_compute fine_grained_activation_offloading fp4_param_gather fp8_param_gather
-        fused_residual_rmsnorm log_max_attention_logit moe_permute_fusion moe_router_fusion moe_router_padding_for_fp8
-        moe_router_padding_for_quantization moe_single_grouped_weight overlap_dispatch_backward_with_experts_wgrad
-        te_rng_tracker tp_comm_overlap use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert
-        use_precision_aware_optimizer use_te_activation_func use_transformer_engine_op_fuser""",
+        """cpu_offloading_num_layers delay_wgrad_compute fine_grained_activation_offloading flash_attention_version fp4
+        fp4_param_gather fp8 fp8_param_gather fused_residual_rmsnorm log_max_attention_logit moe_permute_fusion
+        moe_router_fusion moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_single_grouped_weight
+        overlap_dispatch_backward_with_experts_wgrad te_rng_tracker tp_comm_overlap use_grouped_gemm_for_dense_mlp
+        use_grouped_gemm_for_shared_expert use_precision_aware_optimizer use_te_activation_func
+        use_transformer_engine_op_fuser""",
         _NEEDS_TE,
-        ON_CPU,
-        only=False,
     ),
-    Row("fp8 fp4 flash_attention_version", _NEEDS_TE, ON_CPU, only=None),
-    Row("cpu_offloading_num_layers", _NEEDS_TE, ON_CPU, only=0),
-    Row("cp_comm_type", "the CPU's attention gathers keys and values", ON_CPU, only=["p2p"]),
     Row(
-        """batch_invariant_mode enable_cuda_graph external_cuda_graph moe_enable_deepep moe_paged_stash
-        moe_shared_expert_overlap nvtx_ranges optimizer_cuda_graph overlap_moe_expert_parallel_comm""",
+        """batch_invariant_mode cuda_graph_impl cuda_graph_modules cuda_graph_scope_deprecated enable_cuda_graph
+        empty_unused_memory_level external_cuda_graph gpu_sniff_test_interval moe_enable_deepep moe_paged_stash
+        moe_shared_expert_overlap nvtx_ranges optimizer_cuda_graph overlap_moe_expert_parallel_comm
+        symmetric_ar_type""",
         _NEEDS_CUDA,
-        ON_CPU,
-        only=False,
     ),
-    Row("cuda_graph_impl", _NEEDS_CUDA, ON_CPU, only="none"),
-    Row("cuda_graph_modules", _NEEDS_CUDA, ON_CPU, only=[]),
-    Row("cuda_graph_scope_deprecated gpu_sniff_test_interval symmetric_ar_type", _NEEDS_CUDA, ON_CPU, only=None),
-    Row("empty_unused_memory_level", _NEEDS_CUDA, ON_CPU, only=0),
-    Row("nccl_ub use_sharp", _NO_NCCL, ON_CPU, only=False),
     Row(
-        """flight_recorder_dump_path nccl_communicator_config_path pipeline_model_parallel_comm_backend
-        sharp_enabled_group""",
-        _NO_NCCL,
-        ON_CPU,
-        only=None,
+        """flight_recorder_dump_path high_priority_stream_groups nccl_communicator_config_path nccl_ub
+        pipeline_model_parallel_comm_backend sharp_enabled_group use_sharp""",
+        "it is NCCL's, and the CPU's backend is gloo",
     ),
-    Row("high_priority_stream_groups", _NO_NCCL, ON_CPU, only=[]),
-    Row("fp16", "the CPU trains in bf16 or fp32", ON_CPU, only=False),
-    Row("optimizer_cpu_offload", "the optimizer is on the CPU already", ON_CPU, only=False),
-    Row("fp32_residual_connection", "the CPU's layers compute in one dtype", ON_CPU, only=False),
-    Row("log_energy", "it reads a GPU's power", ON_CPU, only=False),
-    Row("log_straggler", "it times GPU kernels", ON_CPU, only=False),
-    Row("record_memory_history", "it is CUDA's memory that it records", ON_CPU, only=False),
-    Row("async_save", "its worker asks for the number of a GPU, and training would wait for ever", ON_CPU, only=False),
-    Row("save_tokens_per_expert_interval", "the local experts do not count for it", ON_CPU, only=None),
-    Row(
-        "dist_ckpt_optim_fully_reshardable",
-        "what its other format has saved cannot be resumed there",
-        ON_CPU,
-        only=True,
-    ),
+    Row("cp_comm_type", "the CPU's attention gathers keys and values"),
+    Row("fp16", "the CPU trains in bf16 or fp32"),
+    Row("optimizer_cpu_offload", "the optimizer is on the CPU already"),
+    Row("fp32_residual_connection", "the CPU's layers compute in one dtype"),
+    Row("log_energy", "it reads a GPU's power"),
+    Row("log_straggler", "it times GPU kernels"),
+    Row("record_memory_history", "it is CUDA's memory that it records"),
+    Row("async_save", "its worker asks for the number of a GPU, and training would wait for ever"),
+    Row("save_tokens_per_expert_interval", "the local experts do not count for it"),
     Row(
         "moe_token_dispatcher_type",
         "DeepEP and HybridEP need CUDA",
-        ON_CPU,
         values=("flex",),
         instead="use alltoall or allgather",
     ),
-    Row("attention_backend", _NEEDS_CUDA, ON_CPU, values=("flash", "fused")),
-    Row("recompute_modules", _NEEDS_TE, ON_CPU, values=("layernorm", "moe_act"), instead="leave it out of the list"),
-    Row("cross_entropy_fusion_impl", _NEEDS_TE, ON_CPU, values=("te",), instead="use native"),
+    Row("attention_backend", _NEEDS_CUDA, values=("flash", "fused")),
+    Row("recompute_modules", _NEEDS_TE, values=("layernorm", "moe_act"), instead="leave it out of the list"),
+    Row("cross_entropy_fusion_impl", _NEEDS_TE, values=("te",), instead="use native"),
 )
 
 _WITH_SFT = (
     Row(
         "mock_data data_args_path per_split_data_args_path",
         "conversations come from files of rows",
-        WITH_SFT,
         instead="give them with --data-path",
     ),
-    Row("eod_mask_loss", "exactly the assistant's tokens are trained", WITH_SFT),
-    Row("dataloader_type", "the order is hymeg's own, seeded by epoch", WITH_SFT, values=("cyclic",)),
-    Row("full_validation", "without --eval-iters all validation data is used", WITH_SFT),
-    Row("multiple_validation_sets", "several --valid-data-path have a loss each", WITH_SFT),
+    Row("eod_mask_loss", "exactly the assistant's tokens are trained"),
+    Row("dataloader_type", "the order is hymeg's own, seeded by epoch", values=("cyclic",)),
+    Row("full_validation", "without --eval-iters all validation data is used"),
+    Row("multiple_validation_sets", "several --valid-data-path have a loss each"),
     Row(
         """allow_ambiguous_pad_tokens dataloader_defer_npy_index_mmap dataloader_fast_cache_load
         mid_level_dataset_surplus mmap_bin_files num_dataset_builder_threads object_storage_cache_path
         phase_transition_iterations validation_set_names""",
         "it is about Megatron's indexed text",
-        WITH_SFT,
     ),
     Row(
         "calculate_per_token_loss",
         "conversations differ in how many tokens they train, and means of means would weigh them unequally",
-        WITH_SFT,
     ),
     Row(
         "moe_router_load_balancing_type",
         "its quantile is taken over padding too",
-        WITH_SFT,
         values=("quantile_balancing",),
         instead="balance by --moe-router-bias-update-rate, or by a loss such as seq_aux_loss",
     ),
 )
 
-_NOT_BESIDE = "it makes one of several layers, which adapters cannot stand beside"
-
 _WITH_LORA = (
-    Row("use_transformer_engine_op_fuser moe_single_grouped_weight", _NOT_BESIDE, WITH_LORA),
-    Row("delay_wgrad_compute", "the frozen weights have no gradients", WITH_LORA),
-    Row("fp8_param_gather fp4_param_gather", "the frozen weights are kept in 16 bits", WITH_LORA),
+    Row(
+        "use_transformer_engine_op_fuser moe_single_grouped_weight",
+        "it makes one of several layers, which adapters cannot stand beside",
+    ),
+    Row("delay_wgrad_compute", "the frozen weights have no gradients"),
+    Row("fp8_param_gather fp4_param_gather", "the frozen weights are kept in 16 bits"),
     Row(
         "freeze train_only",
         "adapters are trained alone, beside frozen weights",
-        WITH_LORA,
         instead="name what has adapters with --lora-targets, what is trained in full with --train-also",
     ),
-    Row("save_hf", "it writes the model's own weights", WITH_LORA, instead="merge the adapters into them afterwards"),
+    Row("save_hf", "it writes the model's own weights", instead="merge the adapters into them afterwards"),
 )
 
 _WITH_FROZEN = (
-    Row("delay_wgrad_compute", "frozen weights have no gradients", WITH_FROZEN),
-    Row("fp8_param_gather fp4_param_gather", "frozen weights would be rounded, and saved so", WITH_FROZEN),
+    Row("delay_wgrad_compute", "frozen weights have no gradients"),
+    Row("fp8_param_gather fp4_param_gather", "frozen weights would be rounded, and saved so"),
 )
 
-_EFFECTLESS = (
-    _no_effect_without("lora_rank", "lora_alpha lora_targets lora_dropout lora_scaling train_also"),
-    _no_effect_without("sft", "train_epochs sft_packing sft_truncation sft_bad_rows"),
-    _no_effect_without(
-        "save",
-        """no_save_optim no_save_rng save_activations_interval save_dgrads_interval
-        save_params_interval save_retain_interval save_tokens_per_expert_interval save_wgrads_interval async_save
-        keep_last""",
-    ),
-    _no_effect_without("load", "fall_back_to_older_checkpoint"),
-    _no_effect_without(
-        "load pretrained_checkpoint",
-        "finetune load_main_params_from_ckpt no_load_optim no_load_rng override_ckpt_iteration",
-    ),
-    _no_effect_without("load", "ckpt_step"),
-    _no_effect_without("save_hf", "save_hf_interval"),
-    _no_effect_without("valid_translations", "valid_generate"),
-    _no_effect_without("recompute_granularity=full", "recompute_method recompute_num_layers"),
-    _no_effect_without("recompute_granularity=selective recompute_activations", "recompute_modules"),
-    _no_effect_without("tp_comm_overlap", "tp_comm_bootstrap_backend tp_comm_bulk_* tp_comm_overlap_* tp_comm_split_*"),
-    _no_effect_without(
-        "overlap_moe_expert_parallel_comm",
-        """ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream
-        overlap_dispatch_backward_with_experts_wgrad""",
-    ),
-    _no_effect_without("pipeline_model_parallel_size>1", "account_for_*_in_pipeline_split"),
-    _no_effect_without("context_parallel_size>1", "cp_comm_type hierarchical_context_parallel_sizes"),
-    _no_effect_without("fp8", "fp8_param_gather fp8_recipe fp8_wgrad"),
-    _no_effect_without("fp8_recipe=custom", "fp8_quantizer_factory"),
-    _no_effect_without("fp8_recipe=mxfp8", "reuse_grad_buf_for_mxfp8_param_ag"),
-    _no_effect_without("fp4", "fp4_param_gather fp4_quantizer_factory fp4_recipe"),
-    _no_effect_without("fp8 fp4", "first_last_layers_bf16 moe_router_padding_for_*"),
-    _no_effect_without("first_last_layers_bf16", "num_layers_at_end_in_bf16 num_layers_at_start_in_bf16"),
-    _no_effect_without("fp16", "hysteresis initial_loss_scale loss_scale_window min_loss_scale"),
-    _no_effect_without("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
-    _no_effect_without("mtp_num_layers", "mtp_detach_heads mtp_loss_scaling_factor"),
-    _no_effect_without("moe_router_enable_expert_bias", "moe_router_bias_update_rate"),
-    _no_effect_without(
-        "moe_router_load_balancing_type=aux_loss,seq_aux_loss,global_aux_loss,sinkhorn", "moe_aux_loss_coeff"
-    ),
-    _no_effect_without("moe_router_load_balancing_type=quantile_balancing", "moe_router_quantile_balancing_ema"),
-    _no_effect_without("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity moe_token_drop_policy"),
-    _no_effect_without(
-        "moe_token_dispatcher_type=flex",
-        "moe_flex_dispatcher_* moe_hybridep_* moe_ncclep_* moe_permute_fusion_into_hybridep",
-    ),
-    _no_effect_without("moe_paged_stash", "moe_paged_stash_*"),
-    _no_effect_without(
-        "fine_grained_activation_offloading",
-        """activation_offload_fraction delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks
-        fine_grained_offloading_max_inflight_offloads min_offloaded_tensor_size offload_modules""",
-    ),
-    _no_effect_without("cpu_offloading_num_layers", "cpu_offloading_retain_pinned_cpu_buffers"),
-    _no_effect_without(
-        "cuda_graph_impl=local,transformer_engine,full_iteration enable_cuda_graph external_cuda_graph",
-        "cuda_graph_modules cuda_graph_scope_deprecated cuda_graph_warmup_steps",
-    ),
-    _no_effect_without("optimizer=sgd", "sgd_momentum"),
-    _no_effect_without("optimizer=lion muon_scalar_optimizer=lion", "lion_*"),
-    _no_effect_without("optimizer=muon,dist_muon,adaptive_muon", "muon_*"),
-    _no_effect_without(
-        "optimizer_cpu_offload",
-        "optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d pin_cpu_* use_torch_optimizer_for_cpu_offload",
-    ),
-    _no_effect_without("lr_decay_style=WSD", "lr_wsd_*"),
-    _no_effect_without("manual_gc", "manual_gc_eval manual_gc_interval"),
-    _no_effect_without("exit_signal_handler", "exit_signal"),
-    _no_effect_without("non_persistent_ckpt_type", "non_persistent_save_interval"),
-    _no_effect_without("non_persistent_ckpt_type=global", "non_persistent_global_ckpt_dir"),
-    _no_effect_without("non_persistent_ckpt_type=local", "non_persistent_local_* replication"),
-    _no_effect_without("replication", "replication_*"),
-    _no_effect_without("async_save", "async_ckpt_* async_strategy use_persistent_ckpt_worker"),
-    _no_effect_without("ckpt_fully_parallel_load", "ckpt_fully_parallel_load_*"),
-    _no_effect_without("ckpt_fully_parallel_save", "ckpt_fully_parallel_save_process_group"),
-    _no_effect_without("dist_ckpt_optim_fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient"),
-    _no_effect_without("use_sharp", "sharp_enabled_group"),
-    _no_effect_without("flight_recorder_dump_path", "flight_recorder_[!d]* flight_recorder_dump_on_timeout"),
-    _no_effect_without("profile record_memory_history", "profile_ranks"),
-    _no_effect_without("profile", "nvtx_ranges profile_step_* pytorch_profiler_* record_shapes use_pytorch_profiler"),
-    _no_effect_without("record_memory_history", "memory_snapshot_path"),
-    _no_effect_without("wandb_project", "wandb_*"),
-    _no_effect_without("tensorboard_dir", "log_*_to_tensorboard tensorboard_log_interval tensorboard_queue_size"),
-    _no_effect_without("moe_routing_trace_path", "moe_routing_trace_*"),
-    _no_effect_without("log_straggler", "straggler_* disable_straggler_on_startup"),
-    _no_effect_without("fault_injector_ranks fault_injector_num_ranks", "fault_injector_*"),
-    _no_effect_without("error_injection_rate", "error_injection_type"),
-    _no_effect_without("enable_ft_package", "calc_ft_timeouts ft_num_warmup_iters"),
-    _no_effect_without("dataloader_type=cyclic", "data_sharding"),
-    _no_effect_without("multiple_validation_sets", "validation_set_names"),
-)
+_NO_EFFECT_WITHOUT = {
+    "lora_rank": "lora_alpha lora_targets lora_dropout lora_scaling train_also",
+    "sft": "train_epochs sft_packing sft_truncation sft_bad_rows",
+    "save": """async_save keep_last no_save_optim no_save_rng save_activations_interval save_dgrads_interval
+    save_params_interval save_retain_interval save_tokens_per_expert_interval save_wgrads_interval""",
+    "load": "fall_back_to_older_checkpoint ckpt_step",
+    "load pretrained_checkpoint": """finetune load_main_params_from_ckpt no_load_optim no_load_rng
+    override_ckpt_iteration""",
+    "save_hf": "save_hf_interval",
+    "valid_translations": "valid_generate",
+    "recompute_granularity=full": "recompute_method recompute_num_layers",
+    "recompute_granularity=selective recompute_activations": "recompute_modules",
+    "tp_comm_overlap": "tp_comm_bootstrap_backend tp_comm_bulk_* tp_comm_overlap_* tp_comm_split_*",
+    "overlap_moe_expert_parallel_comm": """ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream
+    overlap_dispatch_backward_with_experts_wgrad""",
+    "pipeline_model_parallel_size>1": "account_for_*_in_pipeline_split",
+    "context_parallel_size>1": "cp_comm_type hierarchical_context_parallel_sizes",
+    "fp8": "fp8_param_gather fp8_recipe fp8_wgrad",
+    "fp8_recipe=custom": "fp8_quantizer_factory",
+    "fp8_recipe=mxfp8": "reuse_grad_buf_for_mxfp8_param_ag",
+    "fp4": "fp4_param_gather fp4_quantizer_factory fp4_recipe",
+    "fp8 fp4": "first_last_layers_bf16 moe_router_padding_for_*",
+    "first_last_layers_bf16": "num_layers_at_end_in_bf16 num_layers_at_start_in_bf16",
+    "fp16": "hysteresis initial_loss_scale loss_scale_window min_loss_scale",
+    "cross_entropy_loss_fusion": "cross_entropy_fusion_impl",
+    "mtp_num_layers": "mtp_detach_heads mtp_loss_scaling_factor",
+    "moe_router_enable_expert_bias": "moe_router_bias_update_rate",
+    "moe_router_load_balancing_type=aux_loss,seq_aux_loss,global_aux_loss,sinkhorn": "moe_aux_loss_coeff",
+    "moe_router_load_balancing_type=quantile_balancing": "moe_router_quantile_balancing_ema",
+    "moe_expert_capacity_factor": "moe_pad_expert_input_to_capacity moe_token_drop_policy",
+    "moe_token_dispatcher_type=flex": """moe_flex_dispatcher_* moe_hybridep_* moe_ncclep_*
+    moe_permute_fusion_into_hybridep""",
+    "moe_paged_stash": "moe_paged_stash_*",
+    "fine_grained_activation_offloading": """activation_offload_fraction delay_offload_until_cuda_graph
+    delta_offload_bytes_across_pp_ranks fine_grained_offloading_max_inflight_offloads min_offloaded_tensor_size
+    offload_modules""",
+    "cpu_offloading_num_layers": "cpu_offloading_retain_pinned_cpu_buffers",
+    "cuda_graph_impl=local,transformer_engine,full_iteration enable_cuda_graph external_cuda_graph": """
+    cuda_graph_modules cuda_graph_scope_deprecated cuda_graph_warmup_steps""",
+    "optimizer=sgd": "sgd_momentum",
+    "optimizer=lion muon_scalar_optimizer=lion": "lion_*",
+    "optimizer=muon,dist_muon,adaptive_muon": "muon_*",
+    "optimizer_cpu_offload": """optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d pin_cpu_*
+    use_torch_optimizer_for_cpu_offload""",
+    "lr_decay_style=WSD": "lr_wsd_*",
+    "manual_gc": "manual_gc_eval manual_gc_interval",
+    "exit_signal_handler": "exit_signal",
+    "non_persistent_ckpt_type": "non_persistent_save_interval",
+    "non_persistent_ckpt_type=global": "non_persistent_global_ckpt_dir",
+    "non_persistent_ckpt_type=local": "non_persistent_local_* replication",
+    "replication": "replication_*",
+    "async_save": "async_ckpt_* async_strategy use_persistent_ckpt_worker",
+    "ckpt_fully_parallel_load": "ckpt_fully_parallel_load_*",
+    "ckpt_fully_parallel_save": "ckpt_fully_parallel_save_process_group",
+    "dist_ckpt_optim_fully_reshardable": "distrib_optim_fully_reshardable_mem_efficient",
+    "use_sharp": "sharp_enabled_group",
+    "flight_recorder_dump_path": "flight_recorder_[!d]* flight_recorder_dump_on_timeout",
+    "profile record_memory_history": "profile_ranks",
+    "profile": "nvtx_ranges profile_step_* pytorch_profiler_* record_shapes use_pytorch_profiler",
+    "record_memory_history": "memory_snapshot_path",
+    "wandb_project": "wandb_*",
+    "tensorboard_dir": "log_*_to_tensorboard tensorboard_log_interval tensorboard_queue_size",
+    "moe_routing_trace_path": "moe_routing_trace_*",
+    "log_straggler": "straggler_* disable_straggler_on_startup",
+    "fault_injector_ranks fault_injector_num_ranks": "fault_injector_*",
+    "error_injection_rate": "error_injection_type",
+    "enable_ft_package": "calc_ft_timeouts ft_num_warmup_iters",
+    "dataloader_type=cyclic": "data_sharding",
+    "multiple_validation_sets": "validation_set_names",
+}
 
-TABLE = (*_EVERYWHERE, *_ON_CPU, *_WITH_SFT, *_WITH_LORA, *_WITH_FROZEN, *_EFFECTLESS)
+TABLE = (
+    *_EVERYWHERE,
+    *(row._replace(when=ON_CPU) for row in _ON_CPU),
+    *(row._replace(when=WITH_SFT) for row in _WITH_SFT),
+    *(row._replace(when=WITH_LORA) for row in _WITH_LORA),
+    *(row._replace(when=WITH_FROZEN) for row in _WITH_FROZEN),
+    *(Row(dests, "", when=WITHOUT, needs=needs) for needs, dests in _NO_EFFECT_WITHOUT.items()),
+)
 
 
 def cpu_values() -> dict[str, Any]:
-    """Destination -> the only value that the CPU allows."""
-    return {dest: row.only for row in _ON_CPU if not row.values for dest in row.dests.split()}
+    """Destination -> the only value that the CPU allows, where that is not Megatron's default."""
+    return {dest: row.only for row in _ON_CPU if row.only is not _DEFAULT for dest in row.dests.split()}

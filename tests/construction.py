@@ -30,13 +30,14 @@ from megatron.training import training  # noqa: E402
 from megatron.training.arguments import validate_args  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
-from hymeg.flag_table import cpu_values  # noqa: E402
+from hymeg.flag_table import ON_CPU, TABLE, cpu_values  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.models.hy import construct  # noqa: E402
 from hymeg.planning.layout import Layout  # noqa: E402
 from hymeg.planning.parameters import chunk_numel  # noqa: E402
 from hymeg.planning.stages import stages  # noqa: E402
 from hymeg.platform import device  # noqa: E402
+from hymeg.training.arguments import _parser  # noqa: E402
 from hymeg.training.run import model_config_from_args  # noqa: E402
 
 
@@ -77,7 +78,10 @@ def validated_for_cpu(args: argparse.Namespace) -> argparse.Namespace:
     dtype.
     """
     args = copy.copy(args)
-    vars(args).update({dest: value for dest, value in cpu_values().items() if dest in vars(args)})
+    defaults = {one.dest: one.default for one in _parser()._actions if one.default is not argparse.SUPPRESS}
+    refused = {dest for row in TABLE if row.when == ON_CPU and not row.values for dest in row.dests.split()}
+    values = {dest: defaults[dest] for dest in refused} | cpu_values()
+    vars(args).update({dest: value for dest, value in values.items() if dest in vars(args)})
     args.main_grads_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype, args.main_params_dtype = (
         "fp32",
         "fp32",
