@@ -1,4 +1,5 @@
-"""Core attention for the local layer spec: grouped queries, context parallelism, packed sequences.
+"""Self-attention of both layer specs; core attention for the local one: grouped queries, context parallelism, packed
+sequences.
 
 Megatron's local `DotProductAttention` refuses the last two. Keys and values are gathered over the context-parallel
 group; a rank's queries are two chunks of every sequence (`chunks_of_rank`), and each attends to the keys up to its own
@@ -13,31 +14,35 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import attention
 from megatron.core.transformer.module import MegatronModule
 
 from hymeg.platform.kernels import chunks_of_rank
+
+
+class SelfAttention(attention.SelfAttention):
+    """Megatron's in training. Given an `inference_context`, tokens `[t, 1, h]` of any sequences attend to what the
+    context keeps of each, in place of Megatron's own caches: those want all prompts of one length, or CUDA.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = kwargs.get("inference_context")
+        if cache is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+        return self.linear_proj(cache.attend(self, query, key, value))
 
 
 class CoreAttention(MegatronModule):
     """Causal attention. Arguments as Megatron's core attention modules; of the masks only the causal one is offered."""
 
     def __init__(
-        self,
-        config,
-        layer_number: int,
-        attn_mask_type,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        self, config, pg_collection: ProcessGroupCollection, softmax_scale: float | None = None, **as_megatrons
     ):
         super().__init__(config=config)
-        if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(head_dim)
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.dropout = config.attention_dropout
 
     def forward(
         self,

@@ -52,8 +52,8 @@ class HYV3ForCausalLM(GPTModel):
 
     `forward(input_ids, position_ids, attention_mask, labels=None, loss_mask=None, packed_seq_params=None,
     padding_mask=None)` takes `[b, s]`, or `[1, t]` with `packed_seq_params`, `padding_mask` where experts are not to be
-    counted, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every
-    token `[b, s]` when labels are given; every pipeline stage but the last returns hidden states `[s, b, h]`.
+    counted, and returns logits `[b, s, padded_vocab / tp]`, or the loss of every token `[b, s]` when labels are given;
+    every pipeline stage but the last returns hidden states `[s, b, h]`.
     """
 
     def __init__(
@@ -79,7 +79,11 @@ class HYV3ForCausalLM(GPTModel):
             raise RuntimeError(
                 f"the output layer is a {type(self.output_layer).__name__}: its logits would not be ours"
             )
-        self._reduce_experts_over_expert_data_parallel_group()
+        # Megatron does so only when EP > 1. Without the mark it reduces their gradients over the wrong group when TP >
+        # ETP, and the optimizer keeps one state where EP > 1 has two, so that neither loads the other's.
+        for name, parameter in self.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False
         if self.mtp_process and config.mtp_loss_scaling_factor == 0:
             self.mtp.requires_grad_(False)
         self.adapters: torch.nn.ModuleDict | None = None  # hymeg.models.lora
@@ -143,31 +147,18 @@ class HYV3ForCausalLM(GPTModel):
         """The weights, without adapters: tensors only, the same under both layer specs and from the converter.
         Megatron would add an object `_extra_state` for every linear layer, every expert and each of Transformer
         Engine's norms, and refuse to load a checkpoint without them; they are empty but where quantization keeps a
-        state."""
+        state: FP8's delayed scaling a history of maxima, a custom recipe perhaps something
+        (transformer_engine/pytorch/_extra_state.py)."""
         state_dict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        keeps_state = _quantization_keeps_state(self.config)
+        config = self.config
+        keeps_state = (config.fp8 and config.fp8_recipe in ("delayed", "custom")) or (
+            config.fp4 and config.fp4_recipe == "custom"
+        )
         return {
             key: value
             for key, value in state_dict.items()
             if not key.startswith(f"{prefix}adapters.") and (keeps_state or "._extra_state" not in key)
         }
-
-    def _reduce_experts_over_expert_data_parallel_group(self) -> None:
-        """Mark the experts as Megatron does only when EP > 1. Without the mark it reduces their gradients over the
-        wrong group when TP > ETP, and the optimizer keeps one state where EP > 1 has two, so that neither loads the
-        other's."""
-        for name, parameter in self.named_parameters():
-            if ".mlp.experts." in name:
-                parameter.allreduce = False
-
-
-def _quantization_keeps_state(config: TransformerConfig) -> bool:
-    """FP8's delayed scaling keeps a history of maxima, a custom recipe may; the others keep nothing
-    (transformer_engine/pytorch/_extra_state.py).
-    """
-    return bool(config.fp8 and config.fp8_recipe in ("delayed", "custom")) or bool(
-        config.fp4 and config.fp4_recipe == "custom"
-    )
 
 
 def _allow_missing(model: torch.nn.Module, incompatible_keys) -> None:
@@ -189,14 +180,8 @@ class HyModelConfig(GPTModelConfig):
 class HyModelBuilder(GPTModelBuilder):
     """Megatron's builder, constructing our models."""
 
-    def build_model(
-        self,
-        pg_collection: ProcessGroupCollection,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> HYV3ForCausalLM:
-        return construct(self._model_config, pg_collection, pre_process, post_process, vp_stage)
+    def build_model(self, *args, **kwargs) -> HYV3ForCausalLM:
+        return construct(self._model_config, *args, **kwargs)
 
 
 def construct(

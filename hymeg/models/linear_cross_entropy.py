@@ -15,9 +15,10 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
-from hymeg.platform.kernels import matmul_to_fp32, slice_elements
+from hymeg import platform
+from hymeg.platform import kernels
 
-SLICE_ELEMENTS = slice_elements()
+SLICE_ELEMENTS = kernels.SLICE_ELEMENTS[platform.name()]
 """Logits in a slice."""
 
 
@@ -44,7 +45,7 @@ class VocabShard:
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`[n, h] x [rows, h] -> [n, rows]` in fp32."""
-        return matmul_to_fp32(hidden, weight.t()) if self.fp32_logits else (hidden @ weight.t()).float()
+        return kernels.matmul_to_fp32(hidden, weight.t()) if self.fp32_logits else (hidden @ weight.t()).float()
 
     def slices(self, num_tokens: int) -> list[slice]:
         width = self._width(num_tokens)

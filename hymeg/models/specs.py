@@ -9,6 +9,7 @@ which it stores under a name of its own, so that checkpoints cross between CPU a
 import dataclasses
 import functools
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -20,11 +21,20 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from hymeg.models.attention import CoreAttention
+from hymeg.models.attention import CoreAttention, SelfAttention
 from hymeg.models.experts import Experts
-from hymeg.models.norm import RMSNorm
 from hymeg.models.router import Router
-from hymeg.models.self_attention import SelfAttention
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Over the last dimension. The local spec's own norm refuses sequence parallelism (torch_norm.py:50). All it takes
+    is the mark on the weight by which Megatron sums the gradient over the tensor-parallel group
+    (finalize_model_grads.py:354).
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def uses_transformer_engine(config: TransformerConfig) -> bool:

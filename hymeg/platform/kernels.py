@@ -23,10 +23,6 @@ SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 on launches, and takes 256 MiB."""
 
 
-def slice_elements() -> int:
-    return SLICE_ELEMENTS[platform.name()]
-
-
 def grouped_linear(
     x: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], counts: Sequence[int]
 ) -> torch.Tensor:
@@ -34,16 +30,11 @@ def grouped_linear(
     `weights[1]`, and so on: `[n, out]`. On CUDA one kernel does it where it can: in 16 bits, from weights that are one
     tensor, with both sizes a multiple of 8.
     """
-    if _fits_the_kernel(x, weights):
+    is_one = isinstance(weights, torch.Tensor) and weights.shape[-1] % 8 == weights.shape[-2] % 8 == 0
+    if is_one and x.dtype == torch.bfloat16 and not platform.is_cpu():
         ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(x.device, non_blocking=True)
         return F.grouped_mm(x, weights.transpose(-2, -1), offs=ends)
     return _GroupedLinear.apply(x, list(counts), *weights)
-
-
-def _fits_the_kernel(x: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor]) -> bool:
-    if platform.is_cpu() or x.dtype != torch.bfloat16 or not isinstance(weights, torch.Tensor):
-        return False
-    return weights.shape[-1] % 8 == weights.shape[-2] % 8 == 0
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -29,12 +29,13 @@ def naive(query, key, value, dtype=torch.float64):
 @pytest.fixture
 def core():
     ensure_world()
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
     config = TransformerConfig(
         num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=GROUPS, attention_dropout=0.0
     )
-    return CoreAttention(config, layer_number=1, attn_mask_type=None, attention_type="self")
+    return CoreAttention(config, ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]))
 
 
 def random_qkv(s: int, b: int, dtype=torch.float32):
