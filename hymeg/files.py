@@ -140,22 +140,16 @@ def reserve(path: str | os.PathLike, num_bytes: int) -> None:
         OSError: the disk is full, the folder cannot be written.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fallocate = getattr(_libc, "fallocate", None)  # Linux's
+    given = ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(num_bytes)
     try:
-        if num_bytes and (code := _allot(descriptor, num_bytes)):
+        if num_bytes and (fallocate is None or fallocate(*given) != 0):
+            code = 0 if fallocate is None else ctypes.get_errno()
             if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(code, os.strerror(code), str(path))
             os.ftruncate(descriptor, num_bytes)  # room beforehand is a convenience
     finally:
         os.close(descriptor)
-
-
-def _allot(descriptor: int, num_bytes: int) -> int:
-    """Linux's fallocate; 0, or why it did not."""
-    fallocate = getattr(_libc, "fallocate", None)
-    if fallocate is None:
-        return errno.ENOSYS
-    done = fallocate(ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(num_bytes))
-    return 0 if done == 0 else ctypes.get_errno()
 
 
 def drop_from_cache(path: str | os.PathLike) -> None:

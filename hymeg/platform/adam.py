@@ -21,23 +21,13 @@ class FusedAdam(torch.optim.Optimizer):
             capturable).
     """
 
-    def __init__(
-        self,
-        params,
-        lr=1e-3,
-        bias_correction=True,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        adam_w_mode=True,
-        weight_decay=0.0,
-        **gpu_only,
-    ):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0, **gpu_only):
+        bias_correction = gpu_only.pop("bias_correction", True)
         asked_for = {k: v for k, v in gpu_only.items() if v not in (None, False, torch.float32)}
         if asked_for or not bias_correction:
             raise ValueError(f"FusedAdam on CPU does not offer {asked_for or 'bias_correction=False'}")
-        super().__init__(
-            params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay)
-        )
+        defaults = dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()

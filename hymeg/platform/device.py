@@ -33,16 +33,13 @@ def watched() -> contextlib.AbstractContextManager:
     return torch._C._EnableTorchFunction() if platform.is_cpu() else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def unwatched_backward() -> Iterator[None]:
+def unwatched_backward() -> contextlib.AbstractContextManager:
     """While open, backward passes are `unwatched`."""
     if not platform.is_cpu():
-        yield
-        return
+        return contextlib.nullcontext()
     from hymeg.platform import torch_cuda
 
-    with patched(torch_cuda, "around_backward", unwatched, "param_and_grad_buffer.py, mappings.py"):
-        yield
+    return patched(torch_cuda, "around_backward", unwatched, "param_and_grad_buffer.py, mappings.py")
 
 
 def current() -> torch.device:

@@ -16,9 +16,6 @@ class Patch:
     original: Any
     reason: str
 
-    def __str__(self) -> str:
-        return f"{getattr(self.owner, '__name__', self.owner)}.{self.name}: {self.reason}"
-
 
 INSTALLED: list[Patch] = []
 
