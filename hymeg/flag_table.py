@@ -22,10 +22,10 @@ class Row(NamedTuple):
 
     dests: str  # destinations, with * as in a shell
     why: str
+    when: str = ALWAYS
     instead: str = ""  # what to do; leaving the flag out, where nothing is said
     only: Any = _DEFAULT  # the value that is let through: the flag's default, where nothing is said
     values: tuple[Any, ...] = ()  # where given, only these are refused
-    when: str = ALWAYS
     needs: str = ""  # one of these must be set: "dest", "dest=value,value", "dest>1", by spaces
 
     def names(self, dest: str) -> bool:
@@ -52,49 +52,124 @@ class Row(NamedTuple):
 _OLD = "Megatron has replaced it"
 _GONE = "Megatron does not read it any more"
 _FORMAT = "checkpoints are in Megatron's torch_dist format"
-_VOCABULARY = "the vocabulary is config.json's, padded so that the tensor-parallel ranks share it evenly"
-_CAUSAL = "attention is causal over the whole sample, so it would change nothing"
-_COMMAND = "config.json is where the architecture comes from, and the command line where the layout does"
+_NEEDS_TE = "it needs Transformer Engine on a GPU"
+_NEEDS_CUDA = "it needs CUDA"
 
-_EVERYWHERE = (
-    Row(
-        """activation_func_clamp_value add_position_embedding apply_query_key_layer_scaling
-        apply_residual_connection_post_layernorm attention_output_gate cache_mla_latents decoder_num_layers dsa_*
-        encoder_num_layers experimental_attention_variant glu_linear_offset heterogeneous_* hybrid_layer_pattern
-        hybrid_override_pattern is_hybrid_model kv_lora_rank layernorm_zero_centered_gamma linear_* mamba_*
-        mla_down_proj_fusion moe_apply_probs_on_input moe_latent_size moe_mlp_glu_interleave_size moe_router_group_topk
-        moe_router_num_groups moe_router_pre_softmax moe_shared_expert_gate moe_shared_expert_glu_interleave_size
-        moe_single_grouped_bias moe_upcycling_granularity moe_use_upcycling mrope_section mscale*
-        mtp_hybrid_override_pattern mtp_use_repeated_layer multi_latent_attention mup_* no_rope_freq openai_gelu
-        q_lora_rank qk_clip* qk_head_dim qk_l2_norm qk_pos_emb_head_dim quick_geglu relative_attention_*
-        rope_scaling_factor rope_type rotary_interleaved rotary_scaling_factor rotary_seq_len_interpolation_factor
-        softmax_type spec squared_relu use_fused_weighted_squared_relu use_mamba_mem_eff_path use_mup use_rope_scaling
-        v_head_dim window_attn_skip_freq window_size yarn_*""",
-        "it makes another model than Hy-MT2 or Hy3, whose checkpoints could not be used",
-    ),
-    Row(
-        """bert_* biencoder_* block_data_path classes_fraction data_per_class_fraction dino_* embedding_path
-        evidence_data_path head_lr_mult ict_* img_? indexer_* iter_per_epoch mask_factor mask_prob mask_type
-        num_channels num_classes onnx_safe output_bert_embeddings patch_dim query_in_block_prob retriever_* sample_rate
-        short_seq_prob swin_backbone_type titles_data_path use_one_sent_docs vision_*""",
-        "it is for other kinds of models: BERT, retrieval, vision",
-    ),
-    Row("rl_* grpo_* langrl_* perform_rl_step refit_method", "reinforcement learning is not part of hymeg"),
-    Row("logits_load_* logits_save_*", "these models are trained on their data's own tokens"),
-    Row(
-        """inference_* decode_only_cuda_graphs enable_chunked_prefill flash_decode max_tokens_to_oom
-        mlp_chunks_for_prefill moe_enable_routing_replay moe_pad_experts_for_cuda_graph_inference
-        nccl_all_reduce_for_prefill num_speculative_tokens offset_sampling_seed_by_dp_rank use_legacy_static_engine""",
-        "hymeg trains, and it is for inference",
-    ),
-    Row(
-        """chat_template merge_file metadata_path null_tokenizer_* sft_tokenizer_prompt_format special_tokens tiktoken_*
-        tokenizer_hf_* tokenizer_sentencepiece_* trust_remote_code use_tokenizer_model_from_checkpoint_args
-        vocab_file""",
-        "tokenizer and chat template are those in --hf-model",
-    ),
-    Row("pad_vocab_size padded_vocab_size vocab_extra_ids", _VOCABULARY),
-    # ---- what has another name
+_REFUSED = {
+    ALWAYS: {
+        "it makes another model than Hy-MT2 or Hy3, whose checkpoints could not be used": """
+            activation_func_clamp_value add_position_embedding apply_query_key_layer_scaling
+            apply_residual_connection_post_layernorm attention_output_gate cache_mla_latents decoder_num_layers
+            dsa_* encoder_num_layers experimental_attention_variant glu_linear_offset heterogeneous_*
+            hybrid_layer_pattern hybrid_override_pattern is_hybrid_model kv_lora_rank layernorm_zero_centered_gamma
+            linear_* mamba_* mla_down_proj_fusion moe_apply_probs_on_input moe_latent_size
+            moe_mlp_glu_interleave_size moe_router_group_topk moe_router_num_groups moe_router_pre_softmax
+            moe_shared_expert_gate moe_shared_expert_glu_interleave_size moe_single_grouped_bias
+            moe_upcycling_granularity moe_use_upcycling mrope_section mscale* mtp_hybrid_override_pattern
+            mtp_use_repeated_layer multi_latent_attention mup_* no_rope_freq openai_gelu q_lora_rank qk_clip*
+            qk_head_dim qk_l2_norm qk_pos_emb_head_dim quick_geglu relative_attention_* rope_scaling_factor
+            rope_type rotary_interleaved rotary_scaling_factor rotary_seq_len_interpolation_factor softmax_type spec
+            squared_relu use_fused_weighted_squared_relu use_mamba_mem_eff_path use_mup use_rope_scaling v_head_dim
+            window_attn_skip_freq window_size yarn_*""",
+        "it is for other kinds of models: BERT, retrieval, vision": """
+            bert_* biencoder_* block_data_path classes_fraction data_per_class_fraction dino_* embedding_path
+            evidence_data_path head_lr_mult ict_* img_? indexer_* iter_per_epoch mask_factor mask_prob mask_type
+            num_channels num_classes onnx_safe output_bert_embeddings patch_dim query_in_block_prob retriever_*
+            sample_rate short_seq_prob swin_backbone_type titles_data_path use_one_sent_docs vision_*""",
+        "reinforcement learning is not part of hymeg": "rl_* grpo_* langrl_* perform_rl_step refit_method",
+        "these models are trained on their data's own tokens": "logits_load_* logits_save_*",
+        "hymeg trains, and it is for inference": """
+            inference_* decode_only_cuda_graphs enable_chunked_prefill flash_decode max_tokens_to_oom
+            mlp_chunks_for_prefill moe_enable_routing_replay moe_pad_experts_for_cuda_graph_inference
+            nccl_all_reduce_for_prefill num_speculative_tokens offset_sampling_seed_by_dp_rank
+            use_legacy_static_engine""",
+        "tokenizer and chat template are those in --hf-model": """
+            chat_template merge_file metadata_path null_tokenizer_* sft_tokenizer_prompt_format special_tokens
+            tiktoken_* tokenizer_hf_* tokenizer_sentencepiece_* trust_remote_code
+            use_tokenizer_model_from_checkpoint_args vocab_file""",
+        "the vocabulary is config.json's, padded so that the tensor-parallel ranks share it evenly": """
+            pad_vocab_size padded_vocab_size vocab_extra_ids""",
+        _GONE: """
+            ckpt_fully_parallel_save_deprecated deprecated_use_mcore_models disable_msc_deprecated
+            dist_ckpt_format_deprecated dist_ckpt_save_pre_mcore_014 exit_signal_handler_for_dataloader
+            use_dist_ckpt_deprecated""",
+        "Megatron reads it in a way of building models that hymeg does not take": """
+            create_all_gather_group use_layer_wise_param_layout""",
+        "Megatron would leave the model on the CPU": "use_cpu_initialization",
+        "Megatron fills such a model under FSDP only: it would train whatever the memory held": """
+            init_model_with_meta_device""",
+        "hymeg's head computes its gradient where its loss is": "defer_embedding_wgrad_compute wgrad_deferral_limit",
+        "hymeg's head computes in 16 bits or fp32": "fp8_output_proj",
+        "hymeg's head computes its loss in fp32": "fp16_lm_cross_entropy",
+        "attention is causal, and its masks of seq_length^2 bytes would go unread": """
+            create_attention_mask_in_dataloader""",
+        "attention is causal over the whole sample, so it would change nothing": """
+            dataloader_inter_document_masking reset_attention_mask""",
+        "rotary positions are counted over the whole sample, so it would change nothing": "reset_position_ids",
+        "hymeg reads Megatron's indexed datasets (tools/preprocess_data.py)": "fim_* per_dataset_sequences_path",
+        "context parallelism cuts every sample alike": "hybrid_context_parallel max_seqlen_per_dp_cp_rank",
+        "hymeg's layouts know tensor parallelism and the distributed optimizer only": """
+            *tensor_parallel_num_weight_shards""",
+        "config.json is where the architecture comes from, and the command line where the layout does": """
+            use_checkpoint_args use_mp_args_from_checkpoint_args""",
+        "--pipeline-model-parallel-layout says where those layers lie": "mtp_standalone",
+        _FORMAT: "auto_detect_ckpt_format ckpt_format",
+        "it needs software of NVIDIA's own": "lazy_mpu_init use_ring_exchange_p2p use_kitchen* kitchen_*",
+        "it is for Megatron's own developers": "run_workload_inspector_server test_mode",
+        "it is for --fp8-recipe delayed, which is not supported": "fp8_margin fp8_interval fp8_amax_*",
+    },
+    ON_CPU: {
+        _NEEDS_TE: """
+            cpu_offloading_num_layers delay_wgrad_compute fine_grained_activation_offloading flash_attention_version
+            fp4 fp4_param_gather fp8 fp8_param_gather fused_residual_rmsnorm log_max_attention_logit
+            moe_permute_fusion moe_router_fusion moe_router_padding_for_fp8 moe_router_padding_for_quantization
+            moe_single_grouped_weight overlap_dispatch_backward_with_experts_wgrad te_rng_tracker tp_comm_overlap
+            use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_precision_aware_optimizer
+            use_te_activation_func use_transformer_engine_op_fuser""",
+        _NEEDS_CUDA: """
+            batch_invariant_mode cuda_graph_impl cuda_graph_modules cuda_graph_scope_deprecated enable_cuda_graph
+            empty_unused_memory_level external_cuda_graph gpu_sniff_test_interval moe_enable_deepep moe_paged_stash
+            moe_shared_expert_overlap nvtx_ranges optimizer_cuda_graph overlap_moe_expert_parallel_comm
+            symmetric_ar_type""",
+        "it is NCCL's, and the CPU's backend is gloo": """
+            flight_recorder_dump_path high_priority_stream_groups nccl_communicator_config_path nccl_ub
+            pipeline_model_parallel_comm_backend sharp_enabled_group use_sharp""",
+        "the CPU's attention gathers keys and values": "cp_comm_type",
+        "the CPU trains in bf16 or fp32": "fp16",
+        "the optimizer is on the CPU already": "optimizer_cpu_offload",
+        "the CPU's layers compute in one dtype": "fp32_residual_connection",
+        "it reads a GPU's power": "log_energy",
+        "it times GPU kernels": "log_straggler",
+        "it is CUDA's memory that it records": "record_memory_history",
+        "its worker asks for the number of a GPU, and training would wait for ever": "async_save",
+        "the local experts do not count for it": "save_tokens_per_expert_interval",
+    },
+    WITH_SFT: {
+        "exactly the assistant's tokens are trained": "eod_mask_loss",
+        "without --eval-iters all validation data is used": "full_validation",
+        "several --valid-data-path have a loss each": "multiple_validation_sets",
+        "it is about Megatron's indexed text": """
+            allow_ambiguous_pad_tokens dataloader_defer_npy_index_mmap dataloader_fast_cache_load
+            mid_level_dataset_surplus mmap_bin_files num_dataset_builder_threads object_storage_cache_path
+            phase_transition_iterations validation_set_names""",
+        "conversations differ in how many tokens they train, and means of means would weigh them unequally": """
+            calculate_per_token_loss""",
+    },
+    WITH_LORA: {
+        "it makes one of several layers, which adapters cannot stand beside": """
+            use_transformer_engine_op_fuser moe_single_grouped_weight""",
+        "the frozen weights have no gradients": "delay_wgrad_compute",
+        "the frozen weights are kept in 16 bits": "fp8_param_gather fp4_param_gather",
+    },
+    WITH_FROZEN: {
+        "frozen weights have no gradients": "delay_wgrad_compute",
+        "frozen weights would be rounded, and saved so": "fp8_param_gather fp4_param_gather",
+    },
+}
+"""Case -> why -> flags."""
+
+# What has advice of its own, or is refused for some values only.
+_ROWS = (
     Row("batch_size", _OLD, instead="use --micro-batch-size and --global-batch-size"),
     Row("checkpoint_activations", _OLD, instead="use --recompute-granularity"),
     Row("model_parallel_size", _OLD, instead="use --tensor-model-parallel-size"),
@@ -108,48 +183,12 @@ _EVERYWHERE = (
         "yaml_cfg", "hymeg has recipes", instead="give one with --config FILE.yaml, whose keys are the flags themselves"
     ),
     Row(
-        """ckpt_fully_parallel_save_deprecated deprecated_use_mcore_models disable_msc_deprecated
-        dist_ckpt_format_deprecated dist_ckpt_save_pre_mcore_014 exit_signal_handler_for_dataloader
-        use_dist_ckpt_deprecated""",
-        _GONE,
-    ),
-    # ---- what hymeg's way through Megatron does not pass
-    Row(
         "freeze_all_layers",
         "Megatron applies it in a way of building models that hymeg does not take",
         instead="name what is not to be trained with --freeze, what is with --train-only",
     ),
-    Row(
-        "create_all_gather_group use_layer_wise_param_layout",
-        "Megatron reads it in a way of building models that hymeg does not take",
-    ),
-    Row("use_cpu_initialization", "Megatron would leave the model on the CPU"),
-    Row(
-        "init_model_with_meta_device",
-        "Megatron fills such a model under FSDP only: it would train whatever the memory held",
-    ),
     Row("init_method_xavier_uniform", "Megatron 0.19 cannot build a model with it", instead="use --init-method-std"),
-    Row("defer_embedding_wgrad_compute wgrad_deferral_limit", "hymeg's head computes its gradient where its loss is"),
-    Row("fp8_output_proj", "hymeg's head computes in 16 bits or fp32"),
-    Row("fp16_lm_cross_entropy", "hymeg's head computes its loss in fp32"),
-    Row(
-        "create_attention_mask_in_dataloader",
-        "attention is causal, and its masks of seq_length^2 bytes would go unread",
-    ),
-    Row("dataloader_inter_document_masking reset_attention_mask", _CAUSAL),
-    Row("reset_position_ids", "rotary positions are counted over the whole sample, so it would change nothing"),
-    Row("fim_* per_dataset_sequences_path", "hymeg reads Megatron's indexed datasets (tools/preprocess_data.py)"),
-    Row("hybrid_context_parallel max_seqlen_per_dp_cp_rank", "context parallelism cuts every sample alike"),
-    Row(
-        "*tensor_parallel_num_weight_shards",
-        "hymeg's layouts know tensor parallelism and the distributed optimizer only",
-    ),
-    Row("use_checkpoint_args use_mp_args_from_checkpoint_args", _COMMAND),
-    Row("mtp_standalone", "--pipeline-model-parallel-layout says where those layers lie"),
-    Row("auto_detect_ckpt_format ckpt_format", _FORMAT),
     Row("ckpt_convert_*", _FORMAT, instead="convert with tools/convert_checkpoint.py"),
-    Row("lazy_mpu_init use_ring_exchange_p2p use_kitchen* kitchen_*", "it needs software of NVIDIA's own"),
-    Row("run_workload_inspector_server test_mode", "it is for Megatron's own developers"),
     Row("enable_one_logger one_logger_* app_tag_*", "it is NVIDIA's own", only=False, instead="use --tensorboard-dir"),
     Row(
         "adlr_autoresume*",
@@ -158,13 +197,12 @@ _EVERYWHERE = (
     ),
     Row("inprocess_*", "hymeg has no restart inside a process", instead="let its launcher restart (docs/slurm.md)"),
     Row(
-        """use_megatron_fsdp use_torch_fsdp2 data_parallel_sharding_strategy enable_full_sharding_in_hsdp fsdp_*
-        gradient_reduce_div_fusion keep_fp8_transpose_cache megatron_fsdp_* outer_dp_sharding_strategy
-        strict_fsdp_dtensor_load suggested_communication_unit_size torch_fsdp2_*""",
+        """use_megatron_fsdp use_torch_fsdp2 data_parallel_sharding_strategy enable_full_sharding_in_hsdp
+        fsdp_* gradient_reduce_div_fusion keep_fp8_transpose_cache megatron_fsdp_*
+        outer_dp_sharding_strategy strict_fsdp_dtensor_load suggested_communication_unit_size torch_fsdp2_*""",
         "hymeg's tools cannot read FSDP's checkpoints",
         instead="shard with --use-distributed-optimizer, and tensor, expert or pipeline parallelism",
     ),
-    Row("fp8_margin fp8_interval fp8_amax_*", "it is for --fp8-recipe delayed, which is not supported"),
     Row(
         "fp8_recipe",
         "its state cannot be loaded again: Transformer Engine refuses to unpickle it, so that no run could be resumed",
@@ -179,108 +217,49 @@ _EVERYWHERE = (
         values=("external",),
         instead="use single or cyclic",
     ),
-)
-
-_NEEDS_TE = "it needs Transformer Engine on a GPU"
-_NEEDS_CUDA = "it needs CUDA"
-
-_ON_CPU = (
-    # ---- what every run on CPU is given
-    Row("transformer_impl", "Transformer Engine needs a GPU, and the CPU takes local", only="local"),
-    Row("distributed_backend", "the CPU's backend is gloo", only="gloo"),
-    Row("apply_rope_fusion", _NEEDS_TE, only=False),
-    Row("no_persist_layer_norm", _NEEDS_CUDA, only=True),
-    Row("masked_softmax_fusion gradient_accumulation_fusion", _NEEDS_CUDA, only=False),
-    Row("moe_grouped_gemm", "its kernels are Transformer Engine's, which needs a GPU", only=False),
-    Row("dist_ckpt_optim_fully_reshardable", "what its other format has saved cannot be resumed there", only=True),
-    # ---- what is refused there
+    Row("transformer_impl", "Transformer Engine needs a GPU, and the CPU takes local", ON_CPU, only="local"),
+    Row("distributed_backend", "the CPU's backend is gloo", ON_CPU, only="gloo"),
+    Row("apply_rope_fusion", _NEEDS_TE, ON_CPU, only=False),
+    Row("no_persist_layer_norm", _NEEDS_CUDA, ON_CPU, only=True),
+    Row("masked_softmax_fusion gradient_accumulation_fusion", _NEEDS_CUDA, ON_CPU, only=False),
+    Row("moe_grouped_gemm", "its kernels are Transformer Engine's, which needs a GPU", ON_CPU, only=False),
     Row(
-        """cpu_offloading_num_layers delay_wgrad_compute fine_grained_activation_offloading flash_attention_version fp4
-        fp4_param_gather fp8 fp8_param_gather fused_residual_rmsnorm log_max_attention_logit moe_permute_fusion
-        moe_router_fusion moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_single_grouped_weight
-        overlap_dispatch_backward_with_experts_wgrad te_rng_tracker tp_comm_overlap use_grouped_gemm_for_dense_mlp
-        use_grouped_gemm_for_shared_expert use_precision_aware_optimizer use_te_activation_func
-        use_transformer_engine_op_fuser""",
-        _NEEDS_TE,
+        "dist_ckpt_optim_fully_reshardable",
+        "what its other format has saved cannot be resumed there",
+        ON_CPU,
+        only=True,
     ),
-    Row(
-        """batch_invariant_mode cuda_graph_impl cuda_graph_modules cuda_graph_scope_deprecated enable_cuda_graph
-        empty_unused_memory_level external_cuda_graph gpu_sniff_test_interval moe_enable_deepep moe_paged_stash
-        moe_shared_expert_overlap nvtx_ranges optimizer_cuda_graph overlap_moe_expert_parallel_comm
-        symmetric_ar_type""",
-        _NEEDS_CUDA,
-    ),
-    Row(
-        """flight_recorder_dump_path high_priority_stream_groups nccl_communicator_config_path nccl_ub
-        pipeline_model_parallel_comm_backend sharp_enabled_group use_sharp""",
-        "it is NCCL's, and the CPU's backend is gloo",
-    ),
-    Row("cp_comm_type", "the CPU's attention gathers keys and values"),
-    Row("fp16", "the CPU trains in bf16 or fp32"),
-    Row("optimizer_cpu_offload", "the optimizer is on the CPU already"),
-    Row("fp32_residual_connection", "the CPU's layers compute in one dtype"),
-    Row("log_energy", "it reads a GPU's power"),
-    Row("log_straggler", "it times GPU kernels"),
-    Row("record_memory_history", "it is CUDA's memory that it records"),
-    Row("async_save", "its worker asks for the number of a GPU, and training would wait for ever"),
-    Row("save_tokens_per_expert_interval", "the local experts do not count for it"),
     Row(
         "moe_token_dispatcher_type",
         "DeepEP and HybridEP need CUDA",
+        ON_CPU,
         values=("flex",),
         instead="use alltoall or allgather",
     ),
-    Row("attention_backend", _NEEDS_CUDA, values=("flash", "fused")),
-    Row("recompute_modules", _NEEDS_TE, values=("layernorm", "moe_act"), instead="leave it out of the list"),
-    Row("cross_entropy_fusion_impl", _NEEDS_TE, values=("te",), instead="use native"),
-)
-
-_WITH_SFT = (
+    Row("attention_backend", _NEEDS_CUDA, ON_CPU, values=("flash", "fused")),
+    Row("recompute_modules", _NEEDS_TE, ON_CPU, values=("layernorm", "moe_act"), instead="leave it out of the list"),
+    Row("cross_entropy_fusion_impl", _NEEDS_TE, ON_CPU, values=("te",), instead="use native"),
     Row(
         "mock_data data_args_path per_split_data_args_path",
         "conversations come from files of rows",
+        WITH_SFT,
         instead="give them with --data-path",
     ),
-    Row("eod_mask_loss", "exactly the assistant's tokens are trained"),
-    Row("dataloader_type", "the order is hymeg's own, seeded by epoch", values=("cyclic",)),
-    Row("full_validation", "without --eval-iters all validation data is used"),
-    Row("multiple_validation_sets", "several --valid-data-path have a loss each"),
-    Row(
-        """allow_ambiguous_pad_tokens dataloader_defer_npy_index_mmap dataloader_fast_cache_load
-        mid_level_dataset_surplus mmap_bin_files num_dataset_builder_threads object_storage_cache_path
-        phase_transition_iterations validation_set_names""",
-        "it is about Megatron's indexed text",
-    ),
-    Row(
-        "calculate_per_token_loss",
-        "conversations differ in how many tokens they train, and means of means would weigh them unequally",
-    ),
+    Row("dataloader_type", "the order is hymeg's own, seeded by epoch", WITH_SFT, values=("cyclic",)),
     Row(
         "moe_router_load_balancing_type",
         "its quantile is taken over padding too",
+        WITH_SFT,
         values=("quantile_balancing",),
         instead="balance by --moe-router-bias-update-rate, or by a loss such as seq_aux_loss",
     ),
-)
-
-_WITH_LORA = (
-    Row(
-        "use_transformer_engine_op_fuser moe_single_grouped_weight",
-        "it makes one of several layers, which adapters cannot stand beside",
-    ),
-    Row("delay_wgrad_compute", "the frozen weights have no gradients"),
-    Row("fp8_param_gather fp4_param_gather", "the frozen weights are kept in 16 bits"),
     Row(
         "freeze train_only",
         "adapters are trained alone, beside frozen weights",
+        WITH_LORA,
         instead="name what has adapters with --lora-targets, what is trained in full with --train-also",
     ),
-    Row("save_hf", "it writes the model's own weights", instead="merge the adapters into them afterwards"),
-)
-
-_WITH_FROZEN = (
-    Row("delay_wgrad_compute", "frozen weights have no gradients"),
-    Row("fp8_param_gather fp4_param_gather", "frozen weights would be rounded, and saved so"),
+    Row("save_hf", "it writes the model's own weights", WITH_LORA, instead="merge the adapters into them afterwards"),
 )
 
 _NO_EFFECT_WITHOUT = {
@@ -355,15 +334,13 @@ _NO_EFFECT_WITHOUT = {
 }
 
 TABLE = (
-    *_EVERYWHERE,
-    *(row._replace(when=ON_CPU) for row in _ON_CPU),
-    *(row._replace(when=WITH_SFT) for row in _WITH_SFT),
-    *(row._replace(when=WITH_LORA) for row in _WITH_LORA),
-    *(row._replace(when=WITH_FROZEN) for row in _WITH_FROZEN),
-    *(Row(dests, "", when=WITHOUT, needs=needs) for needs, dests in _NO_EFFECT_WITHOUT.items()),
+    *(Row(dests, why, when) for when, reasons in _REFUSED.items() for why, dests in reasons.items()),
+    *_ROWS,
+    *(Row(dests, "", WITHOUT, needs=needs) for needs, dests in _NO_EFFECT_WITHOUT.items()),
 )
 
 
 def cpu_values() -> dict[str, Any]:
     """Destination -> the only value that the CPU allows, where that is not Megatron's default."""
-    return {dest: row.only for row in _ON_CPU if row.only is not _DEFAULT for dest in row.dests.split()}
+    rows = [row for row in _ROWS if row.when == ON_CPU and row.only is not _DEFAULT]
+    return {dest: row.only for row in rows for dest in row.dests.split()}
