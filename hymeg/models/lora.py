@@ -86,7 +86,11 @@ class Adapter(torch.nn.Module):
         self.rank, self.scale, self.dropout = settings.rank, settings.scale, settings.dropout
         self.seed = seed
         weight = next(self.weights())
-        self.rows, self.num_runs = _rows(len(parts), len(weight), config)
+        self.rows, self.num_runs = [len(weight) // len(parts)] * len(parts), 1
+        if len(parts) == 3:  # q, k and v, which alternate
+            per_group = config.num_attention_heads // config.num_key_value_heads
+            self.rows = [per_group * config.head_dim, config.head_dim, config.head_dim]
+            self.num_runs = len(weight) // sum(self.rows)
         self.of_experts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for part, num_rows in zip(parts, self.rows, strict=True):
             if part is None:
@@ -144,7 +148,10 @@ class Adapter(torch.nn.Module):
         # A layer whose input the MoE layer has gathered already communicates nothing either.
         is_silent = getattr(linear, "explicit_expert_comm", False) or getattr(linear, "parallel_mode", "") is None
         communicates = shards.size() > 1 and not is_silent
-        inner = F.linear(self._dropped(_normalised(linear, args[0]), linear.training, communicates), a)
+        x, norm = args[0], getattr(linear, "layer_norm_weight", None)
+        if norm is not None:  # of Transformer Engine's, which begins with it
+            x = F.rms_norm(x, norm.shape, norm, linear.eps)
+        inner = F.linear(self._dropped(x, linear.training, communicates), a)
         if communicates and self.is_row_parallel:
             inner = reduce_scatter_to_sequence_parallel_region(inner, group=shards)
         elif communicates:
@@ -212,15 +219,6 @@ def _name(part: Module, letter: str) -> str:
     return f"{part.path.rpartition('.')[2]}_lora_{letter}"
 
 
-def _rows(num_projections: int, num_rows: int, config: HyConfig) -> tuple[list[int], int]:
-    """Rows of each projection on this rank, in each run, and the number of runs."""
-    if num_projections == 3:
-        per_group = config.num_attention_heads // config.num_key_value_heads
-        of_run = [per_group * config.head_dim, config.head_dim, config.head_dim]
-        return of_run, num_rows // sum(of_run)
-    return [num_rows // num_projections] * num_projections, 1
-
-
 def _initial(part: Module, rank: int, seed: int, experts: torch.distributed.ProcessGroup | None) -> torch.Tensor:
     """A whole, of this rank's experts, as peft begins: uniform in +-1 / sqrt(in), which is kaiming_uniform_ with a =
     sqrt(5). Drawn by seed, name and expert, so that every layout begins alike."""
@@ -235,12 +233,6 @@ def _initial(part: Module, rank: int, seed: int, experts: torch.distributed.Proc
         return drawn(part.path)
     first, each = experts.rank() * part.num_experts // experts.size(), part.num_experts // experts.size()
     return torch.stack([drawn(f"{part.path} {expert}") for expert in range(first, first + each)])
-
-
-def _normalised(linear: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the layer multiplies: Transformer Engine's may begin with a norm."""
-    weight = getattr(linear, "layer_norm_weight", None)
-    return x if weight is None else F.rms_norm(x, weight.shape, weight, linear.eps)
 
 
 # Attribute, projections in the order of its rows, whether it is row-parallel.
@@ -266,7 +258,9 @@ def add_adapters(model: torch.nn.Module, config: HyConfig, settings: AdapterSett
     for path, owner, is_expert in _owners(model, config):
         for name, names, is_row_parallel in _LINEARS:
             parts = [wanted.get(f"{path}{projection}") for projection in names]
-            linears = _linears(owner, name)
+            # One, or one for each local expert, or none.
+            of = owner.local_experts if isinstance(owner, SequentialMLP) else [owner]
+            linears = [getattr(one, name) for one in of if hasattr(one, name)]
             if not linears or not any(parts):
                 continue
             adapter = Adapter(
@@ -309,9 +303,3 @@ def _owners(model: torch.nn.Module, config: HyConfig) -> Iterator[tuple[str, tor
         if layer.mlp.shared_experts is not None:
             yield f"{prefix}mlp.shared_mlp.", layer.mlp.shared_experts, False
         yield f"{prefix}mlp.experts.", layer.mlp.experts, True
-
-
-def _linears(owner: torch.nn.Module, name: str) -> list[torch.nn.Module]:
-    """The layers of that name: one, or one for each local expert, or none."""
-    of = owner.local_experts if isinstance(owner, SequentialMLP) else [owner]
-    return [getattr(one, name) for one in of if hasattr(one, name)]

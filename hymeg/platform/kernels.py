@@ -65,14 +65,9 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def chunks_of_rank(boundaries: Sequence[int], cp_size: int, cp_rank: int) -> Iterator[tuple[int, int, int]]:
-    """What a rank has of a sample under context parallelism: of every sequence, cut into 2 x cp_size chunks, chunk
-    cp_rank and its mirror, the load-balanced order of Megatron's batches.
-
-    Args:
-        boundaries: where the sequences begin, and where the last one ends.
-
-    Yields:
-        Where the sequence begins, where the chunk begins, where it ends.
+    """What a rank has of a sample under context parallelism: of every sequence (they meet at `boundaries`), cut into
+    2 x cp_size chunks, chunk cp_rank and its mirror, as Megatron's batches are balanced. Gives where the sequence
+    begins, where the chunk begins, where it ends.
     """
     for first, end in itertools.pairwise(boundaries):
         length = (end - first) // (2 * cp_size)

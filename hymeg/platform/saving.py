@@ -163,21 +163,17 @@ def _mark(save_config, config: Any, checkpoint_dir: str) -> None:
     folder, data = Path(checkpoint_dir), json.dumps(dataclasses.asdict(config)).encode()
     sums = _sums.pop(os.fspath(checkpoint_dir), None)
     if sums is not None:
-        write_manifest(folder / MANIFEST, _sums_beside(folder, set(sums)) | sums | {_MARKER: sum_of(data)})
+        # Of the small files that lie beside the data, an adapter's settings say. A `.distcp` that no rank of this save
+        # wrote is an earlier life's, and nobody reads it.
+        beside = {
+            path.name: sum_of_file(path)
+            for path in folder.iterdir()
+            if path.is_file() and path.name not in sums and path.suffix not in (".distcp", ".tmp")
+        }
+        write_manifest(folder / MANIFEST, beside | sums | {_MARKER: sum_of(data)})
     write_whole(folder / _MARKER, data)
     for call in once_saved:
         call()
-
-
-def _sums_beside(folder: Path, known: set[str]) -> dict[str, FileSum]:
-    """Of the small files that lie beside the data, an adapter's settings say. A `.distcp` that no rank of this save
-    wrote is an earlier life's, and nobody reads it.
-    """
-    return {
-        path.name: sum_of_file(path)
-        for path in folder.iterdir()
-        if path.is_file() and path.name not in known and path.suffix not in (".distcp", ".tmp")
-    }
 
 
 @contextlib.contextmanager
