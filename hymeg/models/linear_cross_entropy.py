@@ -112,9 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_losses, _):
         shard = ctx.shard
         hidden, weight, labels, losses, log_total, highest, *kept = ctx.saved_tensors
-        grad_hidden = (
-            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
-        )
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
             grad_weight[shard.num_rows :] = 0

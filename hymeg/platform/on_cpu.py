@@ -17,18 +17,9 @@ from hymeg.platform.adam import FusedAdam
 from hymeg.platform.kernels import chunks_of_rank
 from hymeg.platform.patches import patch, replaces
 
-patch(
-    training,
-    "initialize_megatron",
-    functools.partial(initialize.initialize_megatron, allow_no_cuda=True),
-    "initialize.py:66 asserts torch.cuda.is_available()",
-)
-patch(
-    initialize,
-    "_warmup_jit_function",
-    lambda tp_size=None: None,
-    "initialize.py:497 runs full-size layers to warm up GPU kernels",
-)
+_initialize = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+patch(training, "initialize_megatron", _initialize, "initialize.py:66 asserts torch.cuda.is_available()")
+patch(initialize, "_warmup_jit_function", lambda tp_size: None, "initialize.py:497 warms up kernels by whole layers")
 _LAYOUT = "distrib_optimizer.py:837, 851, 874, 1025: the step lies in the parameter group; torch's layout cannot resume"
 patch(optimizer, "Adam", FusedAdam, "optimizer/__init__.py:560")
 patch(optimizer, "USING_PYTORCH_OPTIMIZER", False, "optimizer/__init__.py:556")
@@ -41,12 +32,8 @@ def _indices_of_rank(cu_seqlens: torch.Tensor, num_tokens: int, cp_size: int, cp
     return torch.cat([torch.arange(*chunk) for _, *chunk in chunks_of_rank(cu_seqlens.tolist(), cp_size, cp_rank)])
 
 
-patch(
-    utils,
-    "tex",
-    types.SimpleNamespace(thd_get_partitioned_indices=_indices_of_rank),
-    "core/utils.py:2441 slices packed sequences with Transformer Engine's kernel",
-)
+_kernels = types.SimpleNamespace(thd_get_partitioned_indices=_indices_of_rank)
+patch(utils, "tex", _kernels, "core/utils.py:2441 slices packed sequences with Transformer Engine's kernel")
 
 _SWIGLU = "fused_bias_swiglu.py:54, 74: written to be compiled, they pass over their tensors a dozen times"
 
@@ -74,12 +61,9 @@ def _gradient_of_swiglu(g: torch.Tensor, y: torch.Tensor, activated: torch.Tenso
     return found
 
 
-@replaces(
-    token_dispatcher,
-    "sort_chunks_by_idxs",
-    "token_dispatcher.py:775, 810: where a rank has all experts, tokens are copied to where they are",
-)
+@replaces(token_dispatcher, "sort_chunks_by_idxs", "token_dispatcher.py:775, 810: copies what is in order, too")
 def _sort_chunks(sort_chunks_by_idxs, tokens, split_sizes, order, probs=None, fused=False):
+    """Where a rank has all experts, tokens are where they belong."""
     if order.tolist() == list(range(len(order))):
         return tokens, probs
     return sort_chunks_by_idxs(tokens, split_sizes, order, probs, fused)

@@ -1,14 +1,12 @@
 """How a name is replaced: with a reason, on a list, and loudly when the name is gone."""
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclasses.dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """One replaced attribute: `owner.name`, and the call site in Megatron (or the lack in gloo) that needs it."""
 
     owner: Any

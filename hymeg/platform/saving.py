@@ -58,12 +58,9 @@ for _module in (torch_strategy, serialization):
     replaces(_module, "_get_filesystem_reader", "strategies/torch.py:903: it reads no checksums")(_verifying_reader)
 
 
-@replaces(
-    torch_strategy.TorchDistSaveShardedStrategy,
-    "save",
-    "strategies/torch.py:725: every rank starts a process that imports all again, to hold a queue",
-)
+@replaces(torch_strategy.TorchDistSaveShardedStrategy, "save", "strategies/torch.py:725: a process to hold a queue")
 def _saved_here(save, *args, **kwargs):
+    """On every rank it would start a process that imports all again."""
     with patched(filesystem_async, "get_write_results_queue", queue.SimpleQueue, "filesystem_async.py:200"):
         return save(*args, **kwargs)
 

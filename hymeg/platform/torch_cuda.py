@@ -108,12 +108,7 @@ _STREAM = Stream()
 # Each a function of its own: torch._dynamo has rules by object.
 for _owner, _name, _new, _reason in (
     (torch.cuda, "current_device", lambda: 0, "nearly every module: the device a tensor is made on"),
-    (
-        torch.cuda,
-        "device_count",
-        lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "initialize.py:270: 0 would skip the model-parallel set-up",
-    ),
+    (torch.cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "initialize.py:270 wants some"),
     (torch.cuda, "set_device", lambda device: None, "initialize.py:282"),
     (torch.cuda, "synchronize", lambda device=None: None, "timers.py:152"),
     (torch.cuda, "get_device_properties", lambda *args: _PROPERTIES, "common_utils.py:504; get_device_name"),
