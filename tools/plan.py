@@ -128,7 +128,7 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
     from hymeg.planning.network import hardware_of
     from hymeg.planning.search import Machine, Planner
     from hymeg.planning.settings import unmodelled
-    from hymeg.platform.flags import for_gpus
+    from hymeg.platform import for_gpus
     from hymeg.training.arguments import naming_lines, parse
     from hymeg.training.observed import observe, told
 

@@ -195,9 +195,7 @@ def construct(
 
     Args:
         config: sizes and layout; `vocab_size` is the checkpoint's, padded here to divide by the tensor-parallel size.
-        pg_collection: the process groups.
         pre_process, post_process: whether the stage holds the embedding and the head; None asks the pipeline groups.
-        vp_stage: the virtual pipeline stage.
     """
     transformer = config.transformer
     vp_size = transformer.virtual_pipeline_model_parallel_size

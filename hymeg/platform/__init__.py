@@ -8,17 +8,19 @@ Megatron: the packages that import it call it. `HYMEG_PLATFORM=cpu` forces the C
 without a GPU; unset, the presence of CUDA decides.
 """
 
-import importlib
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 from hymeg.errors import UserError
 from hymeg.platform import connections
 
 CHOICES = ("cpu", "cuda")
 _name: str | None = None
+_elsewhere = False
 
 
 def name() -> str:
@@ -52,6 +54,23 @@ def is_cpu() -> bool:
     return name() == "cpu"
 
 
+@contextlib.contextmanager
+def for_gpus() -> Iterator[None]:
+    """While the context is open, flags are judged as on a machine with CUDA: they are a plan's or a recipe's, to run
+    elsewhere.
+    """
+    global _elsewhere
+    _elsewhere = True
+    try:
+        yield
+    finally:
+        _elsewhere = False
+
+
+def judged_for_cpu() -> bool:
+    return is_cpu() and not _elsewhere
+
+
 def announcement() -> list[str]:
     """What a run is told once, at its start, of where it runs."""
     if is_cpu():
@@ -71,7 +90,7 @@ _installed = False
 
 
 def install() -> None:
-    """Make this process ready for Megatron. Idempotent.
+    """Make this process ready for Megatron: names are replaced as modules are imported. Idempotent.
 
     Raises:
         RuntimeError: Megatron was imported before (its modules have already bound the names that need replacing), or a
@@ -87,18 +106,13 @@ def install() -> None:
         # Where they are installed Megatron uses them, local spec or not, and they have kernels for CUDA only.
         for package in ("transformer_engine", "apex"):
             sys.modules.setdefault(package, None)
-        _replace_names("torch_cuda", "gloo")
+        from hymeg.platform import gloo, torch_cuda  # noqa: F401
     _installed = True
     _quieten()
-    _replace_names("megatron", "mtp", "saving")
+    from hymeg.platform import megatron, mtp, saving  # noqa: F401
+
     if is_cpu():
-        _replace_names("on_cpu")
-
-
-def _replace_names(*modules: str) -> None:
-    """As they are imported."""
-    for module in modules:
-        importlib.import_module(f"{__name__}.{module}")
+        from hymeg.platform import on_cpu  # noqa: F401
 
 
 def _quieten() -> None:

@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments, parse_args
 
+from hymeg import platform
 from hymeg.errors import UserError
 from hymeg.flag_table import ALWAYS, ON_CPU, TABLE, WITH_FROZEN, WITH_LORA, WITH_SFT, WITHOUT, cpu_values
 from hymeg.hf.config import HyConfig
 from hymeg.hf.hub import is_hub_id, local_folder
 from hymeg.models.flags import architecture_flags, default_flags
 from hymeg.platform import device
-from hymeg.platform import flags as platform_flags
 from hymeg.training.flag_names import hint, opposite
 from hymeg.training.own_flags import DEFAULTS, add_hymeg_arguments
 from hymeg.training.refusals import Sources, refuse, shown_flag, shown_value
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
     said, sources, words = _read(parser, list(argv))
     defaults |= DEFAULTS
     cases = {ALWAYS}
-    if platform_flags.judged_for_cpu():
+    if platform.judged_for_cpu():
         cases.add(ON_CPU)
     if said.get("sft"):
         cases.add(WITH_SFT)
@@ -91,11 +91,11 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
         }
         _fix(args, said, sources, architecture)
         _default(args, said, DEFAULTS | default_flags(config))
-        if not platform_flags.judged_for_cpu() and not device.has_block_scaled_fp8():
+        if not platform.judged_for_cpu() and not device.has_block_scaled_fp8():
             _default(args, said, {"fp8_recipe": "tensorwise"})
         if is_whole:
             refuse(parser, said, sources, defaults, vars(args), [row for row in TABLE if row.when == WITHOUT])
-        if platform_flags.judged_for_cpu():
+        if platform.judged_for_cpu():
             _default(args, said, cpu_values())
     args.explicit = sources
     args.said = {

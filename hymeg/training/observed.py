@@ -12,7 +12,7 @@ from hymeg.planning.memory import GIB, memory_by_stage
 from hymeg.planning.search import Machine
 from hymeg.planning.settings import settings_of
 from hymeg.planning.step_time import StepModel
-from hymeg.platform.flags import for_gpus
+from hymeg.platform import for_gpus
 from hymeg.reporting.reading import read_run
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import layout_of

@@ -65,7 +65,7 @@ WORKER = """
 import json, os, sys
 from construction import differences
 from exact_memory import exact_settings_of
-from hymeg.platform.flags import for_gpus
+from hymeg.platform import for_gpus
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import layout_of
 

@@ -45,7 +45,7 @@ from model_weights import gather_from  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from hymeg.models import hy  # noqa: E402
-from hymeg.platform.flags import for_gpus  # noqa: E402
+from hymeg.platform import for_gpus  # noqa: E402
 from hymeg.platform.patches import patched  # noqa: E402
 from hymeg.training.arguments import parse  # noqa: E402
 from hymeg.training.preflight import preflight  # noqa: E402

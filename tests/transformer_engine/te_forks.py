@@ -107,7 +107,7 @@ def share_by_copying() -> None:
 
 
 def parse_for_gpus(argv: list[str]):
-    from hymeg.platform.flags import for_gpus
+    from hymeg.platform import for_gpus
     from hymeg.training.arguments import parse
 
     with for_gpus():

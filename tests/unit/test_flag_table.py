@@ -20,7 +20,7 @@ from hymeg.errors import UserError  # noqa: E402
 from hymeg.flag_table import _DEFAULT, ALWAYS, ON_CPU, TABLE, WITHOUT, Row, cpu_values  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
 from hymeg.models.flags import architecture_flags  # noqa: E402
-from hymeg.platform.flags import for_gpus  # noqa: E402
+from hymeg.platform import for_gpus  # noqa: E402
 from hymeg.training import flag_names, schedule  # noqa: E402
 from hymeg.training.arguments import _parser, parse  # noqa: E402
 from hymeg.training.own_flags import DEFAULTS  # noqa: E402

@@ -19,7 +19,7 @@ from hymeg.planning.memory import GIB, Device, memory_by_stage
 from hymeg.planning.network import HARDWARE, hardware_of
 from hymeg.planning.search import Machine, Planner, describe
 from hymeg.planning.settings import UNMODELLED, Settings, unmodelled
-from hymeg.platform.flags import for_gpus
+from hymeg.platform import for_gpus
 from hymeg.training.arguments import parse
 
 PLAN = Path(__file__).parents[2] / "tools" / "plan.py"

@@ -17,7 +17,7 @@ from hymeg.planning.network import HARDWARE
 from hymeg.planning.report import comment, flags_of
 from hymeg.planning.search import Machine, Planner
 from hymeg.planning.settings import Settings, settings_of, unmodelled
-from hymeg.platform.flags import for_gpus
+from hymeg.platform import for_gpus
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import layout_of
 

@@ -117,7 +117,7 @@ def predicted(argv: list[str]) -> dict:
     from hymeg.planning.network import HARDWARE
     from hymeg.planning.search import Machine, Planner
     from hymeg.planning.settings import settings_of
-    from hymeg.platform.flags import for_gpus
+    from hymeg.platform import for_gpus
     from hymeg.training.arguments import parse
     from hymeg.training.preflight import layout_of
 
