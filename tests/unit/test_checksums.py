@@ -334,6 +334,25 @@ def test_what_a_rank_could_not_write_is_a_users_error_on_all_and_nothing_else_is
             raise error
 
 
+def test_a_file_that_could_not_be_written_is_told_by_name(tmp_path, monkeypatch):
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from single_process import ensure_world
+
+    from hymeg.platform.saving import user_errors
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ensure_world()
+    monkeypatch.setattr(filesystem_async, "_write_item", full)
+    with (
+        pytest.raises(UserError, match=r"a checkpoint cannot be written: __0_0\.distcp: No space left on device; "),
+        user_errors(),
+    ):
+        dist_checkpointing.save(_state(torch.zeros(10)), str(tmp_path))
+
+
 def test_a_save_over_a_checkpoint_takes_its_marks_away_first(saved, monkeypatch):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
