@@ -20,11 +20,9 @@ replaces(dist, "barrier", "parallel_state.py:1033 names devices")(_without("devi
 
 
 @replaces(dist, "all_to_all_single", "tensor_parallel/mappings.py:460 gives split sizes as arrays; gloo wants lists")
-def _all_to_all_single(all_to_all_single, *tensors, **kwargs):
-    for name in ("output_split_sizes", "input_split_sizes"):
-        if hasattr(kwargs.get(name), "tolist"):
-            kwargs[name] = kwargs[name].tolist()
-    return all_to_all_single(*tensors, **kwargs)
+def _all_to_all_single(original, output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+    sizes = output_split_sizes, input_split_sizes
+    return original(output, input, *(s.tolist() if hasattr(s, "tolist") else s for s in sizes), **kwargs)
 
 
 def _rows(tensor) -> int:
