@@ -35,6 +35,15 @@ class located:
 
 
 @contextlib.contextmanager
+def about(what: str, after: str = ""):
+    """Put `what` before the message of a `UserError` that is raised inside, and `after` behind it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}{error}{after}") from error
+
+
+@contextlib.contextmanager
 def exit_on_user_error():
     """Turn a `UserError` into one line and exit code 2. Every command line runs inside this.
 

@@ -50,9 +50,11 @@ class StoredTensor(NamedTuple):
     chunks: tuple[StoredChunk, ...]
 
 
-def iteration_folder(directory: str | os.PathLike, iteration: int | None = None) -> tuple[Path, int | None]:
+def iteration_folder(
+    directory: str | os.PathLike, iteration: int | None = None, option: str = "--iteration"
+) -> tuple[Path, int | None]:
     """The folder of one iteration (None in the result: a release) in a checkpoint folder: the tracker's, or
-    `iteration`.
+    `iteration`, which the user gives by the flag `option`.
 
     `directory` may also be an iteration's folder itself.
 
@@ -67,26 +69,20 @@ def iteration_folder(directory: str | os.PathLike, iteration: int | None = None)
     if (directory / FORMAT_FILE).is_file() and iteration is None:
         named = re.fullmatch(r"iter_(\d+)", directory.resolve().name)
         return directory, int(named[1]) if named else None
-    complete = complete_iterations(directory)
-    available = f"complete in it: {', '.join(complete[-5:])}" if complete else "there is no complete one in it"
+    said = f"{TRACKER} names it" if iteration is None else f"{option} {iteration}"
     if iteration is None:
         if not (directory / TRACKER).is_file():
             hint = "; an unfinished conversion? run it again" if directory.name.endswith(".partial") else ""
             raise UserError(
                 f"{directory}: not a distributed checkpoint: no {TRACKER} "
-                f"({available}){hint or '; give --iteration N or the right folder'}"
+                f"({_available(directory)}){hint or f'; give {option} N or the right folder'}"
             )
-        content = _tracker_content(directory / TRACKER)
-        if content != RELEASE and not re.fullmatch(r"\d{1,18}", content):
-            raise UserError(
-                f"{directory / TRACKER}: says {shown(content)}; an iteration or {RELEASE!r} is needed ({available})"
-            )
-        iteration = None if content == RELEASE else int(content)
+        iteration = named_iteration(directory, option)
     name = RELEASE if iteration is None else f"iter_{iteration:07d}"
-    if name not in complete:
+    if name not in complete_iterations(directory):
         raise UserError(
-            f"{directory}: {name} is missing or was not saved to the end ({available}); give --iteration N of a "
-            "complete one"
+            f"{directory}: {said}, but {name} is missing or was not saved to the end ({_available(directory)}); give "
+            f"{option} N of a complete one"
         )
     return directory / name, iteration
 
@@ -98,11 +94,28 @@ def complete_iterations(directory: Path) -> list[str]:
     return [name for name in names if (directory / name / FORMAT_FILE).is_file()]
 
 
-def _tracker_content(path: Path) -> str:
+def named_iteration(directory: Path, option: str = "--iteration") -> int | None:
+    """The iteration that the tracker in `directory` names; None for a release. Raises UserError where it names none."""
+    content = tracker_content(directory)
+    if content != RELEASE and not re.fullmatch(r"\d{1,18}", content):
+        raise UserError(
+            f"{directory / TRACKER} names {shown(content)}; an iteration or {RELEASE!r} is needed "
+            f"({_available(directory)}): write it there, or give {option}"
+        )
+    return None if content == RELEASE else int(content)
+
+
+def tracker_content(directory: Path) -> str:
+    """What the tracker says, whatever it is. Raises UserError where it cannot be read."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(directory / TRACKER, encoding="utf-8") as file:
             return file.read(100).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); write the iteration to load into it, or {RELEASE!r}"
+            f"{directory / TRACKER}: cannot be read ({error}); write the iteration to load into it, or {RELEASE!r}"
         ) from None
+
+
+def _available(directory: Path) -> str:
+    complete = [name.removeprefix("iter_").lstrip("0") or "0" for name in complete_iterations(directory)[-5:]]
+    return f"complete in it: {', '.join(complete)}" if complete else "there is no complete one in it"

@@ -8,7 +8,6 @@ belong.
 import argparse
 import contextlib
 import copy
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -21,14 +20,14 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.utils import unwrap_model
 
-from hymeg.checkpoint.adapter_settings import AdapterSettings
+from hymeg.checkpoint.adapter_settings import ADAPTER_FILE, AdapterSettings
 from hymeg.checkpoint.adapter_table import PREFIX, adapter_shapes, check_adapter_tensors, full_shapes
-from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.dist_files import iteration_folder
 from hymeg.checkpoint.fingerprint import MODULUS, part_of_fingerprint, shown_fingerprint
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, num_parameters
 from hymeg.checkpoint.metadata_file import stored_shapes
 from hymeg.checkpoint.sources.adapter_folder import full_names
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
 from hymeg.models.freezing import train_in_full
 from hymeg.models.lora import add_adapters
@@ -36,17 +35,17 @@ from hymeg.platform import device, megatron
 from hymeg.platform.patches import patched
 from hymeg.training import weights
 from hymeg.training.adapter_log import AdapterLog
+from hymeg.training.checkpoints import is_distributed_checkpoint
 from hymeg.training.freezing import trained_in_full
 
 Say = Callable[[str], None]
 
 
-def settings_of(args: argparse.Namespace, base: dict[str, str] | None = None) -> AdapterSettings:
+def settings_of(args: argparse.Namespace) -> AdapterSettings:
     """What the flags say of the adapters."""
     alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    return AdapterSettings(
-        args.lora_rank, alpha, args.lora_scaling, args.lora_dropout, tuple(dict.fromkeys(args.lora_targets)), base
-    )
+    targets = tuple(dict.fromkeys(args.lora_targets))
+    return AdapterSettings(args.lora_rank, alpha, args.lora_scaling, args.lora_dropout, targets)
 
 
 def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
@@ -57,24 +56,32 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
     Raises:
         UserError: flags that make no adapters, or others than are loaded; no base; tensors that do not fit.
     """
-    _check_settings(args, config)
-    resumed = args.load if args.load is not None and _holds_adapters(args.load, args) else None
-    args.lora_record = {} if resumed is None else _check_resumed(args, config).base or {}
-    base = copy.copy(args) if resumed is None else _base_of(args)
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+        raise UserError(f"--lora-alpha {args.lora_alpha}: it must be above 0")
+    if args.moe_router_bias_update_rate > 0:
+        raise UserError(
+            f"--moe-router-bias-update-rate {args.moe_router_bias_update_rate}: it would change the base, which a save "
+            "of adapters does not hold; leave it out, or 0"
+        )
+    with about("--lora-targets: "):
+        shapes = adapter_shapes(config, args.lora_rank, args.lora_targets)
+    resumed = _resumed_folder(args)
     if resumed is not None:
-        weights.check_not_overwriting(args, ("load", resumed))
+        args.lora_record = _check_resumed(args, config, resumed).base or {}
+        base = _base_of(args)
+        weights.check_not_overwriting(args, ("load", args.load))
     elif args.init_from_scratch:
         raise UserError("--init-from-scratch with --lora-rank: adapters of chance's weights serve nothing; give --load")
+    else:
+        args.lora_record, base = {}, copy.copy(args)
     weights.check_weights(base, config, say, is_base=True)
     source = base.hf_weights or base.load or base.pretrained_checkpoint
-    args.hf_weights = base.hf_weights
+    args.hf_weights, args.lora_source = base.hf_weights, os.path.abspath(source)
     args.lora_base, args.lora_base_step = (None if base.hf_weights else source), base.ckpt_step
-    args.lora_source = os.path.abspath(source)
-    args.load, args.pretrained_checkpoint = resumed, None
+    args.pretrained_checkpoint = None
     if resumed is None:
-        args.ckpt_step = None
+        args.load = args.ckpt_step = None
     in_full = sum(map(math.prod, full_shapes(config, trained_in_full(args, config).values()).values()))
-    shapes = adapter_shapes(config, args.lora_rank, args.lora_targets)
     trained, frozen = sum(map(math.prod, shapes.values())), num_parameters(config) - in_full
     also = f" and {in_full:,} in full ({' '.join(args.train_also)})" if in_full else ""
     say(
@@ -83,51 +90,28 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
     )
 
 
-def _check_settings(args: argparse.Namespace, config: HyConfig) -> None:
-    for flag, value, is_right, needed in (
-        ("--lora-rank", args.lora_rank, args.lora_rank >= 1, "at least 1"),
-        ("--lora-alpha", args.lora_alpha, args.lora_alpha is None or 0 < args.lora_alpha < math.inf, "above 0"),
-        ("--lora-dropout", args.lora_dropout, 0 <= args.lora_dropout < 1, "from 0 up to, not including, 1"),
-    ):
-        if not is_right:
-            raise UserError(f"{flag} {value}: it must be {needed}")
-    if args.moe_router_bias_update_rate > 0:
-        raise UserError(
-            f"--moe-router-bias-update-rate {args.moe_router_bias_update_rate}: it would change the base, which a save "
-            "of adapters does not hold; leave it out, or 0"
-        )
-    try:
-        adapter_shapes(config, args.lora_rank, args.lora_targets)
-    except UserError as error:
-        raise UserError(f"--lora-targets: {error}") from error
+def _resumed_folder(args: argparse.Namespace) -> Path | None:
+    """Of the iteration that `--load` names, where it is of adapters."""
+    if args.load is None or not is_distributed_checkpoint(args.load):
+        return None
+    with about("--load "):
+        folder, _ = iteration_folder(args.load, args.ckpt_step, "--ckpt-step")
+    return folder if (folder / ADAPTER_FILE).is_file() else None
 
 
-def _iteration(folder: str, step: int | None) -> Path:
-    if step is None:
-        named = Path(folder, TRACKER).read_text().strip()
-        if named == "release":
-            return Path(folder, named)
-        step = int(named)
-    return Path(folder, f"iter_{step:07d}")
-
-
-def _holds_adapters(folder: str, args: argparse.Namespace) -> bool:
-    return weights.is_distributed_checkpoint(folder) and weights.holds_adapters(folder, args.ckpt_step)
-
-
-def _check_resumed(args: argparse.Namespace, config: HyConfig) -> AdapterSettings:
-    folder = _iteration(args.load, args.ckpt_step)
+def _check_resumed(args: argparse.Namespace, config: HyConfig, folder: Path) -> AdapterSettings:
     stored, wanted = AdapterSettings.from_folder(folder), settings_of(args)
     for name in ("rank", "alpha", "scaling", "targets"):
         was, now = (getattr(one, name) for one in (stored, wanted))
-        if sorted(was) != sorted(now) if name == "targets" else was != now:
-            was, now = (" ".join(one) if name == "targets" else one for one in (was, now))
+        if name == "targets":
+            was, now = (" ".join(sorted(targets)) for targets in (was, now))
+        if was != now:
             raise UserError(
                 f"--lora-{name} {now}: the adapters in {folder} were made with --lora-{name} {was}; say that, or give "
                 "--load of the base to begin anew"
             )
     if args.rank == 0:
-        label, shapes = f"--load {args.load}", stored_shapes(str(folder))
+        label, shapes = f"--load {args.load}", stored_shapes(folder)
         of_model = {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(PREFIX)}
         was, now = (sorted(one) for one in (full_names(of_model), trained_in_full(args, config).values()))
         if was != now:
@@ -135,10 +119,8 @@ def _check_resumed(args: argparse.Namespace, config: HyConfig) -> AdapterSetting
                 f"--train-also: the adapters in {folder} were made with {' '.join(was) or 'none'} trained in full, not "
                 f"{' '.join(now) or 'none'}; say that, or give --load of the base to begin anew"
             )
-        try:
+        with about(f"{label}: "):
             check_adapter_tensors(config, stored.rank, stored.targets, of_model, now)
-        except UserError as error:
-            raise UserError(f"{label}: {error}") from None
         if not args.finetune and not args.no_load_optim:
             weights.check_optimizer(label, shapes, args)
     args.exit_on_missing_checkpoint = True
@@ -150,81 +132,68 @@ def _base_of(args: argparse.Namespace) -> argparse.Namespace:
     base, recorded = copy.copy(args), args.lora_record.get("source")
     base.load, base.pretrained_checkpoint = args.pretrained_checkpoint or recorded, None
     if base.load is None or not os.path.isdir(base.load):
+        where = f" in {base.load}" if base.load else ""
         raise UserError(
-            f"--load {args.load} holds adapters, whose base is not found"
-            + (f" in {base.load}" if base.load else "")
-            + "; give it with --pretrained-checkpoint FOLDER"
+            f"--load {args.load} holds adapters, whose base is not found{where}; give it with --pretrained-checkpoint "
+            "FOLDER"
         )
     base.save, base.ckpt_step, base.finetune = None, None, True
     return base
-
-
-class AdapterTraining:
-    """What a run with adapters does beside Megatron's loop.
-
-    Attributes:
-        settings: of the adapters; with the base's fingerprint once that is loaded.
-    """
-
-    def __init__(self, args: argparse.Namespace, config: HyConfig):
-        self.args, self.config = args, config
-        self.settings = settings_of(args)
-
-    def attach(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Before the model is wrapped: what is frozen then has neither gradients nor optimizer."""
-        for chunk in chunks:
-            add_adapters(chunk, self.config, self.settings, self.args.seed)
-            train_in_full(trained_in_full(self.args, self.config), chunk)
-        return chunks
-
-    def load_base(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Once it is wrapped, and its tensors have the types that they keep.
-
-        Raises:
-            UserError: the adapters that are resumed were trained on other weights.
-        """
-        models = unwrap_model(chunks)
-        folder = _iteration(self.args.lora_base, self.args.lora_base_step)
-        wanted = {f"model{i}": model.weights_sharded_state_dict(metadata={}) for i, model in enumerate(models)}
-        loaded = dist_checkpointing.load(wanted, str(folder))
-        for i, model in enumerate(models):
-            missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
-            if unexpected or any(not name.startswith("adapters.") for name in missing):
-                raise RuntimeError(f"the base did not fit the model: {missing[:5]}, {unexpected[:5]}")
-        self._compare_base(fingerprint(models, self.config.vocab_size))
-        return chunks
-
-    def _compare_base(self, found: str) -> None:
-        record = self.args.lora_record
-        wanted = record.get("fingerprint")
-        if wanted not in (None, found):
-            raise UserError(
-                f"--load {self.args.load}: its adapters were trained on other weights than {self.args.lora_source} "
-                f"holds (fingerprint {wanted}, found {found}); give their base, {record.get('source')}, with "
-                "--pretrained-checkpoint"
-            )
-        self.settings = self.settings._replace(base={"source": self.args.lora_source, "fingerprint": found})
-
-    def save_settings(self, save_config: Callable, config, folder: str) -> None:
-        """Megatron's last act of a save, `save_config`, and before it `adapter.json`."""
-        self.settings.save(folder)
-        save_config(config, folder)
 
 
 @contextlib.contextmanager
 def training_adapters(args: argparse.Namespace, config: HyConfig, model_config, say: Say) -> Iterator[None]:
     """While the context is open, the model that Megatron builds has adapters, its saves hold them, and what they do to
     the weights is said.
+
+    Raises:
+        UserError: the adapters that are resumed were trained on other weights.
     """
-    training = AdapterTraining(args, config)
-    model_config.pre_wrap_hooks = [*(model_config.pre_wrap_hooks or []), training.attach]
-    model_config.post_wrap_hooks = [*(model_config.post_wrap_hooks or []), training.load_base]
-    save = functools.partial(training.save_settings, serialization.save_config)
+    settings, in_full, save_config = settings_of(args), trained_in_full(args, config), serialization.save_config
+
+    def attach(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Before the model is wrapped: what is frozen then has neither gradients nor optimizer."""
+        for chunk in chunks:
+            add_adapters(chunk, config, settings, args.seed)
+            train_in_full(in_full, chunk)
+        return chunks
+
+    def load_base(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Once it is wrapped, and its tensors have the types that they keep."""
+        nonlocal settings
+        settings = settings._replace(base=_loaded_base(args, config, unwrap_model(chunks)))
+        return chunks
+
+    def save(common_config, folder: str) -> None:
+        settings.save(folder)
+        save_config(common_config, folder)
+
+    model_config.pre_wrap_hooks = [*(model_config.pre_wrap_hooks or []), attach]
+    model_config.post_wrap_hooks = [*(model_config.post_wrap_hooks or []), load_base]
     with (
         patched(serialization, "save_config", save, "serialization.py:449: the mark that makes a save valid"),
         megatron.after_steps(AdapterLog(args, config, say)),
     ):
         yield
+
+
+def _loaded_base(args: argparse.Namespace, config: HyConfig, models: list[torch.nn.Module]) -> dict[str, str]:
+    """Fill `models` with the base's weights: what adapter.json says of them."""
+    folder, _ = iteration_folder(args.lora_base, args.lora_base_step)
+    wanted = {f"model{i}": model.weights_sharded_state_dict(metadata={}) for i, model in enumerate(models)}
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    for i, model in enumerate(models):
+        missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
+        if unexpected or any(not name.startswith("adapters.") for name in missing):
+            raise RuntimeError(f"the base did not fit the model: {missing[:5]}, {unexpected[:5]}")
+    record, found = args.lora_record, fingerprint(models, config.vocab_size)
+    if record.get("fingerprint") not in (None, found):
+        raise UserError(
+            f"--load {args.load}: its adapters were trained on other weights than {args.lora_source} holds "
+            f"(fingerprint {record['fingerprint']}, found {found}); give their base, {record.get('source')}, with "
+            "--pretrained-checkpoint"
+        )
+    return {"source": args.lora_source, "fingerprint": found}
 
 
 def fingerprint(models: list[torch.nn.Module], vocab_size: int) -> str:

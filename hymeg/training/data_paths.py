@@ -125,8 +125,7 @@ def choose_split(
         name, path = empty
         raise UserError(
             f"--split {args.split} leaves none of the {num_items[path]} {what} of {path} for {name}; give that a "
-            "larger weight or 0, "
-            f"or leave --split out"
+            "larger weight or 0, or leave --split out"
         )
     return _split_matrix(args.split)
 
@@ -279,8 +278,7 @@ def _check_files(label: str, prefix: str, config: HyConfig, rank: int) -> int:
     if largest >= config.vocab_size:
         raise UserError(
             f"{label} {prefix}: {prefix}.bin holds token {largest}, outside the model's vocabulary of "
-            f"{config.vocab_size}; tokenize it again with "
-            f"this model's tokenizer (tools/preprocess_data.py)"
+            f"{config.vocab_size}; tokenize it again with this model's tokenizer (tools/preprocess_data.py)"
         )
     return num_sequences
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hymeg.checkpoint.dist_files import TRACKER
+from hymeg.checkpoint.dist_files import named_iteration
 from hymeg.checksums import MANIFEST, read_manifest, sum_of_file
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown, write_whole
-from hymeg.training.weights import is_distributed_checkpoint
+from hymeg.training.checkpoints import is_distributed_checkpoint
 
 RECORD = "data.json"
 _OF_TEXT = (
@@ -68,7 +68,8 @@ def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Call
     """
     iteration, kept = 0, []
     if args.load is not None and not args.finetune and is_distributed_checkpoint(args.load):
-        iteration = _iteration(args)
+        step = args.ckpt_step
+        iteration = step if step is not None else named_iteration(Path(args.load), "--ckpt-step") or 0
         kept = [entry for entry in _kept(args.load) if entry["after"] < iteration]
         if args.train_iters is not None and iteration >= args.train_iters:
             say(f"nothing left to train: {args.load} is at iteration {iteration} of --train-iters {args.train_iters}")
@@ -84,14 +85,6 @@ def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Call
         write_whole(
             Path(args.save, RECORD), json.dumps([*kept, {"after": iteration, "data": record}], indent=1).encode()
         )
-
-
-def _iteration(args: argparse.Namespace) -> int:
-    """That training goes on from."""
-    if args.ckpt_step is not None:
-        return args.ckpt_step
-    named = Path(args.load, TRACKER).read_text().strip()
-    return 0 if named == "release" else int(named)
 
 
 def _kept(folder: str) -> list[dict[str, Any]]:

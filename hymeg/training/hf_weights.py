@@ -6,6 +6,7 @@ and its first rank converts to `NAME-HOST` there. What was converted is used aga
 file by file: `source.json` beside the tracker keeps account.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -31,6 +32,25 @@ _MAX_WORKERS = 8  # more than a disk needs
 _SECONDS_BETWEEN_LINES = 10.0
 
 Say = Callable[[str], None]
+
+
+def convert_hf_weights(args: argparse.Namespace) -> None:
+    """Where the weights are a Hugging Face folder's, convert it, on one process for all that share its disk, and let
+    `args.load` (of adapters `args.lora_base`) name the result.
+
+    It goes into `--save`, else into `--data-cache-path`, else into the user's cache folder.
+    """
+    if args.hf_weights is None:
+        return
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hymeg")
+    place = args.save or args.data_cache_path or cache
+    folder = converted(
+        args.hf_weights, place, args.rank, args.local_rank, lambda line: print(f"hymeg: {line}", flush=True)
+    )
+    if args.lora_rank is None:
+        args.load, args.exit_on_missing_checkpoint = str(folder), True
+    else:
+        args.lora_base = str(folder)
 
 
 def converted(hf: str | Path, place: str | Path, rank: int, local_rank: int, say: Say) -> Path:

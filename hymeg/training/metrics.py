@@ -17,7 +17,7 @@ from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops, peak_tflops, training_flops
 from hymeg.platform import device, megatron
 from hymeg.reporting.record import RunRecord
-from hymeg.training.retention import beat
+from hymeg.training.run_record import beat
 from hymeg.training.set_losses import SetLosses, training_sets
 from hymeg.training.starved_experts import StarvedExperts, told
 from hymeg.training.step import check_finite

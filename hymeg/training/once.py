@@ -1,5 +1,5 @@
-"""Long work on files before the process groups are there, and so before their timeouts: done by one rank, waited for by
-all.
+"""Before the process groups are there, and so before their timeouts: long work on files, done by one rank and waited
+for by all; and what ranks tell each other.
 """
 
 import functools
@@ -9,12 +9,23 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+from torch import distributed
 from torch.distributed import PrefixStore, Store, rendezvous
 
 from hymeg.errors import UserError
 
 _FOREVER = timedelta(days=7)  # the launcher ends who waits for a rank that died
 _SECONDS_TO_APPEAR = 5.0  # a shared file system may show another node's files late
+
+
+def rank() -> int:
+    """This process's, whoever launched it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Of the job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
@@ -28,11 +39,10 @@ def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], Non
     Raises:
         UserError: what `make` raised on rank 0, on every rank.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if not is_done():
-            make()
-        return
-    once(PrefixStore(f"hymeg/{what}", job_store()), os.environ["RANK"] == "0", _node(), is_done, make)
+    if world_size() > 1:
+        once(_store_of(what), rank() == 0, _node(), is_done, make)
+    elif not is_done():
+        make()
 
 
 def by_rank_0(what: str, make: Callable[[], None]) -> None:
@@ -42,8 +52,24 @@ def by_rank_0(what: str, make: Callable[[], None]) -> None:
     Raises:
         UserError: what `make` raised on rank 0, on every rank.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _made_by_first(PrefixStore(f"hymeg/{what}", job_store()), os.environ["RANK"] == "0", lambda: False, make)
+    if world_size() > 1:
+        _made_by_first(_store_of(what), rank() == 0, lambda: False, make)
+
+
+def told_by_all(what: str, text: str) -> list[str]:
+    """Every rank's `text`; with process groups as well as before them. All ranks call it.
+
+    Args:
+        what: as for `once_per_node`.
+    """
+    texts = [text] * world_size()
+    if distributed.is_initialized():
+        distributed.all_gather_object(texts, text)
+    elif world_size() > 1:
+        store = _store_of(what)
+        store.set(str(rank()), text)
+        texts = [_wait(store, str(other)) for other in range(world_size())]
+    return texts
 
 
 def once(store: Store, is_first: bool, node: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
@@ -59,7 +85,13 @@ def once(store: Store, is_first: bool, node: str, is_done: Callable[[], bool], m
 
 def _made_by_first(store: Store, is_first: bool, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
     if is_first:
-        store.set("rank 0", _made(is_done, make))
+        failure = ""
+        try:
+            if not is_done():
+                make()
+        except UserError as error:
+            failure = str(error)
+        store.set("rank 0", failure)
     if failure := _wait(store, "rank 0"):
         raise UserError(failure)
 
@@ -76,17 +108,11 @@ def job_store() -> Store:
     return next(rendezvous("env://", timeout=_FOREVER))[0]
 
 
-def _made(is_done: Callable[[], bool], make: Callable[[], None]) -> str:
-    """What went wrong, or nothing."""
-    try:
-        if not is_done():
-            make()
-    except UserError as error:
-        return str(error)
-    return ""
+def _store_of(what: str) -> Store:
+    return PrefixStore(f"hymeg/{what}", job_store())
 
 
-def _wait(store, key: str) -> str:
+def _wait(store: Store, key: str) -> str:
     store.wait([key], _FOREVER)
     return store.get(key).decode()
 

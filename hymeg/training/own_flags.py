@@ -39,99 +39,93 @@ LORA_TARGETS = (
 
 
 def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    group = parser.add_argument_group("hymeg")
-    group.add_argument(
+    add = parser.add_argument_group("hymeg").add_argument
+    add(
         "--config",
         metavar="FILE.yaml",
         help="recipe: these flags as keys of a flat YAML file; the command line wins, and undoes a switch with "
         "--no-SWITCH",
     )
-    group.add_argument(
+    add(
         "--hf-model",
         metavar="DIR",
         help="folder with config.json and tokenizer: sets the architecture and the tokenizer",
     )
-    group.add_argument(
-        "--init-from-scratch", action="store_true", help="start from random weights where --load holds no checkpoint"
-    )
-    group.add_argument(
+    add("--init-from-scratch", action="store_true", help="start from random weights where --load holds no checkpoint")
+    add(
         "--save-hf",
         metavar="DIR",
         help="write the model as a Hugging Face folder, DIR/iter_0000100, after the last iteration, from rank 0",
     )
-    group.add_argument("--save-hf-interval", type=int, metavar="N", help="--save-hf: and after every N iterations")
-    group.add_argument(
+    add("--save-hf-interval", type=int, metavar="N", help="--save-hf: and after every N iterations")
+    add(
         "--fall-back-to-older-checkpoint",
         action="store_true",
         help="verify what --load names before it is loaded, and where it is damaged or not complete take the newest "
         "older iteration that is neither",
     )
-    group.add_argument(
+    add(
         "--valid-translations",
         metavar="FILE.jsonl",
         help="held-out rows that the model answers at every evaluation; its texts are judged (chrF, BLEU, alarms)",
     )
-    group.add_argument(
+    add(
         "--valid-generate",
         type=int,
         default=64,
         metavar="N",
         help="--valid-translations: how many of its rows, spread evenly over it (default: 64)",
     )
-    group.add_argument(
+    add(
         "--keep-last",
         type=int,
         metavar="K",
         help="--save: remove older checkpoints once a newer one is complete, but for the newest K, every multiple of "
         "--save-retain-interval, and the one that was loaded",
     )
-    group.add_argument(
+    add(
         "--recompute-logits",
         dest="hy_recompute_logits",
         action="store_true",
         help="compute the logits a second time in the backward pass: saves 2 bytes a token and vocabulary entry, costs "
         "a third more time in the head",
     )
-    group.add_argument(
+    add(
         "--train-epochs",
         type=int,
         metavar="N",
         help="--sft: in place of --train-iters, as many as N passes over the training data take",
     )
-    group.add_argument(
-        "--no-sft-packing", dest="sft_packing", action="store_false", help="--sft: one conversation a sequence, padded"
-    )
-    group.add_argument(
+    add("--no-sft-packing", dest="sft_packing", action="store_false", help="--sft: one conversation a sequence, padded")
+    add(
         "--sft-truncation",
         choices=TRUNCATIONS,
         default="error",
         help="--sft: what to do with conversations longer than --seq-length: stop, cut their beginning or their end, "
         "leave them out",
     )
-    group.add_argument(
+    add(
         "--sft-bad-rows",
         choices=("stop", "skip"),
         default="stop",
         help="--sft: what to do with rows that cannot be trained on: stop at the first, or count and leave them out",
     )
-    group.add_argument(
+    add(
         "--freeze",
         nargs="+",
         metavar="PATTERN",
         help="keep the parameters of these published names as they are, * and ? as in a shell: '*.experts.*' "
         "'model.layers.0.*'",
     )
-    group.add_argument("--train-only", nargs="+", metavar="PATTERN", help="keep all the others as they are")
-    group.add_argument(
+    add("--train-only", nargs="+", metavar="PATTERN", help="keep all the others as they are")
+    add(
         "--lora-rank",
         type=int,
         metavar="R",
         help="train adapters (LoRA) of this rank beside the frozen weights; a save then holds these only",
     )
-    group.add_argument(
-        "--lora-alpha", type=float, metavar="A", help="their weight: A / R (twice the rank where nothing is said)"
-    )
-    group.add_argument(
+    add("--lora-alpha", type=float, metavar="A", help="their weight: A / R (twice the rank where nothing is said)")
+    add(
         "--lora-targets",
         nargs="+",
         metavar="NAME",
@@ -140,17 +134,15 @@ def add_hymeg_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "experts.gate_proj, gate_proj for all three, mtp.q_proj; by default all that every token goes through, that "
         "is all but the routed experts",
     )
-    group.add_argument(
+    add(
         "--train-also",
         nargs="+",
         metavar="PATTERN",
         help="--lora-rank: train these parameters in full beside the adapters, by patterns as of --train-only: norms, "
         "routers, lm_head.weight (peft's modules_to_save)",
     )
-    group.add_argument(
-        "--lora-dropout", type=float, default=0.0, metavar="P", help="dropout of what goes into the adapters"
-    )
-    group.add_argument(
+    add("--lora-dropout", type=float, default=0.0, metavar="P", help="dropout of what goes into the adapters")
+    add(
         "--lora-scaling",
         choices=SCALINGS,
         default="lora",

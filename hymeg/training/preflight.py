@@ -17,6 +17,7 @@ from hymeg.planning import layout as layouts
 from hymeg.planning.settings import settings_of
 from hymeg.platform import device
 from hymeg.training.arguments import naming_lines
+from hymeg.training.checkpoints import is_distributed_checkpoint
 from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import check_freezing
@@ -24,7 +25,7 @@ from hymeg.training.hf_folders import check_save_hf
 from hymeg.training.refusals import shown_value
 from hymeg.training.schedule import check_schedule
 from hymeg.training.starved_experts import MANY, idle_share
-from hymeg.training.weights import check_weights, is_distributed_checkpoint
+from hymeg.training.weights import check_weights
 
 _EMERGING_OPTIMIZERS = "https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0"
 _NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
@@ -152,8 +153,7 @@ def _check_evaluation(args: argparse.Namespace, layout: layouts.Layout) -> None:
     if batch % (micro * layout.data_parallel_size):
         raise UserError(
             f"--eval-global-batch-size {batch} is no multiple of --eval-micro-batch-size {micro} x data-parallel size "
-            f"{layout.data_parallel_size}; "
-            f"use {micro * layout.data_parallel_size}"
+            f"{layout.data_parallel_size}; use {micro * layout.data_parallel_size}"
         )
 
 

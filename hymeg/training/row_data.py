@@ -181,8 +181,7 @@ def described(sequences: Sequences) -> str:
     )
     return (
         f"{sequences.index.path}: {counts.rows:,} rows{lost}, {counts.tokens:,} tokens in {len(sequences.packs):,} "
-        "sequences of "
-        f"{sequences.shape.seq_length:,}, {counts.tokens / num_positions:.1%} full"
+        f"sequences of {sequences.shape.seq_length:,}, {counts.tokens / num_positions:.1%} full"
     )
 
 

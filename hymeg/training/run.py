@@ -24,16 +24,17 @@ from hymeg.training import metrics, save_lock
 from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import naming_lines, parse
 from hymeg.training.batch import is_reader, takes_data
+from hymeg.training.checkpoints import remove_older
 from hymeg.training.data_record import compare_and_keep, contents_record, text_record
 from hymeg.training.freezing import trained_keys
 from hymeg.training.hf_folders import saving_hf
+from hymeg.training.hf_weights import convert_hf_weights
 from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
-from hymeg.training.retention import remove_older
 from hymeg.training.run_record import recording
 from hymeg.training.schedule import set_iterations
 from hymeg.training.step import forward_step
-from hymeg.training.weights import convert_hf_weights, none_but_undamaged
+from hymeg.training.weights import none_but_undamaged
 
 
 def main(argv: Sequence[str]) -> None:

@@ -7,40 +7,31 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
+import json
 import os
+import re
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hymeg
+from hymeg.errors import UserError
+from hymeg.files import write_whole
 from hymeg.hf.config import HyConfig
 from hymeg.platform import device, megatron
 from hymeg.reporting.record import FOLDER, RunRecord
+from hymeg.training.checkpoints import tracked_step
 
 _PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "sacrebleu")
-_LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "data_parallel_size",
-    "seq_length",
-    "micro_batch_size",
-    "global_batch_size",
-)
-_SHAPE = (
-    "num_hidden_layers",
-    "num_nextn_predict_layers",
-    "hidden_size",
-    "num_experts",
-    "num_experts_per_tok",
-    "vocab_size",
-)
+_LAYOUT = """tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size seq_length
+    micro_batch_size global_batch_size"""
+_SHAPE = "num_hidden_layers num_nextn_predict_layers hidden_size num_experts num_experts_per_tok vocab_size"
+HEARTBEAT = "heartbeat.json"
 
 
 @contextlib.contextmanager
@@ -79,9 +70,9 @@ def facts(args: argparse.Namespace, config: HyConfig, data: dict[str, Any]) -> d
         "host": socket.gethostname(),
         "device": device.name(),
         "world_size": args.world_size,
-        "layout": {name: getattr(args, name) for name in _LAYOUT},
+        "layout": {name: getattr(args, name) for name in _LAYOUT.split()},
         "train_iters": args.train_iters,
-        "model": {"folder": args.hf_model} | {name: getattr(config, name) for name in _SHAPE},
+        "model": {"folder": args.hf_model} | {name: getattr(config, name) for name in _SHAPE.split()},
         "data": data,
         "versions": {"hymeg": hymeg.__version__, **_versions()},
         "expert_counts": [num_layers, config.num_experts],
@@ -95,3 +86,18 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def beat(save: str, iteration: int, seconds: float, line: str) -> None:
+    """Leave in `save` how the run is: what Megatron's log line says of this iteration, which took so long."""
+    loss = re.search(r"lm loss: (\S+)", line)
+    found = {
+        "iteration": iteration,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "loss": float(loss[1]) if loss else None,
+        "seconds_per_iteration": seconds,
+        "last_checkpoint": tracked_step(save),
+        "pid": os.getpid(),
+    }
+    with contextlib.suppress(UserError):  # a full disk is told of when a checkpoint does not fit
+        write_whole(Path(save, HEARTBEAT), json.dumps(found).encode())

@@ -9,64 +9,22 @@ from collections.abc import Callable
 from hymeg.errors import UserError
 from hymeg.training.flag_names import flag
 
-_INFINITY = math.inf
+# A count of iterations or samples; what is 0 or less would divide by zero or never happen.
+_AT_LEAST_1 = """train_iters train_samples train_epochs lr_decay_iters lr_decay_samples lr_wsd_decay_iters
+    lr_wsd_decay_samples eval_interval log_interval tensorboard_log_interval save_interval save_hf_interval
+    save_retain_interval exit_interval valid_generate keep_last eval_global_batch_size eval_micro_batch_size
+    num_dataset_builder_threads dist_ckpt_workers make_vocab_size_divisible_by distributed_timeout_minutes
+    exit_duration_in_mins recompute_num_layers lora_rank"""
+_AT_LEAST_0 = """lr min_lr lr_warmup_init decoupled_lr decoupled_min_lr lr_warmup_iters lr_warmup_samples clip_grad
+    adam_eps weight_decay start_weight_decay end_weight_decay eval_iters num_workers init_method_std
+    mtp_loss_scaling_factor moe_router_bias_update_rate"""
+_BELOW_1 = "lr_warmup_fraction hidden_dropout attention_dropout adam_beta1 adam_beta2 lora_dropout"
+
 _RANGES: dict[str, tuple[float, float]] = {
-    # A count of iterations or samples; what is 0 or less would divide by zero or never happen.
-    **dict.fromkeys(
-        (
-            "train_iters",
-            "train_samples",
-            "train_epochs",
-            "lr_decay_iters",
-            "lr_decay_samples",
-            "lr_wsd_decay_iters",
-            "lr_wsd_decay_samples",
-        ),
-        (1, _INFINITY),
-    ),
-    **dict.fromkeys(
-        (
-            "eval_interval",
-            "log_interval",
-            "tensorboard_log_interval",
-            "save_interval",
-            "save_hf_interval",
-            "save_retain_interval",
-            "valid_generate",
-            "keep_last",
-            "exit_interval",
-        ),
-        (1, _INFINITY),
-    ),
-    **dict.fromkeys(
-        ("eval_global_batch_size", "eval_micro_batch_size", "num_dataset_builder_threads", "dist_ckpt_workers"),
-        (1, _INFINITY),
-    ),
-    **dict.fromkeys(
-        (
-            "make_vocab_size_divisible_by",
-            "distributed_timeout_minutes",
-            "exit_duration_in_mins",
-            "recompute_num_layers",
-        ),
-        (1, _INFINITY),
-    ),
+    **dict.fromkeys(_AT_LEAST_1.split(), (1, math.inf)),
+    **dict.fromkeys(_AT_LEAST_0.split(), (0, math.inf)),
+    **dict.fromkeys(_BELOW_1.split(), (0, math.nextafter(1, 0))),
     "seed": (1, 2**32 - 1),  # Megatron's _set_random_seed and numpy's
-    **dict.fromkeys(
-        ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad", "weight_decay", "adam_eps"),
-        (0, _INFINITY),
-    ),
-    **dict.fromkeys(
-        ("start_weight_decay", "end_weight_decay", "eval_iters", "num_workers", "init_method_std"), (0, _INFINITY)
-    ),
-    **dict.fromkeys(
-        ("lr_warmup_iters", "lr_warmup_samples", "mtp_loss_scaling_factor", "moe_router_bias_update_rate"),
-        (0, _INFINITY),
-    ),
-    **dict.fromkeys(
-        ("lr_warmup_fraction", "hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2"),
-        (0, math.nextafter(1, 0)),
-    ),
 }
 """Destination -> the lowest and the highest value."""
 
@@ -98,8 +56,7 @@ def check_schedule(args: argparse.Namespace) -> None:
         if start is None or end is None or start > end:
             raise UserError(
                 f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay (found {start}) "
-                "and --end-weight-decay "
-                f"(found {end}), the first not above the second"
+                f"and --end-weight-decay (found {end}), the first not above the second"
             )
     elif args.start_weight_decay is not None or args.end_weight_decay is not None:
         raise UserError(
@@ -115,8 +72,7 @@ def check_schedule(args: argparse.Namespace) -> None:
     if args.save_retain_interval is not None and args.save_retain_interval % (args.save_interval or 1):
         raise UserError(
             f"--save-retain-interval {args.save_retain_interval} is no multiple of --save-interval "
-            f"{args.save_interval}; "
-            f"with {2 * args.save_interval} every second checkpoint is kept"
+            f"{args.save_interval}; with {2 * args.save_interval} every second checkpoint is kept"
         )
     # From a recipe that several runs share it is only noted.
     if args.save is None and args.save_interval is not None and not args.explicit["save_interval"][1]:
@@ -152,7 +108,7 @@ def set_iterations(args: argparse.Namespace, num_sequences: int, say: Callable[[
 
 
 def _allowed(lowest: float, highest: float, value: float) -> str:
-    if highest == _INFINITY:
+    if highest == math.inf:
         return f"{'a finite number, ' if isinstance(value, float) else ''}at least {lowest}"
     return f"from {lowest} to {highest}" if highest >= 1 else f"at least {lowest} and below 1"
 

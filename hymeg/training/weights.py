@@ -4,37 +4,33 @@ chance by accident.
 
 import argparse
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hymeg.checkpoint.adapter_settings import ADAPTER_FILE
-from hymeg.checkpoint.dist_files import FORMAT, FORMAT_FILE, MODEL_KEYS, TRACKER
+from hymeg.checkpoint.dist_files import (
+    FORMAT,
+    FORMAT_FILE,
+    MODEL_KEYS,
+    RELEASE,
+    TRACKER,
+    iteration_folder,
+    tracker_content,
+)
 from hymeg.checkpoint.mapping import check_distributed_tensors
 from hymeg.checkpoint.metadata_file import stored_shapes
 from hymeg.checkpoint.sources import open_hf
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.checksums import Damaged, open_verified
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
+from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint, newest_undamaged
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import trained_keys
-from hymeg.training.hf_weights import converted
-from hymeg.training.older_checkpoints import exchange_by_group, exchange_by_store, newest_undamaged
-
-
-def is_distributed_checkpoint(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, TRACKER))
-
-
-def holds_adapters(folder: str, step: int | None) -> bool:
-    """Whether an iteration of a distributed checkpoint, by default the one that it names, is of adapters."""
-    with open(os.path.join(folder, TRACKER)) as file:
-        name = file.read(100).strip() if step is None else str(step)
-    name = f"iter_{int(name):07d}" if name.isdecimal() else name
-    return os.path.isfile(os.path.join(folder, name, ADAPTER_FILE))
 
 
 def is_hf_folder(folder: str) -> bool:
@@ -80,15 +76,16 @@ def check_weights(
     if is_distributed_checkpoint(folder):
         _check_distributed(args, dest, folder, config, say, is_base)
         args.exit_on_missing_checkpoint = True
-    else:
-        if args.ckpt_step is not None:
-            raise UserError(
-                f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no "
-                "iterations; leave it out"
-            )
-        if args.local_rank == 0:  # one look a node: every rank's would be thousands of opened files
-            _check_hf_folder(f"{flag(dest)} {folder}", folder, config)
-        args.hf_weights, args.load, args.pretrained_checkpoint = folder, None, None
+        return
+    if args.ckpt_step is not None:
+        raise UserError(
+            f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no iterations; "
+            "leave it out"
+        )
+    if args.local_rank == 0:  # one look a node: every rank's would be thousands of opened files
+        with about(f"{flag(dest)} {folder}: "):
+            open_hf(folder, config)
+    args.hf_weights, args.load, args.pretrained_checkpoint = folder, None, None
 
 
 def _choose(args: argparse.Namespace) -> tuple[str, str] | None:
@@ -143,73 +140,50 @@ def check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | No
         keep = f"--pretrained-checkpoint {chosen[1]}" if chosen else start
         raise UserError(
             f"--save {args.save} holds a checkpoint already, which {start} would overwrite; to go on from it give "
-            f"--load {args.save} {keep}, "
-            f"to start anew another --save"
+            f"--load {args.save} {keep}, to start anew another --save"
         )
 
 
 def _check_distributed(
     args: argparse.Namespace, dest: str, folder: str, config: HyConfig, say: Callable[[str], None], is_base: bool
 ) -> None:
-    path = os.path.join(folder, TRACKER)
-    try:
-        with open(path) as file:
-            content = file.read(100).strip()
-    except (OSError, UnicodeDecodeError) as error:
+    label, resumes = f"{flag(dest)} {folder}", dest == "load"
+    if resumes and args.fall_back_to_older_checkpoint:
+        _fall_back(args, say)
+    with about(f"{flag(dest)} "):
+        path, step = iteration_folder(folder, args.ckpt_step if resumes else None, "--ckpt-step")
+    if (path / ADAPTER_FILE).is_file():
         raise UserError(
-            f"{flag(dest)} {folder}: {path} cannot be read ({error}); write the iteration to load into it, or 'release'"
-        ) from None
-    complete = complete_iterations(folder)
-    if dest == "load" and args.fall_back_to_older_checkpoint:
-        content = _fall_back(args, folder, complete, content, say)
-    available = (
-        f"complete in it: {', '.join(map(str, complete[-5:]))}" if complete else "there is no complete one in it"
-    )
-    if dest == "load" and args.ckpt_step is not None:
-        said, content = f"--ckpt-step {args.ckpt_step}", str(args.ckpt_step)
-    else:
-        said = f"{path} names {content[:40]!r}"
-        if content != "release" and not content.isdecimal():
-            raise UserError(
-                f"{flag(dest)} {folder}: {said}; an iteration or 'release' is needed ({available}): write it there, or "
-                "give --ckpt-step"
-            )
-    name = "release" if content == "release" else f"iter_{int(content):07d}"
-    if not os.path.isfile(os.path.join(folder, name, "metadata.json")):
-        raise UserError(
-            f"{flag(dest)} {folder}: {said}, but {name} is missing or was not saved to the end ({available}); give "
-            "--ckpt-step"
+            f"{label}: holds adapters, not a model; give --lora-rank to go on training them with --load, or merge them "
+            "into their base first (tools/convert_checkpoint.py merge)"
         )
-    if holds_adapters(folder, None if name == "release" else int(content)):
-        raise UserError(
-            f"{flag(dest)} {folder}: holds adapters, not a model; give --lora-rank to go on training them with --load, "
-            "or merge them into their base first (tools/convert_checkpoint.py merge)"
-        )
-    goes_on = dest == "load" and name != "release" and not args.finetune and not is_base
-    if args.rank == 0:  # Megatron unpickles the same file on every rank, but not before all of them have met
-        _check_stored(
-            f"{flag(dest)} {folder}",
-            os.path.join(folder, name),
-            args,
-            config,
-            with_optimizer=goes_on and not args.no_load_optim,
-        )
-        for note in verification_notes(Path(folder, name)):
-            say(note)
+    if args.rank > 0:  # Megatron unpickles the same file on every rank, but not before all of them have met
+        return
+    with about(f"{label}: ", ", or give --ckpt-step or --fall-back-to-older-checkpoint"):
+        found = read_json(path / FORMAT_FILE, open_verified)
+        if found != FORMAT:
+            raise UserError(f"{path / FORMAT_FILE}: holds {shown(found)}; {shown(FORMAT)} is needed")
+        shapes = stored_shapes(path)
+    with about(f"{label}: ", "; give the --hf-model that this checkpoint was made from"):
+        of_model = {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(MODEL_KEYS)}
+        check_distributed_tensors(config, of_model)
+    if resumes and step is not None and not (args.finetune or is_base or args.no_load_optim):
+        check_optimizer(label, shapes, args)
+        _check_states(label, shapes, trained_keys(args, config))
+    for note in verification_notes(path):
+        say(note)
 
 
-def _fall_back(
-    args: argparse.Namespace, folder: str, complete: list[int], content: str, say: Callable[[str], None]
-) -> str:
-    """What the tracker says, or, where that checkpoint is damaged or not complete, the newest older one that is
-    neither, to which `args.ckpt_step` then points.
+def _fall_back(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Where the checkpoint that is asked for is damaged or not complete, have `args.ckpt_step` name the newest older
+    one that is neither.
     """
-    wanted = args.ckpt_step if args.ckpt_step is not None else int(content) if content.isdecimal() else None
-    if content == "release" and args.ckpt_step is None:
-        return content
-    found, wrong = newest_undamaged(
-        folder, [iteration for iteration in complete if wanted is None or iteration <= wanted], exchange_by_store
-    )
+    folder, content, wanted = args.load, tracker_content(Path(args.load)), args.ckpt_step
+    if wanted is None:
+        if content == RELEASE:
+            return
+        wanted = int(content) if content.isdecimal() else math.inf
+    found, wrong = newest_undamaged(folder, [step for step in complete_steps(folder) if step <= wanted])
     if found is None:
         raise UserError(
             f"--fall-back-to-older-checkpoint: no undamaged checkpoint in --load {folder}: "
@@ -219,7 +193,6 @@ def _fall_back(
         said = "; ".join(wrong) or f"{os.path.join(folder, TRACKER)} names {content[:40]!r}, which is not complete"
         say(f"{said}: falling back to iteration {found}")
         args.ckpt_step = found
-    return str(found)
 
 
 def none_but_undamaged(args: argparse.Namespace, error: Damaged) -> UserError:
@@ -228,40 +201,15 @@ def none_but_undamaged(args: argparse.Namespace, error: Damaged) -> UserError:
     if args.load is None or not is_distributed_checkpoint(args.load):
         return UserError(f"{error}; {again}")
     damaged = os.path.basename(os.path.dirname(error.path))
-    others = [step for step in complete_iterations(args.load) if f"iter_{step:07d}" != damaged]
-    found, _ = newest_undamaged(args.load, others, exchange_by_group)
+    found, _ = newest_undamaged(
+        args.load, [step for step in complete_steps(args.load) if f"iter_{step:07d}" != damaged]
+    )
     if found is None:
         return UserError(f"{error}; no other iteration in --load {args.load} is undamaged: {again}")
     return UserError(
         f"{error}; the newest undamaged iteration in --load {args.load} is {found}: give --ckpt-step {found} or "
         "--fall-back-to-older-checkpoint"
     )
-
-
-def complete_iterations(folder: str) -> list[int]:
-    names = [re.fullmatch(r"iter_(\d{7,})", name) for name in os.listdir(folder)]
-    return sorted(
-        int(name[1]) for name in names if name and os.path.isfile(os.path.join(folder, name[0], "metadata.json"))
-    )
-
-
-def _check_stored(label: str, folder: str, args: argparse.Namespace, config: HyConfig, with_optimizer: bool) -> None:
-    try:
-        found = read_json(os.path.join(folder, FORMAT_FILE), open_verified)
-        if found != FORMAT:
-            raise UserError(f"{os.path.join(folder, FORMAT_FILE)}: holds {shown(found)}; {shown(FORMAT)} is needed")
-        shapes = stored_shapes(folder)
-    except UserError as error:
-        raise UserError(f"{label}: {error}, or give --ckpt-step or --fall-back-to-older-checkpoint") from None
-    try:
-        check_distributed_tensors(
-            config, {key: shape for key, shape in shapes.items() if shape is not None and key.startswith(MODEL_KEYS)}
-        )
-    except UserError as error:
-        raise UserError(f"{label}: {error}; give the --hf-model that this checkpoint was made from") from None
-    if with_optimizer:
-        check_optimizer(label, shapes, args)
-        _check_states(label, shapes, trained_keys(args, config))
 
 
 def check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) -> None:
@@ -299,30 +247,3 @@ def _check_states(label: str, keys: Iterable[str], trained: set[str]) -> None:
             f"{label}: {key} was {was} when it was saved and would now be {now}; give the same --freeze, "
             "--train-only and --mtp-loss-scaling-factor, or begin the optimizer anew with --no-load-optim"
         )
-
-
-def _check_hf_folder(label: str, folder: str, config: HyConfig) -> None:
-    try:
-        open_hf(folder, config)
-    except UserError as error:
-        raise UserError(f"{label}: {error}") from error
-
-
-def convert_hf_weights(args: argparse.Namespace) -> None:
-    """Where the weights are a Hugging Face folder's, convert it, on one process for all that share its disk, and let
-    `args.load` name the result.
-
-    It goes into `--save`, else into `--data-cache-path`, else into the user's cache folder.
-    """
-    if args.hf_weights is None:
-        return
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hymeg")
-    place = args.save or args.data_cache_path or cache
-    folder = str(
-        converted(args.hf_weights, place, args.rank, args.local_rank, lambda line: print(f"hymeg: {line}", flush=True))
-    )
-    if args.lora_rank is not None:
-        args.lora_base = folder
-        return
-    args.load = folder
-    args.exit_on_missing_checkpoint = True

@@ -16,12 +16,12 @@ from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.rounding import converted, dequantised, e4m3_numbers
+from hymeg.checkpoint.sources import open_hf
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.training import hf_weights
 from hymeg.training.run import _carry_companions
-from hymeg.training.weights import _check_hf_folder
 
 
 def assert_same(found, expected):
@@ -180,7 +180,7 @@ def test_a_run_may_load_it_and_name_it_as_its_model(fp8_folder, hf_checkpoint, t
     quantised_folder(hf_checkpoint, tmp_path / "blocks", (16, 16))
     for folder in (fp8_folder, tmp_path / "blocks"):
         for config in (HyConfig.from_dir(folder), HyConfig.from_dir(hf_checkpoint)):
-            _check_hf_folder("--load", str(folder), config)
+            open_hf(str(folder), config)
         made = hf_weights.converted(folder, tmp_path / "save", 0, 0, lambda line: None)
         assert compare_checkpoints(made, folder) == []
         _carry_companions(folder, tmp_path / "save", HyConfig.from_dir(folder))

@@ -11,7 +11,8 @@ import pytest
 
 from hymeg.errors import UserError
 from hymeg.training import save_lock
-from hymeg.training.retention import beat, remove_older, surplus
+from hymeg.training.checkpoints import remove_older, surplus
+from hymeg.training.run_record import beat
 
 HOLDER = "import os, sys, time; from hymeg.training import save_lock; save_lock.lock(sys.argv[1], print); "
 
