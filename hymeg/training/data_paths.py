@@ -14,16 +14,15 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
+from megatron.core.datasets.indexed_dataset import DType
 
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
 from hymeg.training.flag_names import flag
 
 _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
-_ENDS = (("--train-data-path", ", train"), ("--valid-data-path", ", valid"))  # of the labels of blends
 _DEFAULT_SPLITS = ("969, 30, 1", "90, 10, 0", "100, 0, 0")  # Megatron's; less demanding ones for few documents
 _MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 _NUM_TOKENS_LOOKED_AT = 1 << 20
 
 
@@ -37,67 +36,67 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str],
             be written.
     """
     if args.full_validation != args.multiple_validation_sets:
-        one, other = ("full", "multiple") if args.full_validation else ("multiple", "full")
-        flags = {"full": "--full-validation", "multiple": "--multiple-validation-sets"}
-        raise UserError(
-            f"{flags[one]} fails in Megatron 0.19 without {flags[other]}; add that, or leave {flags[one]} out"
-        )
-    given = [
-        dest
-        for dest in ("mock_data", "data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path")
-        if getattr(args, dest)
-    ]
-    sources = list(dict.fromkeys("train_data_path" if dest in _PER_SPLIT else dest for dest in given))
-    if not sources:
+        one, other = "--full-validation", "--multiple-validation-sets"
+        if args.multiple_validation_sets:
+            one, other = other, one
+        raise UserError(f"{one} fails in Megatron 0.19 without {other}; add that, or leave {one} out")
+    given: dict[str, str] = {}  # source -> the first flag that gives it
+    for dest in ("mock_data", "data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path"):
+        if getattr(args, dest):
+            given.setdefault("train_data_path" if dest in _PER_SPLIT else dest, flag(dest))
+    if not given:
         raise UserError(
             "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data for made-up tokens"
         )
-    if len(sources) > 1:
-        raise UserError(
-            f"{flag(given[0])} and {flag(next(dest for dest in given if dest in sources[1:]))} are both given; keep "
-            "one source of data"
-        )
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given.values())} are given; keep one source of data")
     if args.mock_data:
         return
+    [source] = given
     for dest in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
         if getattr(args, dest) and args.data_cache_path is None:
             raise UserError(
                 f"{flag(dest)} needs --data-cache-path, the folder of a cache that is there already; add it, or leave "
                 f"{flag(dest)} out"
             )
-    if args.dataloader_fast_cache_load and sources[0] in ("data_path", "data_args_path"):
+    if args.dataloader_fast_cache_load and source in ("data_path", "data_args_path"):
         raise UserError(
-            f"--dataloader-fast-cache-load cannot be combined with {flag(sources[0])}; give data for each split "
+            f"--dataloader-fast-cache-load cannot be combined with {flag(source)}; give data for each split "
             "(--train-data-path)"
         )
-    blends = _blends(args, sources[0])
-    num_sequences = {}
+    blends = _blends(args, source)
+    num_documents = {}
     for label, words in blends.items():
         for prefix in parse_blend(label, words)[0]:
             if "://" not in prefix:
-                num_sequences[prefix] = _check_prefix(label, prefix, config, args.rank)
-                _check_cache(args, label, prefix)
-    args.text_prefixes = sorted(num_sequences)
-    if sources[0] in ("train_data_path", "per_split_data_args_path"):
+                num_documents[prefix] = _check_prefix(f"{label} {prefix}", prefix, config, args.rank)
+                check_cache(args, label, os.path.join(prefix, "cache"))
+    args.text_prefixes = sorted(num_documents)
+    if source in ("train_data_path", "per_split_data_args_path"):
         if args.split is not None:
             raise UserError(f"--split {args.split} cannot be combined with data given for each split; leave it out")
-        train, validation = ([words for label, words in blends.items() if label.endswith(ends)] for ends in _ENDS)
-        if not any(train):
-            raise UserError("--train-data-path is missing: data for validation or test is given, but none to train on")
-        has_validation = any(validation)
-    else:
-        choose_split(args, num_sequences, _DEFAULT_SPLITS, "documents", say)
-        has_validation = _split_matrix(args.split)[1] is not None
-    if not has_validation and args.eval_iters > 0:
-        what = (
-            "there is no data for validation"
-            if args.split is None
-            else f"--split {args.split} leaves no data for validation"
+        train, validation = (
+            any(words for label, words in blends.items() if label.endswith((f"--{name}-data-path", f", {name}")))
+            for name in ("train", "valid")
         )
-        if "eval_iters" in args.explicit:
-            raise UserError(f"--eval-iters {args.eval_iters}: {what}; give some, or --eval-iters 0")
-        args.eval_iters = 0
-        say(f"--eval-iters 0 set: {what}")
+        if not train:
+            raise UserError("--train-data-path is missing: data for validation or test is given, but none to train on")
+    else:
+        choose_split(args, num_documents, _DEFAULT_SPLITS, "documents", say)
+        validation = _split_matrix(args.split)[1] is not None
+    if not validation and args.eval_iters > 0:
+        say(f"--eval-iters 0 set: {turn_evaluation_off(args)}")
+
+
+def turn_evaluation_off(args: argparse.Namespace) -> str:
+    """Of no data for validation; why. Raises UserError where the command line asks for it."""
+    why = "there is no data for validation"
+    if args.split is not None:
+        why = f"--split {args.split} leaves no data for validation"
+    if "eval_iters" in args.explicit and args.eval_iters > 0:
+        raise UserError(f"--eval-iters {args.eval_iters}: {why}; give some, or --eval-iters 0")
+    args.eval_iters = 0
+    return why
 
 
 def choose_split(
@@ -214,92 +213,78 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _check_prefix(label: str, prefix: str, config: HyConfig, rank: int) -> int:
+def _check_prefix(said: str, prefix: str, config: HyConfig, rank: int) -> int:
     """Returns the number of documents."""
-    for suffix in (".bin", ".idx"):
-        if prefix.endswith(suffix) and os.path.isfile(prefix):
-            raise UserError(f"{label} {prefix}: give the prefix without {suffix}: {prefix.removesuffix(suffix)}")
-    for suffix in (".idx", ".bin"):
-        path = prefix + suffix
+    stem, suffix = os.path.splitext(prefix)
+    if suffix in (".bin", ".idx") and os.path.isfile(prefix):
+        raise UserError(f"{said}: give the prefix without {suffix}: {stem}")
+    for path in (f"{prefix}.idx", f"{prefix}.bin"):
         if not os.path.isfile(path):
-            raise UserError(f"{label} {prefix}: no file {path}; {_instead(prefix)}")
+            raise UserError(f"{said}: no file {path}; {_instead(prefix)}")
         if not os.access(path, os.R_OK):
-            raise UserError(
-                f"{label} {prefix}: {path} is not readable by this user; change its permissions (chmod a+r)"
-            )
-    return _check_files(label, prefix, config, rank)
+            raise UserError(f"{said}: {path} is not readable by this user; change its permissions (chmod a+r)")
+    return _check_files(said, f"{prefix}.idx", f"{prefix}.bin", config, rank)
 
 
 def _instead(prefix: str) -> str:
-    found = sorted(glob.glob(glob.escape(prefix) + ("/*.idx" if os.path.isdir(prefix) else "*.idx")))
-    if found:
-        what = (
-            f"{prefix} is a folder, and the prefix of two files is needed"
-            if os.path.isdir(prefix)
-            else "a prefix is needed"
-        )
-        return f"{what}: {', '.join(path.removesuffix('.idx') for path in found[:3])}?"
-    return "make it with tools/preprocess_data.py"
+    is_folder = os.path.isdir(prefix)
+    found = sorted(glob.glob(glob.escape(prefix) + ("/*.idx" if is_folder else "*.idx")))
+    if not found:
+        return "make it with tools/preprocess_data.py"
+    what = f"{prefix} is a folder, and the prefix of two files is needed" if is_folder else "a prefix is needed"
+    return f"{what}: {', '.join(path.removesuffix('.idx') for path in found[:3])}?"
 
 
-def _check_files(label: str, prefix: str, config: HyConfig, rank: int) -> int:
+def _check_files(said: str, index: str, tokens: str, config: HyConfig, rank: int) -> int:
     """The index against the tokens' file: 9 bytes of magic, version, dtype, numbers of sequences and documents; then
     all lengths (int32), all offsets (int64). Source: megatron/core/datasets/indexed_dataset.py."""
-    index_bytes, token_bytes = os.path.getsize(prefix + ".idx"), os.path.getsize(prefix + ".bin")
-    with open(prefix + ".idx", "rb") as file:
+    with open(index, "rb") as file:
         header = file.read(34)
-        if len(header) < 34 or not header.startswith(_MAGIC) or header[17] not in _DTYPES:
-            raise UserError(
-                f"{label} {prefix}: {prefix}.idx is not an index of Megatron's; make it with tools/preprocess_data.py"
-            )
-        num_sequences, num_documents = struct.unpack_from("<QQ", header, 18)
-        if num_sequences == 0:
-            raise UserError(f"{label} {prefix}: {prefix}.idx lists no documents; give data with some")
-        if rank > 0:
-            return num_sequences
-        needed = 34 + 12 * num_sequences + 8 * num_documents
-        if index_bytes < needed:
-            raise UserError(
-                f"{label} {prefix}: {prefix}.idx is truncated: {index_bytes} bytes of at least {needed}; copy or make "
-                "it again"
-            )
-        file.seek(34 + 4 * (num_sequences - 1))
-        (length,) = struct.unpack("<i", file.read(4))
-        file.seek(34 + 12 * num_sequences - 8)
-        (offset,) = struct.unpack("<q", file.read(8))
-    dtype = np.dtype(_DTYPES[header[17]])
-    needed = offset + length * dtype.itemsize
+    if len(header) < 34 or not header.startswith(_MAGIC) or header[17] not in {code.value for code in DType}:
+        raise UserError(f"{said}: {index} is not an index of Megatron's; make it with tools/preprocess_data.py")
+    num_sequences, num_documents = struct.unpack_from("<QQ", header, 18)
+    if num_sequences == 0:
+        raise UserError(f"{said}: {index} lists no documents; give data with some")
+    if rank > 0:
+        return num_sequences
+    index_bytes, needed = os.path.getsize(index), 34 + 12 * num_sequences + 8 * num_documents
+    if index_bytes < needed:
+        raise UserError(
+            f"{said}: {index} is truncated: {index_bytes} bytes of at least {needed}; copy or make it again"
+        )
+    length = int(np.fromfile(index, "<i4", 1, offset=34 + 4 * (num_sequences - 1))[0])
+    offset = int(np.fromfile(index, "<i8", 1, offset=34 + 12 * num_sequences - 8)[0])
+    dtype = np.dtype(DType.dtype_from_code(header[17]))
+    token_bytes, needed = os.path.getsize(tokens), offset + length * dtype.itemsize
     if token_bytes < needed:
         raise UserError(
-            f"{label} {prefix}: {prefix}.bin is truncated: {token_bytes} bytes of the {needed} that the index "
-            "describes; copy or make it again"
+            f"{said}: {tokens} is truncated: {token_bytes} bytes of the {needed} that the index describes; copy or "
+            "make it again"
         )
-    largest = np.fromfile(prefix + ".bin", dtype=dtype, count=_NUM_TOKENS_LOOKED_AT).max(initial=0)
+    largest = np.fromfile(tokens, dtype, _NUM_TOKENS_LOOKED_AT).max(initial=0)
     if largest >= config.vocab_size:
         raise UserError(
-            f"{label} {prefix}: {prefix}.bin holds token {largest}, outside the model's vocabulary of "
-            f"{config.vocab_size}; tokenize it again with this model's tokenizer (tools/preprocess_data.py)"
+            f"{said}: {tokens} holds token {largest}, outside the model's vocabulary of {config.vocab_size}; tokenize "
+            "it again with this model's tokenizer (tools/preprocess_data.py)"
         )
     return num_sequences
 
 
-def _check_cache(args: argparse.Namespace, label: str, prefix: str) -> None:
-    """Megatron writes its indices under --data-cache-path, or else beside the data in a folder named like the
-    prefix.
+def check_cache(args: argparse.Namespace, label: str, beside: str) -> None:
+    """Raise a UserError unless the folder for what is made of the data can be written: `--data-cache-path`, or else
+    one `beside` them, for Megatron's indices of text a folder in one named like the prefix.
     """
     if args.data_cache_path is not None:
         check_writable("--data-cache-path", args.data_cache_path)
-    else:
-        try:
-            check_writable(label, os.path.join(prefix, "cache"))
-        except UserError as error:
-            raise UserError(
-                f"{error}; give --data-cache-path, a folder that all ranks share, for Megatron's cache of the data"
-            ) from None
+        return
+    with about("", "; or give --data-cache-path, a folder that all nodes share, for the index of the data"):
+        check_writable(label, beside)
 
 
-def check_writable(label: str, folder: str) -> None:
-    """Raise a UserError unless `folder` is, or can be made, a folder that this user may write into."""
+def check_writable(label: str, folder: str) -> str:
+    """Raise a UserError unless `folder` is, or can be made, a folder that this user may write into. Returns what of it
+    is there.
+    """
     parent = os.path.abspath(folder)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
@@ -309,3 +294,4 @@ def check_writable(label: str, folder: str) -> None:
         raise UserError(
             f"{label} {folder}: {parent} is not writable by this user; give another folder, or change its permissions"
         )
+    return parent

@@ -17,6 +17,7 @@ from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.platform import megatron
 from hymeg.training.data_paths import check_writable
+from hymeg.training.flag_names import flag
 
 Say = Callable[[str], None]
 
@@ -25,16 +26,11 @@ def check_save_hf(args: argparse.Namespace, config: HyConfig) -> None:
     """Raises UserError: there is no room for one folder, or the place is another's."""
     if args.save_hf is None:
         return
-    check_writable("--save-hf", args.save_hf)
+    parent = check_writable("--save-hf", args.save_hf)
     for dest in ("save", "hf_model", "load", "pretrained_checkpoint"):
         other = getattr(args, dest)
         if other is not None and os.path.realpath(other) == os.path.realpath(args.save_hf):
-            raise UserError(
-                f"--save-hf {args.save_hf}: the same folder as --{dest.replace('_', '-')}; give one of its own"
-            )
-    parent = os.path.abspath(args.save_hf)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
+            raise UserError(f"--save-hf {args.save_hf}: the same folder as {flag(dest)}; give one of its own")
     needed = num_parameters(config, include_expert_bias=True) * (2 if args.bf16 or args.fp16 else 4)
     free = shutil.disk_usage(parent).free
     if args.rank == 0 and free < needed:  # its disk alone is written to

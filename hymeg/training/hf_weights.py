@@ -22,7 +22,7 @@ from hymeg import __version__
 from hymeg.checkpoint.convert import hf_to_dist
 from hymeg.checkpoint.dist_files import SOURCE_FILE, TRACKER
 from hymeg.checkpoint.sinks.new_folder import partial_of
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.hf.config import CONFIG_FILE
 from hymeg.hf.safetensors_files import INDEX_FILE
 from hymeg.training.once import once_per_node
@@ -120,15 +120,10 @@ def _content(source: dict[str, Any] | None) -> Any:
 
 def _convert(hf: Path, source: dict[str, Any], target: Path, say: Say) -> None:
     say(f"{hf} is a Hugging Face folder: converting it, once, to {target}")
-    try:
-        summary = hf_to_dist(
-            hf, target, workers=min(_MAX_WORKERS, len(os.sched_getaffinity(0))), overwrite=True, say=say
-        )
+    with about(f"{hf} must be converted, which goes to --save, else to --data-cache-path, else to ~/.cache: "):
+        workers = min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+        summary = hf_to_dist(hf, target, workers=workers, overwrite=True, say=say)
         (target / SOURCE_FILE).write_text(json.dumps(source, indent=1))
-    except UserError as error:
-        raise UserError(
-            f"{hf} must be converted, which goes to --save, else to --data-cache-path, else to ~/.cache: {error}"
-        ) from error
     say(f"converted: {summary.num_tensors:,} tensors, {summary.num_bytes / 1e9:,.2f} GB, {summary.seconds:.1f} s")
 
 

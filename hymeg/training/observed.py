@@ -1,12 +1,11 @@
 """Runs that were made, beside what the planner says of them: for `plan.py --measured`."""
 
 import contextlib
-import os
 import shlex
 import statistics
 from collections.abc import Sequence
 
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.planning.measured import Calibration, Observation
 from hymeg.planning.memory import GIB, memory_by_stage
 from hymeg.planning.search import Machine
@@ -33,10 +32,8 @@ def observe(folder: str, hf: str | None, machine: Machine, attended: float | Non
     Raises:
         UserError: there is no record, too few steps in it, or a command line that is not understood.
     """
-    try:
+    with about("--measured "):
         run = read_run(folder)
-    except UserError as error:
-        raise UserError(f"--measured {error}") from error
     seconds = [value for _, value in run.curves.get(_SECONDS, [])][_FIRST:]
     if not seconds:
         raise UserError(
@@ -44,31 +41,18 @@ def observe(folder: str, hf: str | None, machine: Machine, attended: float | Non
         )
     start = run.starts[-1]
     words = shlex.split(start["command"])[1:] + ([] if hf is None else ["--hf-model", hf])
-    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(start["world_size"])}
-    try:
-        with contextlib.nullcontext() if start["device"] == "cpu" else for_gpus():
-            args, config = parse(words)
-            layout, settings = layout_of(args), settings_of(args)
-    except UserError as error:
-        raise UserError(f"--measured {folder}, its command line: {error}") from error
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    where = contextlib.nullcontext() if start["device"] == "cpu" else for_gpus()
+    with about(f"--measured {folder}, its command line: "), where:
+        args, config = parse(words)
+        args.world_size = start["world_size"]
+        layout, settings = layout_of(args), settings_of(args)
     loads = [value for _, value in run.curves.get(_LOAD, [])]
     imbalance = statistics.median(loads) if loads and layout.expert_model_parallel_size > 1 else None
     held = memory_by_stage(config, layout, settings, imbalance or 1.0)
     excesses = [peak - stage.total for peak, stage in zip(run.peak_bytes, held, strict=False)]
-    estimate = StepModel(
-        config,
-        layout,
-        settings,
-        machine.hardware,
-        machine.gpus_per_node,
-        machine.network,
-        imbalance or 1.0,
-        attended if args.packed else None,
-    ).step()
+    links = machine.hardware, machine.gpus_per_node, machine.network
+    of_row = attended if args.packed else None
+    estimate = StepModel(config, layout, settings, *links, imbalance or 1.0, of_row).step()
     return Observation(run.name, statistics.median(seconds), estimate, imbalance, max(excesses, default=None))
 
 

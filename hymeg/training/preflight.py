@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
 from hymeg.planning import layout as layouts
 from hymeg.planning.settings import settings_of
@@ -68,7 +68,10 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
             from hymeg.training.adapters import check_adapters  # imports the model
 
             check_adapters(args, config, say)
-        _check_tokenizer(args, config)
+        from hymeg.hf.tokenizer import load_tokenizer  # and transformers, therefore checked last
+
+        with about("--hf-model "):
+            load_tokenizer(args.hf_model, config)
         if args.valid_translations is not None:
             from hymeg.training.translations import check_translations
 
@@ -244,24 +247,8 @@ def _check_logs(args: argparse.Namespace) -> None:
 
 
 def _check_save(args: argparse.Namespace) -> None:
-    if args.save is None:
-        return
-    check_writable("--save", args.save)
-    parent = os.path.abspath(args.save)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    if shutil.disk_usage(parent).free == 0:
+    if args.save is not None and shutil.disk_usage(check_writable("--save", args.save)).free == 0:
         raise UserError(f"--save {args.save}: no space left on its disk; free some, or give another folder")
-
-
-def _check_tokenizer(args: argparse.Namespace, config: HyConfig) -> None:
-    # Imported here, and checked last: transformers takes a second to import.
-    from hymeg.hf.tokenizer import load_tokenizer
-
-    try:
-        load_tokenizer(args.hf_model, config)
-    except UserError as error:
-        raise UserError(f"--hf-model {error}") from error
 
 
 def _correct(args: argparse.Namespace, say: Callable[[str], None]) -> None:

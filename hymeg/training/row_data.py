@@ -1,7 +1,6 @@
 """`--sft`: from the flags to the samples of conversations and translations."""
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -12,9 +11,9 @@ from hymeg.data.conversations import ConversationDataset, Sequences, Shape
 from hymeg.data.index_building import RowEncoder, build_missing, told_bad_rows
 from hymeg.data.row_index import RowIndex, index_folder, is_built
 from hymeg.data.text_files import check_given_once, check_row_file
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
-from hymeg.training.data_paths import check_split, check_writable, choose_split, parse_blend
+from hymeg.training.data_paths import check_cache, check_split, choose_split, parse_blend, turn_evaluation_off
 from hymeg.training.flag_names import flag
 from hymeg.training.once import once_per_node
 
@@ -64,22 +63,13 @@ def settle_rows(args: argparse.Namespace) -> None:
             f"--train-epochs {args.train_epochs}: {flag(_flags(args)[0])} gives weights, under which each file has "
             "epochs of its own; leave the weights out, or give --train-iters"
         )
-    for dest, blend in zip(_flags(args), blends, strict=True):
-        for path in blend.paths if blend else ():
-            _check_file(flag(dest), path, args.data_cache_path)
-        check_given_once(flag(dest), blend.paths if blend else [])
-
-
-def _check_file(label: str, path: str, cache: str | None) -> None:
-    try:
-        check_row_file(path)
-    except UserError as error:
-        raise UserError(f"{label} {error}") from None
-    try:
-        check_writable("--data-cache-path" if cache else label, cache or f"{path}.cache")
-    except UserError as error:
-        remedy = "; or give --data-cache-path, a folder that all nodes share, for the index of the data"
-        raise UserError(f"{error}{'' if cache else remedy}") from None
+    for label, blend in zip(map(flag, _flags(args)), blends, strict=True):
+        paths = blend.paths if blend else []
+        for path in paths:
+            with about(f"{label} "):
+                check_row_file(path)
+            check_cache(args, label, f"{path}.cache")
+        check_given_once(label, paths)
 
 
 class RowData:
@@ -190,14 +180,7 @@ def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Call
     of its own.
     """
     if not sources:
-        if "eval_iters" in args.explicit and args.eval_iters > 0:
-            what = (
-                "there is no data for validation"
-                if args.split is None
-                else f"--split {args.split} leaves no data for validation"
-            )
-            raise UserError(f"--eval-iters {args.eval_iters}: {what}; give some, or --eval-iters 0")
-        args.eval_iters = 0
+        turn_evaluation_off(args)
         return
     if "eval_iters" in args.explicit:
         return
@@ -232,11 +215,11 @@ def _indices(args: argparse.Namespace, config: HyConfig, paths: Iterable[str]) -
     fingerprint = RowEncoder(*settings).fingerprint
     folders = {path: index_folder(path, args.data_cache_path, fingerprint) for path in paths}
 
-    def are_built() -> bool:
-        return all(is_built(folder, path) for path, folder in folders.items())
-
-    build = functools.partial(build_missing, folders, settings, sys.stdout)
-    once_per_node("indices of the rows", are_built, build)
+    once_per_node(
+        "indices of the rows",
+        lambda: all(is_built(folder, path) for path, folder in folders.items()),
+        lambda: build_missing(folders, settings, sys.stdout),
+    )
     indices = {path: RowIndex(folder, path) for path, folder in folders.items()}
     if args.sft_bad_rows == "stop":  # the index of a run that skips them, or of tools/inspect_data.py
         for index in indices.values():

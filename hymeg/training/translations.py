@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.generation.held_out import METRICS, HeldOut, figures, line, rows
 from hymeg.generation.prompts import published_sampling
 from hymeg.generation.replies import generate_dealt
@@ -47,10 +47,8 @@ def _check_evaluated(args: argparse.Namespace) -> None:
 
 
 def _held_out(args: argparse.Namespace, config: HyConfig) -> HeldOut:
-    try:
+    with about("--valid-translations "):
         return HeldOut(args.valid_translations, load_tokenizer(args.hf_model), config, args.valid_generate)
-    except UserError as error:
-        raise UserError(f"--valid-translations {error}") from None
 
 
 class _Judge:
