@@ -17,12 +17,13 @@ from typing import Any, NoReturn
 from megatron.training.arguments import add_megatron_arguments, parse_args
 
 from hymeg import platform
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.flag_table import ALWAYS, ON_CPU, TABLE, WITH_FROZEN, WITH_LORA, WITH_SFT, WITHOUT, cpu_values
 from hymeg.hf.config import HyConfig
 from hymeg.hf.hub import is_hub_id, local_folder
 from hymeg.models.flags import architecture_flags, default_flags
 from hymeg.platform import device
+from hymeg.platform.patches import patched
 from hymeg.training.flag_names import hint, opposite
 from hymeg.training.own_flags import DEFAULTS, add_hymeg_arguments
 from hymeg.training.refusals import Sources, refuse, shown_flag, shown_value
@@ -59,18 +60,17 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
         action.default = argparse.SUPPRESS
     said, sources, words = _read(parser, list(argv))
     defaults |= DEFAULTS
-    cases = {ALWAYS}
-    if platform.judged_for_cpu():
-        cases.add(ON_CPU)
-    if said.get("sft"):
-        cases.add(WITH_SFT)
-    if said.get("lora_rank") is not None:
-        cases.add(WITH_LORA)
-    if said.keys() & {"freeze", "train_only"}:
-        cases.add(WITH_FROZEN)
+    on_cpu = platform.judged_for_cpu()
+    cases = {
+        ALWAYS: True,
+        ON_CPU: on_cpu,
+        WITH_SFT: said.get("sft"),
+        WITH_LORA: said.get("lora_rank") is not None,
+        WITH_FROZEN: said.keys() & {"freeze", "train_only"},
+    }
     with naming_lines(sources):
-        refuse(parser, said, sources, defaults, {}, [row for row in TABLE if row.when in cases])
-        with _program_arguments(words):
+        refuse(parser, said, sources, defaults, {}, [row for row in TABLE if cases.get(row.when)])
+        with patched(sys, "argv", [sys.argv[0], *words], "training/arguments.py: what parse_args reads"):
             try:
                 args = parse_args(add_hymeg_arguments)
             except RuntimeError as error:
@@ -81,21 +81,19 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
                 "architecture"
             )
         _fetch(args)
-        try:
+        with about("--hf-model "):
             config = HyConfig.from_dir(args.hf_model)
-        except UserError as error:
-            raise UserError(f"--hf-model {error}") from error
         architecture = architecture_flags(config) | {
             "tokenizer_type": "HuggingFaceTokenizer",
             "tokenizer_model": args.hf_model,
         }
         _fix(args, said, sources, architecture)
         _default(args, said, DEFAULTS | default_flags(config))
-        if not platform.judged_for_cpu() and not device.has_block_scaled_fp8():
+        if not on_cpu and not device.has_block_scaled_fp8():
             _default(args, said, {"fp8_recipe": "tensorwise"})
         if is_whole:
             refuse(parser, said, sources, defaults, vars(args), [row for row in TABLE if row.when == WITHOUT])
-        if platform.judged_for_cpu():
+        if on_cpu:
             _default(args, said, cpu_values())
     args.explicit = sources
     args.said = {
@@ -167,19 +165,15 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, A
     recipe = finder.parse_known_args(argv)[0].config
     said, sources, words = {}, {}, []
     for where, line in [*(read_settings(recipe, parser) if recipe is not None else []), ("", argv)]:
-        try:
+        with about(f"{where}: " if where else ""):
             values, unknown = parser.parse_known_args(line)
             if unknown:
                 raise UserError(_unknown(parser, line, unknown[0]))
-        except UserError as error:
-            raise UserError(f"{where}: {error}" if where else str(error)) from None
         said |= vars(values)
-        typed = [word.partition("=")[0] for word in line]
-        sources |= {
-            parser._option_string_actions[word].dest: (word, where)
-            for word in typed
-            if word in parser._option_string_actions
-        }
+        for word in line:
+            option = word.partition("=")[0]
+            if option in parser._option_string_actions:
+                sources[parser._option_string_actions[option].dest] = option, where
         words += line
     return said, sources, words
 
@@ -203,17 +197,6 @@ def _takes_no_value(option: str, found: str) -> str:
         f"{option} is a switch and takes no value, found {found!r}; write {option} alone, or {opposite(option)} to "
         "undo it"
     )
-
-
-@contextlib.contextmanager
-def _program_arguments(words: list[str]) -> Iterator[None]:
-    """Megatron's parse_args reads sys.argv."""
-    before = sys.argv
-    sys.argv = [before[0], *words]
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 def _fix(args: argparse.Namespace, said: dict[str, Any], sources: Sources, architecture: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ place, on rank 0.
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable
 
@@ -22,13 +23,28 @@ from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import check_freezing
 from hymeg.training.hf_folders import check_save_hf
-from hymeg.training.refusals import shown_value
+from hymeg.training.refusals import is_set, shown_flag
 from hymeg.training.schedule import check_schedule
 from hymeg.training.starved_experts import MANY, idle_share
 from hymeg.training.weights import check_weights
 
-_EMERGING_OPTIMIZERS = "https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0"
+_DEEP_EP = ("deep_ep", "build it from github.com/deepseek-ai/DeepEP")
 _NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
+_EMERGING = "pip install 'emerging-optimizers @ git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0'"
+_PACKAGES = (
+    ("transformer_impl=transformer_engine", "transformer_engine", "pip install 'hymeg[gpu]'"),
+    ("moe_token_dispatcher_type=flex", *_DEEP_EP),
+    ("moe_enable_deepep", *_DEEP_EP),
+    ("num_distributed_optimizer_instances>1", "einops", "pip install einops"),
+    ("optimizer=muon,dist_muon,lion,soap,adaptive_muon", "emerging_optimizers", _EMERGING),
+    ("async_save async_strategy=nvrx", _NVRX[0], f"{_NVRX[1]}, or give --async-strategy mcore"),
+    ("non_persistent_ckpt_type=local", *_NVRX),
+    ("enable_ft_package", *_NVRX),
+    ("fault_injector_ranks", *_NVRX),
+    ("fault_injector_num_ranks", *_NVRX),
+    ("wandb_project", "wandb", "pip install 'hymeg[wandb]'"),
+)
+"""What asks for a package, in words as of `hymeg.flag_table.Row.needs`, which must all hold; its name; where it is."""
 
 
 def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
@@ -56,8 +72,7 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], N
             settle_rows(args)
         else:
             settle_data(args, config, say)
-        _check_logs(args)
-        _check_save(args)
+        _check_folders(args)
         check_save_hf(args, config)
         _correct(args, say)
         _warn_of_idle_experts(args, config, layout, say)
@@ -88,15 +103,11 @@ def layout_of(args: argparse.Namespace) -> layouts.Layout:
         max(1, getattr(args, f"{name}_parallel_size")) for name in ("tensor_model", "pipeline_model", "context")
     )
     sizes = {field: getattr(args, field) for field in layouts.Layout.__dataclass_fields__ if hasattr(args, field)}
-    sizes |= {
-        "virtual_pipeline_model_parallel_size": _virtual_stages(args, pp),
-        "expert_tensor_parallel_size": args.tensor_model_parallel_size
-        if args.expert_tensor_parallel_size is None
-        else args.expert_tensor_parallel_size,
-        "global_batch_size": args.micro_batch_size * max(1, args.world_size // (tp * pp * cp))
-        if args.global_batch_size is None
-        else args.global_batch_size,
-    }
+    sizes["virtual_pipeline_model_parallel_size"] = _virtual_stages(args, pp)
+    if args.expert_tensor_parallel_size is None:
+        sizes["expert_tensor_parallel_size"] = args.tensor_model_parallel_size
+    if args.global_batch_size is None:
+        sizes["global_batch_size"] = args.micro_batch_size * max(1, args.world_size // (tp * pp * cp))
     return layouts.Layout(**sizes)
 
 
@@ -181,40 +192,11 @@ def _check_combinations(args: argparse.Namespace) -> None:
 
 
 def _check_packages(args: argparse.Namespace) -> None:
-    deep_ep = ("deep_ep", "build it from github.com/deepseek-ai/DeepEP")
-    for name, needs_it, (package, install) in (
-        (
-            "transformer_impl",
-            args.transformer_impl == "transformer_engine",
-            ("transformer_engine", "pip install 'hymeg[gpu]'"),
-        ),
-        ("moe_token_dispatcher_type", args.moe_token_dispatcher_type == "flex", deep_ep),
-        ("moe_enable_deepep", args.moe_enable_deepep, deep_ep),
-        (
-            "num_distributed_optimizer_instances",
-            args.num_distributed_optimizer_instances > 1,
-            ("einops", "pip install einops"),
-        ),
-        (
-            "optimizer",
-            args.optimizer not in ("adam", "sgd"),
-            ("emerging_optimizers", f"pip install 'emerging-optimizers @ git+{_EMERGING_OPTIMIZERS}'"),
-        ),
-        (
-            "async_save",
-            args.async_save and args.async_strategy == "nvrx",
-            (_NVRX[0], f"{_NVRX[1]}, or give --async-strategy mcore"),
-        ),
-        ("non_persistent_ckpt_type", args.non_persistent_ckpt_type == "local", _NVRX),
-        ("enable_ft_package", args.enable_ft_package, _NVRX),
-        ("fault_injector_ranks", args.fault_injector_ranks is not None, _NVRX),
-        ("fault_injector_num_ranks", args.fault_injector_num_ranks is not None, _NVRX),
-        ("wandb_project", bool(args.wandb_project), ("wandb", "pip install 'hymeg[wandb]'")),
-    ):
-        if needs_it and importlib.util.find_spec(package) is None:
-            value = getattr(args, name)
-            said = flag(name) if value is True else f"{flag(name)} {shown_value(value)}"
-            raise UserError(f"{said} needs {package}, which is not installed: {install}, or leave {flag(name)} out")
+    for needs, package, install in _PACKAGES:
+        if all(is_set(vars(args), need) for need in needs.split()) and importlib.util.find_spec(package) is None:
+            dest = re.match(r"\w+", needs)[0]
+            said = shown_flag(flag(dest), getattr(args, dest))
+            raise UserError(f"{said} needs {package}, which is not installed: {install}, or leave {flag(dest)} out")
 
 
 def _check_build_tools(args: argparse.Namespace) -> None:
@@ -237,16 +219,13 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UserError(f"{flag(name)} {path}: no readable file; give one, or leave it out")
 
 
-def _check_logs(args: argparse.Namespace) -> None:
+def _check_folders(args: argparse.Namespace) -> None:
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir)
     if args.wandb_project and args.wandb_save_dir is None and args.save is None:
         raise UserError(
             f"--wandb-project {args.wandb_project} needs a folder to write to; give --wandb-save-dir or --save"
         )
-
-
-def _check_save(args: argparse.Namespace) -> None:
     if args.save is not None and shutil.disk_usage(check_writable("--save", args.save)).free == 0:
         raise UserError(f"--save {args.save}: no space left on its disk; free some, or give another folder")
 

@@ -32,7 +32,7 @@ def refuse(
                 continue
             instead = row.instead or f"leave {option} out"
             if row.when == WITHOUT:
-                if any(_is_set(args, need) for need in row.needs.split()):
+                if any(is_set(args, need) for need in row.needs.split()):
                     continue
                 reason, instead = f"{WITHOUT} {_needed(parser, row.needs)}", f"add that, or {instead}"
             elif row.when == ON_CPU:
@@ -45,8 +45,8 @@ def refuse(
             raise UserError(f"{shown_flag(option, refused)} {reason}; {instead}")
 
 
-def _is_set(args: Mapping[str, Any], need: str) -> bool:
-    """Whether `args` are such that one word of `Row.needs` holds."""
+def is_set(args: Mapping[str, Any], need: str) -> bool:
+    """Whether `args` are such that `need`, one word of `Row.needs`, holds."""
     dest, sign, wanted = re.fullmatch(r"(\w+)([=>]?)(.*)", need).groups()
     found = named(args[dest])
     if sign == ">":

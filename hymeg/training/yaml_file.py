@@ -7,7 +7,6 @@ its opposite).
 """
 
 import argparse
-import enum
 import math
 import re
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import yaml
 
 from hymeg.errors import UserError
 from hymeg.training.flag_names import hint, opposite, plain
+from hymeg.training.refusals import named
 
 _BOOL, _NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
 
@@ -66,25 +66,17 @@ def setting_line(name: str, value: Any) -> str:
     Args:
         value: True for a switch, otherwise a number, a text, one of Megatron's enums, or a list of them.
     """
-    plain_value = [_scalar(item) for item in value] if isinstance(value, list | tuple) else _scalar(value)
-    text = yaml.safe_dump(plain_value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    text = yaml.safe_dump(named(value), default_flow_style=True, width=math.inf, allow_unicode=True)
     return f"{name}: {text.removesuffix('...\n').rstrip()}"
-
-
-def _scalar(value: Any) -> Any:
-    return value.name if isinstance(value, enum.Enum) else value
 
 
 def _mapping(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
     try:
         with open(path, encoding="utf-8") as file:
             root = yaml.compose(file, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(
-            f"--config {path}: {error.strerror}; give a YAML file whose keys are Megatron's flags"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path}: not UTF-8 text; give a YAML file whose keys are Megatron's flags") from None
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", "not UTF-8 text")
+        raise UserError(f"--config {path}: {what}; give a YAML file whose keys are Megatron's flags") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
