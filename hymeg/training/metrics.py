@@ -3,7 +3,6 @@ experts. The same goes to TensorBoard, Weights & Biases and the run's record.
 """
 
 import contextlib
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,33 +13,15 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
-from hymeg.planning.flops import packed_training_flops, peak_tflops, training_flops
+from hymeg.planning.flops import packed_training_flops, peak_tflops
 from hymeg.platform import device, megatron
 from hymeg.reporting.record import RunRecord
 from hymeg.training.run_record import beat
-from hymeg.training.set_losses import SetLosses, training_sets
 from hymeg.training.starved_experts import StarvedExperts, told
-from hymeg.training.step import check_finite
+from hymeg.training.step import SetLosses, check_finite, training_sets
 from hymeg.training.writers import LINES_PER_HEAT_MAP, write_heat_map, write_scalars
 
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
-
-
-def step_flops(
-    config: HyConfig,
-    seq_length: int,
-    batch_size: int,
-    squared_lengths: float | None = None,
-    num_tokens: float | None = None,
-) -> float:
-    """Model FLOPs of one training step over `batch_size` samples; of packed samples when their `squared_lengths` (sum
-    of len^2) are known.
-    """
-    if squared_lengths is not None:
-        return packed_training_flops(
-            config, num_tokens if num_tokens is not None else batch_size * seq_length, squared_lengths
-        )
-    return training_flops(config, batch_size, seq_length)
 
 
 def expert_counts(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> np.ndarray:
@@ -87,10 +68,16 @@ def logging(
     say more; `record` is told the same, and `say` which experts get no tokens. Where there are several data sets, gives
     what must be told their losses.
     """
+
+    def step_flops(batch_size: int, squared_lengths: float | None, num_tokens: float | None) -> float:
+        num_tokens = batch_size * args.seq_length if num_tokens is None else num_tokens
+        squared_lengths = batch_size * args.seq_length**2 if squared_lengths is None else squared_lengths
+        return packed_training_flops(config, num_tokens, squared_lengths)
+
     names = training_sets(args)
     line = LogLine(args, config, device.name(), record, say, SetLosses(names) if len(names) > 1 else None)
     model_config.post_wrap_hooks = [*(model_config.post_wrap_hooks or []), line.watch]
-    with megatron.flops_formula(functools.partial(step_flops, config, args.seq_length)), megatron.log_line(line):
+    with megatron.flops_formula(step_flops), megatron.log_line(line):
         yield line.set_losses
 
 
@@ -166,49 +153,35 @@ class LogLine:
         """`line` with our figures."""
         if self.args.save is not None and self.args.rank == self.args.world_size - 1:
             beat(self.args.save, self.iteration, self.seconds, line)
-        seconds, batch_size = self.seconds, get_current_global_batch_size()
-        num_tokens, squared_lengths = (
-            (sum(of) / len(self.packed) for of in zip(*self.packed, strict=True)) if self.packed else (None, None)
-        )
-        num_positions = batch_size * self.args.seq_length
-        tokens = (num_tokens or num_positions) / seconds
-        tflops = (
-            step_flops(self.config, self.args.seq_length, batch_size, squared_lengths, num_tokens)
-            / seconds
-            / self.args.world_size
-            / 1e12
-        )
+        num_positions = get_current_global_batch_size() * self.args.seq_length
+        num_tokens, squared_lengths, full = num_positions, num_positions * self.args.seq_length, None
+        if self.packed:
+            num_tokens, squared_lengths = (sum(of) / len(self.packed) for of in zip(*self.packed, strict=True))
+            full = num_tokens / num_positions
+            self.packed.clear()
+        tokens = num_tokens / self.seconds
+        flops = packed_training_flops(self.config, num_tokens, squared_lengths)
+        tflops = flops / self.seconds / self.args.world_size / 1e12
+        mfu = None if self.peak is None else tflops / self.peak
+        loads, parallel_load = {}, None
         # Megatron's format has one decimal: 0.0 on a small model.
         line = _THROUGHPUT.sub(f"throughput per GPU (TFLOP/s/GPU): {tflops:.4g} |", line)
         line += f" tokens/s: {tokens:,.0f} |"
-        scalars = {"tokens-per-second": tokens, "model-tflops-per-gpu": tflops}
-        if num_tokens is not None:
-            line += f" full: {num_tokens / num_positions:.1%} |"
-            scalars["full"] = num_tokens / num_positions
-            self.packed.clear()
-        if self.peak is not None:
-            line += f" MFU: {tflops / self.peak:.1%} |"
-            scalars["mfu"] = tflops / self.peak
+        if full is not None:
+            line += f" full: {full:.1%} |"
+        if mfu is not None:
+            line += f" MFU: {mfu:.1%} |"
         if self.counts is not None and (loads := busiest_over_mean(self.counts, self.config.num_experts)):
+            by_rank = busiest_over_mean(self.counts, self.args.expert_model_parallel_size).values()
+            parallel_load = sum(by_rank) / len(by_rank)
             by_layer = " ".join(f"{layer}:{load:.2f}" for layer, load in loads.items())
             line += f" expert load max/mean: {max(loads.values()):.2f} (by layer {by_layer}) |"
-            scalars |= {f"expert-load/layer-{layer}": load for layer, load in loads.items()}
-            by_rank = busiest_over_mean(self.counts, self.args.expert_model_parallel_size).values()
-            scalars["expert-parallel-load"] = sum(by_rank) / len(by_rank)
-            line += f" by expert-parallel rank: {scalars['expert-parallel-load']:.2f} |"
+            line += f" by expert-parallel rank: {parallel_load:.2f} |"
             if self.lines % LINES_PER_HEAT_MAP == 0:
                 write_heat_map(self.counts, self.iteration)
             self.lines += 1
         if self.by_set:
             line += f" loss by data set: {' '.join(f'{name} {loss:.6E}' for name, loss in self.by_set.items())} |"
-            scalars |= {f"lm loss/{name}": loss for name, loss in self.by_set.items()}
-        self._record(scalars)
-        write_scalars(scalars, self.iteration)
-        return line
-
-    def _record(self, scalars: dict[str, float]) -> None:
-        """The same as lines of the run's record."""
-        layers = {name.removeprefix("expert-load/layer-"): value for name, value in scalars.items() if "layer-" in name}
         self.record.add_step(
             self.iteration,
             self.counts,
@@ -216,11 +189,17 @@ class LogLine:
             learning_rate=self.learning_rate,
             grad_norm=None if self.grad_norm is None else float(self.grad_norm),
             seconds=self.seconds,
-            tokens_per_second=scalars["tokens-per-second"],
-            tflops_per_gpu=scalars["model-tflops-per-gpu"],
-            mfu=scalars.get("mfu"),
-            full=scalars.get("full"),
-            expert_load=layers,
-            expert_parallel_load=scalars.get("expert-parallel-load"),
+            tokens_per_second=tokens,
+            tflops_per_gpu=tflops,
+            mfu=mfu,
+            full=full,
+            expert_load=loads,
+            expert_parallel_load=parallel_load,
             peak_bytes=self.peak_bytes,
         )
+        scalars = {"tokens-per-second": tokens, "model-tflops-per-gpu": tflops, "full": full, "mfu": mfu}
+        scalars |= {"expert-parallel-load": parallel_load}
+        scalars |= {f"expert-load/layer-{layer}": load for layer, load in loads.items()}
+        scalars |= {f"lm loss/{name}": loss for name, loss in self.by_set.items()}
+        write_scalars({name: value for name, value in scalars.items() if value is not None}, self.iteration)
+        return line

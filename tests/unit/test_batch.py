@@ -21,7 +21,7 @@ from hymeg.platform.mtp import roll_packed
 from hymeg.platform.patches import INSTALLED
 from hymeg.training import step
 from hymeg.training.batch import get_batch, padding_of
-from hymeg.training.set_losses import SetLosses
+from hymeg.training.step import SetLosses
 
 LENGTHS, LENGTH = (20, 7, 13), 64
 

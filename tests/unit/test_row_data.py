@@ -10,7 +10,7 @@ from hymeg.data.row_index import index_folder
 from hymeg.errors import UserError
 from hymeg.training.row_data import RowData, settle_rows
 from hymeg.training.schedule import set_iterations
-from hymeg.training.set_losses import training_sets
+from hymeg.training.step import training_sets
 
 CONFIG = SimpleNamespace(vocab_size=600, pad_token_id=0)
 BAD = '{"messages": []}'
