@@ -6,7 +6,6 @@ config.json (`--hf-model`) and the platform fix may be repeated but not contradi
 
 import argparse
 import contextlib
-import enum
 import itertools
 import os
 import re
@@ -24,19 +23,10 @@ from hymeg.hf.hub import is_hub_id, local_folder
 from hymeg.models.flags import architecture_flags, default_flags
 from hymeg.platform import device
 from hymeg.platform.patches import patched
-from hymeg.training.flag_names import hint, opposite
+from hymeg.training.flag_names import flag, hint, opposite
 from hymeg.training.own_flags import DEFAULTS, add_hymeg_arguments
-from hymeg.training.refusals import Sources, refuse, shown_flag, shown_value
+from hymeg.training.refusals import Sources, named, refuse, shown_flag, shown_value
 from hymeg.training.yaml_file import read_settings
-
-
-def _fetch(args: argparse.Namespace) -> None:
-    """Put the cache's folders in place of ids of the Hugging Face hub."""
-    for dest, weights in (("hf_model", False), ("load", True), ("pretrained_checkpoint", True)):
-        given = getattr(args, dest)
-        if given is not None and given != args.save:
-            flag = f"--{dest.replace('_', '-')}"
-            setattr(args, dest, str(local_folder(given, weights, flag)) if is_hub_id(given) else given)
 
 
 def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespace, HyConfig]:
@@ -80,14 +70,14 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
                 "--hf-model is missing: give the folder that holds config.json and the tokenizer; it sets the "
                 "architecture"
             )
-        _fetch(args)
+        for dest, weights in (("hf_model", False), ("load", True), ("pretrained_checkpoint", True)):
+            given = getattr(args, dest)
+            if given is not None and given != args.save and is_hub_id(given):
+                setattr(args, dest, str(local_folder(given, weights, flag(dest))))
         with about("--hf-model "):
             config = HyConfig.from_dir(args.hf_model)
-        architecture = architecture_flags(config) | {
-            "tokenizer_type": "HuggingFaceTokenizer",
-            "tokenizer_model": args.hf_model,
-        }
-        _fix(args, said, sources, architecture)
+        tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": args.hf_model}
+        _fix(args, said, sources, architecture_flags(config) | tokenizer)
         _default(args, said, DEFAULTS | default_flags(config))
         if not on_cpu and not device.has_block_scaled_fp8():
             _default(args, said, {"fp8_recipe": "tensorwise"})
@@ -96,9 +86,7 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
         if on_cpu:
             _default(args, said, cpu_values())
     args.explicit = sources
-    args.said = {
-        sources[dest][0].lstrip("-"): True if isinstance(value, bool) else value for dest, value in said.items()
-    }
+    args.said = {sources[dest][0].lstrip("-"): isinstance(value, bool) or value for dest, value in said.items()}
     # What Megatron does with --sft is not wanted: its evaluation averages the means of micro-batches.
     args.sft_rows, args.sft = args.sft, False
     args.packed = args.sft_rows and args.sft_packing
@@ -112,10 +100,10 @@ def naming_lines(sources: Mapping[str, tuple[str, str]]) -> Iterator[None]:
         yield
     except UserError as error:
         lines = {option: where for option, where in sources.values() if where}
-        flags = dict.fromkeys(flag for flag in re.findall(r"(?<!\S)--\w[\w-]*", str(error)) if flag in lines)
-        if not flags:
+        words = dict.fromkeys(word for word in re.findall(r"(?<!\S)--\w[\w-]*", str(error)) if word in lines)
+        if not words:
             raise
-        raise UserError(f"{error} ({'; '.join(f'{flag}: {lines[flag]}' for flag in flags)})") from error
+        raise UserError(f"{error} ({'; '.join(f'{word}: {lines[word]}' for word in words)})") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,21 +126,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _error(message: str) -> NoReturn:
     message = message.removeprefix("argument ")
-    flag = message.partition(":")[0].split("/")[0]
+    option = message.partition(":")[0].split("/")[0]
     if value := re.search(r"ignored explicit argument '(.*)'", message):
-        raise UserError(_takes_no_value(flag, value[1]))
+        raise UserError(_takes_no_value(option, value[1]))
     if "expected" in message:
-        raise UserError(f"{flag} needs a value, found none; write it after {flag}")
+        raise UserError(f"{option} needs a value, found none; write it after {option}")
     raise UserError(message)
 
 
 def _expected(action: argparse.Action) -> str:
     if action.choices:
-        names = [choice.name if isinstance(choice, enum.Enum) else str(choice) for choice in action.choices]
+        names = [str(named(choice)) for choice in action.choices]
         return f"one of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-    return {int: "a whole number such as 8", float: "a number such as 1e-5"}.get(
-        action.type, "another form (see --help)"
-    )
+    needed = {int: "a whole number such as 8", float: "a number such as 1e-5"}
+    return needed.get(action.type, "another form (see --help)")
 
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], Sources, list[str]]:
@@ -222,6 +209,5 @@ def _same(dest: str, found: Any, fixed: Any) -> bool:
 
 
 def _default(args: argparse.Namespace, said: dict[str, Any], defaults: dict[str, Any]) -> None:
-    for dest, value in defaults.items():
-        if dest not in said and getattr(args, dest) != value:
-            setattr(args, dest, value)
+    for dest in defaults.keys() - said.keys():
+        setattr(args, dest, defaults[dest])

@@ -5,14 +5,13 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from hymeg import platform
 from hymeg.checkpoint.companions import carried_files, carry
-from hymeg.checksums import Damaged
 from hymeg.errors import UserError, exit_on_user_error
 from hymeg.hf.config import HyConfig
 from hymeg.launch import rank
@@ -20,7 +19,7 @@ from hymeg.models.freezing import freeze
 from hymeg.models.hy import HyModelConfig, HyTransformerConfig
 from hymeg.models.specs import uses_transformer_engine
 from hymeg.platform import device
-from hymeg.training import metrics, save_lock
+from hymeg.training import metrics, once, save_lock
 from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import naming_lines, parse
 from hymeg.training.batch import is_reader, takes_data
@@ -29,12 +28,11 @@ from hymeg.training.data_record import compare_and_keep, contents_record, text_r
 from hymeg.training.freezing import trained_keys
 from hymeg.training.hf_folders import saving_hf
 from hymeg.training.hf_weights import convert_hf_weights
-from hymeg.training.once import by_rank_0
 from hymeg.training.preflight import preflight
 from hymeg.training.run_record import recording
 from hymeg.training.schedule import set_iterations
 from hymeg.training.step import forward_step
-from hymeg.training.weights import none_but_undamaged
+from hymeg.training.weights import naming_undamaged
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,16 +45,15 @@ def main(argv: Sequence[str]) -> None:
         args, config = parse(argv)
         notes: list[str] = []
         preflight(args, config, notes.append)
-        notes = [*platform.announcement(), *notes]
-        if int(os.environ.get("RANK", "0")) == 0:
-            for note in notes:
-                print(f"hymeg: {note}", flush=True)
-            if args.save is not None:
-                Path(args.save).mkdir(parents=True, exist_ok=True)
-                save_lock.lock(args.save, lambda line: print(f"hymeg: {line}", flush=True))
-                _carry_companions(Path(args.hf_model), Path(args.save), config)
+        for note in [*platform.announcement(), *notes]:
+            _say(note)
+        keeps = args.save is not None and once.rank() == 0
+        if keeps:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            save_lock.lock(args.save, _say)
+            _carry_companions(Path(args.hf_model), Path(args.save), config)
         code = rank.exit_code_of(functools.partial(train, args, config), args)
-        if args.save is not None and int(os.environ["RANK"]) == 0:
+        if keeps:
             save_lock.unlock(args.save)
         # Without it gloo aborts at exit.
         torch.distributed.destroy_process_group()
@@ -67,11 +64,9 @@ def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
     """Put config.json, tokenizer and chat template beside the checkpoints, so that the folder can be exported, and
     trained on, by itself.
     """
-    if hf_model.resolve() == save.resolve():
-        return
-    save.mkdir(parents=True, exist_ok=True)
-    config.without_quantization().save(save)
-    carry(carried_files(hf_model), save)
+    if hf_model.resolve() != save.resolve():
+        config.without_quantization().save(save)
+        carry(carried_files(hf_model), save)
 
 
 def stand_alone() -> None:
@@ -82,14 +77,8 @@ def stand_alone() -> None:
         return
     # Port 0: the system gives a free one in the moment in which it is listened at. One chosen before might be taken by
     # then.
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
-    }
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 def train(args, config: HyConfig) -> None:
@@ -116,12 +105,12 @@ def train(args, config: HyConfig) -> None:
                 set_iterations(args, rows.num_training_sequences, _say)
         convert_hf_weights(args)
         data = (text_record(args) if rows is None else rows.record()) | contents_record(args)
-        if int(os.environ["RANK"]) == 0:
+        if once.rank() == 0:
             compare_and_keep(args, data, _say)
         settings = pretrain_cfg_container_from_args(args, model_config)
     # Where process groups are open, Megatron builds it with all ranks.
     if rows is None and not torch.distributed.is_initialized():
-        by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
+        once.by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
 
     def datasets(num_samples, vp_stage=None):
         if rows is not None:
@@ -148,7 +137,7 @@ def train(args, config: HyConfig) -> None:
         saving_hf(args, config, _say),
         adapters,
         _judging(args, config, record),
-        _naming_undamaged(args),
+        naming_undamaged(args),
         user_errors(),
         contextlib.nullcontext() if uses_transformer_engine(model_config.transformer) else device.unwatched_backward(),
     ):
@@ -164,17 +153,8 @@ def _judging(args, config: HyConfig, record) -> contextlib.AbstractContextManage
     return judging_translations(args, config, record)
 
 
-@contextlib.contextmanager
-def _naming_undamaged(args) -> Iterator[None]:
-    """Where what is loaded is damaged, say which checkpoint is not."""
-    try:
-        yield
-    except Damaged as error:
-        raise none_but_undamaged(args, error) from None
-
-
 def _say(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if once.rank() == 0:
         print(f"hymeg: {line}", flush=True)
 
 

@@ -3,11 +3,12 @@ chance by accident.
 """
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from hymeg.checkpoint.adapter_settings import ADAPTER_FILE
@@ -195,19 +196,25 @@ def _fall_back(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         args.ckpt_step = found
 
 
-def none_but_undamaged(args: argparse.Namespace, error: Damaged) -> UserError:
-    """`error`, found while `args.load` was loaded, on all ranks, with what to do about it."""
+@contextlib.contextmanager
+def naming_undamaged(args: argparse.Namespace) -> Iterator[None]:
+    """Where what is loaded is damaged, which is found on all ranks, say what to do about it."""
+    try:
+        yield
+    except Damaged as error:
+        raise UserError(f"{error}; {_remedy(args, os.path.basename(os.path.dirname(error.path)))}") from None
+
+
+def _remedy(args: argparse.Namespace, damaged: str) -> str:
     again = "copy that file again, or convert again"
     if args.load is None or not is_distributed_checkpoint(args.load):
-        return UserError(f"{error}; {again}")
-    damaged = os.path.basename(os.path.dirname(error.path))
-    found, _ = newest_undamaged(
-        args.load, [step for step in complete_steps(args.load) if f"iter_{step:07d}" != damaged]
-    )
+        return again
+    others = [step for step in complete_steps(args.load) if f"iter_{step:07d}" != damaged]
+    found, _ = newest_undamaged(args.load, others)
     if found is None:
-        return UserError(f"{error}; no other iteration in --load {args.load} is undamaged: {again}")
-    return UserError(
-        f"{error}; the newest undamaged iteration in --load {args.load} is {found}: give --ckpt-step {found} or "
+        return f"no other iteration in --load {args.load} is undamaged: {again}"
+    return (
+        f"the newest undamaged iteration in --load {args.load} is {found}: give --ckpt-step {found} or "
         "--fall-back-to-older-checkpoint"
     )
 
