@@ -134,8 +134,7 @@ def _base_of(args: argparse.Namespace) -> argparse.Namespace:
     if base.load is None or not os.path.isdir(base.load):
         where = f" in {base.load}" if base.load else ""
         raise UserError(
-            f"--load {args.load} holds adapters, whose base is not found{where}; give it with --pretrained-checkpoint "
-            "FOLDER"
+            f"--load {args.load} holds adapters, whose base is not found{where}; give it by --pretrained-checkpoint"
         )
     base.save, base.ckpt_step, base.finetune = None, None, True
     return base
@@ -217,8 +216,5 @@ def _part(shard: ShardedTensor, vocab_size: int) -> int:
     if shard.key in VOCABULARY_KEYS:
         data = data[:, : max(0, vocab_size - offset[0])]
     height = shard.global_shape[-2] if len(shard.global_shape) > 1 else 1
-    first = offset[-2] if len(offset) > 1 else 0
-    stack = offset[0] if len(offset) > 2 else 0
-    return sum(
-        part_of_fingerprint(shard.key, rows, (stack + i) * height + first, offset[-1]) for i, rows in enumerate(data)
-    )
+    first = (offset[0] * height if len(offset) > 2 else 0) + (offset[-2] if len(offset) > 1 else 0)
+    return sum(part_of_fingerprint(shard.key, rows, first + i * height, offset[-1]) for i, rows in enumerate(data))

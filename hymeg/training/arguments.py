@@ -67,8 +67,7 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
                 raise UserError(str(error)) from error
         if args.hf_model is None:
             raise UserError(
-                "--hf-model is missing: give the folder that holds config.json and the tokenizer; it sets the "
-                "architecture"
+                "--hf-model is missing: give the folder with config.json, which sets the architecture, and tokenizer"
             )
         for dest, weights in (("hf_model", False), ("load", True), ("pretrained_checkpoint", True)):
             given = getattr(args, dest)

@@ -29,13 +29,10 @@ def takes_data(args, pipeline_layout, vp_stage: int | None) -> bool:
         return True
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-    return (
-        first
-        or last
-        or mtp_on_this_rank(
-            layout=pipeline_layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
-        )
+    has_mtp = mtp_on_this_rank(
+        layout=pipeline_layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
     )
+    return first or last or has_mtp
 
 
 def get_batch(
@@ -87,15 +84,11 @@ def _text(data_iterator: Iterator | None, args) -> tuple[dict[str, torch.Tensor]
         dataset_id = device.move(data["dataset_id"]) if "dataset_id" in data else None
         together = torch.stack([device.move(data[key]).long() for key in _KEYS])
     else:
-        together = torch.empty(
-            len(_KEYS), micro_batch_size, args.seq_length, dtype=torch.int64, device=device.current()
-        )
+        shape = len(_KEYS), micro_batch_size, args.seq_length
+        together = torch.empty(shape, dtype=torch.int64, device=device.current())
     if args.tensor_model_parallel_size > 1:
-        source, group = (
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            parallel_state.get_tensor_model_parallel_group(),
-        )
-        torch.distributed.broadcast(together, source, group=group)
+        source = parallel_state.get_tensor_model_parallel_src_rank()
+        torch.distributed.broadcast(together, source, group=parallel_state.get_tensor_model_parallel_group())
     batch = dict(zip(_KEYS, together, strict=True))
     return batch | {"loss_mask": batch["loss_mask"].float()}, dataset_id
 

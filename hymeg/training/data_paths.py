@@ -46,7 +46,7 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str],
             given.setdefault("train_data_path" if dest in _PER_SPLIT else dest, flag(dest))
     if not given:
         raise UserError(
-            "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data for made-up tokens"
+            "no data: give --data-path PREFIX (of tools/preprocess_data.py), or --mock-data for made-up tokens"
         )
     if len(given) > 1:
         raise UserError(f"{' and '.join(given.values())} are given; keep one source of data")
@@ -56,13 +56,11 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str],
     for dest in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
         if getattr(args, dest) and args.data_cache_path is None:
             raise UserError(
-                f"{flag(dest)} needs --data-cache-path, the folder of a cache that is there already; add it, or leave "
-                f"{flag(dest)} out"
+                f"{flag(dest)} needs --data-cache-path, a cache that is there; add it, or leave {flag(dest)} out"
             )
     if args.dataloader_fast_cache_load and source in ("data_path", "data_args_path"):
         raise UserError(
-            f"--dataloader-fast-cache-load cannot be combined with {flag(source)}; give data for each split "
-            "(--train-data-path)"
+            f"--dataloader-fast-cache-load does not go with {flag(source)}; give data by split (--train-data-path)"
         )
     blends = _blends(args, source)
     num_documents = {}
@@ -200,8 +198,7 @@ def parse_blend(label: str, words: list[str]) -> tuple[list[str], list[float] | 
     number = next((word for word in words if _number(word) is not None), None)
     if number is not None:
         raise UserError(
-            f"{label}: found the weight {number}, but not one before every data set; write WEIGHT NAME WEIGHT NAME "
-            "..., or names alone"
+            f"{label}: found the weight {number}, but not before each name; write WEIGHT NAME WEIGHT NAME ..., or names"
         )
     return words, None
 
@@ -247,19 +244,16 @@ def _check_files(said: str, index: str, tokens: str, config: HyConfig, rank: int
         raise UserError(f"{said}: {index} lists no documents; give data with some")
     if rank > 0:
         return num_sequences
-    index_bytes, needed = os.path.getsize(index), 34 + 12 * num_sequences + 8 * num_documents
-    if index_bytes < needed:
-        raise UserError(
-            f"{said}: {index} is truncated: {index_bytes} bytes of at least {needed}; copy or make it again"
-        )
+    size, needed = os.path.getsize(index), 34 + 12 * num_sequences + 8 * num_documents
+    if size < needed:
+        raise UserError(f"{said}: {index} is truncated: {size} bytes of at least {needed}; copy or make it again")
     length = int(np.fromfile(index, "<i4", 1, offset=34 + 4 * (num_sequences - 1))[0])
     offset = int(np.fromfile(index, "<i8", 1, offset=34 + 12 * num_sequences - 8)[0])
     dtype = np.dtype(DType.dtype_from_code(header[17]))
-    token_bytes, needed = os.path.getsize(tokens), offset + length * dtype.itemsize
-    if token_bytes < needed:
+    size, needed = os.path.getsize(tokens), offset + length * dtype.itemsize
+    if size < needed:
         raise UserError(
-            f"{said}: {tokens} is truncated: {token_bytes} bytes of the {needed} that the index describes; copy or "
-            "make it again"
+            f"{said}: {tokens} is truncated: {size} bytes of the {needed} in the index; copy or make it again"
         )
     largest = np.fromfile(tokens, dtype, _NUM_TOKENS_LOOKED_AT).max(initial=0)
     if largest >= config.vocab_size:
@@ -288,10 +282,9 @@ def check_writable(label: str, folder: str) -> str:
     parent = os.path.abspath(folder)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
+    said = f"{label} {folder}: {parent} is"
     if not os.path.isdir(parent):
-        raise UserError(f"{label} {folder}: {parent} is a file; give a folder")
+        raise UserError(f"{said} a file; give a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{label} {folder}: {parent} is not writable by this user; give another folder, or change its permissions"
-        )
+        raise UserError(f"{said} not writable by this user; give another folder, or change its permissions")
     return parent

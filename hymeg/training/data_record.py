@@ -74,17 +74,14 @@ def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Call
         if args.train_iters is not None and iteration >= args.train_iters:
             say(f"nothing left to train: {args.load} is at iteration {iteration} of --train-iters {args.train_iters}")
         for key, was in kept[-1]["data"].items() if kept else ():
-            if key in record and record[key] != was:
+            now = record.get(key, was)
+            if now != was:
                 said, means = _MEANINGS.get(_CONTENTS if key.startswith(_CONTENTS) else key, _ANOTHER_ORDER)
-                say(
-                    f"{said} that {args.load} was trained on: {key} was {shown(was)} and is {shown(record[key])}; "
-                    f"{means}"
-                )
+                say(f"{said} that {args.load} was trained on: {key} was {shown(was)} and is {shown(now)}; {means}")
     if args.save is not None:
         os.makedirs(args.save, exist_ok=True)
-        write_whole(
-            Path(args.save, RECORD), json.dumps([*kept, {"after": iteration, "data": record}], indent=1).encode()
-        )
+        kept.append({"after": iteration, "data": record})
+        write_whole(Path(args.save, RECORD), json.dumps(kept, indent=1).encode())
 
 
 def _kept(folder: str) -> list[dict[str, Any]]:

@@ -96,15 +96,10 @@ def add_opposites(parser: argparse.ArgumentParser) -> None:
     """Give every switch its opposite, so that the command line can undo what a recipe or a default has set. Megatron
     gives it to a few only.
     """
+    hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for action in list(parser._actions):
         if isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
-            free = [
-                opposite(option)
-                for option in action.option_strings
-                if opposite(option) not in parser._option_string_actions
-            ]
-            undo = "store_false" if action.const else "store_true"
-            if free:
-                parser.add_argument(
-                    *free, dest=action.dest, action=undo, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-                )
+            opposites = map(opposite, action.option_strings)
+            if free := [option for option in opposites if option not in parser._option_string_actions]:
+                undo = "store_false" if action.const else "store_true"
+                parser.add_argument(*free, dest=action.dest, action=undo, **hidden)

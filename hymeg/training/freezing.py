@@ -94,8 +94,8 @@ def _meant(config: HyConfig, option: str, patterns: Collection[str]) -> set[str]
         if inside and len(inside) < len(of_key):
             outside = next(name for name in of_key if name not in meant)
             raise UserError(
-                f"{option} {' '.join(patterns)}: means {inside[0]} and not {outside}, which are one tensor in "
-                "training; name both or neither"
+                f"{option} {' '.join(patterns)}: means {inside[0]} and not {outside}, one tensor in training; name "
+                "both or neither"
             )
     return {key for key, of_key in names.items() if of_key[0] in meant}
 

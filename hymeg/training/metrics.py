@@ -39,9 +39,8 @@ def expert_counts(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> 
     for chunk in model_chunks:
         for router in chunk.modules():
             if isinstance(router, Router):
-                counts[router.layer_number - 1 + (config.num_hidden_layers if router.is_mtp_layer else 0)] += (
-                    router.expert_load
-                )
+                layer = router.layer_number - 1 + (config.num_hidden_layers if router.is_mtp_layer else 0)
+                counts[layer] += router.expert_load
                 router.expert_load.zero_()
     # Ranks of one layer see different tokens, ranks of different stages different layers: the sum over the world is the
     # sum over both.

@@ -36,9 +36,7 @@ def observe(folder: str, hf: str | None, machine: Machine, attended: float | Non
         run = read_run(folder)
     seconds = [value for _, value in run.curves.get(_SECONDS, [])][_FIRST:]
     if not seconds:
-        raise UserError(
-            f"--measured {folder}: fewer than {_FIRST + 1} steps are logged; let the run go on, or give another"
-        )
+        raise UserError(f"--measured {folder}: fewer than {_FIRST + 1} steps are logged; let it go on, or give another")
     start = run.starts[-1]
     words = shlex.split(start["command"])[1:] + ([] if hf is None else ["--hf-model", hf])
     where = contextlib.nullcontext() if start["device"] == "cpu" else for_gpus()

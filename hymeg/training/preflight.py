@@ -128,9 +128,7 @@ def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
         raise UserError(f"{said} cannot be combined with stages of unequal size; use {flag(names[1])}")
     layers = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
     if per_stage < 1 or layers % (pp * per_stage):
-        raise UserError(
-            f"{said} x --pipeline-model-parallel-size {pp} does not divide {layers} layers; lower one of them"
-        )
+        raise UserError(f"{said} x --pipeline-model-parallel-size {pp} does not divide {layers} layers; lower one")
     return layers // (pp * per_stage)
 
 
@@ -156,8 +154,7 @@ def _check_devices() -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local > device.count():
         raise UserError(
-            f"torchrun --nproc-per-node {local}, but this machine shows {device.count()} GPUs; start as many processes "
-            "as GPUs"
+            f"torchrun --nproc-per-node {local}, but there are {device.count()} GPUs; start as many processes as GPUs"
         )
 
 
@@ -175,13 +172,11 @@ def _check_combinations(args: argparse.Namespace) -> None:
     """Each of these Megatron takes, and fails later."""
     if args.async_save and not args.use_persistent_ckpt_worker:
         raise UserError(
-            "--async-save needs --use-persistent-ckpt-worker: without it Megatron saves as if it were not given; add "
-            "that, or leave --async-save out"
+            "--async-save needs --use-persistent-ckpt-worker, or Megatron ignores it; add that, or leave it out"
         )
     if args.optimizer == "sgd" and args.save is not None and not args.no_save_optim:
         raise UserError(
-            "--optimizer sgd: Megatron 0.19 saves its state, and cannot load it again; use --optimizer adam, or add "
-            "--no-save-optim"
+            "--optimizer sgd: Megatron 0.19 saves its state, and cannot load it again; use adam, or add --no-save-optim"
         )
     on_gpu = args.transformer_impl == "transformer_engine"
     if on_gpu and args.context_parallel_size > 1 and not (args.bf16 or args.fp16):
@@ -223,9 +218,7 @@ def _check_folders(args: argparse.Namespace) -> None:
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir)
     if args.wandb_project and args.wandb_save_dir is None and args.save is None:
-        raise UserError(
-            f"--wandb-project {args.wandb_project} needs a folder to write to; give --wandb-save-dir or --save"
-        )
+        raise UserError(f"--wandb-project {args.wandb_project} needs a folder to write to: --wandb-save-dir or --save")
     if args.save is not None and shutil.disk_usage(check_writable("--save", args.save)).free == 0:
         raise UserError(f"--save {args.save}: no space left on its disk; free some, or give another folder")
 
@@ -238,9 +231,7 @@ def _correct(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         # A resume under another --train-iters or --lr would otherwise end in an assertion of the scheduler.
         args.override_opt_param_scheduler = True
         if args.explicit.keys() & {"train_iters", "train_epochs"} and is_distributed_checkpoint(args.load):
-            say(
-                "--override-opt-param-scheduler set: the learning-rate schedule is this command's, not the checkpoint's"
-            )
+            say("--override-opt-param-scheduler set: the learning-rate schedule is the command's, not the checkpoint's")
     if args.save is None and args.save_interval is not None:
         say(f"--save-interval {args.save_interval} has no effect: without --save nothing is saved")
     if args.save is not None and args.save_interval is None and args.train_epochs is not None:

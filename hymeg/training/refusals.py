@@ -36,9 +36,8 @@ def refuse(
                     continue
                 reason, instead = f"{WITHOUT} {_needed(parser, row.needs)}", f"add that, or {instead}"
             elif row.when == ON_CPU:
-                where = (
-                    "HYMEG_PLATFORM=cpu chose it" if os.environ.get("HYMEG_PLATFORM") == "cpu" else "torch sees no GPU"
-                )
+                is_chosen = os.environ.get("HYMEG_PLATFORM") == "cpu"
+                where = "HYMEG_PLATFORM=cpu chose it" if is_chosen else "torch sees no GPU"
                 reason = f"{ON_CPU} ({where}): {row.why}"
             else:
                 reason = f"{row.when}: {row.why}"

@@ -45,9 +45,7 @@ def settle_rows(args: argparse.Namespace) -> None:
     if args.data_path and args.train_data_path:
         raise UserError("--data-path and --train-data-path are both given; keep one")
     if args.split is not None and (args.valid_data_path or args.test_data_path):
-        raise UserError(
-            f"--split {args.split} cannot be combined with files given for validation or test; leave it out"
-        )
+        raise UserError(f"--split {args.split} cannot be combined with files for validation or test; leave it out")
     # In Megatron's terms, who gives files for validation gives them for each split; where nothing is said it would
     # choose a split, with a warning.
     if args.valid_data_path or args.test_data_path:

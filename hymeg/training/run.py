@@ -128,14 +128,11 @@ def train(args, config: HyConfig) -> None:
         once_saved[:] = [lambda: remove_older(args.save, args.keep_last, keep_every, get_loaded_iteration())]
     if args.freeze is not None or args.train_only is not None:
         model_config.pre_wrap_hooks = [functools.partial(freeze, trained_keys(args, config))]
-    adapters = (
-        contextlib.nullcontext() if args.lora_rank is None else training_adapters(args, config, model_config, _say)
-    )
     with (
         recording(args, config, data, _say) as record,
         metrics.logging(args, config, model_config, record, _say) as set_losses,
         saving_hf(args, config, _say),
-        adapters,
+        contextlib.nullcontext() if args.lora_rank is None else training_adapters(args, config, model_config, _say),
         _judging(args, config, record),
         naming_undamaged(args),
         user_errors(),

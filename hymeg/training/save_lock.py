@@ -37,8 +37,7 @@ def lock(save: str, say: Callable[[str], None]) -> None:
     if found and found.get("run") != run_name():
         if _is_alive(path, found):
             raise UserError(
-                f"--save {save}: another run writes to it, {_described(found)}; wait for it, end it, or give another "
-                "folder"
+                f"--save {save}: another run writes to it, {_described(found)}; wait, end it, or give another folder"
             )
         say(f"--save {save}: taken over from a run that is gone, {_described(found)}")
     pid = os.getpid()

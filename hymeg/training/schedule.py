@@ -40,12 +40,10 @@ def check_schedule(args: argparse.Namespace) -> None:
     _check_length(args)
     if args.lr is None:
         raise UserError("--lr is missing: give the peak learning rate, e.g. --lr 1e-5 for fine-tuning")
-    for dest, (lowest, highest) in _RANGES.items():
+    for dest, (low, high) in _RANGES.items():
         value = getattr(args, dest)
-        if value is not None and not (lowest <= value <= highest and math.isfinite(value)):
-            raise UserError(
-                f"{flag(dest)} {value}: it must be {_allowed(lowest, highest, value)}{_ADVICE.get(dest, '')}"
-            )
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise UserError(f"{flag(dest)} {value}: it must be {_allowed(low, high, value)}{_ADVICE.get(dest, '')}")
     _check_units(args)
     for dest in ("min_lr", "lr_warmup_init"):
         if getattr(args, dest) > args.lr:
@@ -66,9 +64,7 @@ def check_schedule(args: argparse.Namespace) -> None:
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 are both given; keep --bf16, the precision these models are published in")
     if args.use_checkpoint_opt_param_scheduler and args.override_opt_param_scheduler:
-        raise UserError(
-            "--use-checkpoint-opt-param-scheduler and --override-opt-param-scheduler are both given; keep one"
-        )
+        raise UserError("--use-checkpoint-opt-param-scheduler and --override-opt-param-scheduler are given; keep one")
     if args.save_retain_interval is not None and args.save_retain_interval % (args.save_interval or 1):
         raise UserError(
             f"--save-retain-interval {args.save_retain_interval} is no multiple of --save-interval "
@@ -77,8 +73,7 @@ def check_schedule(args: argparse.Namespace) -> None:
     # From a recipe that several runs share it is only noted.
     if args.save is None and args.save_interval is not None and not args.explicit["save_interval"][1]:
         raise UserError(
-            f"--save-interval {args.save_interval} without --save would save nothing; add --save FOLDER, or leave it "
-            "out"
+            f"--save-interval {args.save_interval} without --save saves nothing; add --save FOLDER, or leave it out"
         )
 
 
@@ -107,10 +102,10 @@ def set_iterations(args: argparse.Namespace, num_sequences: int, say: Callable[[
     _check_warmup(args)
 
 
-def _allowed(lowest: float, highest: float, value: float) -> str:
-    if highest == math.inf:
-        return f"{'a finite number, ' if isinstance(value, float) else ''}at least {lowest}"
-    return f"from {lowest} to {highest}" if highest >= 1 else f"at least {lowest} and below 1"
+def _allowed(low: float, high: float, value: float) -> str:
+    if high == math.inf:
+        return f"{'a finite number, ' if isinstance(value, float) else ''}at least {low}"
+    return f"from {low} to {high}" if high >= 1 else f"at least {low} and below 1"
 
 
 def _check_length(args: argparse.Namespace) -> None:
@@ -118,8 +113,7 @@ def _check_length(args: argparse.Namespace) -> None:
     given = [dest for dest in ("train_iters", "train_samples", "train_epochs") if getattr(args, dest) is not None]
     if not given:
         raise UserError(
-            "--train-iters is missing: say how long to train, in iterations (or in samples with --train-samples, or "
-            "with --sft in --train-epochs)"
+            "--train-iters is missing: say how long to train (or in --train-samples, or with --sft in --train-epochs)"
         )
     typed = [dest for dest in given if not args.explicit[dest][1]]
     for dest in given if len(typed) == 1 else ():
@@ -139,11 +133,10 @@ def _check_units(args: argparse.Namespace) -> None:
     unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
     length = "epochs" if args.train_epochs is not None else unit
     for name in ("lr_decay", "lr_wsd_decay", "lr_warmup"):
-        if getattr(args, f"{name}_{other}"):
+        if value := getattr(args, f"{name}_{other}"):
             wrong, right = flag(f"{name}_{other}"), flag(f"{name}_{unit}")
             raise UserError(
-                f"{wrong} {getattr(args, f'{name}_{other}')} does not go with --train-{length}: give {right}, so that "
-                f"both count {unit}"
+                f"{wrong} {value} does not go with --train-{length}: give {right}, so that both count {unit}"
             )
 
 
@@ -158,8 +151,7 @@ def _check_warmup(args: argparse.Namespace) -> None:
     if end is not None and warmup >= end:
         until = f"--lr-decay-{unit} {decay}" if decay else f"--train-{unit} {length}"
         raise UserError(
-            f"--lr-warmup-{unit} {warmup} is not below {until}, so that the learning rate would never reach its peak; "
-            "lower it"
+            f"--lr-warmup-{unit} {warmup} is not below {until}: the learning rate would never reach its peak; lower it"
         )
     if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
         raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}: how long the decay at the end takes")

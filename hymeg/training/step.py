@@ -38,9 +38,8 @@ def forward_step(
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     config = get_attr_wrapped_model(model, "config")
-    batch = get_batch(
-        data_iterator, args, config.pipeline_model_parallel_layout, get_attr_wrapped_model(model, "vp_stage")
-    )
+    layout, vp_stage = config.pipeline_model_parallel_layout, get_attr_wrapped_model(model, "vp_stage")
+    batch = get_batch(data_iterator, args, layout, vp_stage)
     timers("batch-generator").stop()
     inputs = {key: batch[key] for key in ("labels", "loss_mask", "packed_seq_params", "padding_mask")}
     note = None

@@ -28,7 +28,7 @@ from hymeg.checkpoint.verification import verification_notes
 from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError, about
 from hymeg.files import read_json, shown
-from hymeg.hf.config import HyConfig
+from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint, newest_undamaged
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import trained_keys
@@ -36,9 +36,7 @@ from hymeg.training.freezing import trained_keys
 
 def is_hf_folder(folder: str) -> bool:
     """config.json and weights: a run's own `--save` folder holds config.json from its start."""
-    return os.path.isfile(os.path.join(folder, "config.json")) and any(
-        name.endswith(".safetensors") for name in os.listdir(folder)
-    )
+    return Path(folder, CONFIG_FILE).is_file() and any(Path(folder).glob("*.safetensors"))
 
 
 def check_weights(
@@ -63,10 +61,7 @@ def check_weights(
     check_not_overwriting(args, chosen)
     if chosen is None:
         if not args.init_from_scratch:
-            raise UserError(
-                "no weights: give --load FOLDER (a checkpoint or a Hugging Face folder), or --init-from-scratch for "
-                "random weights"
-            )
+            raise UserError("no weights: give --load FOLDER (checkpoint or Hugging Face model), or --init-from-scratch")
         if not args.perform_initialization:
             raise UserError(
                 "--no-initialization with --init-from-scratch would train whatever the memory held; leave "
@@ -80,8 +75,7 @@ def check_weights(
         return
     if args.ckpt_step is not None:
         raise UserError(
-            f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no iterations; "
-            "leave it out"
+            f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, without any; leave it out"
         )
     if args.local_rank == 0:  # one look a node: every rank's would be thousands of opened files
         with about(f"{flag(dest)} {folder}: "):

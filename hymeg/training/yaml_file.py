@@ -17,6 +17,7 @@ from hymeg.errors import UserError
 from hymeg.training.flag_names import hint, opposite, plain
 from hymeg.training.refusals import named
 
+_ONE_A_LINE = "write one 'key: value' a line, with a space after the colon"
 _BOOL, _NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
 
 
@@ -47,8 +48,7 @@ def read_settings(path: str, parser: argparse.ArgumentParser) -> list[Setting]:
         if option is None:
             near = f"; did you mean {dests[key]}?" if key in dests else hint(key, options.values())
             raise UserError(
-                f"{where}: unknown key {key!r}{near.replace('--', '')} (keys are the flags of pretrain_hy.py, without "
-                "--)"
+                f"{where}: unknown key {key!r}{near.replace('--', '')} (keys are flags of pretrain_hy.py, without --)"
             )
         if option in ("--config", "--help"):
             raise UserError(f"{where}: {key!r} belongs on the command line, not in a recipe; remove the line")
@@ -81,18 +81,12 @@ def _mapping(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        advice = (
-            "indent with spaces, not tabs"
-            if r"'\t'" in problem
-            else "write one 'key: value' a line, with a space after the colon"
-        )
+        advice = "indent with spaces, not tabs" if r"'\t'" in problem else _ONE_A_LINE
         raise UserError(f"--config {path}{where}: not YAML ({problem}); {advice}") from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(
-            f"--config {path}, line 1: found a {root.id}; write one 'key: value' a line, with a space after the colon"
-        )
+        raise UserError(f"--config {path}, line 1: found a {root.id}; {_ONE_A_LINE}")
     return root.value
 
 
@@ -114,9 +108,7 @@ def _words(
             raise UserError(f"{said} can only be true; remove the line")
         return [opposite(option)]
     if is_bool:
-        raise UserError(
-            f"{said} takes a value, found {node.value}; give the value, or quote it if {node.value} is the value"
-        )
+        raise UserError(f"{said} takes a value, found {node.value}; give one, or quote it if {node.value} is the value")
     takes_several = action.nargs not in (None, "?")
     if isinstance(node, yaml.SequenceNode):
         values = [_text(said, item) for item in node.value]
