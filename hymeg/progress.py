@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+Say = Callable[[str], None]
+"""Given a line for the user."""
 _SECONDS_BETWEEN_LINES = 10
 _SECONDS_BETWEEN_REDRAWS = 0.2
 _BAR_WIDTH = 20

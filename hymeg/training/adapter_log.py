@@ -2,7 +2,7 @@
 have not moved, the failure that no loss shows."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -11,12 +11,11 @@ from hymeg.checkpoint.adapter_table import adapter_modules
 from hymeg.hf.config import HyConfig
 from hymeg.models.lora import Adapter
 from hymeg.platform import device, megatron
-from hymeg.training.writers import write_scalars
+from hymeg.progress import Say
+from hymeg.training.run_record import write_scalars
 
 STEPS = 10  # after which an adapter has moved, or something is wrong
 _INTERVALS = 10  # of the log, between two lines
-
-Say = Callable[[str], None]
 
 
 class AdapterLog:

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,12 +33,11 @@ from hymeg.models.freezing import train_in_full
 from hymeg.models.lora import add_adapters
 from hymeg.platform import device, megatron
 from hymeg.platform.patches import patched
+from hymeg.progress import Say
 from hymeg.training import weights
 from hymeg.training.adapter_log import AdapterLog
 from hymeg.training.checkpoints import is_distributed_checkpoint
 from hymeg.training.freezing import trained_in_full
-
-Say = Callable[[str], None]
 
 
 def settings_of(args: argparse.Namespace) -> AdapterSettings:

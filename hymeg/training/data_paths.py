@@ -7,7 +7,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -18,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
+from hymeg.progress import Say
 from hymeg.training.flag_names import flag
 
 _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
@@ -26,7 +27,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _NUM_TOKENS_LOOKED_AT = 1 << 20
 
 
-def settle_data(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
+def settle_data(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
     """Check the data of `args`, choose `--split` where it is not given, and turn evaluation off where there is nothing
     to evaluate on. The data sets become `args.text_prefixes`.
 
@@ -98,7 +99,7 @@ def turn_evaluation_off(args: argparse.Namespace) -> str:
 
 
 def choose_split(
-    args: argparse.Namespace, num_items: dict[str, int], defaults: Sequence[str], what: str, say: Callable[[str], None]
+    args: argparse.Namespace, num_items: dict[str, int], defaults: Sequence[str], what: str, say: Say
 ) -> list[tuple[float, float] | None]:
     """Set `--split` where it is not given, and say what it means: for training, validation and test the part of each
     data set, or None.

@@ -8,7 +8,6 @@ saved nothing left there is not what the checkpoint was trained on: an entry cou
 import argparse
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hymeg.checkpoint.dist_files import named_iteration
 from hymeg.checksums import MANIFEST, read_manifest, sum_of_file
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown, write_whole
+from hymeg.progress import Say
 from hymeg.training.checkpoints import is_distributed_checkpoint
 
 RECORD = "data.json"
@@ -62,7 +62,7 @@ def _contents(prefix: Path) -> str:
     )
 
 
-def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Callable[[str], None]) -> None:
+def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Say) -> None:
     """Say where `record` differs from that of the checkpoint that training goes on from, and keep it in `--save`. For
     rank 0.
     """

@@ -5,17 +5,18 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 from hymeg.checkpoint.adapter_table import adapter_modules
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, Entry, hf_entries, is_mtp
 from hymeg.errors import UserError
 from hymeg.files import shown
 from hymeg.hf.config import HyConfig
+from hymeg.progress import Say
 from hymeg.training.flag_names import flag
 
 
-def check_freezing(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
+def check_freezing(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
     """Say what is trained, where that is not everything.
 
     Raises:
@@ -94,8 +95,8 @@ def _meant(config: HyConfig, option: str, patterns: Collection[str]) -> set[str]
         if inside and len(inside) < len(of_key):
             outside = next(name for name in of_key if name not in meant)
             raise UserError(
-                f"{option} {' '.join(patterns)}: means {inside[0]} and not {outside}, one tensor in training; name "
-                "both or neither"
+                f"{option} {' '.join(patterns)}: means {inside[0]} and not {outside}, which are one tensor in "
+                "training; name both or neither"
             )
     return {key for key, of_key in names.items() if of_key[0] in meant}
 

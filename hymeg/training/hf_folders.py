@@ -5,7 +5,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from hymeg.checkpoint.mapping import num_parameters
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.platform import megatron
+from hymeg.progress import Say
 from hymeg.training.data_paths import check_writable
 from hymeg.training.flag_names import flag
-
-Say = Callable[[str], None]
 
 
 def check_save_hf(args: argparse.Namespace, config: HyConfig) -> None:

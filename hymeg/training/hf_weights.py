@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from hymeg.checkpoint.sinks.new_folder import partial_of
 from hymeg.errors import UserError, about
 from hymeg.hf.config import CONFIG_FILE
 from hymeg.hf.safetensors_files import INDEX_FILE
+from hymeg.progress import Say
 from hymeg.training.once import once_per_node
 
 FOLDER = "hf_weights"
 _MAX_WORKERS = 8  # more than a disk needs
 _SECONDS_BETWEEN_LINES = 10.0
-
-Say = Callable[[str], None]
 
 
 def convert_hf_weights(args: argparse.Namespace) -> None:

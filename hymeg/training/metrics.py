@@ -5,7 +5,7 @@ experts. The same goes to TensorBoard, Weights & Biases and the run's record.
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops, peak_tflops
 from hymeg.platform import device, megatron
+from hymeg.progress import Say
 from hymeg.reporting.record import RunRecord
-from hymeg.training.run_record import beat
-from hymeg.training.starved_experts import StarvedExperts, told
+from hymeg.training.run_record import LINES_PER_HEAT_MAP, beat, write_heat_map, write_scalars
 from hymeg.training.step import SetLosses, check_finite, training_sets
-from hymeg.training.writers import LINES_PER_HEAT_MAP, write_heat_map, write_scalars
 
+_STARVED_STEPS, _STARVED_TOKENS = 100, 100
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
 
 
@@ -60,9 +60,7 @@ def busiest_over_mean(counts: np.ndarray, num_ranks: int) -> dict[int, float]:
 
 
 @contextlib.contextmanager
-def logging(
-    args, config: HyConfig, model_config, record: RunRecord, say: Callable[[str], None]
-) -> Iterator[SetLosses | None]:
+def logging(args, config: HyConfig, model_config, record: RunRecord, say: Say) -> Iterator[SetLosses | None]:
     """While the context is open, Megatron's log counts by our formula, and its line, TensorBoard and Weights & Biases
     say more; `record` is told the same, and `say` which experts get no tokens. Where there are several data sets, gives
     what must be told their losses.
@@ -91,13 +89,7 @@ class LogLine:
     """
 
     def __init__(
-        self,
-        args,
-        config: HyConfig,
-        device_name: str,
-        record: RunRecord,
-        say: Callable[[str], None],
-        set_losses: SetLosses | None = None,
+        self, args, config: HyConfig, device_name: str, record: RunRecord, say: Say, set_losses: SetLosses | None = None
     ):
         self.args, self.config, self.record, self.say = args, config, record, say
         self.starved = StarvedExperts()
@@ -202,3 +194,32 @@ class LogLine:
         scalars |= {f"lm loss/{name}": loss for name, loss in self.by_set.items()}
         write_scalars({name: value for name, value in scalars.items() if value is not None}, self.iteration)
         return line
+
+
+class StarvedExperts:
+    """Names experts that got no token for 100 steps in which an even share would have been 100 tokens or more."""
+
+    def __init__(self):
+        self.steps: np.ndarray | int = 0  # without a token, and the tokens of an even share in them
+        self.shares: np.ndarray | float = 0.0
+        self.named: set[tuple[int, int]] = set()
+
+    def after(self, counts: np.ndarray, num_steps: int) -> dict[int, list[int]]:
+        """By layer the experts that have become starved.
+
+        Args:
+            counts: `[layers, experts]` of the last `num_steps` steps; zeros where a layer has no experts.
+        """
+        idle = counts == 0
+        self.steps = np.where(idle, self.steps + num_steps, 0)
+        self.shares = np.where(idle, self.shares + counts.mean(axis=1, keepdims=True), 0)
+        is_starved = (self.steps >= _STARVED_STEPS) & (self.shares >= _STARVED_TOKENS)
+        starved = set(map(tuple, np.argwhere(is_starved).tolist()))
+        new = sorted(starved - self.named)
+        self.named = starved
+        return {layer: [expert for other, expert in new if other == layer] for layer in sorted({x for x, _ in new})}
+
+
+def told(starved: dict[int, list[int]]) -> str:
+    """The experts on one line."""
+    return "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in starved.items())

@@ -10,13 +10,13 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Callable
 
 from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
 from hymeg.planning import layout as layouts
 from hymeg.planning.settings import settings_of
 from hymeg.platform import device
+from hymeg.progress import Say
 from hymeg.training.arguments import naming_lines
 from hymeg.training.checkpoints import is_distributed_checkpoint
 from hymeg.training.data_paths import check_writable, settle_data
@@ -25,9 +25,9 @@ from hymeg.training.freezing import check_freezing
 from hymeg.training.hf_folders import check_save_hf
 from hymeg.training.refusals import is_set, shown_flag
 from hymeg.training.schedule import check_schedule
-from hymeg.training.starved_experts import MANY, idle_share
 from hymeg.training.weights import check_weights
 
+_MANY_IDLE = 0.1  # of the experts, in a micro-batch
 _DEEP_EP = ("deep_ep", "build it from github.com/deepseek-ai/DeepEP")
 _NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
 _EMERGING = "pip install 'emerging-optimizers @ git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0'"
@@ -47,7 +47,7 @@ _PACKAGES = (
 """What asks for a package, in words as of `hymeg.flag_table.Row.needs`, which must all hold; its name; where it is."""
 
 
-def preflight(args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]) -> None:
+def preflight(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
     """Check and correct `args` (parsed, not validated by Megatron yet).
 
     Args:
@@ -132,9 +132,7 @@ def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
     return layers // (pp * per_stage)
 
 
-def _warn_of_idle_experts(
-    args: argparse.Namespace, config: HyConfig, layout: layouts.Layout, say: Callable[[str], None]
-) -> None:
+def _warn_of_idle_experts(args: argparse.Namespace, config: HyConfig, layout: layouts.Layout, say: Say) -> None:
     """Say where a micro-batch has too few tokens for its experts. The ranks of an expert-parallel group, whose tokens
     an expert sees, hold each a part of their sample under tensor and context parallelism.
     """
@@ -142,12 +140,17 @@ def _warn_of_idle_experts(
     parts = layout.tensor_model_parallel_size * layout.context_parallel_size
     num_tokens = layout.micro_batch_size * args.seq_length * ranks / parts
     share = idle_share(num_tokens, config.num_experts_per_tok, config.num_experts)
-    if share > MANY:
+    if share > _MANY_IDLE:
         each = num_tokens * config.num_experts_per_tok / config.num_experts
         say(
             f"a micro-batch gives an expert {each:.2g} tokens on average, and about {share:.0%} of the "
             f"{config.num_experts} experts none: raise --seq-length, --micro-batch-size or the expert-parallel size"
         )
+
+
+def idle_share(num_tokens: float, top_k: int, num_experts: int) -> float:
+    """The share of experts that none of `num_tokens` chooses, where each chooses `top_k` at random: (1 - k/E)^n."""
+    return (1 - top_k / num_experts) ** num_tokens
 
 
 def _check_devices() -> None:
@@ -223,7 +226,7 @@ def _check_folders(args: argparse.Namespace) -> None:
         raise UserError(f"--save {args.save}: no space left on its disk; free some, or give another folder")
 
 
-def _correct(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+def _correct(args: argparse.Namespace, say: Say) -> None:
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         args.sequence_parallel = True
         say("--sequence-parallel set: experts under tensor parallelism need it")

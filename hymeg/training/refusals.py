@@ -4,7 +4,7 @@ import argparse
 import enum
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hymeg.errors import UserError
@@ -18,9 +18,9 @@ def refuse(
     parser: argparse.ArgumentParser,
     said: dict[str, Any],
     sources: Sources,
-    defaults: Mapping[str, Any],
-    args: Mapping[str, Any],
-    rows: Iterable[Row],
+    defaults: Mapping,
+    args: Mapping,
+    rows: list[Row],
 ) -> None:
     """Refuse what was said where one of `rows` does. `args` are what all flags have become, for rows that ask for
     another flag.

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from hymeg.data.row_index import RowIndex, index_folder, is_built
 from hymeg.data.text_files import check_given_once, check_row_file
 from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
+from hymeg.progress import Say
 from hymeg.training.data_paths import check_cache, check_split, choose_split, parse_blend, turn_evaluation_off
 from hymeg.training.flag_names import flag
 from hymeg.training.once import once_per_node
@@ -82,7 +83,7 @@ class RowData:
         UserError: a file or a row is wrong, a conversation is too long, a split is empty.
     """
 
-    def __init__(self, args: argparse.Namespace, config: HyConfig, say: Callable[[str], None]):
+    def __init__(self, args: argparse.Namespace, config: HyConfig, say: Say):
         alignment = 2 * args.context_parallel_size if args.packed and args.context_parallel_size > 1 else 1
         self.shape = Shape(args.seq_length, alignment, args.packed, args.sft_truncation, config.pad_token_id or 0)
         blends = row_blends(args)
@@ -146,15 +147,11 @@ class RowData:
                 for source in valid
             ]
         else:
-            weights = self.weights[1] if "eval_iters" in args.explicit else None
-            validation = (
-                ConversationDataset(valid, num_samples[1], Split.valid, None, weights, args.eval_global_batch_size)
-                if valid
-                else None
-            )
+            weights, batch = self.weights[1] if "eval_iters" in args.explicit else None, args.eval_global_batch_size
+            validation = valid and ConversationDataset(valid, num_samples[1], Split.valid, None, weights, batch)
         return (
             ConversationDataset(train, num_samples[0], Split.train, args.seed, self.weights[0]),
-            validation,
+            validation or None,
             ConversationDataset(test, num_samples[2], Split.test, None, self.weights[2]) if test else None,
         )
 
@@ -173,7 +170,7 @@ def described(sequences: Sequences) -> str:
     )
 
 
-def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Callable[[str], None]) -> None:
+def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Say) -> None:
     """Where the command line does not say how much to evaluate on: on everything, each time, each data set with a loss
     of its own.
     """
@@ -235,9 +232,7 @@ def _sources(
     return [Sequences(indices[path], bounds[path], shape, seed) for path in blend.paths]
 
 
-def _split(
-    args: argparse.Namespace, num_rows: dict[str, int], blends: list[Blend | None], say: Callable[[str], None]
-) -> list:
+def _split(args: argparse.Namespace, num_rows: dict[str, int], blends: list[Blend | None], say: Say) -> list:
     """Which part of its rows each of training, validation and test takes, as Megatron cuts documents: contiguous."""
     if any(blends[1:]):
         return [(0.0, 1.0) if blend else None for blend in blends]

@@ -1,6 +1,7 @@
-"""What training tells a run's record (hymeg.reporting.record): where it lies, and what a life of the run starts with.
+"""What training leaves beside its checkpoints: a run's record (hymeg.reporting.record), a file that says how it is, and
+what TensorBoard's and Weights & Biases' writers draw, where Megatron has made them.
 
-The last rank writes it, which has the losses and writes TensorBoard's files too.
+The last rank writes the record, which has the losses and writes TensorBoard's files too.
 """
 
 import argparse
@@ -14,18 +15,25 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 import hymeg
 from hymeg.errors import UserError
 from hymeg.files import write_whole
 from hymeg.hf.config import HyConfig
 from hymeg.platform import device, megatron
+from hymeg.progress import Say
 from hymeg.reporting.record import FOLDER, RunRecord
 from hymeg.training.checkpoints import tracked_step
 
+LINES_PER_HEAT_MAP = 10
+_PIXELS = 6  # of a side of an expert's square
+_WHITE = 3.0  # times the mean
 _PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "sacrebleu")
 _LAYOUT = """tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
     context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size seq_length
@@ -35,9 +43,7 @@ HEARTBEAT = "heartbeat.json"
 
 
 @contextlib.contextmanager
-def recording(
-    args: argparse.Namespace, config: HyConfig, data: dict[str, Any], say: Callable[[str], None]
-) -> Iterator[RunRecord]:
+def recording(args: argparse.Namespace, config: HyConfig, data: dict[str, Any], say: Say) -> Iterator[RunRecord]:
     """While the context is open, evaluations and checkpoints are added to the record that it gives.
 
     Args:
@@ -101,3 +107,25 @@ def beat(save: str, iteration: int, seconds: float, line: str) -> None:
     }
     with contextlib.suppress(UserError):  # a full disk is told of when a checkpoint does not fit
         write_whole(Path(save, HEARTBEAT), json.dumps(found).encode())
+
+
+def write_scalars(scalars: Mapping[str, float], iteration: int) -> None:
+    if (tensorboard := get_tensorboard_writer()) is not None:
+        for name, value in scalars.items():
+            tensorboard.add_scalar(name, value, iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log(dict(scalars), iteration)
+
+
+def write_heat_map(counts: np.ndarray, iteration: int) -> None:
+    """The tokens `[layers, experts]` over their layer's mean as a picture, to Weights & Biases. A layer is a row of
+    squares, layers without experts are left out: black is none, a third of white the mean, white three times and more.
+    """
+    if (wandb := get_wandb_writer()) is None:
+        return
+    load = counts[counts.any(axis=1)]
+    load = load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
+    grey = np.rint(np.minimum(load / _WHITE, 1) * 255).astype(np.uint8)
+    squares = grey.repeat(_PIXELS, axis=0).repeat(_PIXELS, axis=1)
+    caption = "layers x experts: tokens over the mean, from 0 (black) to 3 (white)"
+    wandb.log({"expert-load/heat-map": wandb.Image(squares, caption=caption)}, iteration)

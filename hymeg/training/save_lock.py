@@ -13,20 +13,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hymeg.errors import UserError
 from hymeg.files import shown, write_whole
+from hymeg.progress import Say
 
 LOCK = "run.lock"
 _SECONDS_BETWEEN_TOUCHES = 5.0
 _SECONDS_TO_SEE_ONE = 20.0  # over a network file system
+_PARENT, _BORN = 1, 19  # in what `_stat` gives
 _held: list[int] = []  # descriptors, which must stay open
 
 
-def lock(save: str, say: Callable[[str], None]) -> None:
+def lock(save: str, say: Say) -> None:
     """Take `save`, which exists, for this run. For rank 0.
 
     Raises:
@@ -34,15 +35,16 @@ def lock(save: str, say: Callable[[str], None]) -> None:
     """
     path = Path(save, LOCK)
     found = _read(path)
-    if found and found.get("run") != run_name():
+    if found.get("run") not in (None, run_name()):
         if _is_alive(path, found):
             raise UserError(
                 f"--save {save}: another run writes to it, {_described(found)}; wait, end it, or give another folder"
             )
         say(f"--save {save}: taken over from a run that is gone, {_described(found)}")
     pid = os.getpid()
-    record = {"run": run_name(), "host": socket.gethostname(), "pid": pid, "born": _born(pid), "parent": os.getppid()}
-    record |= {"job": os.environ.get("SLURM_JOB_ID"), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    record = {"run": run_name(), "host": socket.gethostname(), "pid": pid, "parent": os.getppid()}
+    record |= {"born": _stat(pid)[_BORN], "job": os.environ.get("SLURM_JOB_ID")}
+    record |= {"since": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_whole(path, json.dumps(record).encode())
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     _held.append(descriptor)
@@ -58,7 +60,7 @@ def lock(save: str, say: Callable[[str], None]) -> None:
 def unlock(save: str) -> None:
     """At a run's end. For rank 0."""
     path = Path(save, LOCK)
-    if (_read(path) or {}).get("run") == run_name():
+    if _read(path).get("run") == run_name():
         path.unlink(missing_ok=True)
 
 
@@ -69,7 +71,7 @@ def check_still_ours(save: str) -> None:
         UserError: another run has taken the folder over.
     """
     found = _read(Path(save, LOCK))
-    if found and found.get("run") != run_name():
+    if found.get("run") not in (None, run_name()):
         raise UserError(
             f"--save {save}: {_described(found)} has taken it over from this run, whose launcher is gone; this one ends"
         )
@@ -82,21 +84,21 @@ def run_name() -> str:
     return " ".join([*(os.environ.get(name, "-") for name in names), *own])
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """None: there is no lock, or none that says anything."""
+def _read(path: Path) -> dict[str, Any]:
+    """Nothing where there is no lock, or none that says anything."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_alive(path: Path, found: dict[str, Any]) -> bool:
     """Whether the run that the lock names still writes here, and is no orphan."""
     if found.get("host") == socket.gethostname():
         stat = _stat(found.get("pid"))
-        if stat and stat[19] == found.get("born"):
-            return int(stat[1]) == found.get("parent")
+        if stat and stat[_BORN] == found.get("born"):
+            return int(stat[_PARENT]) == found.get("parent")
         return _is_locked(path)  # by a process of another container
     before, deadline = _time_of(path), time.monotonic() + _SECONDS_TO_SEE_ONE
     while time.monotonic() < deadline:
@@ -110,10 +112,8 @@ def _is_locked(path: Path) -> bool:
     try:
         with open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -133,12 +133,8 @@ def _stat(pid: Any) -> list[str]:
     return [] if fields[0] == "Z" else fields
 
 
-def _born(pid: int) -> str:
-    return _stat(pid)[19]
-
-
 def _touch(path: Path) -> None:
-    while (_read(path) or {}).get("run") == run_name():
+    while _read(path).get("run") == run_name():
         try:
             os.utime(path)
         except OSError:

@@ -4,9 +4,9 @@ the model is built.
 
 import argparse
 import math
-from collections.abc import Callable
 
 from hymeg.errors import UserError
+from hymeg.progress import Say
 from hymeg.training.flag_names import flag
 
 # A count of iterations or samples; what is 0 or less would divide by zero or never happen.
@@ -77,7 +77,7 @@ def check_schedule(args: argparse.Namespace) -> None:
         )
 
 
-def set_iterations(args: argparse.Namespace, num_sequences: int, say: Callable[[str], None]) -> None:
+def set_iterations(args: argparse.Namespace, num_sequences: int, say: Say) -> None:
     """`--train-epochs` in iterations, once the sequences of an epoch are counted. The last batch is filled up with the
     first sequences of the epoch that would come next: a run that goes on with more epochs goes on after these.
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from hymeg.hf.config import HyConfig
 from hymeg.hf.tokenizer import load_tokenizer
 from hymeg.platform import megatron
 from hymeg.reporting.record import RunRecord
-from hymeg.training.writers import write_scalars
+from hymeg.training.run_record import write_scalars
 
 
 def check_translations(args: argparse.Namespace, config: HyConfig) -> None:
@@ -74,7 +73,10 @@ class _Judge:
         examples = self.held_out.examples(answers)
         found = figures(examples)
         self.record.add_translations(iteration, rows(self.held_out.questions, examples), **found)
-        self._draw(iteration, found)
+        scalars = {f"translations/{name}": found["overall"][name] for name in METRICS}
+        for pair, of in found["pairs"].items():
+            scalars |= {f"translations {pair}/{name}": of[name] for name in METRICS}
+        write_scalars(scalars | {f"translation alarms/{name}": of for name, of in found["alarms"].items()}, iteration)
         seconds = time.monotonic() - began
         self.seconds += seconds
         share = self.seconds / (time.monotonic() - self.began)
@@ -83,10 +85,3 @@ class _Judge:
             "the run |",
             flush=True,
         )
-
-    def _draw(self, iteration: int, found: dict[str, Any]) -> None:
-        scalars = {f"translations/{name}": found["overall"][name] for name in METRICS}
-        for pair, of in found["pairs"].items():
-            scalars |= {f"translations {pair}/{name}": of[name] for name in METRICS}
-        scalars |= {f"translation alarms/{name}": share for name, share in found["alarms"].items()}
-        write_scalars(scalars, iteration)

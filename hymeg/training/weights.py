@@ -2,13 +2,13 @@
 chance by accident.
 """
 
-import argparse
 import contextlib
 import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hymeg.checkpoint.adapter_settings import ADAPTER_FILE
@@ -29,6 +29,7 @@ from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError, about
 from hymeg.files import read_json, shown
 from hymeg.hf.config import CONFIG_FILE, HyConfig
+from hymeg.progress import Say
 from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint, newest_undamaged
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import trained_keys
@@ -39,9 +40,7 @@ def is_hf_folder(folder: str) -> bool:
     return Path(folder, CONFIG_FILE).is_file() and any(Path(folder).glob("*.safetensors"))
 
 
-def check_weights(
-    args: argparse.Namespace, config: HyConfig, say: Callable[[str], None], is_base: bool = False
-) -> None:
+def check_weights(args: Namespace, config: HyConfig, say: Say, is_base: bool = False) -> None:
     """Decide where the weights come from, and set `args.hf_weights` to the Hugging Face folder that they lie in, or
     None.
 
@@ -83,7 +82,7 @@ def check_weights(
     args.hf_weights, args.load, args.pretrained_checkpoint = folder, None, None
 
 
-def _choose(args: argparse.Namespace) -> tuple[str, str] | None:
+def _choose(args: Namespace) -> tuple[str, str] | None:
     """(destination, folder) of what is loaded. A run's own `--save` folder may still be without a checkpoint:
     `args.load` is then None.
     """
@@ -127,7 +126,7 @@ def _nothing_in(folder: str) -> str:
     return f"no checkpoint in it; {needed}, or --init-from-scratch for random weights"
 
 
-def check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | None) -> None:
+def check_not_overwriting(args: Namespace, chosen: tuple[str, str] | None) -> None:
     if args.save is None or not is_distributed_checkpoint(args.save):
         return
     if chosen is None or not _same_folder(chosen[1], args.save):
@@ -139,9 +138,7 @@ def check_not_overwriting(args: argparse.Namespace, chosen: tuple[str, str] | No
         )
 
 
-def _check_distributed(
-    args: argparse.Namespace, dest: str, folder: str, config: HyConfig, say: Callable[[str], None], is_base: bool
-) -> None:
+def _check_distributed(args: Namespace, dest: str, folder: str, config: HyConfig, say: Say, is_base: bool) -> None:
     label, resumes = f"{flag(dest)} {folder}", dest == "load"
     if resumes and args.fall_back_to_older_checkpoint:
         _fall_back(args, say)
@@ -169,7 +166,7 @@ def _check_distributed(
         say(note)
 
 
-def _fall_back(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+def _fall_back(args: Namespace, say: Say) -> None:
     """Where the checkpoint that is asked for is damaged or not complete, have `args.ckpt_step` name the newest older
     one that is neither.
     """
@@ -191,7 +188,7 @@ def _fall_back(args: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 
 @contextlib.contextmanager
-def naming_undamaged(args: argparse.Namespace) -> Iterator[None]:
+def naming_undamaged(args: Namespace) -> Iterator[None]:
     """Where what is loaded is damaged, which is found on all ranks, say what to do about it."""
     try:
         yield
@@ -199,7 +196,7 @@ def naming_undamaged(args: argparse.Namespace) -> Iterator[None]:
         raise UserError(f"{error}; {_remedy(args, os.path.basename(os.path.dirname(error.path)))}") from None
 
 
-def _remedy(args: argparse.Namespace, damaged: str) -> str:
+def _remedy(args: Namespace, damaged: str) -> str:
     again = "copy that file again, or convert again"
     if args.load is None or not is_distributed_checkpoint(args.load):
         return again
@@ -213,7 +210,7 @@ def _remedy(args: argparse.Namespace, damaged: str) -> str:
     )
 
 
-def check_optimizer(label: str, keys: Iterable[str], args: argparse.Namespace) -> None:
+def check_optimizer(label: str, keys: Iterable[str], args: Namespace) -> None:
     """The three forms that Megatron stores an optimizer's state in; none can be read as another."""
     distributed, mixed, plain = (
         "with --use-distributed-optimizer",

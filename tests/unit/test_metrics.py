@@ -15,7 +15,7 @@ from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops
 from hymeg.reporting.record import RunRecord
-from hymeg.training import metrics, run_record, writers
+from hymeg.training import metrics, run_record
 
 CONFIG = HyConfig.from_dict(TINY_CONFIG)
 
@@ -45,8 +45,8 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     wandb = types.SimpleNamespace(
         log=lambda values, iteration: logged.update(values), Image=lambda pixels, caption: pixels
     )
-    monkeypatch.setattr(writers, "get_tensorboard_writer", lambda: tensorboard)
-    monkeypatch.setattr(writers, "get_wandb_writer", lambda: wandb)
+    monkeypatch.setattr(run_record, "get_tensorboard_writer", lambda: tensorboard)
+    monkeypatch.setattr(run_record, "get_wandb_writer", lambda: wandb)
     monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
     args = types.SimpleNamespace(
         seq_length=64, world_size=2, rank=0, save=None, log_interval=1, expert_model_parallel_size=4
@@ -114,8 +114,8 @@ def test_the_heat_map_is_drawn_at_every_tenth_line_with_the_mean_a_third_of_whit
         log=lambda values, iteration: pictures.setdefault(iteration, values.get("expert-load/heat-map")),
         Image=lambda pixels, caption: pixels,
     )
-    monkeypatch.setattr(writers, "get_wandb_writer", lambda: wandb)
-    writers.write_heat_map(np.array([[0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 3, 0]]), 7)
+    monkeypatch.setattr(run_record, "get_wandb_writer", lambda: wandb)
+    run_record.write_heat_map(np.array([[0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 3, 0]]), 7)
     assert pictures[7][::6, ::6].tolist() == [[85, 85, 85, 85], [0, 85, 255, 0]]  # of the layers that have experts
     drawn = []
     monkeypatch.setattr(metrics, "write_heat_map", lambda counts, iteration: drawn.append(iteration))

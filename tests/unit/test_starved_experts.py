@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hymeg.training.starved_experts import StarvedExperts, idle_share, told
+from hymeg.training.metrics import StarvedExperts, told
+from hymeg.training.preflight import idle_share
 
 
 def test_idle_share_is_what_random_choices_give():
