@@ -51,9 +51,10 @@ class AdapterLog:
             )
 
     def _say_updates(self, iteration: int, adapters: list[Adapter]) -> None:
+        own = [adapter for adapter in adapters if adapter.groups.copies.rank() == 0]  # another rank has the same
         if self.weights is None:
-            self.weights = self._summed(squares_of_weights(adapters))
-        updates, by_target = self._summed(squares_of_updates(adapters)), {}
+            self.weights = self._summed(squares_of_weights(own))
+        updates, by_target = self._summed(squares_of_updates(own)), {}
         for module in self.modules:
             both = by_target.setdefault(module.target, [0.0, 0.0])
             both[0] += updates[module.path]
@@ -61,8 +62,7 @@ class AdapterLog:
         ratios = {target: (update / weight) ** 0.5 for target, (update, weight) in by_target.items()}
         shown = ", ".join(f"{target} {ratio:.2e}" for target, ratio in ratios.items())
         self.say(f"update against weights, iteration {iteration}: {shown}")
-        scalars = {f"adapter-update/{target}": ratio for target, ratio in ratios.items()}
-        write_scalars(scalars, iteration)
+        write_scalars({f"adapter-update/{target}": ratio for target, ratio in ratios.items()}, iteration)
 
     def _summed(self, here: dict[str, float]) -> dict[str, float]:
         """By path, over all ranks: every one calls it."""
@@ -77,20 +77,19 @@ def squares_of_b(adapters: Sequence[Adapter]) -> dict[str, float]:
 
 
 def squares_of_updates(adapters: Sequence[Adapter]) -> dict[str, float]:
-    """|scale * B A|^2 of this rank's part, by path; nothing for a copy of another rank's. With r columns only, since it
-    is the sum of (B^T B) * (A A^T).
-    """
-    return {
-        part.path: adapter.scale**2 * _of_product(a.detach().float(), b.detach().float())
-        for adapter in _not_copied(adapters)
-        for part, a, b in adapter.pairs()
-    }
+    """|scale * B A|^2 of this rank's part, by path. With r columns only, since it is the sum of (B^T B) * (A A^T)."""
+    found = {}
+    for adapter in adapters:
+        for part, a, b in adapter.pairs():
+            a, b = a.detach().float(), b.detach().float()
+            found[part.path] = adapter.scale**2 * ((b.mT @ b) * (a @ a.mT)).sum().item()
+    return found
 
 
 def squares_of_weights(adapters: Sequence[Adapter]) -> dict[str, float]:
-    """|W|^2 of this rank's part, by path; nothing for a copy of another rank's."""
+    """|W|^2 of this rank's part, by path."""
     found = {}
-    for adapter in _not_copied(adapters):
+    for adapter in adapters:
         first = 0
         for part, num_rows in zip(adapter.parts, adapter.rows, strict=True):
             if part is not None:
@@ -98,14 +97,6 @@ def squares_of_weights(adapters: Sequence[Adapter]) -> dict[str, float]:
                 found[part.path] = sum(_square(run[:, first : first + num_rows]) for run in runs)
             first += num_rows
     return found
-
-
-def _not_copied(adapters: Sequence[Adapter]) -> list[Adapter]:
-    return [adapter for adapter in adapters if adapter.groups.copies.rank() == 0]
-
-
-def _of_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((b.transpose(-2, -1) @ b) * (a @ a.transpose(-2, -1))).sum().item()
 
 
 def _square(tensor: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ import os
 import re
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -25,6 +26,13 @@ _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
 _DEFAULT_SPLITS = ("969, 30, 1", "90, 10, 0", "100, 0, 0")  # Megatron's; less demanding ones for few documents
 _MAGIC = b"MMIDIDX\x00\x00"
 _NUM_TOKENS_LOOKED_AT = 1 << 20
+
+
+class Blend(NamedTuple):
+    """Data sets to draw from; without weights each row or document once an epoch."""
+
+    paths: list[str]
+    weights: list[float] | None
 
 
 def settle_data(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
@@ -66,7 +74,7 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
     blends = _blends(args, source)
     num_documents = {}
     for label, words in blends.items():
-        for prefix in parse_blend(label, words)[0]:
+        for prefix in parse_blend(label, words).paths:
             if "://" not in prefix:
                 num_documents[prefix] = _check_prefix(f"{label} {prefix}", prefix, config, args.rank)
                 check_cache(args, label, os.path.join(prefix, "cache"))
@@ -157,15 +165,13 @@ def _blends(args: argparse.Namespace, source: str) -> dict[str, list[str]]:
         return {f"--data-args-path {args.data_args_path}": _read_text(flag(source), args.data_args_path).split()}
     if source == "per_split_data_args_path":
         path = args.per_split_data_args_path
-        said = f"{flag(source)} {path}"
+        said, needed = f"{flag(source)} {path}", "an object with the keys train, valid and test is needed"
         try:
             blends = json.loads(_read_text(flag(source), path))
         except ValueError as error:
-            raise UserError(
-                f"{said}: not JSON ({error}); an object with the keys train, valid and test is needed"
-            ) from None
+            raise UserError(f"{said}: not JSON ({error}); {needed}") from None
         if not isinstance(blends, dict) or not {"train", "valid", "test"} <= blends.keys():
-            raise UserError(f"{said}: an object with the keys train, valid and test is needed")
+            raise UserError(f"{said}: {needed}")
         return {
             f"{said}, {key}": value.split() if isinstance(value, str) else [str(word) for word in value or []]
             for key, value in blends.items()
@@ -178,16 +184,13 @@ def _read_text(label: str, path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
-    except OSError as error:
-        raise UserError(f"{label} {path}: {error.strerror}; give a readable file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{label} {path}: not UTF-8 text; give a text file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", "not UTF-8 text")
+        raise UserError(f"{label} {path}: {what}; give a readable file") from None
 
 
-def parse_blend(label: str, words: list[str]) -> tuple[list[str], list[float] | None]:
-    """The data sets of a blend, and their weights: 'NAME NAME ...' or 'weight NAME weight NAME ...'. Raises UserError
-    for anything else.
-    """
+def parse_blend(label: str, words: list[str]) -> Blend:
+    """Of 'NAME NAME ...' or 'weight NAME weight NAME ...'. Raises UserError for anything else."""
     weights = [_number(word) for word in words[0::2]]
     if words and len(words) % 2 == 0 and all(weight is not None for weight in weights):
         if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
@@ -195,13 +198,13 @@ def parse_blend(label: str, words: list[str]) -> tuple[list[str], list[float] | 
                 f"{label}: found the weights {' '.join(words[0::2])}; they must not be negative, nor all zero, and "
                 "their sum must be finite"
             )
-        return words[1::2], weights
+        return Blend(words[1::2], weights)
     number = next((word for word in words if _number(word) is not None), None)
     if number is not None:
         raise UserError(
             f"{label}: found the weight {number}, but not before each name; write WEIGHT NAME WEIGHT NAME ..., or names"
         )
-    return words, None
+    return Blend(words, None)
 
 
 def _number(word: str) -> float | None:

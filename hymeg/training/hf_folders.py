@@ -52,45 +52,33 @@ def saving_hf(args: argparse.Namespace, config: HyConfig, say: Say) -> Iterator[
     if args.save_hf is None:
         yield
         return
-    writer = _Writer(args, config, say)
-    with megatron.after_steps(writer.after_step):
+    failures: list[str] = []
+    num_steps = 0
+
+    def after_step(iteration: int, model_chunks: list[torch.nn.Module], optimizer: Any) -> None:
+        """Collective, after each step."""
+        nonlocal num_steps
+        num_steps += 1
+        if iteration == args.train_iters or (args.save_hf_interval and iteration % args.save_hf_interval == 0):
+            with megatron.not_in_interval_time():
+                megatron.gather_weights(model_chunks, optimizer)
+                try:
+                    _write(args, config, iteration, model_chunks, say)
+                except UserError as error:
+                    failures.append(str(error))
+                    say(f"--save-hf: iteration {iteration} is not written, training goes on: {error}")
+
+    with megatron.after_steps(after_step):
         yield
-    if writer.failures:
-        raise UserError(f"--save-hf: {len(writer.failures)} folders were not written: {writer.failures[0]}")
-    if not writer.num_steps:
+    if failures:
+        raise UserError(f"--save-hf: {len(failures)} folders were not written: {failures[0]}")
+    if not num_steps:
         say(f"--save-hf {args.save_hf}: no step was made, so no folder was written")
 
 
-class _Writer:
-    def __init__(self, args: argparse.Namespace, config: HyConfig, say: Say):
-        self.args, self.config, self.say = args, config, say
-        self.failures: list[str] = []
-        self.num_steps = 0
-
-    def after_step(self, iteration: int, model_chunks: list[torch.nn.Module], optimizer: Any) -> None:
-        """Collective, after each step."""
-        self.num_steps += 1
-        interval = self.args.save_hf_interval
-        if iteration == self.args.train_iters or (interval and iteration % interval == 0):
-            with megatron.not_in_interval_time():
-                megatron.gather_weights(model_chunks, optimizer)
-                self._write(iteration, model_chunks)
-
-    def _write(self, iteration: int, model_chunks: list[torch.nn.Module]) -> None:
-        target, started = Path(self.args.save_hf) / f"iter_{iteration:07d}", time.monotonic()
-        record = {"command": "pretrain_hy.py --save-hf", "hf_model": self.args.hf_model, "iteration": iteration}
-        try:
-            save_hf_folder(
-                model_chunks,
-                self.config,
-                target,
-                companions=Path(self.args.hf_model),
-                overwrite=True,  # of the same iteration, which a resumed run comes to again
-                record=record,
-                say=self.say,
-            )
-        except UserError as error:
-            self.failures.append(str(error))
-            self.say(f"--save-hf: iteration {iteration} is not written, training goes on: {error}")
-        else:
-            self.say(f"wrote {target} in {time.monotonic() - started:.1f} s")
+def _write(args: argparse.Namespace, config: HyConfig, iteration: int, chunks: list[torch.nn.Module], say: Say) -> None:
+    target, source, started = Path(args.save_hf, f"iter_{iteration:07d}"), Path(args.hf_model), time.monotonic()
+    record = {"command": "pretrain_hy.py --save-hf", "hf_model": args.hf_model, "iteration": iteration}
+    # Over a folder of the same iteration, which a resumed run comes to again.
+    save_hf_folder(chunks, config, target, companions=source, overwrite=True, record=record, say=say)
+    say(f"wrote {target} in {time.monotonic() - started:.1f} s")

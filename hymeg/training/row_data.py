@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from hymeg.data.conversations import ConversationDataset, Sequences, Shape
 from hymeg.data.index_building import RowEncoder, build_missing, told_bad_rows
@@ -14,19 +13,12 @@ from hymeg.data.text_files import check_given_once, check_row_file
 from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
 from hymeg.progress import Say
-from hymeg.training.data_paths import check_cache, check_split, choose_split, parse_blend, turn_evaluation_off
+from hymeg.training.data_paths import Blend, check_cache, check_split, choose_split, parse_blend, turn_evaluation_off
 from hymeg.training.flag_names import flag
 from hymeg.training.once import once_per_node
 
 _SPLITS = ("training", "validation", "test")
 _DEFAULT_SPLITS = ("97, 3, 0", "90, 10, 0", "100, 0, 0")
-
-
-class Blend(NamedTuple):
-    """Files to draw from; without weights every row once an epoch."""
-
-    paths: list[str]
-    weights: list[float] | None
 
 
 def settle_rows(args: argparse.Namespace) -> None:
@@ -95,10 +87,15 @@ class RowData:
                 say(f"{path}: {index.num_without_weight:,} rows are left out, whose weight is 0 in every turn")
         # Iterations of --train-epochs are counted in it.
         self.batches = {} if args.train_epochs is None else {"global_batch_size": args.global_batch_size}
-        self.weights = [blend.weights if blend else blends[0].weights for blend in blends]
+        self.weights = [(blend or blends[0]).weights for blend in blends]
         split = _split(args, {path: len(index) for path, index in indices.items()}, blends, say)
+
+        def sequences(index: RowIndex, part: tuple[float, float]) -> Sequences:
+            first, end = (round(bound * len(index)) for bound in part)
+            return Sequences(index, (first, end), self.shape, args.seed)
+
         self.sources = [
-            _sources(indices, blend or blends[0], part, self.shape, args.seed)
+            [sequences(indices[path], part) for path in (blend or blends[0]).paths] if part else []
             for blend, part in zip(blends, split, strict=True)
         ]
         everything = [source for sources in self.sources for source in sources]
@@ -141,13 +138,11 @@ class RowData:
         train, valid, test = self.sources
         if args.eval_iters == 0 and not args.full_validation:  # of no samples Megatron makes no loader: it asserts
             valid = test = []
+        batch = args.eval_global_batch_size
         if args.full_validation:
-            validation = [
-                ConversationDataset([source], None, Split.valid, multiple_of=args.eval_global_batch_size)
-                for source in valid
-            ]
+            validation = [ConversationDataset([source], None, Split.valid, multiple_of=batch) for source in valid]
         else:
-            weights, batch = self.weights[1] if "eval_iters" in args.explicit else None, args.eval_global_batch_size
+            weights = self.weights[1] if "eval_iters" in args.explicit else None
             validation = valid and ConversationDataset(valid, num_samples[1], Split.valid, None, weights, batch)
         return (
             ConversationDataset(train, num_samples[0], Split.train, args.seed, self.weights[0]),
@@ -159,11 +154,8 @@ class RowData:
 def described(sequences: Sequences) -> str:
     """What became of the good rows of a file, on one line."""
     counts, num_positions = sequences.counts, len(sequences.packs) * sequences.shape.seq_length
-    lost = "".join(
-        f", {number:,} {what}"
-        for what, number in (("truncated", counts.truncated), ("dropped", counts.dropped))
-        if number
-    )
+    lost = f", {counts.truncated:,} truncated" if counts.truncated else ""
+    lost += f", {counts.dropped:,} dropped" if counts.dropped else ""
     return (
         f"{sequences.index.path}: {counts.rows:,} rows{lost}, {counts.tokens:,} tokens in {len(sequences.packs):,} "
         f"sequences of {sequences.shape.seq_length:,}, {counts.tokens / num_positions:.1%} full"
@@ -195,10 +187,8 @@ def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Say)
 def row_blends(args: argparse.Namespace) -> list[Blend | None]:
     """The files of training, validation and test; None where the first one's are split, or there is none."""
     per_split = [args.train_data_path or args.data_path, args.valid_data_path, args.test_data_path]
-    return [
-        Blend(*parse_blend(flag(dest), words)) if words else None
-        for dest, words in zip(_flags(args), per_split, strict=True)
-    ]
+    labels = map(flag, _flags(args))
+    return [parse_blend(label, words) if words else None for label, words in zip(labels, per_split, strict=True)]
 
 
 def _flags(args: argparse.Namespace) -> tuple[str, ...]:
@@ -209,7 +199,6 @@ def _indices(args: argparse.Namespace, config: HyConfig, paths: Iterable[str]) -
     settings = (args.hf_model, config.vocab_size, args.sft_bad_rows == "skip")
     fingerprint = RowEncoder(*settings).fingerprint
     folders = {path: index_folder(path, args.data_cache_path, fingerprint) for path in paths}
-
     once_per_node(
         "indices of the rows",
         lambda: all(is_built(folder, path) for path, folder in folders.items()),
@@ -221,15 +210,6 @@ def _indices(args: argparse.Namespace, config: HyConfig, paths: Iterable[str]) -
             for bad_rows in index.bad_rows[:1]:
                 raise UserError(f"{bad_rows.first} (--sft-bad-rows skip leaves such rows out)")
     return indices
-
-
-def _sources(
-    indices: dict[str, RowIndex], blend: Blend, part: tuple[float, float] | None, shape: Shape, seed: int
-) -> list[Sequences]:
-    if part is None:
-        return []
-    bounds = {path: tuple(round(bound * len(indices[path])) for bound in part) for path in blend.paths}
-    return [Sequences(indices[path], bounds[path], shape, seed) for path in blend.paths]
 
 
 def _split(args: argparse.Namespace, num_rows: dict[str, int], blends: list[Blend | None], say: Say) -> list:

@@ -74,7 +74,8 @@ def check_weights(args: Namespace, config: HyConfig, say: Say, is_base: bool = F
         return
     if args.ckpt_step is not None:
         raise UserError(
-            f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, without any; leave it out"
+            f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no iterations; "
+            "leave it out"
         )
     if args.local_rank == 0:  # one look a node: every rank's would be thousands of opened files
         with about(f"{flag(dest)} {folder}: "):
@@ -127,9 +128,8 @@ def _nothing_in(folder: str) -> str:
 
 
 def check_not_overwriting(args: Namespace, chosen: tuple[str, str] | None) -> None:
-    if args.save is None or not is_distributed_checkpoint(args.save):
-        return
-    if chosen is None or not _same_folder(chosen[1], args.save):
+    holds = args.save is not None and is_distributed_checkpoint(args.save)
+    if holds and (chosen is None or not _same_folder(chosen[1], args.save)):
         start = f"{flag(chosen[0])} {chosen[1]}" if chosen else "--init-from-scratch"
         keep = f"--pretrained-checkpoint {chosen[1]}" if chosen else start
         raise UserError(
@@ -212,11 +212,8 @@ def _remedy(args: Namespace, damaged: str) -> str:
 
 def check_optimizer(label: str, keys: Iterable[str], args: Namespace) -> None:
     """The three forms that Megatron stores an optimizer's state in; none can be read as another."""
-    distributed, mixed, plain = (
-        "with --use-distributed-optimizer",
-        "in 16 bits without --use-distributed-optimizer",
-        "in fp32 without --use-distributed-optimizer",
-    )
+    distributed, without = "with --use-distributed-optimizer", "without --use-distributed-optimizer"
+    mixed, plain = f"in 16 bits {without}", f"in fp32 {without}"
     keys = [key for key in keys if "optimizer." in key]
     if not keys:
         raise UserError(f"{label}: saved without the optimizer (--no-save-optim); add --no-load-optim to begin it anew")
