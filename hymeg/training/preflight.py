@@ -88,9 +88,9 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
         with about("--hf-model "):
             load_tokenizer(args.hf_model, config)
         if args.valid_translations is not None:
-            from hymeg.training.translations import check_translations
+            from hymeg.training.translations import held_out_rows
 
-            check_translations(args, config)
+            held_out_rows(args, config)
 
 
 def layout_of(args: argparse.Namespace) -> layouts.Layout:

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -18,36 +18,24 @@ from hymeg.reporting.record import RunRecord
 from hymeg.training.run_record import write_scalars
 
 
-def check_translations(args: argparse.Namespace, config: HyConfig) -> None:
+def held_out_rows(args: argparse.Namespace, config: HyConfig) -> HeldOut:
     """Raises UserError: a file or a row of it that cannot be used, or no evaluation to use it in."""
-    _check_evaluated(args)
-    _held_out(args, config)
-
-
-@contextlib.contextmanager
-def judging_translations(args: argparse.Namespace, config: HyConfig, record: RunRecord) -> Iterator[None]:
-    """While the context is open, translations are made and judged after every evaluation on validation data, and added
-    to the record.
-
-    Raises:
-        UserError: there is none.
-    """
-    _check_evaluated(args)
-    with megatron.after_evaluations(_Judge(args, config, record).after_evaluation):
-        yield
-
-
-def _check_evaluated(args: argparse.Namespace) -> None:
     if args.eval_iters == 0 and not args.full_validation:
         raise UserError(
             f"--valid-translations {args.valid_translations}: nothing is evaluated, since --eval-iters is 0 or there "
             "is no validation data; give some, or leave --valid-translations out"
         )
-
-
-def _held_out(args: argparse.Namespace, config: HyConfig) -> HeldOut:
     with about("--valid-translations "):
         return HeldOut(args.valid_translations, load_tokenizer(args.hf_model), config, args.valid_generate)
+
+
+def judging_translations(
+    args: argparse.Namespace, config: HyConfig, record: RunRecord
+) -> contextlib.AbstractContextManager:
+    """While the context is open, translations are made and judged after every evaluation on validation data, and added
+    to the record. Raises UserError: there is none.
+    """
+    return megatron.after_evaluations(_Judge(args, config, record).after_evaluation)
 
 
 class _Judge:
@@ -55,7 +43,7 @@ class _Judge:
 
     def __init__(self, args: argparse.Namespace, config: HyConfig, record: RunRecord):
         self.record = record
-        self.held_out = _held_out(args, config)
+        self.held_out = held_out_rows(args, config)
         self.sampling = self.held_out.sampling(published_sampling(args.hf_model, config).stop_ids)
         self.iteration: int | None = None
         self.began, self.seconds = time.monotonic(), 0.0

@@ -52,11 +52,11 @@ def read_settings(path: str, parser: argparse.ArgumentParser) -> list[Setting]:
             )
         if option in ("--config", "--help"):
             raise UserError(f"{where}: {key!r} belongs on the command line, not in a recipe; remove the line")
-        action = parser._option_string_actions[option]
-        if action.dest in seen:
-            raise UserError(f"{where}: {key!r} is set in line {seen[action.dest]} already; keep one of the two")
-        seen[action.dest] = key_node.start_mark.line + 1
-        settings.append(Setting(where, _words(f"{where}: {key!r}", option, action, value_node, parser)))
+        dest = parser._option_string_actions[option].dest
+        if dest in seen:
+            raise UserError(f"{where}: {key!r} is set in line {seen[dest]} already; keep one of the two")
+        seen[dest] = key_node.start_mark.line + 1
+        settings.append(Setting(where, _words(f"{where}: {key!r}", option, value_node, parser)))
     return settings
 
 
@@ -90,15 +90,13 @@ def _mapping(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
     return root.value
 
 
-def _words(
-    said: str, option: str, action: argparse.Action, node: yaml.Node, parser: argparse.ArgumentParser
-) -> list[str]:
+def _words(said: str, option: str, node: yaml.Node, parser: argparse.ArgumentParser) -> list[str]:
     if node.value == "":
         raise UserError(f"{said} has no value; give one, remove the line, or write null to leave the flag out")
     if node.tag == _NULL:
         return []
-    is_switch, is_bool = action.nargs == 0, node.tag == _BOOL
-    if is_switch:
+    action, is_bool = parser._option_string_actions[option], node.tag == _BOOL
+    if action.nargs == 0:
         if not is_bool:
             raise UserError(f"{said} is a switch, found {_text(said, node)!r}; write true or false, without quotes")
         if yaml.SafeLoader("").construct_object(node):
