@@ -142,10 +142,7 @@ def _base_of(args: argparse.Namespace) -> argparse.Namespace:
 @contextlib.contextmanager
 def training_adapters(args: argparse.Namespace, config: HyConfig, model_config, say: Say) -> Iterator[None]:
     """While the context is open, the model that Megatron builds has adapters, its saves hold them, and what they do to
-    the weights is said.
-
-    Raises:
-        UserError: the adapters that are resumed were trained on other weights.
+    the weights is said. Raises UserError: the adapters that are resumed were trained on other weights.
     """
     settings, in_full, save_config = settings_of(args), trained_in_full(args, config), serialization.save_config
 

@@ -280,8 +280,8 @@ def check_cache(args: argparse.Namespace, label: str, beside: str) -> None:
 
 
 def check_writable(label: str, folder: str) -> str:
-    """Raise a UserError unless `folder` is, or can be made, a folder that this user may write into. Returns what of it
-    is there.
+    """Returns what is there of `folder`. Raises UserError unless it is, or can be made, one that this user may write
+    to.
     """
     parent = os.path.abspath(folder)
     while not os.path.lexists(parent):

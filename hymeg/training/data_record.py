@@ -1,5 +1,5 @@
-"""What data a run's checkpoints were trained on, kept beside them: a resume under other data, or in another order, says
-so.
+"""What data a run's checkpoints were trained on, kept beside them: a resume under other data, or in another order, is
+said.
 
 `data.json` is a list of {"after": the iteration that a run went on from, "data": its record}, in order. What a run that
 saved nothing left there is not what the checkpoint was trained on: an entry counts for later iterations only.
@@ -63,9 +63,7 @@ def _contents(prefix: Path) -> str:
 
 
 def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Say) -> None:
-    """Say where `record` differs from that of the checkpoint that training goes on from, and keep it in `--save`. For
-    rank 0.
-    """
+    """Say where `record` differs from that of the checkpoint that is gone on from; keep it in `--save`. For rank 0."""
     iteration, kept = 0, []
     if args.load is not None and not args.finetune and is_distributed_checkpoint(args.load):
         step = args.ckpt_step

@@ -59,10 +59,7 @@ _TORCHRUN = (
 
 def hint(wrong: str, options: Iterable[str]) -> str:
     """What to do about the unknown flag `wrong` (with or without dashes in front), as `"; did you mean --right-name?"`;
-    nothing when no name is near.
-
-    Args:
-        options: the flags that exist, with their dashes.
+    nothing when none of `options`, with their dashes, is near.
     """
     name = plain(wrong)
     options = [option for option in options if option.startswith("--")]

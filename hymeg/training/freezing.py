@@ -17,11 +17,7 @@ from hymeg.training.flag_names import flag
 
 
 def check_freezing(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
-    """Say what is trained, where that is not everything.
-
-    Raises:
-        UserError: as `trained_keys`; nothing is left to train.
-    """
+    """Say what is trained, where that is not everything. Raises UserError: as `trained_keys`; that is nothing."""
     if args.freeze is None and args.train_only is None:
         return
     trained = trained_keys(args, config)

@@ -41,13 +41,8 @@ def check_save_hf(args: argparse.Namespace, config: HyConfig) -> None:
 
 @contextlib.contextmanager
 def saving_hf(args: argparse.Namespace, config: HyConfig, say: Say) -> Iterator[None]:
-    """While the context is open, folders are written after every `--save-hf-interval` steps and after the last one.
-
-    A folder that cannot be written does not end the training, in which the disk may be mended or another iteration's
-    folder be written.
-
-    Raises:
-        UserError: at the end: some folders could not be written.
+    """While the context is open, folders are written after every `--save-hf-interval` steps and after the last one. One
+    that cannot be written does not end the training, in which the disk may be mended; it is a UserError at the end.
     """
     if args.save_hf is None:
         yield

@@ -90,10 +90,7 @@ def converted(hf: str | Path, place: str | Path, rank: int, local_rank: int, say
 
 def fingerprint(hf: Path) -> dict[str, Any]:
     """What tells a checkpoint from a later one in the same folder: its path, the size and time of its weights, the text
-    of its config.json.
-
-    Raises:
-        UserError: the folder cannot be read.
+    of its config.json. Raises UserError: it cannot be read.
     """
     try:
         weights = sorted(path for path in hf.iterdir() if path.suffix == ".safetensors" or path.name == INDEX_FILE)

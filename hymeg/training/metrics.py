@@ -25,10 +25,8 @@ _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|")
 
 
 def expert_counts(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> np.ndarray:
-    """Tokens that each expert was given since the last call, of the whole world: int64 `[layers, experts]`,
-    multi-token prediction after the trunk, zeros where a layer has no experts.
-
-    Collective: every rank calls it.
+    """Tokens that each expert was given since the last call, of the whole world: int64 `[layers, experts]`, multi-token
+    prediction after the trunk, zeros where a layer has no experts. Collective: every rank calls it.
     """
     counts = torch.zeros(
         config.num_hidden_layers + config.num_nextn_predict_layers,
@@ -205,10 +203,8 @@ class StarvedExperts:
         self.named: set[tuple[int, int]] = set()
 
     def after(self, counts: np.ndarray, num_steps: int) -> dict[int, list[int]]:
-        """By layer the experts that have become starved.
-
-        Args:
-            counts: `[layers, experts]` of the last `num_steps` steps; zeros where a layer has no experts.
+        """By layer the experts that have become starved. `counts`: `[layers, experts]` of the last `num_steps` steps;
+        zeros where a layer has no experts.
         """
         idle = counts == 0
         self.steps = np.where(idle, self.steps + num_steps, 0)

@@ -47,21 +47,14 @@ def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], Non
 
 def by_rank_0(what: str, make: Callable[[], None]) -> None:
     """Have rank 0 `make` what all nodes see, while the others wait for it; nothing in a world of one. All ranks call
-    it.
-
-    Raises:
-        UserError: what `make` raised on rank 0, on every rank.
+    it, and all raise the UserError that `make` raised.
     """
     if world_size() > 1:
         _made_by_first(_store_of(what), rank() == 0, lambda: False, make)
 
 
 def told_by_all(what: str, text: str) -> list[str]:
-    """Every rank's `text`; with process groups as well as before them. All ranks call it.
-
-    Args:
-        what: as for `once_per_node`.
-    """
+    """Every rank's `text`, with process groups or before them. All ranks call it; `what` as in `once_per_node`."""
     texts = [text] * world_size()
     if distributed.is_initialized():
         distributed.all_gather_object(texts, text)

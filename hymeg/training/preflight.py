@@ -94,9 +94,7 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
 
 
 def layout_of(args: argparse.Namespace) -> layouts.Layout:
-    """The layout that `args` describe. A virtual size may be given as stages per rank or as layers per virtual
-    stage.
-    """
+    """The layout that `args` describe; virtual stages may be given by their number on a rank or by their layers."""
     if args.seq_length is None:
         raise UserError("--seq-length is missing: give the tokens of a sample, e.g. --seq-length 4096")
     tp, pp, cp = (

@@ -163,9 +163,7 @@ def described(sequences: Sequences) -> str:
 
 
 def set_evaluation(args: argparse.Namespace, sources: list[Sequences], say: Say) -> None:
-    """Where the command line does not say how much to evaluate on: on everything, each time, each data set with a loss
-    of its own.
-    """
+    """Where the command line does not say how much to evaluate on: on everything, each data set with its loss."""
     if not sources:
         turn_evaluation_off(args)
         return

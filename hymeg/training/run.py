@@ -70,9 +70,7 @@ def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
 
 
 def stand_alone() -> None:
-    """Without a launcher this process is a world of its own: `python pretrain_hy.py` is `torchrun --nproc-per-node
-    1`.
-    """
+    """Without a launcher this process is a world of its own, as under `torchrun --nproc-per-node 1`."""
     if "RANK" in os.environ:
         return
     # Port 0: the system gives a free one in the moment in which it is listened at. One chosen before might be taken by

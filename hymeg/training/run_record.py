@@ -6,7 +6,6 @@ The last rank writes the record, which has the losses and writes TensorBoard's f
 
 import argparse
 import contextlib
-import functools
 import importlib.metadata
 import json
 import os
@@ -39,7 +38,6 @@ _LAYOUT = """tensor_model_parallel_size pipeline_model_parallel_size virtual_pip
     context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size seq_length
     micro_batch_size global_batch_size"""
 _SHAPE = "num_hidden_layers num_nextn_predict_layers hidden_size num_experts num_experts_per_tok vocab_size"
-HEARTBEAT = "heartbeat.json"
 
 
 @contextlib.contextmanager
@@ -85,7 +83,6 @@ def facts(args: argparse.Namespace, config: HyConfig, data: dict[str, Any]) -> d
     }
 
 
-@functools.cache
 def _versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
@@ -106,7 +103,7 @@ def beat(save: str, iteration: int, seconds: float, line: str) -> None:
         "pid": os.getpid(),
     }
     with contextlib.suppress(UserError):  # a full disk is told of when a checkpoint does not fit
-        write_whole(Path(save, HEARTBEAT), json.dumps(found).encode())
+        write_whole(Path(save, "heartbeat.json"), json.dumps(found).encode())
 
 
 def write_scalars(scalars: Mapping[str, float], iteration: int) -> None:

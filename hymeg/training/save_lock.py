@@ -28,11 +28,7 @@ _held: list[int] = []  # descriptors, which must stay open
 
 
 def lock(save: str, say: Say) -> None:
-    """Take `save`, which exists, for this run. For rank 0.
-
-    Raises:
-        UserError: another run writes to it.
-    """
+    """Take `save`, which exists, for this run, on rank 0. Raises UserError: another run writes to it."""
     path = Path(save, LOCK)
     found = _read(path)
     if found.get("run") not in (None, run_name()):
@@ -65,11 +61,7 @@ def unlock(save: str) -> None:
 
 
 def check_still_ours(save: str) -> None:
-    """Before a save, on every rank.
-
-    Raises:
-        UserError: another run has taken the folder over.
-    """
+    """Before a save, on every rank. Raises UserError: another run has taken the folder over."""
     found = _read(Path(save, LOCK))
     if found.get("run") not in (None, run_name()):
         raise UserError(

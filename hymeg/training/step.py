@@ -91,10 +91,8 @@ def loss_function(
 
 
 def check_finite(iteration: int, losses: Mapping[str, torch.Tensor], grad_norm: float | None) -> None:
-    """After a step that changed the weights: Megatron's own checks leave out the first step of every start.
-
-    Raises:
-        UserError: a loss or the gradients' norm is none.
+    """After a step that changed the weights: Megatron's own checks leave out the first step of every start. Raises
+    UserError: a loss or the gradients' norm is none.
     """
     figures = {"the gradients' norm": grad_norm} | {name: float(loss.sum()) for name, loss in losses.items()}
     for name, value in figures.items():
@@ -117,11 +115,7 @@ def training_sets(args: argparse.Namespace) -> list[str]:
 
 
 class SetLosses:
-    """Sums on the device, which is only waited for when they are read.
-
-    Args:
-        names: of the data sets.
-    """
+    """Sums on the device, which is only waited for when they are read. `names`: of the data sets."""
 
     def __init__(self, names: list[str]):
         self.names = names

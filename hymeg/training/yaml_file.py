@@ -61,10 +61,8 @@ def read_settings(path: str, parser: argparse.ArgumentParser) -> list[Setting]:
 
 
 def setting_line(name: str, value: Any) -> str:
-    """The line of a recipe that `read_settings` reads as `--name value`.
-
-    Args:
-        value: True for a switch, otherwise a number, a text, one of Megatron's enums, or a list of them.
+    """The line of a recipe that `read_settings` reads as `--name value`: True for a switch, otherwise a number, a text,
+    one of Megatron's enums, or a list of them.
     """
     text = yaml.safe_dump(named(value), default_flow_style=True, width=math.inf, allow_unicode=True)
     return f"{name}: {text.removesuffix('...\n').rstrip()}"
