@@ -1,8 +1,7 @@
 """Training of adapters (`--lora-rank`): where base and adapters come from, and what a save holds.
 
 Megatron's loop sees a model whose parameters are frozen but for the adapters'. Its checkpoints hold these, their
-optimizer's state and the place in the data; `adapter.json` beside them says what they are and to which weights they
-belong.
+optimizer's state and the place in the data; `adapter.json` beside them says what they are, and of which weights.
 """
 
 import argparse

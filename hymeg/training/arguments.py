@@ -40,8 +40,7 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
         is_whole: a flag that has no effect without another is refused; a plan's command line is completed later.
 
     Raises:
-        UserError: an unknown flag or key, a value of the wrong type, a flag that contradicts config.json, or one that
-            cannot work here.
+        UserError: an unknown flag or key, a value of the wrong type, one that contradicts config.json or cannot work.
     """
     parser = _parser()
     defaults = {action.dest: action.default for action in parser._actions if action.default is not argparse.SUPPRESS}
@@ -142,9 +141,7 @@ def _expected(action: argparse.Action) -> str:
 
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], Sources, list[str]]:
-    """What was said by destination, where, and all of it in the words of a command line: the recipe's first, since the
-    last one wins.
-    """
+    """What was said by destination, where, and as a command line: the recipe's words first, since the last wins."""
     finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     finder.error = _error
     finder.add_argument("--config")
@@ -179,10 +176,8 @@ def _unknown(parser: argparse.ArgumentParser, words: list[str], wrong: str) -> s
 
 
 def _takes_no_value(option: str, found: str) -> str:
-    return (
-        f"{option} is a switch and takes no value, found {found!r}; write {option} alone, or {opposite(option)} to "
-        "undo it"
-    )
+    undo = f"{opposite(option)} to undo it"
+    return f"{option} is a switch and takes no value, found {found!r}; write {option} alone, or {undo}"
 
 
 def _fix(args: argparse.Namespace, said: dict[str, Any], sources: Sources, architecture: dict[str, Any]) -> None:
@@ -200,10 +195,10 @@ def _fix(args: argparse.Namespace, said: dict[str, Any], sources: Sources, archi
 def _same(dest: str, found: Any, fixed: Any) -> bool:
     if dest == "moe_layer_freq" and isinstance(found, int):
         found = [int(i % found == 0) for i in range(len(fixed))]
-    if dest == "tokenizer_model":
-        return os.path.realpath(found) == os.path.realpath(fixed)
-    if dest == "mtp_num_layers":
-        return (found or None) == fixed
+    elif dest == "tokenizer_model":
+        found, fixed = os.path.realpath(found), os.path.realpath(fixed)
+    elif dest == "mtp_num_layers":
+        found = found or None
     return found == fixed
 
 

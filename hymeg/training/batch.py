@@ -22,9 +22,7 @@ def is_reader() -> bool:
 
 
 def takes_data(args, pipeline_layout, vp_stage: int | None) -> bool:
-    """Whether this rank's stage of the pipeline takes anything of a batch: tokens or labels, or where conversations
-    begin and how long they are.
-    """
+    """Whether this rank's stage takes anything of a batch: tokens, labels, or where conversations begin and end."""
     if args.sft_rows:
         return True
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
@@ -44,8 +42,7 @@ def get_batch(
     (int64 `[b]`). All None where the pipeline stage does not need them.
 
     Args:
-        data_iterator: yields samples collated to `[b, s]`; None on ranks that receive their text from tensor-parallel
-            rank 0.
+        data_iterator: yields samples collated to `[b, s]`; None on ranks that are sent their text.
     """
     if not takes_data(args, pipeline_layout, vp_stage):
         return dict.fromkeys((*_KEYS, "padding_mask", "packed_seq_params", "dataset_id"))

@@ -1,6 +1,4 @@
-"""The checkpoints in a run's folder: which are whole, which is the newest that no rank finds damaged, which are removed
-once newer ones are complete.
-"""
+"""The checkpoints in a run's folder: which are whole, which is the newest undamaged, which older ones are removed."""
 
 import contextlib
 import shutil
@@ -68,9 +66,7 @@ def surplus(complete: list[int], keep_last: int, keep_every: int | None, needed:
 
 
 def remove_older(save: str, keep_last: int, keep_every: int | None, loaded: int | None) -> None:
-    """In the background, of the iterations in `save`. The one that the tracker names is never removed, nor the one that
-    was loaded.
-    """
+    """In the background, of the iterations in `save`; never the one that the tracker names, nor the one loaded."""
     needed = {step for step in (tracked_step(save), loaded) if step is not None}
     folders = [Path(save, f"iter_{step:07d}") for step in surplus(complete_steps(save), keep_last, keep_every, needed)]
     threading.Thread(target=lambda: [_remove(folder) for folder in folders]).start()

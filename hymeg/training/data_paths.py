@@ -41,8 +41,7 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
 
     Raises:
         UserError: no source of data or several, a blend that is none, a file that is missing, unreadable, truncated or
-            holds tokens of another vocabulary, a split that leaves some part without a document, a folder that cannot
-            be written.
+            of another vocabulary, a split that leaves some part without a document, a folder that cannot be written.
     """
     if args.full_validation != args.multiple_validation_sets:
         one, other = "--full-validation", "--multiple-validation-sets"
@@ -109,8 +108,7 @@ def turn_evaluation_off(args: argparse.Namespace) -> str:
 def choose_split(
     args: argparse.Namespace, num_items: dict[str, int], defaults: Sequence[str], what: str, say: Say
 ) -> list[tuple[float, float] | None]:
-    """Set `--split` where it is not given, and say what it means: for training, validation and test the part of each
-    data set, or None.
+    """Set `--split` where it is not given. Returns the part of each data set for training, validation, test, or None.
 
     Args:
         num_items: of each data set.
@@ -280,9 +278,7 @@ def check_cache(args: argparse.Namespace, label: str, beside: str) -> None:
 
 
 def check_writable(label: str, folder: str) -> str:
-    """Returns what is there of `folder`. Raises UserError unless it is, or can be made, one that this user may write
-    to.
-    """
+    """What is there of `folder`. Raises UserError unless it is, or can be made, one that this user may write to."""
     parent = os.path.abspath(folder)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)

@@ -1,5 +1,4 @@
-"""What data a run's checkpoints were trained on, kept beside them: a resume under other data, or in another order, is
-said.
+"""What data a run's checkpoints were trained on, kept beside them: a resume under others, or in another order, is said.
 
 `data.json` is a list of {"after": the iteration that a run went on from, "data": its record}, in order. What a run that
 saved nothing left there is not what the checkpoint was trained on: an entry counts for later iterations only.
@@ -19,16 +18,7 @@ from hymeg.progress import Say
 from hymeg.training.checkpoints import is_distributed_checkpoint
 
 RECORD = "data.json"
-_OF_TEXT = (
-    "seed",
-    "seq_length",
-    "split",
-    "data_path",
-    "data_args_path",
-    "train_data_path",
-    "per_split_data_args_path",
-    "mock_data",
-)
+_OF_TEXT = "seed seq_length split data_path data_args_path train_data_path per_split_data_args_path mock_data"
 _CONTENTS, _TOKENIZER = "contents of ", "tokenizer.json"
 _ANOTHER_ORDER = ("the data are not in the order", "samples may come twice or never")
 _MEANINGS = {
@@ -42,7 +32,7 @@ def text_record(args: argparse.Namespace) -> dict[str, Any]:
     _build_document_sample_shuffle_indices).
     """
     num_samples = args.train_samples or args.train_iters * args.global_batch_size
-    return {dest: getattr(args, dest) for dest in _OF_TEXT} | {"train_samples": num_samples}
+    return {dest: getattr(args, dest) for dest in _OF_TEXT.split()} | {"train_samples": num_samples}
 
 
 def contents_record(args: argparse.Namespace) -> dict[str, str]:

@@ -4,8 +4,7 @@ import argparse
 import difflib
 from collections.abc import Iterable
 
-# What people type who come from papers, other trainers or Megatron-Bridge. Without the "-size" that either spelling may
-# have.
+# What people type who come from papers, other trainers or Megatron-Bridge, without the "-size" that it may end with.
 _ELSEWHERE = {
     "tensor-model-parallel-size": "tp tensor-parallel tensor-model-parallel model-parallel num-tp",
     "pipeline-model-parallel-size": "pp pipeline-parallel pipeline-model-parallel num-stages",
@@ -90,9 +89,7 @@ def opposite(option: str) -> str:
 
 
 def add_opposites(parser: argparse.ArgumentParser) -> None:
-    """Give every switch its opposite, so that the command line can undo what a recipe or a default has set. Megatron
-    gives it to a few only.
-    """
+    """Give every switch its opposite, which few of Megatron's have, to undo what a recipe or a default has set."""
     hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for action in list(parser._actions):
         if isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):

@@ -35,8 +35,7 @@ def trained_keys(args: argparse.Namespace, config: HyConfig) -> set[str]:
     """The distributed tensors that `--freeze`, `--train-only` and `--mtp-loss-scaling-factor` leave to be trained.
 
     Raises:
-        UserError: both flags are given; a pattern means no parameter, or one of several that are one tensor in
-            training.
+        UserError: both flags are given; a pattern means no parameter, or only one of several that are one tensor.
     """
     if args.freeze is not None and args.train_only is not None:
         raise UserError("--freeze and --train-only are both given; keep one")

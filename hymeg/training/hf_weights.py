@@ -53,8 +53,7 @@ def convert_hf_weights(args: argparse.Namespace) -> None:
 
 
 def converted(hf: str | Path, place: str | Path, rank: int, local_rank: int, say: Say) -> Path:
-    """The distributed checkpoint made of the Hugging Face folder `hf`, in a folder inside `place`. Every process of the
-    job calls this.
+    """The distributed checkpoint made of the Hugging Face folder `hf`, in a folder inside `place`. All ranks call it.
 
     Args:
         place: a folder, made if absent. It may be one for all nodes or each node's own.

@@ -18,10 +18,7 @@ from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
 from hymeg.training.run import megatron_refusals, model_config_from_args, stand_alone
 
-_NO_TRAINING = [
-    *("--mock-data", "--train-iters", "1", "--lr", "0", "--eval-iters", "0", "--seq-length", "1024"),
-    "--no-initialization",
-]
+_NO_TRAINING = "--mock-data --train-iters 1 --lr 0 --eval-iters 0 --seq-length 1024 --no-initialization"
 
 
 def load_model(
@@ -49,7 +46,7 @@ def load_model(
     hf_model = checkpoint if hf_model is None else hf_model
     if not (Path(hf_model) / "config.json").is_file():
         raise UserError(f"{hf_model}: no config.json in it; say with --hf-model where config.json and tokenizer are")
-    args, config = parse(["--hf-model", str(hf_model), "--load", str(checkpoint), *_NO_TRAINING, *flags])
+    args, config = parse(["--hf-model", str(hf_model), "--load", str(checkpoint), *_NO_TRAINING.split(), *flags])
     preflight(args, config, lambda note: None)
     logging.getLogger("megatron").setLevel(logging.ERROR)  # standard output is the answers'
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

@@ -40,8 +40,7 @@ def expert_counts(model_chunks: Sequence[torch.nn.Module], config: HyConfig) -> 
                 layer = router.layer_number - 1 + (config.num_hidden_layers if router.is_mtp_layer else 0)
                 counts[layer] += router.expert_load
                 router.expert_load.zero_()
-    # Ranks of one layer see different tokens, ranks of different stages different layers: the sum over the world is the
-    # sum over both.
+    # Ranks of one layer see different tokens, ranks of different stages different layers: the sum is over both.
     torch.distributed.all_reduce(counts)
     return counts.cpu().numpy()
 
@@ -77,8 +76,7 @@ def logging(args, config: HyConfig, model_config, record: RunRecord, say: Say) -
 
 
 class LogLine:
-    """Extends the line that Megatron prints at every log interval, and writes the same to TensorBoard and Weights &
-    Biases.
+    """Extends Megatron's line of every log interval, and writes the same to TensorBoard and Weights & Biases.
 
     Attributes:
         seconds: of an iteration, since the last line.

@@ -29,8 +29,7 @@ def world_size() -> int:
 
 
 def once_per_node(what: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
-    """Have rank 0 `make` what is not there, and after it a rank of every node that does not see the result. All ranks
-    call it.
+    """Have rank 0 `make` what is not there, and after it a rank of every node that does not see it. All ranks call it.
 
     Args:
         what: names the work; no two pieces of work of a run share one name.

@@ -18,8 +18,7 @@ DEFAULTS = {
     "moe_grouped_gemm": True,
     # Attention kernels know the causal mask; a dense one costs seq_length^2 bytes a sample.
     "create_attention_mask_in_dataloader": False,
-    # A mean over micro-batches or ranks, each with its own number of trained tokens, would make the loss depend on the
-    # layout.
+    # A mean over micro-batches or ranks, each with its own number of trained tokens, would depend on the layout.
     "calculate_per_token_loss": True,
     # The optimizer's state can then be resumed in any layout. By default every rank would gather, over NCCL and in its
     # GPU's memory, the state of all ranks that hold the same parameters; so only the first of them does, over gloo.

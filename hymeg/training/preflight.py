@@ -1,8 +1,7 @@
 """What is checked, and what is corrected, before anything heavy: the settings that Megatron would refuse late, or run
 wrongly. Cheap checks first.
 
-Every check raises a `UserError` that names the flag, what was found, and what to do. What is corrected is said, in one
-place, on rank 0.
+Every check raises a `UserError` that names the flag, what was found, and what to do. What is corrected is said.
 """
 
 import argparse
@@ -65,14 +64,13 @@ def preflight(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
         _check_combinations(args)
         _check_packages(args)
         _check_build_tools(args)
-        _check_files(args)
         if args.sft_rows:
             from hymeg.training.row_data import settle_rows  # imports transformers, which takes a second
 
             settle_rows(args)
         else:
             settle_data(args, config, say)
-        _check_folders(args)
+        _check_places(args)
         check_save_hf(args, config)
         _correct(args, say)
         _warn_of_idle_experts(args, config, layout, say)
@@ -208,14 +206,11 @@ def _check_build_tools(args: argparse.Namespace) -> None:
         )
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def _check_places(args: argparse.Namespace) -> None:
     for name in ("te_precision_config_file", "nccl_communicator_config_path", "tp_comm_overlap_cfg"):
         path = getattr(args, name)
         if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
             raise UserError(f"{flag(name)} {path}: no readable file; give one, or leave it out")
-
-
-def _check_folders(args: argparse.Namespace) -> None:
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir)
     if args.wandb_project and args.wandb_save_dir is None and args.save is None:

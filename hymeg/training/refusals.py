@@ -22,9 +22,7 @@ def refuse(
     args: Mapping,
     rows: list[Row],
 ) -> None:
-    """Refuse what was said where one of `rows` does. `args` are what all flags have become, for rows that ask for
-    another flag.
-    """
+    """Refuse what was said where one of `rows` does. `args`: what all flags have become, for rows that need another."""
     for dest, value in said.items():
         option = sources[dest][0]
         for row in rows:

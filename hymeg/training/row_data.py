@@ -64,8 +64,7 @@ def settle_rows(args: argparse.Namespace) -> None:
 
 
 class RowData:
-    """The sequences of a run: rows tokenised, cut and packed. Every rank makes one; the files behind it are made once a
-    node.
+    """The sequences of a run: rows tokenised, cut and packed. Every rank makes one, each node its files once.
 
     Args:
         args: checked. How evaluation goes over the data is set here where the command line left it open.
@@ -131,8 +130,7 @@ class RowData:
         }
 
     def datasets(self, args: argparse.Namespace, num_samples: tuple[int, int | None, int]) -> tuple:
-        """What Megatron's loop is given for training, validation and test: None for a split without rows, a list where
-        validation has several."""
+        """What Megatron's loop is given for training, validation (a list of several) and test; None without rows."""
         from megatron.core.datasets.utils import Split
 
         train, valid, test = self.sources

@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> None:
     """`pretrain_hy.py`: everything but the process's own start."""
     with exit_on_user_error():
         stand_alone()
-        # Megatron unpickles a checkpoint's objects as they come; so PyTorch refuses any that names what has no place in
-        # a checkpoint.
+        # Megatron unpickles a checkpoint's objects as they come; PyTorch refuses any that has no place in one.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         args, config = parse(argv)
         notes: list[str] = []
@@ -61,8 +60,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _carry_companions(hf_model: Path, save: Path, config: HyConfig) -> None:
-    """Put config.json, tokenizer and chat template beside the checkpoints, so that the folder can be exported, and
-    trained on, by itself.
+    """Put config.json, tokenizer and chat template beside the checkpoints, so that these can be exported and trained
+    on.
     """
     if hf_model.resolve() != save.resolve():
         config.without_quantization().save(save)
@@ -73,8 +72,7 @@ def stand_alone() -> None:
     """Without a launcher this process is a world of its own, as under `torchrun --nproc-per-node 1`."""
     if "RANK" in os.environ:
         return
-    # Port 0: the system gives a free one in the moment in which it is listened at. One chosen before might be taken by
-    # then.
+    # Port 0: the system gives a free one in the moment in which it is listened at. One chosen before might be taken.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 

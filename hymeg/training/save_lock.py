@@ -1,5 +1,4 @@
-"""One run writes to a `--save` folder: a lock in it says which, and whoever finds another's leaves, or says that it
-takes over.
+"""One run writes to a `--save` folder: a lock in it says which; whoever finds another's leaves, or says it takes over.
 
 LOCK holds host, process, parent process, job and start time of the run that writes. Rank 0 holds an flock on it, and
 touches it every few seconds: file systems without flock, or with one that only a node's own processes see, are told

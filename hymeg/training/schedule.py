@@ -1,6 +1,4 @@
-"""Checks how long, how often and how fast: what Megatron's learning-rate scheduler and training loop assert only once
-the model is built.
-"""
+"""How long, how often and how fast: what Megatron's learning-rate scheduler and training loop assert late."""
 
 import argparse
 import math
@@ -49,14 +47,13 @@ def check_schedule(args: argparse.Namespace) -> None:
         if getattr(args, dest) > args.lr:
             raise UserError(f"{flag(dest)} {getattr(args, dest)} exceeds --lr {args.lr}, the peak; lower it")
     _check_warmup(args)
-    if args.weight_decay_incr_style != "constant":
-        start, end = args.start_weight_decay, args.end_weight_decay
-        if start is None or end is None or start > end:
-            raise UserError(
-                f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay (found {start}) "
-                f"and --end-weight-decay (found {end}), the first not above the second"
-            )
-    elif args.start_weight_decay is not None or args.end_weight_decay is not None:
+    start, end, style = args.start_weight_decay, args.end_weight_decay, args.weight_decay_incr_style
+    if style != "constant" and (start is None or end is None or start > end):
+        raise UserError(
+            f"--weight-decay-incr-style {style} needs --start-weight-decay (found {start}) and --end-weight-decay "
+            f"(found {end}), the first not above the second"
+        )
+    if style == "constant" and (start, end) != (None, None):
         raise UserError(
             "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine; for a "
             "constant use --weight-decay"

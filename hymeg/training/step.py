@@ -68,24 +68,16 @@ def loss_function(
     loss, num_tokens = weighed.reshape(-1).sum(), loss_mask.count_nonzero()
     if note is not None:
         note(weighed, loss_mask)
-    if get_args().check_for_nan_in_loss_and_grad:
+    args, machine = get_args(), get_rerun_state_machine()
+    validate = functools.partial(machine.validate_result, tolerance=0.0)
+    if args.check_for_nan_in_loss_and_grad:
         for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=reject,
-                message=f"found {what} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
-    if get_args().check_for_spiky_loss:
-        machine = get_rerun_state_machine()
-        machine.validate_result(
-            result=loss.detach() / num_tokens.clamp(min=1),
-            rejection_func=functools.partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss"),
-            message=f"loss above {_SPIKE} times the largest of its first 100",
-            tolerance=0.0,
-            fatal=False,
-        )
+            said = f"found {what} in local forward loss calculation"
+            validate(result=loss, rejection_func=reject, message=said, fatal=True)
+    if args.check_for_spiky_loss:
+        mean, said = loss.detach() / num_tokens.clamp(min=1), f"loss above {_SPIKE} times the largest of its first 100"
+        is_spike = functools.partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+        validate(result=mean, rejection_func=is_spike, message=said, fatal=False)
     report = torch.stack([loss.detach(), num_tokens.float()])
     return loss, num_tokens.to(torch.int), {"lm loss": report}
 

@@ -1,6 +1,4 @@
-"""Where the first weights come from: a distributed checkpoint, a Hugging Face folder, or, when asked for, chance. Never
-chance by accident.
-"""
+"""Where the first weights come from: a distributed checkpoint, a Hugging Face folder, or chance, never by accident."""
 
 import contextlib
 import difflib
@@ -41,8 +39,7 @@ def is_hf_folder(folder: str) -> bool:
 
 
 def check_weights(args: Namespace, config: HyConfig, say: Say, is_base: bool = False) -> None:
-    """Decide where the weights come from, and set `args.hf_weights` to the Hugging Face folder that they lie in, or
-    None.
+    """Decide where the weights come from; `args.hf_weights` becomes the Hugging Face folder that they lie in, or None.
 
     `--load` of a folder with a checkpoint resumes from it. `--load` or `--pretrained-checkpoint` of a Hugging Face
     folder starts from its weights. A job script may give its own `--save` folder to `--load` as well, empty in the
@@ -167,9 +164,7 @@ def _check_distributed(args: Namespace, dest: str, folder: str, config: HyConfig
 
 
 def _fall_back(args: Namespace, say: Say) -> None:
-    """Where the checkpoint that is asked for is damaged or not complete, have `args.ckpt_step` name the newest older
-    one that is neither.
-    """
+    """Where the checkpoint asked for is damaged or incomplete, let `args.ckpt_step` name the newest older good one."""
     folder, content, wanted = args.load, tracker_content(Path(args.load)), args.ckpt_step
     if wanted is None:
         if content == RELEASE:

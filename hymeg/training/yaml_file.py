@@ -2,8 +2,7 @@
 
 `key: value` is `--key value`; `key: true` is the bare switch and `key: false` its opposite; a list gives several
 values; `null` leaves the flag out. Numbers stay as written: 1e-5 is text to YAML, and argparse reads it. The command
-line wins: it gives a flag another value, and undoes a switch with --no-SWITCH (hymeg gives every switch of Megatron's
-its opposite).
+line wins: it gives a flag another value, and undoes a switch with --no-SWITCH.
 """
 
 import argparse
