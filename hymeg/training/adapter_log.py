@@ -32,10 +32,9 @@ class AdapterLog:
         adapters = [one for model in unwrap_model(list(model_chunks)) for one in model.adapters.values()]
         if self.first is None:
             self.first, self.began = iteration, squares_of_b(adapters)
-        is_last = iteration == self.args.train_iters
         if iteration == self.first + STEPS:
             self._say_unmoved(adapters)
-        if iteration % (_INTERVALS * self.args.log_interval) == 0 or is_last:
+        if iteration % (_INTERVALS * self.args.log_interval) == 0 or iteration == self.args.train_iters:
             megatron.gather_weights(model_chunks, optimizer)
             self._say_updates(iteration, adapters)
 

@@ -180,12 +180,11 @@ def _loaded_base(args: argparse.Namespace, config: HyConfig, models: list[torch.
         missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
         if unexpected or any(not name.startswith("adapters.") for name in missing):
             raise RuntimeError(f"the base did not fit the model: {missing[:5]}, {unexpected[:5]}")
-    record, found = args.lora_record, fingerprint(models, config.vocab_size)
-    if record.get("fingerprint") not in (None, found):
+    base, found = args.lora_record, fingerprint(models, config.vocab_size)
+    if base.get("fingerprint") not in (None, found):
         raise UserError(
-            f"--load {args.load}: its adapters were trained on other weights than {args.lora_source} holds "
-            f"(fingerprint {record['fingerprint']}, found {found}); give their base, {record.get('source')}, with "
-            "--pretrained-checkpoint"
+            f"--load {args.load}: its adapters were trained on other weights than {args.lora_source} holds (fingerprint"
+            f" {base['fingerprint']}, found {found}); give their base, --pretrained-checkpoint {base.get('source')}"
         )
     return {"source": args.lora_source, "fingerprint": found}
 

@@ -31,9 +31,7 @@ def tracked_step(folder: str) -> int | None:
 
 def newest_undamaged(folder: str, steps: Iterable[int]) -> tuple[int | None, list[str]]:
     """The newest of these iterations that no rank finds damaged, each reading its share of the files; and what is wrong
-    with newer ones. All ranks call it.
-
-    One without checksums counts as undamaged, where it is complete.
+    with newer ones. One without checksums, but complete, counts as undamaged. All ranks call it.
     """
     wrong = []
     for step in sorted(steps, reverse=True):

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
+from megatron.core.datasets import blended_megatron_dataset_config as splits
 from megatron.core.datasets.indexed_dataset import DType
 
 from hymeg.errors import UserError, about
@@ -54,7 +51,7 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
             given.setdefault("train_data_path" if dest in _PER_SPLIT else dest, flag(dest))
     if not given:
         raise UserError(
-            "no data: give --data-path PREFIX (of tools/preprocess_data.py), or --mock-data for made-up tokens"
+            "no data: give --data-path PREFIX (of tools/preprocess_data.py), or --mock-data to make some up"
         )
     if len(given) > 1:
         raise UserError(f"{' and '.join(given.values())} are given; keep one source of data")
@@ -154,7 +151,7 @@ def _split_without_items(split: str, num_items: dict[str, int]) -> tuple[str, st
 
 
 def _split_matrix(split: str) -> list[tuple[float, float] | None]:
-    return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    return splits.convert_split_vector_to_split_matrix(splits.parse_and_normalize_split(split))
 
 
 def _blends(args: argparse.Namespace, source: str) -> dict[str, list[str]]:

@@ -79,11 +79,8 @@ def converted(hf: str | Path, place: str | Path, rank: int, local_rank: int, say
         say(f"{hf} was converted before: {shared}")
     with _waiting(hf, shared, say) if rank > 0 and local_rank == 0 else contextlib.nullcontext():
         once_per_node(f"conversion to {shared}", lambda: found() is not None, lambda: _convert(hf, source, own, say))
-    target = found()
-    if target is None:
-        raise UserError(
-            f"{hf}: was converted to {shared}, but is not there now; was it removed, or the source changed? start again"
-        )
+    if (target := found()) is None:
+        raise UserError(f"{hf}: was converted to {shared}, which is gone: removed, or the source changed? start again")
     return target
 
 

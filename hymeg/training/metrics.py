@@ -118,10 +118,8 @@ class LogLine:
         num_tokens: float | None = None,
         squared_lengths: float | None = None,
     ) -> None:
-        """Called on every rank before Megatron logs, each iteration.
-
-        Args:
-            num_tokens, squared_lengths: of the iteration's conversations, padding left out; None when samples are full.
+        """Called on every rank before Megatron logs, each iteration. `num_tokens`, `squared_lengths`: of its
+        conversations, padding left out; None when samples are full.
         """
         if num_tokens is not None:
             self.packed.append((num_tokens, squared_lengths))

@@ -26,6 +26,7 @@ from hymeg.training.refusals import is_set, shown_flag
 from hymeg.training.schedule import check_schedule
 from hymeg.training.weights import check_weights
 
+_VIRTUAL = "num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank pipeline_model_parallel_layout"
 _MANY_IDLE = 0.1  # of the experts, in a micro-batch
 _DEEP_EP = ("deep_ep", "build it from github.com/deepseek-ai/DeepEP")
 _NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
@@ -108,20 +109,15 @@ def layout_of(args: argparse.Namespace) -> layouts.Layout:
 
 
 def _virtual_stages(args: argparse.Namespace, pp: int) -> int | None:
-    names = (
-        "num_layers_per_virtual_pipeline_stage",
-        "num_virtual_stages_per_pipeline_rank",
-        "pipeline_model_parallel_layout",
-    )
-    given = [name for name in names if getattr(args, name) is not None]
+    given = {flag(name): getattr(args, name) for name in _VIRTUAL.split() if getattr(args, name) is not None}
     if len(given) > 1:
-        raise UserError(f"{' and '.join(f'{flag(name)} {getattr(args, name)}' for name in given)} are given; keep one")
+        raise UserError(f"{' and '.join(f'{option} {value}' for option, value in given.items())} are given; keep one")
     per_stage = args.num_layers_per_virtual_pipeline_stage
     if per_stage is None:
         return args.num_virtual_stages_per_pipeline_rank
-    said = f"{flag(names[0])} {per_stage}"
+    said = f"--num-layers-per-virtual-pipeline-stage {per_stage}"
     if args.decoder_first_pipeline_num_layers is not None or args.decoder_last_pipeline_num_layers is not None:
-        raise UserError(f"{said} cannot be combined with stages of unequal size; use {flag(names[1])}")
+        raise UserError(f"{said} does not go with stages of unequal size; use --num-virtual-stages-per-pipeline-rank")
     layers = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
     if per_stage < 1 or layers % (pp * per_stage):
         raise UserError(f"{said} x --pipeline-model-parallel-size {pp} does not divide {layers} layers; lower one")
@@ -194,7 +190,7 @@ def _check_packages(args: argparse.Namespace) -> None:
 
 
 def _check_build_tools(args: argparse.Namespace) -> None:
-    """Modules whose output is thrown away: Megatron puts it back through C++ that the first step compiles
+    """Megatron puts back what these modules gave through C++ that the first step compiles
     (tensor_parallel/random.py:69).
     """
     modules = [name for name in args.recompute_modules or () if name in ("layernorm", "moe_act")]

@@ -1,7 +1,5 @@
-"""What training leaves beside its checkpoints: a run's record (hymeg.reporting.record), a file that says how it is, and
-what TensorBoard's and Weights & Biases' writers draw, where Megatron has made them.
-
-The last rank writes the record, which has the losses and writes TensorBoard's files too.
+"""What training leaves beside its checkpoints: a run's record (hymeg.reporting.record), a file that says how it is,
+what TensorBoard and Weights & Biases draw. The last rank writes, which has the losses and Megatron's writers.
 """
 
 import argparse

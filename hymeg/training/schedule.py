@@ -113,9 +113,8 @@ def _check_length(args: argparse.Namespace) -> None:
             "--train-iters is missing: say how long to train (or in --train-samples, or with --sft in --train-epochs)"
         )
     typed = [dest for dest in given if not args.explicit[dest][1]]
-    for dest in given if len(typed) == 1 else ():
-        if dest not in typed:
-            setattr(args, dest, None)
+    for dest in set(given) - set(typed) if len(typed) == 1 else ():
+        setattr(args, dest, None)
     if len(typed or given) > 1:
         raise UserError(f"{' and '.join(map(flag, typed or given))} are given; keep one")
     if args.train_epochs is not None and args.step_batch_size_schedule is not None:
@@ -140,10 +139,8 @@ def _check_units(args: argparse.Namespace) -> None:
 def _check_warmup(args: argparse.Namespace) -> None:
     unit = "samples" if args.train_samples is not None else "iters"
     warmup, decay, length = (getattr(args, f"{name}_{unit}") for name in ("lr_warmup", "lr_decay", "train"))
-    if warmup and args.lr_warmup_fraction is not None:
-        raise UserError(
-            f"--lr-warmup-{unit} {warmup} and --lr-warmup-fraction {args.lr_warmup_fraction} are both given; keep one"
-        )
+    if warmup and (fraction := args.lr_warmup_fraction) is not None:
+        raise UserError(f"--lr-warmup-{unit} {warmup} and --lr-warmup-fraction {fraction} are both given; keep one")
     end = decay or length
     if end is not None and warmup >= end:
         until = f"--lr-decay-{unit} {decay}" if decay else f"--train-{unit} {length}"

@@ -67,9 +67,5 @@ class _Judge:
         write_scalars(scalars | {f"translation alarms/{name}": of for name, of in found["alarms"].items()}, iteration)
         seconds = time.monotonic() - began
         self.seconds += seconds
-        share = self.seconds / (time.monotonic() - self.began)
-        print(
-            f" translations at iteration {iteration} | {line(found)} | seconds: {seconds:.1f}, in all {share:.1%} of "
-            "the run |",
-            flush=True,
-        )
+        took = f"{seconds:.1f}, in all {self.seconds / (time.monotonic() - self.began):.1%} of the run"
+        print(f" translations at iteration {iteration} | {line(found)} | seconds: {took} |", flush=True)

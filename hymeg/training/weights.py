@@ -10,15 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hymeg.checkpoint.adapter_settings import ADAPTER_FILE
-from hymeg.checkpoint.dist_files import (
-    FORMAT,
-    FORMAT_FILE,
-    MODEL_KEYS,
-    RELEASE,
-    TRACKER,
-    iteration_folder,
-    tracker_content,
-)
+from hymeg.checkpoint.dist_files import FORMAT, FORMAT_FILE, MODEL_KEYS, TRACKER, iteration_folder, tracker_content
 from hymeg.checkpoint.mapping import check_distributed_tensors
 from hymeg.checkpoint.metadata_file import stored_shapes
 from hymeg.checkpoint.sources import open_hf
@@ -60,8 +52,7 @@ def check_weights(args: Namespace, config: HyConfig, say: Say, is_base: bool = F
             raise UserError("no weights: give --load FOLDER (checkpoint or Hugging Face model), or --init-from-scratch")
         if not args.perform_initialization:
             raise UserError(
-                "--no-initialization with --init-from-scratch would train whatever the memory held; leave "
-                "--no-initialization out"
+                "--no-initialization with --init-from-scratch trains what memory held; leave --no-initialization out"
             )
         return
     dest, folder = chosen
@@ -167,7 +158,7 @@ def _fall_back(args: Namespace, say: Say) -> None:
     """Where the checkpoint asked for is damaged or incomplete, let `args.ckpt_step` name the newest older good one."""
     folder, content, wanted = args.load, tracker_content(Path(args.load)), args.ckpt_step
     if wanted is None:
-        if content == RELEASE:
+        if content == "release":
             return
         wanted = int(content) if content.isdecimal() else math.inf
     found, wrong = newest_undamaged(folder, [step for step in complete_steps(folder) if step <= wanted])
