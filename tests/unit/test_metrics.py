@@ -1,5 +1,6 @@
 """What the log line says, and to whom."""
 
+import contextlib
 import importlib.metadata
 import math
 import socket
@@ -90,6 +91,19 @@ def test_a_run_s_record_begins_with_where_and_how_it_runs():
     } | {"num_nextn_predict_layers": 0}
     assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert found["expert_counts"] == [CONFIG.num_hidden_layers, CONFIG.num_experts]
+
+
+def test_a_step_counts_full_samples_where_no_lengths_are_known(monkeypatch):
+    given = []
+    monkeypatch.setattr(metrics.megatron, "flops_formula", lambda flops: contextlib.nullcontext(given.append(flops)))
+    monkeypatch.setattr(metrics.megatron, "log_line", contextlib.nullcontext)
+    monkeypatch.setattr(metrics, "training_sets", lambda args: [])
+    model = types.SimpleNamespace(post_wrap_hooks=None)
+    with metrics.logging(types.SimpleNamespace(seq_length=64), CONFIG, model, None, print) as set_losses:
+        assert set_losses is None and len(model.post_wrap_hooks) == 1
+    [flops] = given
+    assert flops(4, None, None) == packed_training_flops(CONFIG, 4 * 64, 4 * 64**2)
+    assert flops(4, 5000.0, 200.0) == packed_training_flops(CONFIG, 200.0, 5000.0)
 
 
 def test_every_line_is_of_its_own_iterations(monkeypatch):

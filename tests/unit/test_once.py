@@ -94,3 +94,13 @@ def test_a_process_alone_needs_no_store(monkeypatch):
     for _ in range(2):
         once.once_per_node("work", *on(made, "here"))
     assert made == ["here"]
+
+
+def test_every_rank_is_told_what_all_say(rank, monkeypatch):
+    """Through the store, rank by rank: the last one has nobody to wait for."""
+    monkeypatch.setattr(once, "_wait", lambda store, key: store.get(key).decode() if store.check([key]) else "")
+    monkeypatch.setattr(once.distributed, "is_initialized", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for number, told in enumerate((["0", "", ""], ["0", "1", ""], ["0", "1", "2"])):
+        monkeypatch.setenv("RANK", str(number))
+        assert once.told_by_all("work", str(number)) == told
