@@ -47,7 +47,8 @@ def read_settings(path: str, parser: argparse.ArgumentParser) -> list[Setting]:
         if option is None:
             near = f"; did you mean {dests[key]}?" if key in dests else hint(key, options.values())
             raise UserError(
-                f"{where}: unknown key {key!r}{near.replace('--', '')} (keys are flags of pretrain_hy.py, without --)"
+                f"{where}: unknown key {key!r}{near.replace('--', '')} (keys are the flags of pretrain_hy.py, without "
+                "--)"
             )
         if option in ("--config", "--help"):
             raise UserError(f"{where}: {key!r} belongs on the command line, not in a recipe; remove the line")
