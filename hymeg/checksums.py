@@ -28,7 +28,6 @@ MANIFEST = "checksums.sfv"
 BLOCK_BYTES = 1 << 20
 _VERSION_LINE = f"; hymeg checksums 1: CRC-32 of every file, and of each {BLOCK_BYTES} bytes of it"
 _LAST = "; lines above: "
-_MAX_BLOCKS_KEPT = 8
 _MUCH = 8 * BLOCK_BYTES
 _MAX_MANIFEST_BYTES = 4 << 30
 
@@ -164,13 +163,6 @@ class SummingStream(io.RawIOBase):
 # ---- the manifest
 
 
-class Manifest(NamedTuple):
-    """A folder's: the sums of its files by their name in it."""
-
-    path: Path
-    files: Mapping[str, FileSum]
-
-
 def manifest_text(files: Mapping[str, FileSum]) -> bytes:
     lines = [_VERSION_LINE]
     for name, found in sorted(files.items()):
@@ -186,13 +178,13 @@ def write_manifest(path: str | os.PathLike, files: Mapping[str, FileSum]) -> Non
 
 
 def expected_sum(path: str | os.PathLike) -> FileSum | None:
-    """What the manifest of its folder says of the file `path`; None where there is none. Raises as `read_manifest`."""
+    """What the manifest of its folder, if any, says of the file `path`. Raises as `read_manifest` does."""
     manifest = read_manifest(os.path.join(os.path.dirname(path) or ".", MANIFEST))
-    return manifest.files.get(os.path.basename(path)) if manifest else None
+    return manifest.get(os.path.basename(path)) if manifest else None
 
 
-def read_manifest(path: str | os.PathLike) -> Manifest | None:
-    """None: there is none.
+def read_manifest(path: str | os.PathLike) -> Mapping[str, FileSum] | None:
+    """The sums of files by their name in the manifest's folder; None: there is no manifest.
 
     Raises:
         Damaged: it is not what was written.
@@ -210,7 +202,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _parsed(path: str, changed: int, size: int) -> Manifest:
+def _parsed(path: str, changed: int, size: int) -> Mapping[str, FileSum]:
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -226,42 +218,56 @@ def _parsed(path: str, changed: int, size: int) -> Manifest:
         _, length, blocks, name = about.split(" ", 3)
         crc = line[len(name) + 1 :]
         files[name] = FileSum(int(length), int(crc, 16), b"" if blocks == "-" else base64.b64decode(blocks))
-    return Manifest(Path(path), files)
+    return files
 
 
 # ---- reading
 
 
-class BlockCache:
-    """The verified blocks, of whatever files, that were read in parts last."""
+class Latest:
+    """What was made or asked for last, by key: up to `max_bytes`, but the last one in any case."""
 
-    def __init__(self) -> None:
-        self._blocks: dict[tuple[object, int], memoryview] = {}
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self._num_bytes, self._kept = max_bytes, 0, {}
 
-    def get(self, file: object, number: int) -> memoryview | None:
-        block = self._blocks.pop((file, number), None)
-        if block is not None:
-            self._blocks[file, number] = block  # the last one now
-        return block
+    def __contains__(self, key: object) -> bool:
+        return key in self._kept
 
-    def keep(self, file: object, number: int, block: memoryview) -> None:
-        while len(self._blocks) >= _MAX_BLOCKS_KEPT:
-            del self._blocks[next(iter(self._blocks))]
-        self._blocks[file, number] = block
+    def get[T](self, key: object, make: Callable[[], T]) -> T:
+        """What `make` gives, which has `nbytes`, or gave when this key was last asked for."""
+        if key in self._kept:
+            self._kept[key] = self._kept.pop(key)  # the latest comes last
+            return self._kept[key]
+        made = make()
+        self._num_bytes += made.nbytes
+        while self._kept and self._num_bytes > self._max_bytes:
+            self._num_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+        self._kept[key] = made
+        return made
 
 
-class VerifiedFile:
-    """Reads a file, block by block, and compares each block with its sum before any of it is handed out.
+class ReadFile:
+    """A file opened for reading at any position. Where its sums are `expected`, each block is compared with its own
+    before any of it is handed out.
 
-    A block that is read in parts is kept in `cache`: read from beginning to end, whatever the pieces, each byte is read
-    once.
+    A block that is read in parts is kept in `blocks`, which several files may share: read from beginning to end,
+    whatever the pieces, each byte is read once.
+
+    Raises:
+        Damaged: it has another length than it had when it was written.
+        OSError: it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, descriptor: int, expected: FileSum, cache: BlockCache | None = None):
-        self.path, self.descriptor, self.expected, self._cache = path, descriptor, expected, cache or BlockCache()
-        found = os.fstat(descriptor).st_size
-        if found != expected.size:
-            raise Damaged(path, f"{found} bytes, {expected.size} were written; copy it again")
+    def __init__(self, path: str | os.PathLike, expected: FileSum | None, blocks: Latest | None = None):
+        self.path, self._expected, self._blocks = path, expected, blocks or Latest(_MUCH)
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self.descriptor).st_size
+        if expected and self.size != expected.size:
+            self.close()
+            raise Damaged(path, f"{self.size} bytes, {expected.size} were written; copy it again")
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
     def read_into(self, position: int, into: memoryview) -> int:
         """Fill `into`, as far as the file goes, from `position` on; how many bytes that are.
@@ -270,33 +276,41 @@ class VerifiedFile:
             Damaged: a block is not what was written.
             OSError: it cannot be read.
         """
-        into = into[: max(self.expected.size - position, 0)]
+        if not self._expected:
+            return _read_at(self.descriptor, position, into)
+        into = into[: max(self.size - position, 0)]
         total = len(into)
         while into:
             number, skip = divmod(position, BLOCK_BYTES)
-            length = min(BLOCK_BYTES, self.expected.size - number * BLOCK_BYTES)
-            block = self._cache.get(self, number)
-            if block is None and skip == 0 and len(into) >= length:
+            length = min(BLOCK_BYTES, self.size - number * BLOCK_BYTES)
+            if skip == 0 and len(into) >= length and (self, number) not in self._blocks:
+                self._verified(number, into[:length])
                 part = length
-                self._fill(number, into[:length])
             else:
-                if block is None:
-                    block = memoryview(bytearray(length))
-                    self._fill(number, block)
-                    self._cache.keep(self, number, block)
+                read = functools.partial(self._verified, number, length=length)
+                block = self._blocks.get((self, number), read)
                 part = min(length - skip, len(into))
                 into[:part] = block[skip : skip + part]
             position, into = position + part, into[part:]
         return total
 
-    def _fill(self, number: int, block: memoryview) -> None:
-        position, rest = number * BLOCK_BYTES, block
-        while rest:
-            count = os.preadv(self.descriptor, [rest], position)
-            if count == 0:
-                raise Damaged(self.path, f"ends at byte {position}, {self.expected.size} were written; copy it again")
-            position, rest = position + count, rest[count:]
-        check_block(self.path, self.expected, number, block)
+    def _verified(self, number: int, into: memoryview | None = None, length: int = 0) -> memoryview:
+        """Block `number`, in memory of its own without an `into`."""
+        block = memoryview(bytearray(length)) if into is None else into
+        count = _read_at(self.descriptor, number * BLOCK_BYTES, block)
+        if count < len(block):
+            end = number * BLOCK_BYTES + count
+            raise Damaged(self.path, f"ends at byte {end}, {self.size} were written; copy it again")
+        check_block(self.path, self._expected, number, block)
+        return block
+
+
+def _read_at(descriptor: int, position: int, into: memoryview) -> int:
+    """Fill `into`, as far as the file goes, whatever the system gives at once."""
+    total = 0
+    while total < len(into) and (count := os.preadv(descriptor, [into[total:]], position + total)):
+        total += count
+    return total
 
 
 def check_block(path: str | os.PathLike, expected: FileSum, number: int, block: Buffer) -> None:
@@ -323,9 +337,7 @@ def damaged_blocks(
             size = os.fstat(file.fileno()).st_size
             while position < min(size, expected.size):
                 block = buffer[: min(BLOCK_BYTES, expected.size - position)]
-                count = 0
-                while count < len(block) and (more := file.readinto(block[count:])):
-                    count += more
+                count = _read_at(file.fileno(), position, block)
                 if isal_zlib.crc32(block[:count]) != expected.block(position // BLOCK_BYTES):
                     wrong.append(range(position, position + len(block)))
                 position += len(block)
@@ -337,17 +349,11 @@ def damaged_blocks(
     return wrong
 
 
-class VerifiedStream(io.RawIOBase):
-    """A file opened for reading, as an unbuffered binary file, verified as it is read. Closes it at its end."""
+class FilePart(io.RawIOBase):
+    """`length` bytes of a file from `start` on, as a file of their own."""
 
-    def __init__(self, path: str | os.PathLike, expected: FileSum):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        try:
-            self._verified = VerifiedFile(path, self._file.fileno(), expected)
-        except BaseException:
-            self._file.close()
-            raise
-        self._position, self._size = 0, expected.size
+    def __init__(self, file: ReadFile, start: int, length: int):
+        self._file, self._start, self.length, self._position = file, start, length, 0
 
     def readable(self) -> bool:
         return True
@@ -356,22 +362,39 @@ class VerifiedStream(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.length}[whence]
+        if position < 0:
+            raise ValueError("a position before the beginning")
+        self._position = position
+        return position
 
     def tell(self) -> int:
         return self._position
 
     def readinto(self, into: Buffer) -> int:
-        count = self._verified.read_into(self._position, memoryview(into).cast("B"))
+        into = memoryview(into).cast("B")[: max(self.length - self._position, 0)]
+        count = self._file.read_into(self._start + self._position, into)
         self._position += count
         return count
 
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(
+            self.length - self._position, 0
+        )  # RawIOBase would take the memory for all that a broken file asks for
+        return super().read(rest if size is None or size < 0 else min(size, rest))
+
+    def read_at(self, position: int, size: int) -> bytes:
+        self.seek(position)
+        return self.read(size)
+
+
+class _WholeFile(FilePart):
     def fileno(self) -> int:
-        return self._file.fileno()
+        return self._file.descriptor
 
     def close(self) -> None:
-        self._file.close()
+        if not self.closed:
+            self._file.close()
         super().close()
 
 
@@ -385,4 +408,4 @@ def open_verified(path: str | os.PathLike) -> BinaryIO:
     expected = expected_sum(path)
     if expected is None:
         return open(path, "rb")
-    return io.BufferedReader(VerifiedStream(path, expected))
+    return io.BufferedReader(_WholeFile(ReadFile(path, expected), 0, expected.size))

@@ -9,9 +9,8 @@ also be made of those of other tensors (`MadeRows`).
 """
 
 import math
-import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,8 +18,8 @@ import numpy as np
 
 from hymeg.checkpoint.mapping import Range, Shape
 from hymeg.checkpoint.rounding import converted, dequantised
-from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow
-from hymeg.checksums import BlockCache, Damaged, VerifiedFile, expected_sum
+from hymeg.checkpoint.stored_tensor import ElementFinder
+from hymeg.checksums import Damaged, FilePart, Latest, ReadFile, expected_sum
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
@@ -28,6 +27,7 @@ from hymeg.hf.dtypes import ITEM_SIZES
 BLOCK_BYTES = 512 << 10  # read and written at once: inside the cache of a core, which blocks of megabytes are not
 _MAX_OPEN_FILES = 256  # a checkpoint of a thousand ranks has more files than a process may open
 _MAX_KEPT_BYTES = 256 << 20
+_MAX_BLOCK_BYTES = 8 << 20  # of files that have checksums
 
 
 class Piece(NamedTuple):
@@ -151,15 +151,15 @@ class TensorReader:
 
     Attributes:
         sums: numbers that functions of rows add up while it reads, by name.
+        kept: what they made last, up to _MAX_KEPT_BYTES: `checksums.Latest.get`.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, np.ndarray] = {}
-        self._files: dict[str, _OpenFile] = {}
-        self._blocks = BlockCache()
+        self._files: dict[str, ReadFile] = {}
+        self._blocks = Latest(_MAX_BLOCK_BYTES)
         self._finder = ElementFinder()
-        self._kept: dict[object, np.ndarray] = {}
-        self._kept_bytes = 0
+        self.kept = Latest(_MAX_KEPT_BYTES).get
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -197,18 +197,6 @@ class TensorReader:
             rows = np.frombuffer(converted(block, tensor.dtype, "F32"), "<f4").reshape(-1, tensor.num_columns)
             made[row : row + len(rows)] = rows
             row += len(rows)
-        return made
-
-    def kept(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """What `make` gives, or gave when this key was last asked for: the latest are kept, up to _MAX_KEPT_BYTES."""
-        if key in self._kept:
-            self._kept[key] = self._kept.pop(key)  # the latest comes last
-            return self._kept[key]
-        made = make()
-        self._kept_bytes += made.nbytes
-        while self._kept and self._kept_bytes > _MAX_KEPT_BYTES:
-            self._kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
-        self._kept[key] = made
         return made
 
     def _read(self, tensor: RowTensor, low: int, high: int, block: memoryview) -> None:
@@ -266,7 +254,7 @@ class TensorReader:
             file = self._opened(piece.file)
             position = piece.position + first
             if piece.length:
-                window = file.window(piece.position, piece.length)
+                window = FilePart(file, piece.position, piece.length)
                 position += self._finder.find(
                     window, piece.dtype, piece.shape, f"{piece.file}: {tensor.key} at byte {piece.position}"
                 )
@@ -281,42 +269,9 @@ class TensorReader:
         except OSError as error:
             raise UserError(f"{piece.file}: cannot be read: {error.strerror or error}") from error
 
-    def _opened(self, path: str) -> "_OpenFile":
+    def _opened(self, path: str) -> ReadFile:
         if path not in self._files:
             while len(self._files) >= _MAX_OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
-            self._files[path] = _OpenFile(path, self._blocks)
+            self._files[path] = ReadFile(path, expected_sum(path), self._blocks)
         return self._files[path]
-
-
-class _OpenFile:
-    """Verified where there are checksums."""
-
-    def __init__(self, path: str, blocks: BlockCache):
-        expected = expected_sum(path)
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._verified = VerifiedFile(path, self._descriptor, expected, blocks) if expected else None
-
-    def read_into(self, position: int, into: memoryview) -> int:
-        if self._verified:
-            return self._verified.read_into(position, into)
-        total = 0
-        while total < len(into) and (count := os.preadv(self._descriptor, [into[total:]], position + total)):
-            total += count
-        return total
-
-    def window(self, start: int, length: int) -> FileWindow:
-        return _Window(self, self._descriptor, start, length)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-class _Window(FileWindow):
-    def __init__(self, file: _OpenFile, descriptor: int, start: int, length: int):
-        super().__init__(descriptor, start, length)
-        self._file = file
-
-    def read_at(self, position: int, size: int) -> bytes:
-        data = bytearray(size)
-        return bytes(data[: self._file.read_into(self.start + position, memoryview(data))])

@@ -11,9 +11,7 @@ torch/serialization.py for the records and for what data.pkl may name.
 """
 
 import functools
-import io
 import math
-import os
 import pickle
 import struct
 import zipfile
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 
 from hymeg.checkpoint.mapping import Shape
 from hymeg.checkpoint.pickles import unpickled
-from hymeg.checksums import Damaged
+from hymeg.checksums import Damaged, FilePart
 from hymeg.errors import UserError
 from hymeg.files import shown
 from hymeg.hf.dtypes import ITEM_SIZES, WEIGHTS
@@ -135,7 +133,7 @@ class ElementFinder:
     def __init__(self) -> None:
         self._known: dict[tuple[str, Shape, int], bytes] = {}
 
-    def find(self, file: "FileWindow", dtype: str, shape: Shape, what: str) -> int:
+    def find(self, file: FilePart, dtype: str, shape: Shape, what: str) -> int:
         """The offset in the window, for a tensor that must have this dtype and shape, contiguous.
 
         Args:
@@ -161,38 +159,7 @@ class ElementFinder:
         return begin
 
 
-class FileWindow(io.RawIOBase):
-    """`length` bytes of a file from `start` on, as a file of its own."""
-
-    def __init__(self, descriptor: int, start: int, length: int):
-        self.descriptor, self.start, self.length, self.position = descriptor, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
-        if self.position < 0:
-            raise ValueError("a position before the beginning")
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def read(self, size: int = -1) -> bytes:
-        rest = max(self.length - self.position, 0)
-        data = self.read_at(self.position, rest if size is None or size < 0 else min(size, rest))
-        self.position += len(data)
-        return data
-
-    def read_at(self, position: int, size: int) -> bytes:
-        return os.pread(self.descriptor, size, self.start + position)
-
-
-def _begin_of_elements(file: FileWindow, dtype: str, shape: Shape) -> int:
+def _begin_of_elements(file: FilePart, dtype: str, shape: Shape) -> int:
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
@@ -211,11 +178,16 @@ def _begin_of_elements(file: FileWindow, dtype: str, shape: Shape) -> int:
         _check_description(archive.read(by_name["data.pkl"]), dtype, shape)
         elements = by_name["data/0"]
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
-    name_length, extra_length = struct.unpack("<2H", file.read_at(elements.header_offset + 26, 4))
-    begin = elements.header_offset + 30 + name_length + extra_length
+    begin = begin_of_record(file, elements)
     if elements.file_size != nbytes or not 0 <= begin <= _MAX_PREFIX_BYTES or begin + nbytes > file.length:
         raise ValueError(f"{elements.file_size} bytes of elements at {begin} in {file.length} bytes")
     return begin
+
+
+def begin_of_record(file: FilePart, record: zipfile.ZipInfo) -> int:
+    """Where the bytes of a zip's record begin, behind its header. Raises struct.error where there is none."""
+    name_length, extra_length = struct.unpack("<2H", file.read_at(record.header_offset + 26, 4))
+    return record.header_offset + 30 + name_length + extra_length
 
 
 class _Description(pickle.Unpickler):

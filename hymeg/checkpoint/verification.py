@@ -21,9 +21,18 @@ from isal import isal_zlib
 
 from hymeg.checkpoint.dist_files import METADATA
 from hymeg.checkpoint.metadata_file import stored_places
-from hymeg.checkpoint.stored_tensor import FileWindow
+from hymeg.checkpoint.stored_tensor import begin_of_record
 from hymeg.checkpoint.workers import check_num_workers, dealt, run
-from hymeg.checksums import MANIFEST, Damaged, FileSum, damaged_blocks, read_manifest, sum_of_file
+from hymeg.checksums import (
+    MANIFEST,
+    Damaged,
+    FilePart,
+    FileSum,
+    ReadFile,
+    damaged_blocks,
+    read_manifest,
+    sum_of_file,
+)
 from hymeg.errors import UserError
 from hymeg.files import drop_from_cache, opened, some
 from hymeg.hf.safetensors_files import SafetensorsFile
@@ -55,8 +64,8 @@ def verification_notes(folder: Path, *beside: Path) -> Iterator[str]:
 
 
 def _of_small_files(folder: Path) -> dict[str, FileSum]:
-    manifest = read_manifest(folder / MANIFEST)
-    return {name: found for name, found in manifest.files.items() if not _BIG.fullmatch(name)} if manifest else {}
+    manifest = read_manifest(folder / MANIFEST) or {}
+    return {name: found for name, found in manifest.items() if not _BIG.fullmatch(name)}
 
 
 class Finding(NamedTuple):
@@ -109,7 +118,7 @@ def verify_folder(folder: str | os.PathLike, workers: int = 2) -> Verified:
             except Damaged as error:
                 findings.append(Finding(path, error.what, ()))
             else:
-                known |= manifest.files if manifest else {}
+                known |= manifest or {}
         for name, expected in known.items():
             if (place / name).is_file():
                 checks.append((expected.size, place / name, functools.partial(_compared_with_sums, expected)))
@@ -211,8 +220,8 @@ def _is_broken(path: Path, position: int, length: int) -> bool:
     """Whether a record of the zip that torch.save wrote has another CRC-32 than it should have. What is no zip is not
     known to be broken.
     """
-    with open(path, "rb", buffering=0) as file:
-        window = FileWindow(file.fileno(), position, length)
+    with contextlib.closing(ReadFile(path, None)) as file:
+        window = FilePart(file, position, length)
         if window.read_at(0, 4) != b"PK\3\4":
             return False
         try:
@@ -222,11 +231,9 @@ def _is_broken(path: Path, position: int, length: int) -> bool:
             return True
 
 
-def _crc_of(window: FileWindow, record: zipfile.ZipInfo) -> int:
+def _crc_of(window: FilePart, record: zipfile.ZipInfo) -> int:
     """As far as the record lies in the window. Raises ValueError, struct.error where it does not even begin there."""
-    window.seek(record.header_offset + 26)
-    name_length, extra_length = struct.unpack("<2H", window.read(4))
-    window.seek(record.header_offset + 30 + name_length + extra_length)
+    window.seek(begin_of_record(window, record))
     rest, crc = record.compress_size, 0
     while data := window.read(min(_READ_BYTES, rest)):
         rest, crc = rest - len(data), isal_zlib.crc32(data, crc)

@@ -46,8 +46,8 @@ def newest_undamaged(folder: str, steps: Iterable[int]) -> tuple[int | None, lis
 def _damage(folder: Path) -> str:
     """What is wrong with this rank's share of the files; nothing where nothing is."""
     try:
-        manifest = read_manifest(folder / MANIFEST)
-        for name, expected in sorted(manifest.files.items())[rank() :: world_size()] if manifest else ():
+        manifest = read_manifest(folder / MANIFEST) or {}
+        for name, expected in sorted(manifest.items())[rank() :: world_size()]:
             if not (folder / name).is_file():
                 return f"{folder / name}: missing"
             if damaged_blocks(folder / name, expected):

@@ -44,8 +44,8 @@ def contents_record(args: argparse.Namespace) -> dict[str, str]:
 def _contents(prefix: Path) -> str:
     """The checksum of files of another length is not theirs."""
     files = [prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("bin", "idx")]
-    manifest = read_manifest(prefix.with_name(f"{prefix.name}.{MANIFEST}"))
-    sums = [manifest.files.get(file.name) if manifest else None for file in files]
+    manifest = read_manifest(prefix.with_name(f"{prefix.name}.{MANIFEST}")) or {}
+    sums = [manifest.get(file.name) for file in files]
     return " and ".join(
         f"{size} bytes" + (f" of CRC-32 {known.crc:08X}" if known and known.size == size else "")
         for size, known in zip((file.stat().st_size for file in files), sums, strict=True)

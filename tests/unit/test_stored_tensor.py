@@ -4,11 +4,11 @@ rounded as torch rounds them.
 
 import contextlib
 import io
-import os
 import random
 import types
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ import torch
 
 from hymeg.checkpoint.rounding import converted
 from hymeg.checkpoint.sources.dist_folder import _stored_tensor
-from hymeg.checkpoint.stored_tensor import ElementFinder, FileWindow, envelope
+from hymeg.checkpoint.stored_tensor import ElementFinder, envelope
+from hymeg.checksums import FilePart, ReadFile
 from hymeg.errors import UserError
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -34,6 +35,10 @@ def test_one_chunk_of_no_sizes_among_others_is_refused(field, wrong):
         _stored_tensor("x", entry, places)
 
 
+def opened(path: Path) -> contextlib.closing[ReadFile]:
+    return contextlib.closing(ReadFile(path, None))
+
+
 @pytest.mark.parametrize(("dtype", "shape"), [("BF16", (5, 7)), ("F32", (300,)), ("F16", (1, 3, 4)), ("F32", (1,))])
 def test_a_stored_tensor_is_what_torch_save_writes(tmp_path, dtype, shape):
     tensor = torch.randn(shape).to(TORCH[dtype])
@@ -46,8 +51,8 @@ def test_a_stored_tensor_is_what_torch_save_writes(tmp_path, dtype, shape):
     assert len(around.before) % 64 == 0
     for data in (ours, theirs.getvalue()):
         (tmp_path / "file").write_bytes(b"before" + data + b"behind")
-        with open(tmp_path / "file", "rb") as file:
-            window, finder = FileWindow(file.fileno(), 6, len(data)), ElementFinder()
+        with opened(tmp_path / "file") as file:
+            window, finder = FilePart(file, 6, len(data)), ElementFinder()
             for _ in range(2):  # by the zip's directory, then by the prefix
                 assert window.read_at(finder.find(window, dtype, shape, "it"), len(raw)) == raw
             with pytest.raises(UserError, match=r"its shape is"):
@@ -65,10 +70,8 @@ def test_a_stored_tensor_is_what_torch_save_writes(tmp_path, dtype, shape):
 )
 def test_a_stored_tensor_of_another_form_is_refused(tmp_path, tensor):
     torch.save(tensor, tmp_path / "file")
-    with open(tmp_path / "file", "rb") as file, pytest.raises(UserError, match="it: not a stored F32 tensor"):
-        ElementFinder().find(
-            FileWindow(file.fileno(), 0, os.path.getsize(tmp_path / "file")), "F32", tuple(tensor.shape), "it"
-        )
+    with opened(tmp_path / "file") as file, pytest.raises(UserError, match="it: not a stored F32 tensor"):
+        ElementFinder().find(FilePart(file, 0, file.size), "F32", tuple(tensor.shape), "it")
 
 
 def test_any_damage_to_a_stored_tensor_is_an_error_or_harmless(tmp_path):
@@ -80,10 +83,8 @@ def test_any_damage_to_a_stored_tensor_is_an_error_or_harmless(tmp_path):
         for _ in range(choose.randint(1, 4)):
             damaged[choose.randrange(len(data))] = choose.randrange(256)
         (tmp_path / "file").write_bytes(damaged[: choose.choice([len(data), choose.randrange(len(data))])])
-        with open(tmp_path / "file", "rb") as file:
-            size = os.path.getsize(tmp_path / "file")
-            with contextlib.suppress(UserError):
-                assert ElementFinder().find(FileWindow(file.fileno(), 0, size), "F32", (6, 4), "it") + 96 <= size
+        with opened(tmp_path / "file") as file, contextlib.suppress(UserError):
+            assert ElementFinder().find(FilePart(file, 0, file.size), "F32", (6, 4), "it") + 96 <= file.size
 
 
 def test_a_description_that_would_take_the_machine_s_memory_is_refused(tmp_path):
@@ -96,10 +97,10 @@ def test_a_description_that_would_take_the_machine_s_memory_is_refused(tmp_path)
                 data = data[:-1] + b"r" + (1 << 24).to_bytes(4, "little") + b"."
             bad.writestr(record.filename, data)
     with (
-        open(tmp_path / "file", "rb") as file,
+        opened(tmp_path / "file") as file,
         pytest.raises(UserError, match=r"it: not a stored F32 .* of its memo;"),
     ):
-        ElementFinder().find(FileWindow(file.fileno(), 0, os.path.getsize(tmp_path / "file")), "F32", (6, 4), "it")
+        ElementFinder().find(FilePart(file, 0, file.size), "F32", (6, 4), "it")
 
 
 def test_numbers_are_rounded_as_torch_rounds_them():

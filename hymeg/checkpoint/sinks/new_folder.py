@@ -132,7 +132,7 @@ def _sums(folder: Path) -> dict[str, FileSum]:
     """Of all files in `folder` that no manifest of a folder inside it has. Those of tensors were taken while they were
     written; what came along from elsewhere is small."""
     manifests = {path.parent: read_manifest(path) for path in folder.rglob(MANIFEST)}
-    known = manifests[folder].files if folder in manifests else {}
+    known = manifests.get(folder, {})
     names = [
         str(path.relative_to(folder))
         for path in folder.rglob("*")
