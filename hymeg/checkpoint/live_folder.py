@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 
 from hymeg.checkpoint.companions import carried_files, carry
-from hymeg.checkpoint.sinks.hf_folder import Place, Plan, planned
+from hymeg.checkpoint.mapping import hf_entries
+from hymeg.checkpoint.sinks.hf_folder import Place, hf_specs, placed, with_dtype
 from hymeg.checkpoint.sinks.new_folder import new_folder
 from hymeg.checkpoint.sinks.transfer import FilesToWrite, write_in_order
 from hymeg.checkpoint.sources.live_model import Block, LiveModel
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
-from hymeg.hf.safetensors_files import MAX_SHARD_BYTES, index_files
+from hymeg.hf.safetensors_files import MAX_SHARD_BYTES, index_files, into_shards
 
 _SPARE_BYTES = 16 << 20  # for small files
 
@@ -48,12 +49,22 @@ def save_hf_folder(
             that of `config`.
     """
     live = LiveModel(model_chunks, config)
-    plan = planned(config, live.dtypes, layout, max_shard_bytes)
-    blocks = live.blocks((place.entry for place in plan.places), to_rank=0)
+    entries = {entry.hf_name: entry for entry in hf_entries(config, layout)}
+    specs = hf_specs(entries.values(), live.dtypes)
+    shards = into_shards(specs, max_shard_bytes)
+    places, headers = placed(shards)
+    num_bytes = sum(spec.nbytes for spec in specs)
+    sizes = {place.file: place.position + place.spec.nbytes for place in places}  # of a file's last tensor
+    files = FilesToWrite(sizes, [], index_files(shards), headers, len(places), num_bytes)
+    blocks = live.blocks((entries[place.spec.name] for place in places), to_rank=0)
     failure = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            _write(Path(target), plan, blocks, companions, overwrite, record or {}, say)
+            size = sum(sizes.values()) + _SPARE_BYTES
+            with new_folder(Path(target), size, overwrite, record or {}, say) as partial:
+                write_in_order(partial, files, _pieces(places, blocks))
+                carry(carried_files(companions) if companions else {}, partial)
+                with_dtype(config, specs).save(partial)
         except UserError as error:
             failure = str(error)
     for _ in blocks:
@@ -66,31 +77,12 @@ def save_hf_folder(
         raise UserError(failure)
 
 
-def _write(
-    target: Path,
-    plan: Plan,
-    blocks: Iterator[Block],
-    companions: Path | None,
-    overwrite: bool,
-    record: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> None:
-    num_bytes = {shard.file_name: sum(spec.nbytes for spec in shard.tensors) for shard in plan.shards}
-    sizes = {name: len(header) + num_bytes[name] for name, header in plan.headers.items()}
-    beside, last = index_files(plan.shards), dict(plan.headers)
-    files = FilesToWrite(sizes, [], beside, last, len(plan.places), sum(num_bytes.values()))
-    with new_folder(target, sum(sizes.values()) + _SPARE_BYTES, overwrite, record, say) as partial:
-        write_in_order(partial, files, _pieces(plan.places, blocks))
-        carry(carried_files(companions) if companions else {}, partial)
-        plan.config.save(partial)
-
-
 def _pieces(places: Iterable[Place], blocks: Iterator[Block]) -> Iterator[tuple[str, int, memoryview]]:
     remaining = iter(places)
     place = None
     for block in blocks:
         if block.row == 0:
             place = next(remaining)
-        row_bytes = block.entry.hf_shape[-1] * ITEM_SIZES[place.dtype]
+        row_bytes = block.entry.hf_shape[-1] * ITEM_SIZES[place.spec.dtype]
         data = memoryview(block.rows.cpu().view(torch.uint8).numpy()).cast("B")
         yield place.file, place.position + block.row * row_bytes, data

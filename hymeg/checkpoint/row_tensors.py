@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hymeg.checkpoint.mapping import Range, Shape
+from hymeg.checkpoint.mapping import Range, Shape, num_rows
 from hymeg.checkpoint.rounding import converted, dequantised
 from hymeg.checkpoint.stored_tensor import ElementFinder
 from hymeg.checksums import Damaged, FilePart, Latest, ReadFile, expected_sum
@@ -118,6 +118,10 @@ class RowTensor(NamedTuple):
         low, high = min(start for start, _ in ranges), max(stop for _, stop in ranges)
         first = bisect_right(self.bands, low, key=lambda band: band.start) - 1
         return self._replace(bands=self.bands[first : bisect_left(self.bands, high, key=lambda band: band.start)])
+
+    @property
+    def all_rows(self) -> list[Range]:
+        return [(0, num_rows(self.shape))]
 
     @property
     def num_columns(self) -> int:

@@ -157,14 +157,20 @@ def into_shards(tensors: Iterable[TensorSpec], sharding: int | Mapping[str, str]
     """Distribute `tensors`, in order, over files of at most so many bytes of tensors, `sharding`; a tensor above that
     gets a file of its own. Or over the files that `sharding` gives to their names.
 
+    One file alone is `model.safetensors`, as transformers names it.
+
     Raises:
         UserError: it gives none to one of them.
-
-    Within a file wider dtypes come first, so that each tensor is aligned to its own item size. One file alone is
-    `model.safetensors`, as transformers names it.
     """
     if not isinstance(sharding, int):
-        return _into_named_shards(tensors, sharding)
+        named: dict[str, list[TensorSpec]] = {}
+        for tensor in tensors:
+            if tensor.name not in sharding:
+                raise UserError(
+                    f"{tensor.name}: is in no file of the folder whose files were asked for; leave that out"
+                )
+            named.setdefault(sharding[tensor.name], []).append(tensor)
+        return [one_shard(name, named[name]) for name in sorted(named)]
     groups: list[list[TensorSpec]] = [[]]
     group_bytes = 0
     for tensor in tensors:
@@ -175,20 +181,12 @@ def into_shards(tensors: Iterable[TensorSpec], sharding: int | Mapping[str, str]
         group_bytes += tensor.nbytes
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [SINGLE_FILE]
-    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
+    return [one_shard(name, group) for name, group in zip(names, groups, strict=True)]
 
 
-def _shard(name: str, tensors: Iterable[TensorSpec]) -> Shard:
+def one_shard(name: str, tensors: Iterable[TensorSpec]) -> Shard:
+    """Wider dtypes come first, so that each tensor is aligned to its own item size."""
     return Shard(name, tuple(sorted(tensors, key=lambda tensor: -ITEM_SIZES[tensor.dtype])))
-
-
-def _into_named_shards(tensors: Iterable[TensorSpec], file_names: Mapping[str, str]) -> list[Shard]:
-    groups: dict[str, list[TensorSpec]] = {}
-    for tensor in tensors:
-        if tensor.name not in file_names:
-            raise UserError(f"{tensor.name}: is in no file of the folder whose files were asked for; leave that out")
-        groups.setdefault(file_names[tensor.name], []).append(tensor)
-    return [_shard(name, groups[name]) for name in sorted(groups)]
 
 
 def shard_header(shard: Shard) -> bytes:

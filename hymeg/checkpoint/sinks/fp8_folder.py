@@ -8,17 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
-from hymeg.checkpoint.mapping import Entry, hf_entries, num_rows
+from hymeg.checkpoint.mapping import Entry, Range, hf_entries
 from hymeg.checkpoint.row_functions import Fp8Codes, Fp8Scale
 from hymeg.checkpoint.row_tensors import RowTensor
-from hymeg.checkpoint.sinks.hf_folder import positions, with_dtype
-from hymeg.checkpoint.sinks.transfer import FilesToWrite, Task, files_to_write
+from hymeg.checkpoint.sinks.hf_folder import files_of_shards, hf_specs, with_dtype
+from hymeg.checkpoint.sinks.transfer import FilesToWrite
 from hymeg.checkpoint.sources.hf_folder import as_stored
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
-from hymeg.hf.fp8 import DYNAMIC, E4M3, KV_SCALES_FILE, PER_TENSOR, QUANTISED, Measured, input_scale_of, listed
-from hymeg.hf.fp8 import measured as measured_in
-from hymeg.hf.safetensors_files import Shard, TensorSpec, index_files, into_shards, shard_header
+from hymeg.hf.fp8 import (
+    DYNAMIC,
+    E4M3,
+    KV_SCALES_FILE,
+    PER_TENSOR,
+    QUANTISED,
+    Measured,
+    input_scale_of,
+    listed,
+    measured,
+)
+from hymeg.hf.safetensors_files import Shard, TensorSpec, into_shards
 
 
 def files_of_fp8(
@@ -41,45 +50,42 @@ def files_of_fp8(
     entries = {entry.hf_name: entry for entry in hf_entries(config, "hub")}
     quantised, given, kv = {name for name in entries if QUANTISED.fullmatch(name)}, None, []
     if scales_from:
-        given = measured_in(scales_from)
+        given = measured(scales_from)
         quantised = _checked(given, entries, quantised)
         layers = {_layer(name) for name in entries}
         kv = [as_stored(name, given.stored[name]) for name in given.kv if _layer(name) in layers]
+    dtypes = {key: tensor.dtype_kept for key, tensor in tensors.items()}
+    kept = {spec.name: spec for spec in hf_specs(entries.values(), dtypes, dtype) if spec.name not in quantised}
     specs: list[TensorSpec] = []
-    rows: dict[str, tuple[RowTensor, Sequence[tuple[int, int]]]] = {}
+    made_of: dict[str, tuple[RowTensor, Sequence[Range]]] = {}  # a weight's scale comes after it: it is then found once
     for name, entry in entries.items():
         source = tensors[entry.dist_key]
-        if name not in quantised:
-            kept = "F32" if entry.is_fp32_buffer else dtype or source.dtype_kept
-            specs.append(TensorSpec(name, kept, entry.hf_shape))
-            rows[name] = source, entry.rows
+        if name in kept:
+            specs.append(kept[name])
+            made_of[name] = source, entry.rows
             continue
         scale = Fp8Scale(name, source, entry.rows)
         made = [RowTensor(name, E4M3, entry.hf_shape, (), Fp8Codes(scale, _kind(name)))]
         made.append(RowTensor(name + PER_TENSOR, "F32", (1,), (), scale))
         if given:
             made.append(as_stored(input_scale_of(name), given.stored[input_scale_of(name)]))
-        specs += [TensorSpec(tensor.key, tensor.dtype, tensor.shape) for tensor in made]
-        rows |= {tensor.key: (tensor, [(0, num_rows(tensor.shape))]) for tensor in made}
-    kept = [spec for spec in specs if spec.name in entries and spec.name not in quantised]
+        specs += map(_spec, made)
+        made_of |= {tensor.key: (tensor, tensor.all_rows) for tensor in made}
     if not isinstance(sharding, int):
         of_weights = {name: sharding[name] for name in quantised & sharding.keys()}
         beside = {scale: file for n, file in of_weights.items() for scale in (n + PER_TENSOR, input_scale_of(n))}
         sharding = {**sharding, **beside}
     shards = into_shards(specs, sharding)
     if kv:
-        rows |= {tensor.key: (tensor, [(0, num_rows(tensor.shape))]) for tensor in kv}
-        shards.append(Shard(KV_SCALES_FILE, tuple(TensorSpec(t.key, t.dtype, t.shape) for t in kv)))
-    headers = {shard.file_name: shard_header(shard) for shard in shards}
-    order = {name: number for number, name in enumerate(rows)}
-    tasks = []
-    for shard in shards:
-        # A weight and its scale one after the other: the scale is then found once.
-        placed = sorted(positions(shard, headers[shard.file_name]), key=lambda pair: order[pair[0].name])
-        tasks += [Task(*rows[spec.name], spec.dtype, shard.file_name, position) for spec, position in placed]
-    files = files_to_write(tasks, workers, index_files(shards), headers)
+        made_of |= {tensor.key: (tensor, tensor.all_rows) for tensor in kv}
+        shards.append(Shard(KV_SCALES_FILE, tuple(map(_spec, kv))))
     told = given.config if given else {"quantization_config": DYNAMIC}
-    return files, HyConfig.from_dict(with_dtype(config, kept).raw | told), _notes(quantised, given, len(kv))
+    written = HyConfig.from_dict(with_dtype(config, list(kept.values())).raw | told)
+    return files_of_shards(shards, made_of, workers), written, _notes(quantised, given, len(kv))
+
+
+def _spec(tensor: RowTensor) -> TensorSpec:
+    return TensorSpec(tensor.key, tensor.dtype, tensor.shape)
 
 
 def fp8_errors(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:

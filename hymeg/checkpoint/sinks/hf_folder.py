@@ -1,10 +1,10 @@
 """A Hugging Face checkpoint as a sink: which tensor goes into which safetensors file."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from hymeg.checkpoint.mapping import Entry, hf_entries
+from hymeg.checkpoint.mapping import Entry, Range, hf_entries
 from hymeg.checkpoint.row_tensors import RowTensor
 from hymeg.checkpoint.sinks.transfer import FilesToWrite, Task, files_to_write
 from hymeg.hf.config import HyConfig
@@ -13,58 +13,51 @@ from hymeg.hf.safetensors_files import Shard, TensorSpec, index_files, into_shar
 
 
 class Place(NamedTuple):
-    """Where a tensor is written: its elements, in `dtype`, at `position` of `file`."""
+    """Where the elements of a tensor are written."""
 
-    entry: Entry
-    dtype: str
+    spec: TensorSpec
     file: str
     position: int
 
 
-class Plan(NamedTuple):
-    """A folder planned to the byte, its tensors in the order in which they lie in its files."""
+def placed(shards: Iterable[Shard]) -> tuple[list[Place], dict[str, bytes]]:
+    """Every tensor of these files, in the order of their bytes; the headers, by file."""
+    places, headers = [], {}
+    for shard in shards:
+        headers[shard.file_name] = shard_header(shard)
+        position = len(headers[shard.file_name])
+        for spec in shard.tensors:
+            places.append(Place(spec, shard.file_name, position))
+            position += spec.nbytes
+    return places, headers
 
-    places: list[Place]
-    shards: list[Shard]
-    headers: dict[str, bytes]  # file -> its first bytes
-    config: HyConfig  # that tells the dtype
 
-
-def planned(
-    config: HyConfig,
-    dtypes: Mapping[str, str],
-    layout: str,
-    sharding: int | Mapping[str, str],
-    dtype: str | None = None,
-) -> Plan:
-    """A folder under the names of `layout`, in `dtype`.
+def files_of_shards(
+    shards: list[Shard],
+    made_of: Mapping[str, tuple[RowTensor, Sequence[Range]]],
+    workers: int,
+    beside: Mapping[str, bytes] | None = None,
+) -> FilesToWrite:
+    """A folder of these files, and of those `beside`.
 
     Args:
-        dtypes: of the distributed tensors, by key.
-        sharding: the most bytes for a file, or the file of each tensor by its name.
-        dtype: None: their own. The expert bias is always F32.
+        made_of: the rows that a tensor consists of, by its name; those of a file are moved in this order.
     """
-    entries = {entry.hf_name: entry for entry in hf_entries(config, layout)}
-    specs = [
-        TensorSpec(name, "F32" if entry.is_fp32_buffer else dtype or dtypes[entry.dist_key], entry.hf_shape)
-        for name, entry in entries.items()
-    ]
-    shards = into_shards(specs, sharding)
-    headers = {shard.file_name: shard_header(shard) for shard in shards}
-    places = [
-        Place(entries[spec.name], spec.dtype, shard.file_name, position)
-        for shard in shards
-        for spec, position in positions(shard, headers[shard.file_name])
-    ]
-    return Plan(places, shards, headers, with_dtype(config, specs))
+    places, headers = placed(shards)
+    order = {name: number for number, name in enumerate(made_of)}
+    places.sort(key=lambda place: (place.file, order[place.spec.name]))
+    tasks = [Task(*made_of[spec.name], spec.dtype, file, position) for spec, file, position in places]
+    return files_to_write(tasks, workers, {**index_files(shards), **(beside or {})}, headers)
 
 
-def positions(shard: Shard, header: bytes) -> Iterator[tuple[TensorSpec, int]]:
-    """The tensors of a file, in their order, and where each begins."""
-    position = len(header)
-    for spec in shard.tensors:
-        yield spec, position
-        position += spec.nbytes
+def hf_specs(entries: Iterable[Entry], dtypes: Mapping[str, str], dtype: str | None = None) -> list[TensorSpec]:
+    """Hugging Face tensors to be written in `dtype`; None: in those of their distributed tensors, which `dtypes` has by
+    key. The expert bias is always F32.
+    """
+    return [
+        TensorSpec(entry.hf_name, "F32" if entry.is_fp32_buffer else dtype or dtypes[entry.dist_key], entry.hf_shape)
+        for entry in entries
+    ]
 
 
 def files_of_hf(
@@ -75,13 +68,15 @@ def files_of_hf(
     dtype: str | None,
     workers: int,
 ) -> tuple[FilesToWrite, HyConfig]:
-    """A folder that holds `tensors`, and its config; the arguments as for `planned`."""
-    dtypes = {key: tensor.dtype_kept for key, tensor in tensors.items()}
-    plan = planned(config, dtypes, layout, sharding, dtype)
-    tasks = [
-        Task(tensors[entry.dist_key], entry.rows, dtype, file, position) for entry, dtype, file, position in plan.places
-    ]
-    return files_to_write(tasks, workers, index_files(plan.shards), plan.headers), plan.config
+    """A folder that holds `tensors` under the names of `layout`, in `dtype` (None: their own), and its config.
+
+    Args:
+        sharding: the most bytes for a file, or the file of each tensor by its name.
+    """
+    entries = hf_entries(config, layout)
+    specs = hf_specs(entries, {key: tensor.dtype_kept for key, tensor in tensors.items()}, dtype)
+    made_of = {entry.hf_name: (tensors[entry.dist_key], entry.rows) for entry in entries}
+    return files_of_shards(into_shards(specs, sharding), made_of, workers), with_dtype(config, specs)
 
 
 def with_dtype(config: HyConfig, specs: list[TensorSpec]) -> HyConfig:
@@ -90,9 +85,5 @@ def with_dtype(config: HyConfig, specs: list[TensorSpec]) -> HyConfig:
     for spec in specs:
         elements[spec.dtype] = elements.get(spec.dtype, 0) + math.prod(spec.shape)
     dtype = WEIGHTS[max(elements, key=elements.__getitem__)].torch
-    return HyConfig.from_dict(
-        {
-            key: dtype if key in ("dtype", "torch_dtype") and value is not None else value
-            for key, value in config.without_quantization().raw.items()
-        }
-    )
+    raw = config.without_quantization().raw
+    return HyConfig.from_dict(raw | {key: dtype for key in ("dtype", "torch_dtype") if raw.get(key) is not None})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hymeg.checkpoint.adapter_table import FULL, PREFIX, Module
-from hymeg.checkpoint.mapping import is_mtp, num_rows
+from hymeg.checkpoint.mapping import is_mtp
 from hymeg.checkpoint.peft_table import (
     CONFIG_FILE,
     MODEL,
@@ -20,10 +20,10 @@ from hymeg.checkpoint.peft_table import (
 )
 from hymeg.checkpoint.row_functions import Rearranged
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
-from hymeg.checkpoint.sinks.transfer import FilesToWrite, Task, files_to_write
+from hymeg.checkpoint.sinks.hf_folder import files_of_shards
+from hymeg.checkpoint.sinks.transfer import FilesToWrite
 from hymeg.checkpoint.sources.adapter_folder import Adapter
-from hymeg.hf.dtypes import ITEM_SIZES
-from hymeg.hf.safetensors_files import Shard, TensorSpec, shard_header
+from hymeg.hf.safetensors_files import TensorSpec, one_shard
 
 
 def files_of_peft(
@@ -31,29 +31,18 @@ def files_of_peft(
 ) -> FilesToWrite:
     """A peft folder that holds the adapters of `modules` and what was trained in full, in `dtype` (None: their own)."""
     rank, has_one_a = adapter.settings.rank, layout == "peft" and _have_one_a(adapter, modules)
-    if layout == "served":
-        wanted = served_tensors(modules, rank)
-    else:
-        wanted = peft_tensors(modules, rank, has_one_a)
-    placed = [(tensor.name, tensor.shape, *_rows_of(tensor, adapter)) for tensor in wanted]
+    of_layout = served_tensors(modules, rank) if layout == "served" else peft_tensors(modules, rank, has_one_a)
+    wanted = [(tensor.name, tensor.shape, *_rows_of(tensor, adapter)) for tensor in of_layout]
     names = transformers_names(adapter.config)
     full = [name for name in adapter.full if not is_mtp(adapter.config, name)]
     for name in full:
         whole = adapter.tensors[PREFIX + name + FULL]
-        placed.append((MODEL + names[name], whole.shape, whole, [(0, num_rows(whole.shape))]))
-    specs, rows = [], {}
-    for name, shape, tensor, ranges in placed:
-        specs.append(TensorSpec(name, dtype or tensor.dtype_kept, shape))
-        rows[name] = tensor, ranges
-    shard = Shard(WEIGHTS_FILE, tuple(sorted(specs, key=lambda spec: -ITEM_SIZES[spec.dtype])))
-    header = shard_header(shard)
-    position, tasks = len(header), []
-    for spec in shard.tensors:
-        tasks.append(Task(*rows[spec.name], spec.dtype, WEIGHTS_FILE, position))
-        position += spec.nbytes
+        wanted.append((MODEL + names[name], whole.shape, whole, whole.all_rows))
+    specs = [TensorSpec(name, dtype or tensor.dtype_kept, shape) for name, shape, tensor, _ in wanted]
+    made_of = {name: (tensor, rows) for name, _, tensor, rows in wanted}
     config = peft_config(adapter.settings, modules, layout, has_one_a, [names[name] for name in full])
     text = json.dumps(config, indent=2) + "\n"
-    return files_to_write(tasks, workers, {CONFIG_FILE: text.encode()}, {WEIGHTS_FILE: header})
+    return files_of_shards([one_shard(WEIGHTS_FILE, specs)], made_of, workers, {CONFIG_FILE: text.encode()})
 
 
 def _have_one_a(adapter: Adapter, modules: Sequence[Module]) -> bool:
@@ -68,7 +57,7 @@ def _have_one_a(adapter: Adapter, modules: Sequence[Module]) -> bool:
     with TensorReader() as of_gate, TensorReader() as of_up:
         for pair in pairs:
             both = [
-                reader.blocks(tensor, [(0, num_rows(tensor.shape))], 1024)
+                reader.blocks(tensor, tensor.all_rows, 1024)
                 for reader, tensor in zip((of_gate, of_up), pair, strict=True)
             ]
             if pair[0].dtype != pair[1].dtype or any(a != b for a, b in zip(*both, strict=True)):
