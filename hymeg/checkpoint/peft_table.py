@@ -62,7 +62,7 @@ def _in_transformers(path: str) -> str:
 
 def transformers_names(config: HyConfig) -> dict[str, str]:
     """Hub name -> transformers' name in memory, of every tensor but the routed experts' and the MTP layers'."""
-    trunk = config.without_mtp() if config.num_nextn_predict_layers else config
+    trunk = config.without_mtp()
     fused = {(entry.dist_key, entry.rows): entry.hf_name for entry in hf_entries(trunk, "fused")}
     hub = hf_entries(trunk, "hub")
     return {e.hf_name: fused[e.dist_key, e.rows] for e in hub if (e.dist_key, e.rows) in fused}

@@ -23,7 +23,7 @@ CONFIG_FILE = "config.json"
 
 
 class _Kind(NamedTuple):
-    description: str
+    needed: str
     accepts: Callable[[Any], bool]
     convert: Callable[[Any], Any] = lambda value: value
 
@@ -46,10 +46,7 @@ PROBABILITY = _Kind(
 TOKEN_ID = _Kind("a token id (an integer from 0)", lambda value: _is_int(value, 0))
 TOKEN_IDS = _Kind(
     "a token id (an integer from 0) or a list of them",
-    lambda value: (
-        _is_int(value, 0)
-        or (type(value) is list and len(value) > 0 and all(_is_int(token_id, 0) for token_id in value))
-    ),
+    lambda value: value != [] and all(_is_int(token, 0) for token in (value if type(value) is list else [value])),
     lambda value: tuple(value) if type(value) is list else value,
 )
 DTYPE = _Kind('"bfloat16", "float16" or "float32"', lambda value: value in ("bfloat16", "float16", "float32"))
@@ -62,78 +59,42 @@ LAYER_TYPES = _Kind(
 _REQUIRED = object()
 
 
-class _Field(NamedTuple):
-    spellings: tuple[str, ...]  # the first is ours; "a.b" is key b of the object under a
+class _Reading(NamedTuple):
+    """How a field is read from config.json."""
+
     kind: _Kind
-    default: Any = _REQUIRED  # what an absent field means
+    spellings: tuple[str, ...]  # beside its name; "a.b" is key b of the object under a
+    default: Any  # what an absent field means
 
 
-_FIELDS = {
-    row.spellings[0]: row
-    for row in (
-        _Field(("vocab_size",), SIZE),
-        _Field(("hidden_size",), SIZE),
-        _Field(("intermediate_size",), SIZE),
-        _Field(("num_hidden_layers",), SIZE),
-        _Field(("num_attention_heads",), SIZE),
-        _Field(("num_key_value_heads",), SIZE),
-        _Field(("head_dim",), SIZE),
-        _Field(("num_experts", "num_local_experts"), SIZE),
-        _Field(("num_experts_per_tok",), SIZE),
-        _Field(("num_shared_experts",), SIZE),
-        _Field(("moe_intermediate_size", "expert_hidden_dim"), SIZE),
-        _Field(("mlp_layer_types",), LAYER_TYPES, None),
-        _Field(("router_scaling_factor",), POSITIVE),
-        _Field(("rms_norm_eps",), POSITIVE),
-        _Field(("initializer_range",), POSITIVE),
-        _Field(("rope_theta", "rope_parameters.rope_theta"), POSITIVE),
-        _Field(("max_position_embeddings",), SIZE),
-        _Field(("enable_lm_head_fp32",), BOOL, False),
-        _Field(("enable_attention_fp32_softmax",), BOOL, False),
-        _Field(("enable_moe_fp32_combine",), BOOL, True),  # transformers' class default
-        _Field(("moe_router_enable_expert_bias",), BOOL, True),
-        _Field(("num_nextn_predict_layers",), COUNT, 0),
-        _Field(("attention_dropout",), PROBABILITY, 0.0),
-        _Field(("bos_token_id",), TOKEN_ID, None),
-        _Field(("eos_token_id",), TOKEN_IDS, None),
-        _Field(("pad_token_id",), TOKEN_ID, None),
-        _Field(("dtype", "torch_dtype"), DTYPE, None),
-    )
-}
-_FIRST_K_DENSE = _Field(("first_k_dense_replace",), COUNT, None)
+def _of(kind: _Kind, *spellings: str, default: Any = _REQUIRED) -> Any:
+    return field(metadata={"reading": _Reading(kind, spellings, default)})
 
 
 QUANTIZATION = ("quantization_config", "attn_quant_config")
 _FP8_BLOCK = (128, 128)  # where config.json has none; all published checkpoints with scales by block have it
 
-
-class _Fixed(NamedTuple):
-    """A field that has one value hymeg can honour (None: the field must be absent or null)."""
-
-    name: str
-    value: Any
-    advice: str
-
-
-_FIXED = (
-    _Fixed("model_type", MODEL_TYPE, "only Hy-MT2 and Hy3 checkpoints can be trained"),
-    _Fixed("quantization_config.quant_method", "fp8", "only FP8 is read; dequantise the checkpoint to bfloat16 first"),
-    _Fixed("rope_scaling", None, "RoPE scaling is not supported"),
-    _Fixed("rope_parameters.rope_type", "default", "RoPE scaling is not supported"),
-    _Fixed("rope_parameters.type", "default", "RoPE scaling is not supported"),
-    _Fixed("partial_rotary_factor", 1, "RoPE over a part of head_dim is not supported"),
-    _Fixed("rope_parameters.partial_rotary_factor", 1, "RoPE over a part of head_dim is not supported"),
-    _Fixed("sliding_window", None, "sliding-window attention is not supported"),
-    _Fixed("attention_bias", False, "biases in attention are not supported"),
-    _Fixed("mlp_bias", False, "biases in the MLP are not supported"),
-    _Fixed("hidden_act", "silu", "other activations are not supported"),
-    _Fixed("qk_norm", True, "attention without q/k norm is not supported"),
-    _Fixed("route_norm", True, "unnormalised routing weights are not supported"),
-    _Fixed("moe_router_use_sigmoid", True, "softmax routing is not supported"),
-    _Fixed("n_group", 1, "group-limited routing is not supported"),
-    _Fixed("topk_group", 1, "group-limited routing is not supported"),
-    _Fixed("tie_word_embeddings", False, "tied embeddings are not supported"),
-)
+_ROPE_SCALING, _PARTIAL_ROPE = "RoPE scaling is not supported", "RoPE over a part of head_dim is not supported"
+_GROUPS = "group-limited routing is not supported"
+_FIXED = {  # the one value that hymeg can honour (None: the field must be absent or null); why
+    "model_type": (MODEL_TYPE, "only Hy-MT2 and Hy3 checkpoints can be trained"),
+    "quantization_config.quant_method": ("fp8", "only FP8 is read; dequantise the checkpoint to bfloat16 first"),
+    "rope_scaling": (None, _ROPE_SCALING),
+    "rope_parameters.rope_type": ("default", _ROPE_SCALING),
+    "rope_parameters.type": ("default", _ROPE_SCALING),
+    "partial_rotary_factor": (1, _PARTIAL_ROPE),
+    "rope_parameters.partial_rotary_factor": (1, _PARTIAL_ROPE),
+    "sliding_window": (None, "sliding-window attention is not supported"),
+    "attention_bias": (False, "biases in attention are not supported"),
+    "mlp_bias": (False, "biases in the MLP are not supported"),
+    "hidden_act": ("silu", "other activations are not supported"),
+    "qk_norm": (True, "attention without q/k norm is not supported"),
+    "route_norm": (True, "unnormalised routing weights are not supported"),
+    "moe_router_use_sigmoid": (True, "softmax routing is not supported"),
+    "n_group": (1, _GROUPS),
+    "topk_group": (1, _GROUPS),
+    "tie_word_embeddings": (False, "tied embeddings are not supported"),
+}
 
 
 @dataclass(frozen=True)
@@ -142,33 +103,33 @@ class HyConfig:
     every value. It hashes: functions may key a cache by it.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int  # of a dense layer's MLP
-    num_hidden_layers: int  # without the MTP layers
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    num_experts: int
-    num_experts_per_tok: int
-    num_shared_experts: int
-    moe_intermediate_size: int  # of one expert
-    mlp_layer_types: tuple[str, ...]  # "dense" or "sparse", one per trunk layer
-    router_scaling_factor: float
-    rms_norm_eps: float
-    initializer_range: float
-    rope_theta: float
-    max_position_embeddings: int
-    enable_lm_head_fp32: bool
-    enable_attention_fp32_softmax: bool
-    enable_moe_fp32_combine: bool
-    moe_router_enable_expert_bias: bool
-    num_nextn_predict_layers: int
-    attention_dropout: float
-    bos_token_id: int | None
-    eos_token_id: int | tuple[int, ...] | None
-    pad_token_id: int | None
-    dtype: str | None  # "bfloat16", "float16" or "float32"
+    vocab_size: int = _of(SIZE)
+    hidden_size: int = _of(SIZE)
+    intermediate_size: int = _of(SIZE)  # of a dense layer's MLP
+    num_hidden_layers: int = _of(SIZE)  # without the MTP layers
+    num_attention_heads: int = _of(SIZE)
+    num_key_value_heads: int = _of(SIZE)
+    head_dim: int = _of(SIZE)
+    num_experts: int = _of(SIZE, "num_local_experts")
+    num_experts_per_tok: int = _of(SIZE)
+    num_shared_experts: int = _of(SIZE)
+    moe_intermediate_size: int = _of(SIZE, "expert_hidden_dim")  # of one expert
+    mlp_layer_types: tuple[str, ...] = _of(LAYER_TYPES, default=None)  # "dense" or "sparse", one per trunk layer
+    router_scaling_factor: float = _of(POSITIVE)
+    rms_norm_eps: float = _of(POSITIVE)
+    initializer_range: float = _of(POSITIVE)
+    rope_theta: float = _of(POSITIVE, "rope_parameters.rope_theta")
+    max_position_embeddings: int = _of(SIZE)
+    enable_lm_head_fp32: bool = _of(BOOL, default=False)
+    enable_attention_fp32_softmax: bool = _of(BOOL, default=False)
+    enable_moe_fp32_combine: bool = _of(BOOL, default=True)  # transformers' class default
+    moe_router_enable_expert_bias: bool = _of(BOOL, default=True)
+    num_nextn_predict_layers: int = _of(COUNT, default=0)
+    attention_dropout: float = _of(PROBABILITY, default=0.0)
+    bos_token_id: int | None = _of(TOKEN_ID, default=None)
+    eos_token_id: int | tuple[int, ...] | None = _of(TOKEN_IDS, default=None)
+    pad_token_id: int | None = _of(TOKEN_ID, default=None)
+    dtype: str | None = _of(DTYPE, "torch_dtype", default=None)  # "bfloat16", "float16" or "float32"
     raw: dict[str, Any] = field(repr=False, compare=False)  # config.json as it was read
 
     @classmethod
@@ -184,11 +145,12 @@ class HyConfig:
         """
         if type(d) is not dict:
             raise UserError(f"{source}: the file holds {shown(d)}; a JSON object (a model's config) is needed")
-        for row in _FIXED:
-            _check_fixed(d, row, source)
+        for name in _FIXED:
+            _check_fixed(d, name, source)
         _check_architectures(d, source)
         _check_quantization(d, source)
-        values = {name: _read(d, row, source) for name, row in _FIELDS.items()}
+        read = {row.name: row.metadata["reading"] for row in fields(cls) if row.metadata}
+        values = {name: _read(d, name, reading, source) for name, reading in read.items()}
         values["mlp_layer_types"] = _layer_types(d, values, source)
         _check_together(values, source)
         try:
@@ -208,16 +170,12 @@ class HyConfig:
         """The config of the checkpoint in the folder `directory`. Raises UserError as `from_file` does."""
         if Path(directory).is_file():
             raise UserError(f"{directory}: a file; give the folder that holds {CONFIG_FILE}")
-        if not Path(directory).is_dir():
-            raise UserError(
-                f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` "
-                "fetches one)"
-            )
-        return cls.from_file(Path(directory) / CONFIG_FILE)
+        return cls.from_file(local_directory(directory) / CONFIG_FILE)
 
     def without_mtp(self) -> "HyConfig":
-        """The same model without its multi-token-prediction layers."""
-        return self.from_dict(self.raw | {"num_nextn_predict_layers": 0})
+        """The same model without its multi-token-prediction layers; itself where it has none."""
+        has_some = self.num_nextn_predict_layers > 0
+        return self.from_dict(self.raw | {"num_nextn_predict_layers": 0}) if has_some else self
 
     def with_vocabulary(self, vocab_size: int) -> "HyConfig":
         """The same model with another size of vocabulary."""
@@ -259,7 +217,14 @@ class HyConfig:
         return layer in self.mtp_layer_indices or self.mlp_layer_types[layer] == "sparse"
 
 
-assert set(_FIELDS) == {f.name for f in fields(HyConfig)} - {"raw"}
+def local_directory(directory: str | os.PathLike) -> Path:
+    """That of a Hugging Face checkpoint. Raises UserError where there is none."""
+    if not Path(directory).is_dir():
+        raise UserError(
+            f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches "
+            "one)"
+        )
+    return Path(directory)
 
 
 def _lookup(d: dict[str, Any], spelling: str, source: str) -> Any:
@@ -272,44 +237,41 @@ def _lookup(d: dict[str, Any], spelling: str, source: str) -> Any:
     return d.get(key)
 
 
-def _read(d: dict[str, Any], row: _Field, source: str) -> Any:
-    found = {spelling: value for spelling in row.spellings if (value := _lookup(d, spelling, source)) is not None}
+def _read(d: dict[str, Any], name: str, how: _Reading, source: str) -> Any:
+    spellings = (name, *how.spellings)
+    found = {spelling: value for spelling in spellings if (value := _lookup(d, spelling, source)) is not None}
     for spelling, value in found.items():
-        if not row.kind.accepts(value):
-            raise UserError(f"{source}: {spelling} is {shown(value)}; {row.kind.description} is needed")
+        if not how.kind.accepts(value):
+            raise UserError(f"{source}: {spelling} is {shown(value)}; {how.kind.needed} is needed")
         if value != next(iter(found.values())):
             both = " and ".join(f"{name} = {shown(v)}" for name, v in found.items())
             raise UserError(
                 f"{source}: {both} contradict each other; they name the same thing, so make them equal or remove one"
             )
     if found:
-        return row.kind.convert(next(iter(found.values())))
-    if row.default is _REQUIRED:
-        raise UserError(
-            f"{source}: {' (or '.join(row.spellings)}{')' * (len(row.spellings) - 1)} is missing; "
-            f"{row.kind.description} is needed"
-        )
-    return row.default
+        return how.kind.convert(next(iter(found.values())))
+    if how.default is _REQUIRED:
+        names = " (or ".join(spellings) + ")" * len(how.spellings)
+        raise UserError(f"{source}: {names} is missing; {how.kind.needed} is needed")
+    return how.default
 
 
-def _check_fixed(d: dict[str, Any], row: _Fixed, source: str) -> None:
-    value = _lookup(d, row.name, source)
-    if value is None and row.name != "model_type":
+def _check_fixed(d: dict[str, Any], name: str, source: str) -> None:
+    value, (needed, why) = _lookup(d, name, source), _FIXED[name]
+    if value is None and name != "model_type":
         return
-    same_type = type(value) is type(row.value) or (type(value) is float and type(row.value) is int)
-    if row.value is None or not same_type or value != row.value:
-        allowed = "absent or null" if row.value is None else json.dumps(row.value)
+    same_type = type(value) is type(needed) or (type(value) is float and type(needed) is int)
+    if not same_type or value != needed:
+        allowed = "absent or null" if needed is None else json.dumps(needed)
         found = "missing" if value is None else shown(value)
-        raise UserError(f"{source}: {row.name} is {found}, it must be {allowed}: {row.advice}")
+        raise UserError(f"{source}: {name} is {found}, it must be {allowed}: {why}")
 
 
 def _check_architectures(d: dict[str, Any], source: str) -> None:
-    architectures = d.get("architectures")
-    if architectures is not None and not (
-        type(architectures) is list and any(name in architectures for name in ARCHITECTURES)
-    ):
+    found = d.get("architectures")
+    if found is not None and not (type(found) is list and any(name in found for name in ARCHITECTURES)):
         raise UserError(
-            f"{source}: architectures is {shown(architectures)}; a list with {' or '.join(ARCHITECTURES)} is needed"
+            f"{source}: architectures is {shown(found)}; a list with {' or '.join(ARCHITECTURES)} is needed"
         )
 
 
@@ -331,7 +293,7 @@ def _layer_types(d: dict[str, Any], values: dict[str, Any], source: str) -> tupl
     (transformers' class default).
     """
     num_layers = values["num_hidden_layers"]
-    first_k_dense = _read(d, _FIRST_K_DENSE, source)
+    first_k_dense = _read(d, "first_k_dense_replace", _Reading(COUNT, (), None), source)
     listed = values["mlp_layer_types"]
     if first_k_dense is not None and first_k_dense > num_layers:
         raise UserError(

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 from hymeg.checksums import open_verified
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown, write_whole, written_whole
+from hymeg.hf.config import local_directory
 from hymeg.hf.dtypes import ITEM_SIZES
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -109,12 +110,7 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
     Raises:
         UserError: a file is missing or broken, the index and the headers disagree, or two files hold the same tensor.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(
-            f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches "
-            "one)"
-        )
+    directory = local_directory(directory)
     index_path = directory / INDEX_FILE
     weight_map = _read_index(index_path) if index_path.exists() else None
     file_names = list(dict.fromkeys(weight_map.values())) if weight_map is not None else _files_without_index(directory)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown
-from hymeg.hf.config import HyConfig
+from hymeg.hf.config import CONFIG_FILE, HyConfig, local_directory
 
 BOS = "<｜hy_begin▁of▁sentence｜>"
 PAD = "<｜hy_▁pad▁｜>"
@@ -79,12 +79,7 @@ def load_tokenizer(directory: str | os.PathLike, config: HyConfig | None = None)
     Raises:
         UserError: a file is missing or broken, or the vocabulary is larger than the model's.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(
-            f"{directory}: no such folder; give the local folder of a Hugging Face checkpoint (`hf download` fetches "
-            "one)"
-        )
+    directory = local_directory(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (directory / name).is_file():
             raise UserError(f"{directory / name}: missing; the checkpoint's tokenizer files are needed")
@@ -114,7 +109,7 @@ def end_of_document_id(directory: str | os.PathLike, tokenizer: PreTrainedTokeni
     Raises:
         UserError: config.json cannot be read, or names no token of the tokenizer's.
     """
-    path = Path(directory) / "config.json"
+    path = Path(directory) / CONFIG_FILE
     config = read_json(path) if path.is_file() else {}
     token_id = config.get("eod_token_id") if isinstance(config, dict) else None
     if token_id is None:

@@ -114,7 +114,7 @@ def settle_mtp(
         UserError: there is no base, or it is another model's: one with tensors of other shapes. (The vocabulary may
             differ.)
     """
-    without = config.without_mtp() if config.num_nextn_predict_layers else config
+    without = config.without_mtp()
     if drop:
         return Mtp(without, without, {}, [f"left out: the MTP layers, {len(held)} tensors"])
     if held or without is config:
