@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 from isal import isal_zlib
 
 from hymeg.errors import UserError
-from hymeg.files import write_whole
+from hymeg.files import os_errors, write_whole
 
 MANIFEST = "checksums.sfv"
 BLOCK_BYTES = 1 << 20
@@ -203,10 +203,8 @@ def read_manifest(path: str | os.PathLike) -> Mapping[str, FileSum] | None:
 
 @functools.lru_cache(maxsize=8)
 def _parsed(path: str, changed: int, size: int) -> Mapping[str, FileSum]:
-    try:
+    with os_errors(path, "read"):
         text = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     above, _, below = text.rpartition(_LAST.encode())
     if not re.fullmatch(rb"[0-9A-F]{8}\n", below) or int(below, 16) != isal_zlib.crc32(above):
         raise Damaged(path, "its lines do not have the checksum that its last line names; copy it again")
@@ -332,18 +330,15 @@ def damaged_blocks(
     """
     wrong, position = [], 0
     buffer = memoryview(bytearray(min(BLOCK_BYTES, max(expected.size, 1))))
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            while position < min(size, expected.size):
-                block = buffer[: min(BLOCK_BYTES, expected.size - position)]
-                count = _read_at(file.fileno(), position, block)
-                if isal_zlib.crc32(block[:count]) != expected.block(position // BLOCK_BYTES):
-                    wrong.append(range(position, position + len(block)))
-                position += len(block)
-                report(count)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with os_errors(path, "read"), open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        while position < min(size, expected.size):
+            block = buffer[: min(BLOCK_BYTES, expected.size - position)]
+            count = _read_at(file.fileno(), position, block)
+            if isal_zlib.crc32(block[:count]) != expected.block(position // BLOCK_BYTES):
+                wrong.append(range(position, position + len(block)))
+            position += len(block)
+            report(count)
     if size != expected.size:
         wrong.append(range(min(size, expected.size), max(size, expected.size)))
     return wrong

@@ -16,12 +16,22 @@ from hymeg.errors import UserError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems answer that cannot do a thing
+_WITHOUT_TRUNCATING = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
 _repr = reprlib.Repr(maxstring=160, maxlist=8, maxtuple=8, maxother=160)
 
 
 def opened(path: str | os.PathLike) -> BinaryIO:
     """Open a file for reading."""
     return open(path, "rb")
+
+
+@contextlib.contextmanager
+def os_errors(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Make an OSError that is raised inside a UserError: `path` cannot be `what` ("read", "written")."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be {what}: {error.strerror or error}") from error
 
 
 def shown(value: Any) -> str:
@@ -52,10 +62,8 @@ def read_json(path: str | os.PathLike, opened: Callable[[Any], BinaryIO] = opene
     and column).
     """
     try:
-        with opened(path) as file:
+        with os_errors(path, "read"), opened(path) as file:
             return json.loads(file.read())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, brackets thousands deep
@@ -99,17 +107,16 @@ def written_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with os_errors(path, "written"):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: str | os.PathLike, data: bytes) -> None:
@@ -122,13 +129,10 @@ def write_start(path: str | os.PathLike, data: bytes) -> None:
     """`data` over the first bytes of the file `path`, made if absent, flushed to disk. Raises UserError where it cannot
     be written.
     """
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with os_errors(path, "written"), os.fdopen(os.open(path, _WITHOUT_TRUNCATING, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def reserve(path: str | os.PathLike, num_bytes: int) -> None:
@@ -139,7 +143,7 @@ def reserve(path: str | os.PathLike, num_bytes: int) -> None:
     Raises:
         OSError: the disk is full, the folder cannot be written.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, _WITHOUT_TRUNCATING, 0o666)
     fallocate = getattr(_libc, "fallocate", None)  # Linux's
     given = ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(num_bytes)
     try:

@@ -21,6 +21,7 @@ from hymeg.checkpoint.rounding import converted, dequantised
 from hymeg.checkpoint.stored_tensor import ElementFinder
 from hymeg.checksums import Damaged, FilePart, Latest, ReadFile, expected_sum
 from hymeg.errors import UserError
+from hymeg.files import os_errors
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import ITEM_SIZES
 
@@ -130,6 +131,20 @@ class RowTensor(NamedTuple):
     @property
     def row_bytes(self) -> int:
         return self.num_columns * ITEM_SIZES[self.dtype]
+
+
+def stacked(key: str, tensors: Sequence[RowTensor], num_slices: int) -> RowTensor:
+    """The rows of matrices of one shape one after the other: as one matrix, or (`num_slices` not 0) as a stack."""
+    shapes, dtypes = ({getattr(tensor, name) for tensor in tensors} for name in ("shape", "dtype"))
+    if len(shapes) > 1 or len(tensors[0].shape) != 2:
+        raise UserError(f"{key}: its parts are of several shapes, or no matrices: {sorted(shapes)}")
+    (height, columns), bands = shapes.pop(), []
+    for number, tensor in enumerate(tensors):
+        first = number * height
+        bands += [band._replace(start=band.start + first, stop=band.stop + first) for band in tensor.bands]
+    rows = len(tensors) * height
+    shape = (num_slices, rows // num_slices, columns) if num_slices else (rows, columns)
+    return RowTensor(key, dtypes.pop() if len(dtypes) == 1 else "F32", shape, tuple(bands))
 
 
 def block_height(tensor: RowTensor) -> int:
@@ -255,23 +270,20 @@ class TensorReader:
 
     def _read_bytes(self, tensor: RowTensor, piece: Piece, first: int, into: memoryview) -> None:
         try:
-            file = self._opened(piece.file)
-            position = piece.position + first
-            if piece.length:
-                window = FilePart(file, piece.position, piece.length)
-                position += self._finder.find(
-                    window, piece.dtype, piece.shape, f"{piece.file}: {tensor.key} at byte {piece.position}"
-                )
-            count = file.read_into(position, into)
-            if count < len(into):
-                raise UserError(
-                    f"{piece.file}: ends at byte {position + count}, inside {tensor.key}; it was changed while it was "
-                    "read, or is truncated"
-                )
+            with os_errors(piece.file, "read"):
+                file, position = self._opened(piece.file), piece.position + first
+                if piece.length:
+                    window = FilePart(file, piece.position, piece.length)
+                    what = f"{piece.file}: {tensor.key} at byte {piece.position}"
+                    position += self._finder.find(window, piece.dtype, piece.shape, what)
+                count = file.read_into(position, into)
         except Damaged as error:
             raise error.reading(tensor.key) from None
-        except OSError as error:
-            raise UserError(f"{piece.file}: cannot be read: {error.strerror or error}") from error
+        if count < len(into):
+            raise UserError(
+                f"{piece.file}: ends at byte {position + count}, inside {tensor.key}; it was changed while it was "
+                "read, or is truncated"
+            )
 
     def _opened(self, path: str) -> ReadFile:
         if path not in self._files:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from hymeg.checksums import open_verified
 from hymeg.errors import UserError
-from hymeg.files import read_json, shown, write_whole, written_whole
+from hymeg.files import os_errors, read_json, shown, write_whole, written_whole
 from hymeg.hf.config import local_directory
 from hymeg.hf.dtypes import ITEM_SIZES
 
@@ -76,22 +76,18 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike, opened: Callable[[str | os.PathLike], BinaryIO] = open_verified):
         self.path = Path(path)
-        try:
-            with opened(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                header_bytes = int.from_bytes(file.read(8), "little")
-                if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
-                    raise UserError(
-                        f"{path}: not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`"
-                    )
-                if header_bytes > size - 8:
-                    raise UserError(
-                        f"{path}: truncated: {size} bytes, too few for its header of {header_bytes}; fetch the file "
-                        "again"
-                    )
-                text = file.read(header_bytes)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        with os_errors(path, "read"), opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
+                raise UserError(
+                    f"{path}: not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`"
+                )
+            if header_bytes > size - 8:
+                raise UserError(
+                    f"{path}: truncated: {size} bytes, too few for its header of {header_bytes}; fetch the file again"
+                )
+            text = file.read(header_bytes)
         try:
             header = json.loads(text.decode(), object_pairs_hook=_without_twins)
             self.metadata = _checked_metadata(header.pop("__metadata__", {}))

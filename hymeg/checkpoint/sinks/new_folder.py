@@ -26,7 +26,7 @@ from hymeg.checkpoint import workers
 from hymeg.checkpoint.dist_files import SOURCE_FILE
 from hymeg.checksums import MANIFEST, FileSum, read_manifest, sum_of, sum_of_file, write_manifest
 from hymeg.errors import UserError
-from hymeg.files import fsync_folder, read_json, write_whole
+from hymeg.files import fsync_folder, os_errors, read_json, write_whole
 
 RECORD = "conversion.json"
 _MARK = ".unfinished"
@@ -68,7 +68,7 @@ def new_folder(
     except OSError as error:
         raise UserError(f"{partial}: cannot be made: {error.strerror or error}; give a folder elsewhere") from error
     try:
-        with _tidy_end():
+        with os_errors(target, "written"), _tidy_end():
             _lock(mark, 0)
             check_target(target, 0, overwrite)  # the conversion that was waited for may have finished
             yield partial
@@ -78,8 +78,6 @@ def new_folder(
             write_manifest(partial / MANIFEST, _sums(partial) | {RECORD: sum_of(text)})
             fsync_folder(partial)
             _appear(partial, target, overwrite)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         os.close(mark)
         with contextlib.suppress(OSError):

@@ -22,8 +22,7 @@ from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.stored_tensor import envelope
 from hymeg.checkpoint.workers import Outcome, dealt, run
 from hymeg.checksums import MANIFEST, FileSum, Piece, Summer, joined, sum_of, write_manifest
-from hymeg.errors import UserError
-from hymeg.files import reserve, write_start, write_whole
+from hymeg.files import os_errors, reserve, write_start, write_whole
 from hymeg.hf.dtypes import ITEM_SIZES
 from hymeg.progress import Progress
 
@@ -123,10 +122,8 @@ def write(folder: Path, files: FilesToWrite, workers: int, progress: Progress) -
 def _reserve(folder: Path, files: FilesToWrite) -> dict[str, FileSum]:
     """Room for the tensors, and what lies beside them, whose checksums are returned."""
     for name, num_bytes in files.sizes.items():
-        try:
+        with os_errors(folder / name, "written"):
             reserve(folder / name, num_bytes)
-        except OSError as error:
-            raise _unwritable(folder / name, error) from error
     sums: dict[str, FileSum] = {}
     while files.beside:
         name, data = files.beside.popitem()
@@ -139,7 +136,15 @@ def _complete(
     folder: Path, files: FilesToWrite, sums: Mapping[str, FileSum], pieces: Sequence[Mapping[str, list[Piece]]]
 ) -> None:
     """What makes valid what is on disk now: the checksums, and the files' last bytes."""
-    write_manifest(folder / MANIFEST, {**sums, **_sums_of_pieces(pieces, files.last)})
+    of_files: dict[str, list[Piece]] = collections.defaultdict(list)
+    for of_worker in pieces:
+        for name, some in of_worker.items():
+            of_files[name] += some
+    for name, data in files.last.items():
+        start = Summer()
+        start.add(0, data)
+        of_files[name] += start.pieces
+    write_manifest(folder / MANIFEST, {**sums, **{name: joined(some) for name, some in of_files.items()}})
     while files.last:
         name, data = files.last.popitem()
         write_start(folder / name, data)
@@ -158,19 +163,6 @@ def write_in_order(folder: Path, files: FilesToWrite, pieces: Iterable[tuple[str
             writer.open(name)
             writer.write([data], position)
     _complete(folder, files, sums, [writer.pieces])
-
-
-def _sums_of_pieces(results: Sequence[Mapping[str, list[Piece]]], starts: Mapping[str, bytes]) -> dict[str, FileSum]:
-    """Of the files whose pieces were written by each of several, and whose first bytes are `starts`."""
-    pieces: dict[str, list[Piece]] = collections.defaultdict(list)
-    for of_worker in results:
-        for name, some in of_worker.items():
-            pieces[name] += some
-    for name, data in starts.items():
-        start = Summer()
-        start.add(0, data)
-        pieces[name] += start.pieces
-    return {name: joined(some) for name, some in pieces.items()}
 
 
 class _Writer:
@@ -206,24 +198,20 @@ class _Writer:
         if name != self._name:
             self._leave()
             self._name, self._path = name, self._folder / name
-            try:
+            with os_errors(self._path, "written"):
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise _unwritable(self._path, error) from error
 
     def write(self, buffers: list[bytes | memoryview], position: int) -> list[int]:
         """Write them one after the other, from `position` on, whatever the system takes at once; the CRC-32 of each."""
         total, crcs, summer = sum(map(len, buffers)), [], self._summers[self._name]
         for buffer, start in zip(buffers, itertools.accumulate(map(len, buffers), initial=position), strict=False):
             crcs.append(summer.add(start, buffer))
-        try:
+        with os_errors(self._path, "written"):
             written = os.pwritev(self._descriptor, buffers, position)
             if written < total:
                 rest = memoryview(b"".join(buffers))
                 while written < total:
                     written += os.pwrite(self._descriptor, rest[written:], position + written)
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
         self._unflushed += total
         if self._unflushed >= _SYNC_BYTES:
             self._later(os.fdatasync)
@@ -242,10 +230,8 @@ class _Writer:
 
     def _wait(self) -> None:
         path, flush = self._flushes.popleft()
-        try:
+        with os_errors(path, "written"):
             flush.result()
-        except OSError as error:
-            raise _unwritable(path, error) from error
 
 
 def _fsync_and_close(descriptor: int) -> None:
@@ -253,10 +239,6 @@ def _fsync_and_close(descriptor: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def _write_task(reader: TensorReader, task: Task, writer: _Writer, report: Callable[[int], None]) -> None:

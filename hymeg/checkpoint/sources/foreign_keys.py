@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS
-from hymeg.checkpoint.mapping import num_rows
-from hymeg.checkpoint.row_tensors import RowTensor
+from hymeg.checkpoint.row_tensors import RowTensor, stacked
 from hymeg.errors import UserError
 
 WRAPPERS = ("module.",)  # what NeMo 2 puts before every key
@@ -122,17 +121,4 @@ def _put_together(ours: str, some: list[tuple[Part, RowTensor]]) -> RowTensor:
         of_expert = "" if missing[0].expert is None else f" of expert {missing[0].expert}"
         what = {None: "a part", 0: "the gate", 1: "the up projection"}[missing[0].half]
         raise UserError(f"{ours}: {what}{of_expert} is missing; the checkpoint was not saved to the end, copy it again")
-    return _stacked(ours, [by_part[part] for part in wanted], num_experts)
-
-
-def _stacked(ours: str, tensors: list[RowTensor], num_experts: int) -> RowTensor:
-    """The rows of these matrices one after the other, as one matrix, or as a stack of `num_experts`."""
-    if len({tensor.shape for tensor in tensors}) > 1 or len(tensors[0].shape) != 2:
-        raise UserError(f"{ours}: its parts are of several shapes: {sorted({tensor.shape for tensor in tensors})}")
-    bands, row, dtypes = [], 0, {tensor.dtype for tensor in tensors}
-    for tensor in tensors:
-        bands += [band._replace(start=band.start + row, stop=band.stop + row) for band in tensor.bands]
-        row += num_rows(tensor.shape)
-    columns = tensors[0].shape[1]
-    shape = (num_experts, row // num_experts, columns) if num_experts else (row, columns)
-    return RowTensor(ours, dtypes.pop() if len(dtypes) == 1 else "F32", shape, tuple(bands))
+    return stacked(ours, [by_part[part] for part in wanted], num_experts)

@@ -5,7 +5,7 @@ whoever wrote it. Every tensor and every setting is accounted for: what has no p
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from hymeg.checkpoint.adapter_table import (
     check_adapter_tensors,
     is_meant,
 )
-from hymeg.checkpoint.mapping import Range, hf_entries, num_rows
+from hymeg.checkpoint.mapping import Range, hf_entries
 from hymeg.checkpoint.peft_table import (
     CONFIG_FILE,
     DOWN_PARAMETER,
@@ -34,8 +34,9 @@ from hymeg.checkpoint.peft_table import (
     transformers_paths,
 )
 from hymeg.checkpoint.row_functions import Rearranged
-from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, TensorReader
+from hymeg.checkpoint.row_tensors import Band, RowTensor, TensorReader, stacked
 from hymeg.checkpoint.sources.adapter_folder import Adapter
+from hymeg.checkpoint.sources.hf_folder import as_stored
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
@@ -50,27 +51,21 @@ _WITHOUT_EFFECT = {
     *("layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"),
 }
-_STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)(\.base_layer)?")
-_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)")
 
 
-class _Matrix(NamedTuple):
-    """A or B of something, as it is stored."""
+class _Adapted(NamedTuple):
+    """What a pair of matrices of the file, A and B, is the adapter of."""
 
-    name: str
-    entry: TensorEntry
+    path: str  # as rank_pattern and alpha_pattern name it
+    modules: tuple[Module, ...]  # two: the gate and up projections, together
+    expert: int | None = None  # the one of the module's; None: all that it has, stacked
 
-    def tensor(self) -> RowTensor:
-        return _tensor(self.name, self.entry)
+    @property
+    def num_stacked(self) -> int | None:
+        return self.modules[0].num_experts if self.expert is None else None
 
 
-class _Found(NamedTuple):
-    """What the file holds, by what it is of."""
-
-    single: dict[str, dict[str, _Matrix]]  # path in our table -> "A", "B"
-    experts: dict[str, dict[int, dict[str, _Matrix]]]  # path in our table -> expert
-    stacked: dict[tuple[str, str], dict[str, _Matrix]]  # (path of the experts, parameter)
-    full: dict[str, TensorEntry]  # by hub name
+_Pairs = Mapping[_Adapted, Mapping[str, RowTensor]]  # by "A" and "B"
 
 
 def open_peft(folder: str | Path, config: HyConfig) -> Adapter:
@@ -83,13 +78,20 @@ def open_peft(folder: str | Path, config: HyConfig) -> Adapter:
     folder = Path(folder)
     raw, entries = peft_contents(folder)
     try:
-        found = _sorted_out(config, entries, raw)
-        settings, tensors = _Reading(folder, config, raw, found).adapter()
+        pairs, full = _sorted_out(config, entries, raw)
+        ranks = {of: _rank(of, pair["A"], raw) for of, pair in pairs.items()}
+        rank = _rank_of_all(ranks, raw)
+        scaling, base = "rslora" if raw.get("use_rslora") else "lora", raw.get("base_model_name_or_path")
+        alpha, dropout = _alpha(ranks, rank, scaling, raw), float(raw.get("lora_dropout") or 0.0)
+        tensors = _tensors(folder, pairs, rank)
+        tensors |= {key: found._replace(key=key) for name, found in full.items() if (key := PREFIX + name + FULL)}
+        targets = _targets(config, {module for of in pairs for module in of.modules})
+        settings = AdapterSettings(rank, alpha, scaling, dropout, targets, {"source": base} if base else None)
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        check_adapter_tensors(config, settings.rank, settings.targets, shapes, found.full)
+        check_adapter_tensors(config, rank, targets, shapes, full)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    is_served = bool(found.experts) or any(".shared_mlp." in name for name in entries)
+    is_served = any(of.expert is not None for of in pairs) or any(".shared_mlp." in name for name in entries)
     what = f"adapter, {'served' if is_served else 'peft'} layout"
     return Adapter(what, folder, config, settings, tensors)
 
@@ -99,13 +101,6 @@ def peft_contents(folder: str | Path) -> tuple[dict[str, Any], dict[str, TensorE
     where it takes no model to tell.
     """
     folder = Path(folder)
-    raw = _checked_settings(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; save the adapter with safe_serialization")
-    return raw, SafetensorsFile(folder / WEIGHTS_FILE).tensors
-
-
-def _checked_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     raw = read_json(path)
     if type(raw) is not dict or raw.get("peft_type") != "LORA":
@@ -124,192 +119,158 @@ def _checked_settings(folder: Path) -> dict[str, Any]:
         pattern = raw.get(name) or {}
         if type(pattern) is not dict or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
             raise UserError(f"{path}: {name} is {shown(pattern)}; an object of positive numbers is needed")
-    return raw
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; save the adapter with safe_serialization")
+    return raw, SafetensorsFile(folder / WEIGHTS_FILE).tensors
 
 
-def _sorted_out(config: HyConfig, entries: Mapping[str, TensorEntry], raw: Mapping[str, Any]) -> _Found:
-    modules = {module.path: module for module in all_modules(config)}
-    single = transformers_paths(config, modules.values()) | {p: m for p, m in modules.items() if m.num_experts is None}
-    full = {name: name for name in (entry.hf_name for entry in hf_entries(config, "hub"))}
-    full |= {theirs: ours for ours, theirs in transformers_names(config).items()}
-    parameters = [p for p in (GATE_UP_PARAMETER, DOWN_PARAMETER) if p in _parameters(raw)]
-    found, unknown = _Found({}, {}, {}, {}), []
+def _sorted_out(
+    config: HyConfig, entries: Mapping[str, TensorEntry], raw: Mapping[str, Any]
+) -> tuple[_Pairs, dict[str, RowTensor]]:
+    """The adapters, and what was trained in full, by hub name."""
+    known = _paths(config, _parameters(raw))
+    full_names = {name: name for name in (entry.hf_name for entry in hf_entries(config, "hub"))}
+    full_names |= {theirs: ours for ours, theirs in transformers_names(config).items()}
+    pairs, full, unknown = {}, {}, []
     for name, entry in entries.items():
         if entry.dtype not in WEIGHTS:
             raise UserError(f"{name} is {entry.dtype}; one of {', '.join(WEIGHTS)} is needed")
+        if not 1 <= len(entry.shape) <= 2:
+            raise UserError(f"{name} is {list(entry.shape)}; one or two axes are needed")
         kind = next((end for end in (LORA_A, LORA_B) if name.endswith(end)), "")
         path = name.removeprefix(MODEL).removesuffix(kind) if name.startswith(MODEL) else ""
-        letter, matrix = kind[6:7], _Matrix(name, entry)
-        if kind and path in single:
-            found.single.setdefault(single[path].path, {})[letter] = matrix
-        elif kind and (of := _EXPERT.fullmatch(path)) and f"{of[1]}.{of[3]}" in modules:
-            experts = found.experts.setdefault(f"{of[1]}.{of[3]}", {})
-            experts.setdefault(int(of[2]), {})[letter] = matrix
-        elif kind and (of := _STACKED.fullmatch(path)) and f"{of[1]}.gate_proj" in modules and parameters:
-            # The inner wrapper's is the first of the parameters, the outer one's the last.
-            parameter = parameters[0] if of[2] else parameters[-1]
-            if of[2] and len(parameters) < 2:
-                unknown.append(name)
-            found.stacked.setdefault((of[1], parameter), {})[letter] = matrix
-        elif not kind and path in full:
-            found.full[full[path]] = entry
+        if kind and path in known:
+            pairs.setdefault(known[path], {})["A" if kind == LORA_A else "B"] = as_stored(name, entry)
+        elif not kind and path in full_names:
+            full[full_names[path]] = as_stored(name, entry)
         else:
             unknown.append(name)
     if unknown:
         raise UserError(f"{len(unknown)} tensors that have no place in this model, such as {unknown[0]}")
-    return found
+    for pair in pairs.values():
+        if len(pair) < 2:
+            [(letter, tensor)] = pair.items()
+            raise UserError(f"{tensor.key} is there, lora_{'B' if letter == 'A' else 'A'} is missing")
+    return pairs, full
+
+
+def _paths(config: HyConfig, parameters: list[str]) -> dict[str, _Adapted]:
+    """Every path that an adapter may have in the file, in either layout."""
+    modules = {module.path: module for module in all_modules(config)}
+    single = transformers_paths(config, modules.values()) | {p: m for p, m in modules.items() if m.num_experts is None}
+    known = {path: _Adapted(path, (module,)) for path, module in single.items()}
+    for module in modules.values():
+        for expert in range(module.num_experts or 0):
+            path = module.weight(expert).removesuffix(".weight")
+            known[path] = _Adapted(path, (module,), expert)
+        above, _, name = module.path.rpartition(".")
+        if module.num_experts and name == "down_proj":
+            names = {GATE_UP_PARAMETER: ("gate_proj", "up_proj"), DOWN_PARAMETER: ("down_proj",)}
+            # The inner wrapper's is the first of the parameters, the outer one's the last.
+            for parameter, end in zip(reversed(parameters), ("", ".base_layer"), strict=False):
+                path = above.removesuffix("mlp.experts") + parameter
+                known[above + end] = _Adapted(path, tuple(modules[f"{above}.{name}"] for name in names[parameter]))
+    return known
 
 
 def _parameters(raw: Mapping[str, Any]) -> list[str]:
-    """target_parameters, in full."""
+    """target_parameters, in full, in peft's order."""
     known = (GATE_UP_PARAMETER, DOWN_PARAMETER)
-    listed = raw.get("target_parameters") or []
-    found = []
-    for name in listed:
-        meant = [
-            parameter for parameter in known if parameter.endswith(str(name)) or str(name).endswith(f".{parameter}")
-        ]
+    found = set()
+    for name in raw.get("target_parameters") or []:
+        meant = {end for end in known if end.endswith(str(name)) or str(name).endswith(f".{end}")}
         if not meant:
             raise UserError(f"target_parameters: {shown(name)}; allowed are {' and '.join(known)}")
-        found += meant
-    return found
+        found |= meant
+    return [parameter for parameter in known if parameter in found]
 
 
-class _Reading:
-    """One folder's way to settings and tensors."""
-
-    def __init__(self, folder: Path, config: HyConfig, raw: Mapping[str, Any], found: _Found):
-        self.folder, self.config, self.raw, self.found = folder, config, raw, found
-        self.modules = {module.path: module for module in all_modules(config)}
-        self.is_rslora = bool(raw.get("use_rslora"))
-
-    def adapter(self) -> tuple[AdapterSettings, dict[str, RowTensor]]:
-        ranks = {self._rank(path, matrices["A"], 1) for path, matrices in self._plain()}
-        ranks |= {self._rank(*self._of(at)) for at in self.found.stacked if at[1] == DOWN_PARAMETER}
-        if len(ranks) > 1:
-            raise UserError(f"rank_pattern: ranks {', '.join(map(str, sorted(ranks)))}; hymeg's adapters have one rank")
-        gate_up = {self._rank(*self._of(at)) for at in self.found.stacked if at[1] == GATE_UP_PARAMETER}
-        rank = next(iter(ranks)) if ranks else int(self.raw["r"])
-        if not ranks and gate_up and gate_up != {2 * rank}:
-            rank = next(iter(gate_up))
-        if wrong := sorted(gate_up - {rank, 2 * rank}) or (sorted(gate_up) if len(gate_up) > 1 else []):
-            raise UserError(
-                f"rank_pattern: {GATE_UP_PARAMETER} has rank {wrong[0]}, the others {rank}; that one, or twice that "
-                "one with a block-diagonal B, is possible"
-            )
-        is_split = gate_up == {2 * rank}
-        tensors = self._tensors(rank, is_split)
-        targets = _targets(self.config, {self._module_of(key) for key in tensors if not key.endswith(FULL)})
-        base = self.raw.get("base_model_name_or_path")
-        settings = AdapterSettings(
-            rank,
-            self._alpha(rank, is_split),
-            "rslora" if self.is_rslora else "lora",
-            float(self.raw.get("lora_dropout") or 0.0),
-            targets,
-            {"source": base} if base else None,
+def _rank(of: _Adapted, a: RowTensor, raw: Mapping[str, Any]) -> int:
+    said = int(_by_pattern(raw.get("rank_pattern"), of.path, raw["r"]))
+    needed = said * (of.num_stacked or 1)
+    if len(a.shape) != 2 or a.shape[0] != needed:
+        raise UserError(
+            f"{a.key} is {list(a.shape)}; {needed} rows are needed for rank {said}, which {CONFIG_FILE} gives it"
         )
-        return settings, tensors
+    return said
 
-    def _plain(self) -> Iterable[tuple[str, dict[str, _Matrix]]]:
-        """Every adapter that is no stack, with its path in transformers."""
-        yield from self._complete(self.found.single.items())
-        for path, experts in self.found.experts.items():
-            above, _, name = path.rpartition(".")
-            missing = set(range(self.config.num_experts)) - set(experts)
-            foreign = set(experts) - set(range(self.config.num_experts))
-            if missing or foreign:
-                which = f"{len(missing)} missing ({min(missing)})" if missing else f"{min(foreign)} is none"
-                raise UserError(f"{path}: experts: {which}; the model has {self.config.num_experts}")
-            yield from self._complete((f"{above}.{e}.{name}", matrices) for e, matrices in sorted(experts.items()))
 
-    def _complete(self, adapters: Iterable[tuple[str, dict[str, _Matrix]]]) -> Iterable[tuple[str, dict[str, _Matrix]]]:
-        for path, matrices in adapters:
-            if len(matrices) < 2:
-                [(letter, matrix)] = matrices.items()
-                raise UserError(f"{matrix.name} is there, lora_{'B' if letter == 'A' else 'A'} is missing")
-            yield path, matrices
+def _rank_of_all(ranks: Mapping[_Adapted, int], raw: Mapping[str, Any]) -> int:
+    """The rank of ours: that of every adapter, but that gate and up projections together may have twice that one."""
+    gate_up = sorted({rank for of, rank in ranks.items() if len(of.modules) > 1})
+    others = sorted({rank for of, rank in ranks.items() if len(of.modules) == 1})
+    if len(others) > 1:
+        raise UserError(f"rank_pattern: ranks {', '.join(map(str, others))}; hymeg's adapters have one rank")
+    rank = others[0] if others else int(raw["r"])
+    if not others and gate_up and gate_up != [2 * rank]:
+        rank = gate_up[0]
+    if wrong := [other for other in gate_up if other not in (rank, 2 * rank)] or gate_up[1:]:
+        raise UserError(
+            f"rank_pattern: {GATE_UP_PARAMETER} has rank {wrong[0]}, the others {rank}; that one, or twice that one "
+            "with a block-diagonal B, is possible"
+        )
+    return rank
 
-    def _of(self, at: tuple[str, str]) -> tuple[str, _Matrix, int]:
-        [(_, matrices)] = self._complete([(at[0], self.found.stacked[at])])
-        return f"{at[0].removesuffix('.mlp.experts')}.{at[1]}", matrices["A"], self.config.num_experts
 
-    def _rank(self, path: str, matrix: _Matrix, num_experts: int) -> int:
-        rows = matrix.entry.shape[0] if len(matrix.entry.shape) == 2 else 0
-        said = int(_by_pattern(self.raw.get("rank_pattern"), path, self.raw["r"]))
-        if rows != said * num_experts:
-            raise UserError(
-                f"{matrix.name} is {list(matrix.entry.shape)}; {said * num_experts} rows are needed for rank {said}, "
-                f"which {CONFIG_FILE} gives it"
-            )
-        return said
+def _alpha(ranks: Mapping[_Adapted, int], rank: int, scaling: str, raw: Mapping[str, Any]) -> float:
+    """The one that gives every module its scale."""
+    power, usual = 0.5 if scaling == "rslora" else 1.0, raw["lora_alpha"]
+    alphas: dict[float, str] = {}
+    for of, its_rank in ranks.items():
+        alpha = _by_pattern(raw.get("alpha_pattern"), of.path, usual) * (rank / its_rank) ** power
+        if not any(math.isclose(alpha, known, rel_tol=1e-9) for known in alphas):
+            alphas[alpha] = of.path
+    if len(alphas) > 1:
+        both = " and ".join(f"{alpha:g} of {path}" for alpha, path in [*alphas.items()][:2])
+        raise UserError(f"alpha_pattern: {both} differ; hymeg's adapters have one scale")
+    alpha = next(iter(alphas), usual)
+    return usual if math.isclose(alpha, usual, rel_tol=1e-9) else alpha
 
-    def _alpha(self, rank: int, is_split: bool) -> float:
-        """The one that gives every module its scale."""
-        paths = [(path, rank) for path, _ in self._plain()]
-        for at in self.found.stacked:
-            twice = is_split and at[1] == GATE_UP_PARAMETER
-            paths.append((self._of(at)[0], 2 * rank if twice else rank))
-        power = 0.5 if self.is_rslora else 1.0
-        alphas: dict[float, str] = {}
-        for path, of_path in paths:
-            alpha = _by_pattern(self.raw.get("alpha_pattern"), path, self.raw["lora_alpha"]) * (rank / of_path) ** power
-            if not any(math.isclose(alpha, known, rel_tol=1e-9) for known in alphas):
-                alphas[alpha] = path
-        if len(alphas) > 1:
-            both = " and ".join(f"{alpha:g} of {path}" for alpha, path in [*alphas.items()][:2])
-            raise UserError(f"alpha_pattern: {both} differ; hymeg's adapters have one scale")
-        alpha = next(iter(alphas), self.raw["lora_alpha"])
-        return self.raw["lora_alpha"] if math.isclose(alpha, self.raw["lora_alpha"], rel_tol=1e-9) else alpha
 
-    def _module_of(self, key: str) -> Module:
-        return self.modules[key.removeprefix(PREFIX).rpartition(".")[0]]
+def _tensors(folder: Path, pairs: _Pairs, rank: int) -> dict[str, RowTensor]:
+    made: dict[str, RowTensor] = {}
+    of_experts: dict[Module, dict[int, Mapping[str, RowTensor]]] = {}
+    for of, pair in pairs.items():
+        if of.num_stacked:
+            made |= _from_stack(folder, of.modules, rank, pair["A"], pair["B"])
+        elif of.expert is None:
+            [module] = of.modules
+            made[module.lora_a] = pair["A"]._replace(key=module.lora_a)
+            made[module.lora_b] = pair["B"]._replace(key=module.lora_b)
+        else:
+            of_experts.setdefault(of.modules[0], {})[of.expert] = pair
+    for module, experts in of_experts.items():
+        everyone = range(module.num_experts)
+        if missing := [expert for expert in everyone if expert not in experts]:
+            which = f"{len(missing)} missing ({missing[0]})"
+            raise UserError(f"{module.path}: experts: {which}; the model has {module.num_experts}")
+        for key, letter in ((module.lora_a, "A"), (module.lora_b, "B")):
+            made[key] = stacked(key, [experts[expert][letter] for expert in everyone], module.num_experts)
+    return made
 
-    def _tensors(self, rank: int, is_split: bool) -> dict[str, RowTensor]:
-        made = {}
-        for path, matrices in self.found.single.items():
-            for key, matrix in zip(self._keys(path), (matrices["A"], matrices["B"]), strict=True):
-                made[key] = matrix.tensor()._replace(key=key)
-        for path, experts in self.found.experts.items():
-            for key, letter in zip(self._keys(path), "AB", strict=True):
-                made[key] = _stack(key, [experts[e][letter].tensor() for e in sorted(experts)])
-        for (above, parameter), matrices in self.found.stacked.items():
-            if parameter == DOWN_PARAMETER:
-                made |= self._from_stack(f"{above}.down_proj", matrices, rank, 0, 0)
-                continue
-            if is_split:
-                _check_blocks(matrices["B"], self.config.num_experts)
-            for i, name in enumerate(("gate_proj", "up_proj")):
-                made |= self._from_stack(f"{above}.{name}", matrices, rank, i, i * rank * is_split)
-        for name, entry in self.found.full.items():
-            made[PREFIX + name + FULL] = _tensor(PREFIX + name + FULL, entry)
-        return made
 
-    def _keys(self, path: str) -> tuple[str, str]:
-        return self.modules[path].lora_a, self.modules[path].lora_b
-
-    def _from_stack(
-        self, path: str, matrices: dict[str, _Matrix], rank: int, part: int, first_rank: int
-    ) -> dict[str, RowTensor]:
-        """Of a stack's ranks those from `first_rank` on, of B's rows the part'th module's."""
-        module = self.modules[path]
-        num_experts = module.num_experts
-        a, b = matrices["A"].tensor(), matrices["B"].tensor()
-        in_stack = a.shape[0] // num_experts
-        num_out = b.shape[0] // (1 if path.endswith("down_proj") else 2)
-        if len(b.shape) != 2 or b.shape[1] != in_stack * num_experts:
-            raise UserError(f"{b.key} is {list(b.shape)}; {in_stack * num_experts} columns are needed")
-        piece = a.bands[0].pieces[0]
+def _from_stack(
+    folder: Path, modules: tuple[Module, ...], rank: int, a: RowTensor, b: RowTensor
+) -> dict[str, RowTensor]:
+    """Of each module that a stack is for: with twice the rank, ranks of its own."""
+    num_experts, num_out = modules[0].num_experts, b.shape[0] // len(modules)
+    in_stack = a.shape[0] // num_experts
+    if len(b.shape) != 2 or b.shape[1] != in_stack * num_experts:
+        raise UserError(f"{b.key} is {list(b.shape)}; {in_stack * num_experts} columns are needed")
+    if in_stack > rank:
+        _check_blocks(b)
+    [piece], made = a.bands[0].pieces, {}
+    for part, module in enumerate(modules):
+        first = part * rank if in_stack > rank else 0
         bands = tuple(
-            Band(e * rank, (e + 1) * rank, (piece._replace(row=e * in_stack + first_rank),)) for e in range(num_experts)
+            Band(e * rank, (e + 1) * rank, (piece._replace(row=e * in_stack + first),)) for e in range(num_experts)
         )
-        rows, ranks = (part * num_out, (part + 1) * num_out), (first_rank, first_rank + rank)
+        rows, ranks = (part * num_out, (part + 1) * num_out), (first, first + rank)
         arrange = functools.partial(_experts_first, num_experts=num_experts, rows=rows, ranks=ranks)
-        made = Rearranged(f"{self.folder}: {module.lora_b}", (b,), arrange)
-        return {
-            module.lora_a: RowTensor(module.lora_a, a.dtype, (num_experts, rank, a.shape[1]), bands),
-            module.lora_b: RowTensor(module.lora_b, "F32", (num_experts, num_out, rank), (), made),
-        }
+        of_b = Rearranged(f"{folder}: {module.lora_b}", (b,), arrange)
+        made[module.lora_a] = RowTensor(module.lora_a, a.dtype, (num_experts, rank, a.shape[1]), bands)
+        made[module.lora_b] = RowTensor(module.lora_b, "F32", (num_experts, num_out, rank), (), of_b)
+    return made
 
 
 def _experts_first(stored: np.ndarray, num_experts: int, rows: Range, ranks: Range) -> np.ndarray:
@@ -318,15 +279,14 @@ def _experts_first(stored: np.ndarray, num_experts: int, rows: Range, ranks: Ran
     return np.ascontiguousarray(by_rank.transpose(2, 0, 1)).reshape(-1, ranks[1] - ranks[0])
 
 
-def _check_blocks(b: _Matrix, num_experts: int) -> None:
+def _check_blocks(b: RowTensor) -> None:
     """Gate's rows are zero for up's ranks, and up's for gate's."""
-    tensor = b.tensor()
     with TensorReader() as reader:
-        numbers = reader.numbers(tensor, [(0, tensor.shape[0])])
-    numbers = numbers.reshape(2, tensor.shape[0] // 2, 2, -1)  # [gate or up, out, gate's or up's ranks, ...]
+        numbers = reader.numbers(b, b.all_rows)
+    numbers = numbers.reshape(2, b.shape[0] // 2, 2, -1)  # [gate or up, out, gate's or up's ranks, ...]
     if numbers[0, :, 1].any() or numbers[1, :, 0].any():
         raise UserError(
-            f"rank_pattern: {b.name} has twice the rank of the others and is not block-diagonal; hymeg's adapters have "
+            f"rank_pattern: {b.key} has twice the rank of the others and is not block-diagonal; hymeg's adapters have "
             "one rank"
         )
 
@@ -356,24 +316,3 @@ def _targets(config: HyConfig, modules: set[Module]) -> tuple[str, ...]:
             "adapters in some layers only (layers_to_transform) are not supported"
         )
     return tuple(targets)
-
-
-def _tensor(key: str, entry: TensorEntry) -> RowTensor:
-    shape = tuple(entry.shape)
-    if not 1 <= len(shape) <= 2:
-        raise UserError(f"{key} is {list(shape)}; one or two axes are needed")
-    piece = Piece(str(entry.file), entry.offset, 0, shape, 0, 0, shape[-1], entry.dtype)
-    return RowTensor(key, entry.dtype, shape, (Band(0, num_rows(shape), (piece,)),))
-
-
-def _stack(key: str, tensors: list[RowTensor]) -> RowTensor:
-    first = tensors[0]
-    for tensor in tensors:
-        if tensor.shape != first.shape:
-            raise UserError(
-                f"{tensor.key} is {list(tensor.shape)}, {first.key} {list(first.shape)}; one shape is needed"
-            )
-    kinds = {tensor.dtype for tensor in tensors}
-    height = first.shape[0]
-    bands = tuple(Band(i * height, (i + 1) * height, tensor.bands[0].pieces) for i, tensor in enumerate(tensors))
-    return RowTensor(key, kinds.pop() if len(kinds) == 1 else "F32", (len(tensors), *first.shape), bands)
