@@ -39,6 +39,15 @@ def shown(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else _repr.repr(value)
 
 
+def are_sizes(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether it names a file in the folder where it is found, and none elsewhere."""
+    return type(value) is str and value not in ("", ".", "..") and not re.search(r"[/\\\0]", value)
+
+
 def parse_bytes(text: str) -> int:
     """The number of bytes in "5GB", "500MB", "2GiB" or "1000000". Raises UserError for anything else."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)

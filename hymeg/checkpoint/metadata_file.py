@@ -6,7 +6,7 @@ import functools
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ from hymeg.checkpoint.mapping import Shape
 from hymeg.checkpoint.pickles import unpickled
 from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError
-from hymeg.files import opened, shown
+from hymeg.files import are_sizes, opened, shown
 
 _MAX_BYTES = 4 << 30
 
@@ -141,7 +141,3 @@ class _FlagsReader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         return None
-
-
-def are_sizes(values: Iterable[Any]) -> bool:
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)

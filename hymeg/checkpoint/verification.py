@@ -35,7 +35,7 @@ from hymeg.checksums import (
 )
 from hymeg.errors import UserError
 from hymeg.files import drop_from_cache, opened, some
-from hymeg.hf.safetensors_files import SafetensorsFile
+from hymeg.hf.safetensors_files import read_header
 from hymeg.progress import Progress
 
 _BIG = re.compile(r".*\.(safetensors|distcp)|\.metadata|model\.safetensors\.index\.json|metadata\.json|\d+")
@@ -200,7 +200,7 @@ def _tensors_at(path: Path, wrong: list[range]) -> list[str]:
 def _places(path: Path) -> list[tuple[str, int, int]]:
     """Name, position and length of each tensor, or other object, that is stored in a file."""
     if path.suffix == ".safetensors":
-        return [(name, entry.offset, entry.nbytes) for name, entry in SafetensorsFile(path, opened).tensors.items()]
+        return [(name, entry.offset, entry.nbytes) for name, entry in read_header(path, opened).items()]
     if path.suffix != ".distcp":
         return []
     return [(key, *place) for key, file, *place in stored_places(path.parent) if file == path.name]

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from hymeg.checksums import open_verified
 from hymeg.errors import UserError
-from hymeg.files import os_errors, read_json, shown, write_whole, written_whole
+from hymeg.files import are_sizes, is_file_name, os_errors, read_json, shown, write_whole, written_whole
 from hymeg.hf.config import local_directory
 from hymeg.hf.dtypes import ITEM_SIZES
 
@@ -62,40 +62,42 @@ class Shard(NamedTuple):
     tensors: tuple[TensorSpec, ...]
 
 
-class SafetensorsFile:
-    """The header of one safetensors file, checked.
-
-    Attributes:
-        tensors: name -> TensorEntry, in the order of the bytes.
-        metadata: the header's `__metadata__`, strings to strings.
+def read_header(path: Path, opened: Callable[[str | os.PathLike], BinaryIO] = open_verified) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file by name, in the order of their bytes. (safetensors' own `safe_open` would map
+    the whole file, which a limit on address space does not allow.)
 
     Raises:
         UserError: the file cannot be read, is truncated, or its header does not describe exactly the bytes that follow
             it.
     """
-
-    def __init__(self, path: str | os.PathLike, opened: Callable[[str | os.PathLike], BinaryIO] = open_verified):
-        self.path = Path(path)
-        with os_errors(path, "read"), opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
-                raise UserError(
-                    f"{path}: not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`"
-                )
-            if header_bytes > size - 8:
-                raise UserError(
-                    f"{path}: truncated: {size} bytes, too few for its header of {header_bytes}; fetch the file again"
-                )
-            text = file.read(header_bytes)
-        try:
-            header = json.loads(text.decode(), object_pairs_hook=_without_twins)
-            self.metadata = _checked_metadata(header.pop("__metadata__", {}))
-            self.tensors = _checked_entries(self.path, header, 8 + header_bytes, size)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    with os_errors(path, "read"), opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
             raise UserError(
-                f"{path}: the header is damaged: {error or type(error).__name__}; fetch the file again"
-            ) from None
+                f"{path}: not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`"
+            )
+        position = 8 + header_bytes
+        if position > size:
+            raise UserError(
+                f"{path}: truncated: {size} bytes, too few for its header of {header_bytes}; fetch the file again"
+            )
+        text = file.read(header_bytes)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_without_twins)
+        metadata = header.pop("__metadata__", {})
+        if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+            raise ValueError("__metadata__ must map strings to strings")
+        entries = _checked_entries(path, header, position)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: the header is damaged: {error or type(error).__name__}; fetch the file again"
+        ) from None
+    end = position + sum(entry.nbytes for entry in entries.values())
+    if end != size:
+        problem = "truncated" if size < end else "bytes after the last tensor"
+        raise UserError(f"{path}: {problem}: {size} bytes where the header describes {end}; fetch the file again")
+    return entries
 
 
 def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
@@ -107,31 +109,30 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
         UserError: a file is missing or broken, the index and the headers disagree, or two files hold the same tensor.
     """
     directory = local_directory(directory)
-    index_path = directory / INDEX_FILE
-    weight_map = _read_index(index_path) if index_path.exists() else None
-    file_names = list(dict.fromkeys(weight_map.values())) if weight_map is not None else _files_without_index(directory)
-    missing = [name for name in file_names if not os.path.isfile(directory / name)]
-    if missing:
+    index = directory / INDEX_FILE
+    weight_map = _read_index(index) if index.exists() else {}
+    file_names = list(dict.fromkeys(weight_map.values())) or _files_without_index(directory)
+    if missing := [name for name in file_names if not os.path.isfile(directory / name)]:
         raise UserError(
             f"{directory}: {len(missing)} of {len(file_names)} files in {INDEX_FILE} are missing: {shown(missing)}; "
             "fetch them again"
         )
     tensors: dict[str, TensorEntry] = {}
     for file_name in file_names:
-        for name, entry in SafetensorsFile(directory / file_name).tensors.items():
+        for name, entry in read_header(directory / file_name).items():
             if name in tensors:
                 raise UserError(
                     f"{entry.file}: holds tensor {shown(name)} which {tensors[name].file.name} holds too; remove one "
                     "of the files"
                 )
-            if weight_map is not None and weight_map.get(name) != file_name:
+            if weight_map and weight_map.get(name) != file_name:
                 where = f"is in {weight_map[name]}" if name in weight_map else "does not exist"
                 raise UserError(
                     f"{entry.file}: holds tensor {shown(name)} which, by {INDEX_FILE}, {where}; the files do not "
                     "belong together"
                 )
             tensors[name] = entry
-    for name, file_name in (weight_map or {}).items():
+    for name, file_name in weight_map.items():
         if name not in tensors:
             raise UserError(
                 f"{directory / file_name}: does not hold tensor {shown(name)} as {INDEX_FILE} says; the files do not "
@@ -245,40 +246,27 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _checked_metadata(metadata: Any) -> dict[str, str]:
-    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-        raise ValueError("__metadata__ must map strings to strings")
-    return metadata
-
-
-def _checked_entries(path: Path, header: dict[str, Any], data_start: int, file_size: int) -> dict[str, TensorEntry]:
-    """(safetensors' own `safe_open` would map the whole file, which a limit on address space does not allow.)"""
+def _checked_entries(path: Path, header: dict[str, Any], position: int) -> dict[str, TensorEntry]:
+    """Those whose bytes begin at `position` of the file. Raises ValueError where they leave a gap, or overlap."""
     spans = []
     for name, fields in header.items():
         dtype, shape, offsets = (fields[key] for key in ("dtype", "shape", "data_offsets"))
         if dtype not in ITEM_SIZES:
             raise ValueError(f"tensor {shown(name)}: dtype is {shown(dtype)}; one of {', '.join(ITEM_SIZES)} is needed")
-        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64):
+        are_lists = type(shape) is type(offsets) is list
+        if not (are_lists and are_sizes([*shape, *offsets]) and len(offsets) == 2 and len(shape) <= 64):
             raise ValueError(
                 f"tensor {shown(name)}: shape {shown(shape)} and data_offsets {shown(offsets)} are no sizes"
             )
         spans.append((*offsets, name, dtype, tuple(shape)))
-    position, entries = 0, {}
+    done, entries = 0, {}
     for begin, end, name, dtype, shape in sorted(spans):
-        if begin != position or end - begin != math.prod(shape) * ITEM_SIZES[dtype]:
+        if begin != done or end - begin != math.prod(shape) * ITEM_SIZES[dtype]:
             place = f"{dtype} {shown(list(shape))} cannot lie at [{begin}, {end})"
-            raise ValueError(f"tensor {shown(name)}: {place}, behind the {position} bytes of those before it")
-        entries[name] = TensorEntry(path, dtype, shape, data_start + begin, end - begin)
-        position = end
-    if data_start + position != file_size:
-        problem = "truncated" if file_size < data_start + position else "bytes after the last tensor"
-        found = f"{file_size} bytes where the header describes {data_start + position}"
-        raise UserError(f"{path}: {problem}: {found}; fetch the file again")
+            raise ValueError(f"tensor {shown(name)}: {place}, behind the {done} bytes of those before it")
+        entries[name] = TensorEntry(path, dtype, shape, position + begin, end - begin)
+        done = end
     return entries
-
-
-def _are_sizes(value: Any) -> bool:
-    return type(value) is list and all(type(number) is int and 0 <= number < 2**63 for number in value)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -288,8 +276,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if type(weight_map) is not dict or not weight_map:
         raise UserError(f'{path}: an object "weight_map" from tensor names to file names is needed')
     for name, file_name in weight_map.items():
-        plain = type(file_name) is str and file_name not in ("", ".", "..") and not re.search(r"[/\\\0]", file_name)
-        if not plain:
+        if not is_file_name(file_name):
             raise UserError(
                 f"{path}: tensor {shown(name)}: the file is {shown(file_name)}; the name of a file in this folder is "
                 "needed"

@@ -23,13 +23,13 @@ from hymeg.checkpoint.dist_files import (
     iteration_folder,
 )
 from hymeg.checkpoint.mapping import Range, Shape, row_ranges
-from hymeg.checkpoint.metadata_file import are_sizes, flags_of, is_a, read_metadata
+from hymeg.checkpoint.metadata_file import flags_of, is_a, read_metadata
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source
 from hymeg.checkpoint.sources.foreign_keys import is_of_model, under_our_keys
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.checksums import Damaged, open_verified
 from hymeg.errors import UserError
-from hymeg.files import read_json, shown
+from hymeg.files import are_sizes, is_file_name, read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
 
@@ -136,7 +136,7 @@ def _locations(folder: Path, storage_data: Any) -> Locations:
         if type(key) is not str or not (key == COMMON_STATE_KEY or (offset is not None and is_of_model(key))):
             continue
         file, position, length = info.get("relative_path"), info.get("offset"), info.get("length")
-        if type(file) is not str or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+        if not is_file_name(file):
             raise UserError(f"{shown(key)} lies in file {shown(file)}; the name of a file in this folder is needed")
         if info.get("transform_descriptors"):
             how = shown(info.get("transform_descriptors"))

@@ -41,7 +41,7 @@ from hymeg.errors import UserError
 from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
-from hymeg.hf.safetensors_files import SafetensorsFile, TensorEntry
+from hymeg.hf.safetensors_files import TensorEntry, read_header
 
 _READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
 # What changes nothing in how a trained adapter acts, or shows in the tensors that there are.
@@ -121,7 +121,7 @@ def peft_contents(folder: str | Path) -> tuple[dict[str, Any], dict[str, TensorE
             raise UserError(f"{path}: {name} is {shown(pattern)}; an object of positive numbers is needed")
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; save the adapter with safe_serialization")
-    return raw, SafetensorsFile(folder / WEIGHTS_FILE).tensors
+    return raw, read_header(folder / WEIGHTS_FILE)
 
 
 def _sorted_out(
