@@ -2,18 +2,18 @@
 Streaming, in several processes, through the one pipe of `conversion`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.conversion import Conversion, Summary, carry_out, check_apart, to_hf
-from hymeg.checkpoint.mapping import Entry, hf_entries, is_mtp, num_rows
+from hymeg.checkpoint.mapping import hf_entries, is_mtp, num_rows
 from hymeg.checkpoint.options import ANY, TO_HF, VERIFIED, Options
 from hymeg.checkpoint.reading import Read
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
-from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
+from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, with_first_rows
 from hymeg.checkpoint.sinks.dist_folder import files_of_adapter
 from hymeg.checkpoint.sinks.peft_folder import files_of_peft
 from hymeg.checkpoint.sources import open_adapter, open_dist_adapter, open_hf, open_peft
@@ -164,12 +164,12 @@ def merged(config: HyConfig, base: dict[str, RowTensor], adapter: Adapter) -> di
         rank, scale = adapter.settings.rank, adapter.settings.scale
         for expert in range(module.num_experts) if module.num_experts else (None,):
             entry, index = entries[module.weight(expert)], expert or 0
-            for start, stop, row in _ranges(entry):
+            for start, stop, row in with_first_rows(entry.rows):
                 part = LowRank(start, stop, b, index * module.num_out + row, a, index * rank, rank, scale)
                 parts.setdefault(entry.dist_key, []).append(part)
     for name in adapter.full:
         entry = entries[name]
-        for start, stop, row in _ranges(entry):
+        for start, stop, row in with_first_rows(entry.rows):
             part = LowRank(start, stop, adapter.tensors[PREFIX + name + FULL], row)
             of_key = parts.setdefault(entry.dist_key, [])
             if any(other.start < stop and start < other.stop for other in of_key):
@@ -179,14 +179,6 @@ def merged(config: HyConfig, base: dict[str, RowTensor], adapter: Adapter) -> di
         key: _plus(tensor, sorted(parts[key], key=lambda part: part.start)) if key in parts else tensor
         for key, tensor in base.items()
     }
-
-
-def _ranges(entry: Entry) -> Iterator[tuple[int, int, int]]:
-    """(first row, end, and which row of the Hugging Face tensor the first is)."""
-    row = 0
-    for start, stop in entry.rows:
-        yield start, stop, row
-        row += stop - start
 
 
 def _plus(tensor: RowTensor, parts: list[LowRank]) -> RowTensor:

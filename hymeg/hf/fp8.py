@@ -32,11 +32,7 @@ KV_SCALES_FILE = "kv_cache_scales.safetensors"
 QUANTISED = re.compile(r"model\.layers\.\d+\.(.+\.)?(gate|up|down|q|k|v|o)_proj\.weight")
 """What Tencent's writer puts into FP8, of the hub layout: the Linears of attention and MLPs, each expert's too. Not the
 router, embeddings, lm_head, norms and eh_proj."""
-DYNAMIC = {
-    "quant_method": "fp8",
-    "activation_scheme": "dynamic",
-    "ignored_layers": ["lm_head", "model.embed_tokens"],
-}
+DYNAMIC = {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head", "model.embed_tokens"]}
 """config.json's `quantization_config` of such a folder without scales of inputs: engines scale them as they come."""
 
 

@@ -24,7 +24,7 @@ from hymeg.checkpoint.dist_files import (
 )
 from hymeg.checkpoint.mapping import Range, Shape, row_ranges
 from hymeg.checkpoint.metadata_file import flags_of, is_a, read_metadata
-from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source
+from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source, with_first_rows
 from hymeg.checkpoint.sources.foreign_keys import is_of_model, under_our_keys
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.checksums import Damaged, open_verified
@@ -202,11 +202,9 @@ def _fill(shape: Shape, chunks: list[StoredChunk]) -> bool:
 def _row_tensor(folder: Path, key: str, tensor: StoredTensor) -> RowTensor:
     bands: dict[Range, list[Piece]] = {}
     for chunk in tensor.chunks:
-        file, row = os.path.join(folder, chunk.file), 0
-        for start, stop in row_ranges(tensor.shape, chunk.offset, chunk.shape):
-            columns = chunk.offset[-1], chunk.shape[-1]
-            piece = Piece(file, chunk.position, chunk.length, chunk.shape, row, *columns, tensor.dtype)
-            bands.setdefault((start, stop), []).append(piece)
-            row += stop - start
+        file, columns = os.path.join(folder, chunk.file), (chunk.offset[-1], chunk.shape[-1])
+        for *rows, first in with_first_rows(row_ranges(tensor.shape, chunk.offset, chunk.shape)):
+            piece = Piece(file, chunk.position, chunk.length, chunk.shape, first, *columns, tensor.dtype)
+            bands.setdefault(tuple(rows), []).append(piece)
     ordered = (Band(*rows, tuple(sorted(bands[rows], key=lambda piece: piece.first_column))) for rows in sorted(bands))
     return RowTensor(key, tensor.dtype, tensor.shape, tuple(ordered))

@@ -14,7 +14,7 @@ from hymeg.checkpoint.mapping import (
     match_hf_tensors,
     num_rows,
 )
-from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source
+from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source, with_first_rows
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.errors import UserError
 from hymeg.hf.config import CONFIG_FILE, HyConfig
@@ -145,26 +145,21 @@ def _row_tensors(
     dtypes: dict[str, str] = {}
     for entry in entries:
         stored, first = tensors[entry.hf_name], firsts.setdefault(entry.dist_key, entry)
-        of_fp8 = _scales(scales.get(entry.hf_name), entry, wanted or DEQUANTISED)
+        of_fp8 = None
+        if scale := scales.get(entry.hf_name):
+            place = str(scale.entry.file), scale.entry.offset, scale.entry.dtype
+            of_fp8 = Scales(*place, *scale.block, entry.hf_shape[-2], wanted or DEQUANTISED)
         dtype = of_fp8.wanted if of_fp8 else stored.dtype
         if dtype != dtypes.setdefault(entry.dist_key, dtype):
             if not wanted:
                 both = f"{first.hf_name} is {tensors[first.hf_name].dtype} and {entry.hf_name} is {stored.dtype}"
                 raise UserError(f"{both}, but both are parts of {entry.dist_key}; convert with --dtype bf16 or fp32")
             dtypes[entry.dist_key] = "F32"
-        file, columns, row = str(stored.file), entry.hf_shape[-1], 0
-        for start, stop in entry.rows:
+        file, columns = str(stored.file), entry.hf_shape[-1]
+        for start, stop, row in with_first_rows(entry.rows):
             piece = Piece(file, stored.offset, 0, entry.hf_shape, row, 0, columns, stored.dtype, of_fp8)
             bands.setdefault(entry.dist_key, []).append(Band(start, stop, (piece,)))
-            row += stop - start
     return {
         key: RowTensor(key, dtypes[key], first.dist_shape, tuple(sorted(bands[key], key=lambda band: band.start)))
         for key, first in firsts.items()
     }
-
-
-def _scales(scale: WeightScale | None, entry: Entry, wanted: str) -> Scales | None:
-    if scale is None:
-        return None
-    stored, height = scale.entry, entry.hf_shape[-2]
-    return Scales(str(stored.file), stored.offset, stored.dtype, *scale.block, height, wanted)

@@ -19,13 +19,8 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.utils import unwrap_model
 
 from hymeg.checkpoint.adapter_table import Module, all_modules
-from hymeg.checkpoint.mapping import (
-    Entry,
-    Shape,
-    check_distributed_tensors,
-    num_rows,
-    row_ranges,
-)
+from hymeg.checkpoint.mapping import Entry, Shape, check_distributed_tensors, row_ranges
+from hymeg.checkpoint.row_tensors import with_first_rows
 from hymeg.checkpoint.sources.adapter_folder import full_names
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -79,7 +74,9 @@ class LiveModel:
         for rank, of_rank in enumerate(of_ranks):
             for number, (key, shape, offset, extent, dtype) in enumerate(of_rank):
                 self.shapes[key], self.dtypes[key] = shape, dtype
-                self._parts.setdefault(key, []).extend(_parts(shape, offset, extent, rank, number))
+                for start, stop, row in with_first_rows(row_ranges(shape, offset, extent)):
+                    part = _Part(start, stop, offset[-1], extent[-1], rank, number, row)
+                    self._parts.setdefault(key, []).append(part)
         (_check_adapters if adapters else check_distributed_tensors)(config, self.shapes)
         for key, parts in self._parts.items():
             parts.sort(key=lambda part: part.stop)
@@ -94,16 +91,16 @@ class LiveModel:
         `export_weights`.
         """
         is_taker = to_rank in (None, self._rank)
-        tensor = torch.empty(0)
+        rows = torch.empty(0)
         for batch in self._batches(entries):
             targets, complete = [], []
             for span in batch if is_taker else ():
                 if span.row == 0:
-                    shape = num_rows(span.entry.hf_shape), span.entry.hf_shape[-1]
-                    tensor = torch.empty(shape, dtype=span.dtype, device=self._device)
-                targets.append(tensor[span.row : span.row + span.num_rows])
-                if span.row + span.num_rows == len(tensor):
-                    complete.append((span.entry, tensor.view(span.entry.hf_shape)))
+                    rows = torch.empty(span.entry.hf_shape, dtype=span.dtype, device=self._device)
+                    rows = rows.view(-1, span.num_columns)
+                targets.append(rows[span.row : span.row + span.num_rows])
+                if span.row + span.num_rows == len(rows):
+                    complete.append((span.entry, rows.view(span.entry.hf_shape)))
             self._gather(batch, targets)
             del targets
             while complete:
@@ -116,10 +113,8 @@ class LiveModel:
         """
         is_taker = to_rank in (None, self._rank)
         for batch in self._batches(entries):
-            targets = []
-            if is_taker:
-                shapes = [(span.num_rows, span.entry.hf_shape[-1], span.dtype) for span in batch]
-                targets = _matrices(self._taken, shapes)
+            shapes = [(span.num_rows, span.num_columns, span.dtype) for span in batch]
+            targets = self._taken.matrices(shapes) if is_taker else []
             self._gather(batch, targets)
             for span, rows in zip(batch, targets, strict=is_taker):
                 yield Block(span.entry, span.row, rows)
@@ -128,16 +123,16 @@ class LiveModel:
         """BATCH_BYTES together."""
         batch, num_bytes = [], 0
         for entry in entries:
-            row, dtype = 0, TORCH_DTYPES[self.dtypes[entry.dist_key]]
+            dtype = TORCH_DTYPES[self.dtypes[entry.dist_key]]
             row_bytes = entry.hf_shape[-1] * dtype.itemsize
-            for start, stop in entry.rows:
+            for start, stop, row in with_first_rows(entry.rows):
                 for low in range(start, stop, step := max(BATCH_BYTES // row_bytes, 1)):
-                    span = _Span(entry, row, low, min(low + step, stop), dtype)
+                    span = _Span(entry, row + low - start, low, min(low + step, stop), dtype)
                     if batch and num_bytes + span.num_rows * row_bytes > BATCH_BYTES:
                         yield batch
                         batch, num_bytes = [], 0
                     batch.append(span)
-                    row, num_bytes = row + span.num_rows, num_bytes + span.num_rows * row_bytes
+                    num_bytes += span.num_rows * row_bytes
         yield batch
 
     def _gather(self, batch: "list[_Span]", targets: Sequence[torch.Tensor]) -> None:
@@ -148,7 +143,7 @@ class LiveModel:
                 moves.setdefault(move.part.rank, []).append(move)
         for rank in sorted(moves):
             shapes = [(move.num_rows, move.part.num_columns, batch[move.span].dtype) for move in moves[rank]]
-            given = _matrices(self._given, shapes)
+            given = self._given.matrices(shapes)
             if rank == self._rank:
                 for move, rows in zip(moves[rank], given, strict=True):
                     rows.copy_(_matrix(self._shards[move.part.number])[move.from_row : move.from_row + move.num_rows])
@@ -179,6 +174,10 @@ class _Span(NamedTuple):
     @property
     def num_rows(self) -> int:
         return self.stop - self.start
+
+    @property
+    def num_columns(self) -> int:
+        return self.entry.hf_shape[-1]
 
 
 class _Part(NamedTuple):
@@ -212,22 +211,18 @@ class _Buffer:
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
         self.used = self._bytes
 
-    def of(self, num_bytes: int) -> torch.Tensor:
+    def matrices(self, shapes: Sequence[tuple[int, int, torch.dtype]]) -> list[torch.Tensor]:
+        """Matrices of (rows, columns, dtype), one after the other, each aligned."""
+        sizes = [height * width * dtype.itemsize for height, width, dtype in shapes]
+        starts = list(itertools.accumulate((size + -size % _ALIGNMENT for size in sizes), initial=0))
+        num_bytes = starts.pop()
         if len(self._bytes) < num_bytes:
             self._bytes = self._bytes.new_empty(num_bytes)
         self.used = self._bytes[:num_bytes]
-        return self.used
-
-
-def _matrices(buffer: _Buffer, shapes: Sequence[tuple[int, int, torch.dtype]]) -> list[torch.Tensor]:
-    """Matrices of (rows, columns, dtype), one after the other in `buffer`, each aligned."""
-    sizes = [height * width * dtype.itemsize for height, width, dtype in shapes]
-    starts = list(itertools.accumulate((size + -size % _ALIGNMENT for size in sizes), initial=0))
-    memory = buffer.of(starts.pop())
-    return [
-        memory[start : start + size].view(dtype).view(height, width)
-        for (height, width, dtype), size, start in zip(shapes, sizes, starts, strict=True)
-    ]
+        return [
+            self.used[start : start + size].view(dtype).view(height, width)
+            for (height, width, dtype), size, start in zip(shapes, sizes, starts, strict=True)
+        ]
 
 
 def adapted_modules(config: HyConfig, shapes: Mapping[str, Shape]) -> list[Module]:
@@ -271,10 +266,3 @@ def _matrix(shard: ShardedTensor) -> torch.Tensor:
     """The shard's elements [rows, columns]."""
     data = dequantize_fp8_tensor(shard.data) if is_float8tensor(shard.data) else shard.data.detach()
     return data.reshape(-1, data.shape[-1])
-
-
-def _parts(shape: Shape, offset: Shape, extent: Shape, rank: int, number: int) -> Iterator[_Part]:
-    row = 0
-    for start, stop in row_ranges(shape, offset, extent):
-        yield _Part(start, stop, offset[-1], extent[-1], rank, number, row)
-        row += stop - start
