@@ -47,7 +47,7 @@ class StoredTensor(NamedTuple):
 
     dtype: str
     shape: Shape
-    chunks: tuple[StoredChunk, ...]
+    chunks: list[StoredChunk]
 
 
 def iteration_folder(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hymeg.checkpoint.rounding import converted
-from hymeg.checkpoint.sources.dist_folder import _stored_tensor
+from hymeg.checkpoint.sources.dist_folder import _row_tensor
 from hymeg.checkpoint.stored_tensor import ElementFinder, envelope
 from hymeg.checksums import FilePart, ReadFile
 from hymeg.errors import UserError
@@ -29,10 +29,10 @@ def test_one_chunk_of_no_sizes_among_others_is_refused(field, wrong):
     chunks = [{"offsets": (row, 0), "sizes": (2, 2)} for row in (0, 2, 4)]
     places = {("x", (row, 0)): ("file", 0, 16) for row in (0, 2, 4)} | {("x", wrong): ("file", 0, 16)}
     entry = {"size": (6, 2), "properties": types.SimpleNamespace(state=("float32",)), "chunks": chunks}
-    assert len(_stored_tensor("x", entry, places).chunks) == 3
+    assert len(_row_tensor(Path("folder"), "x", entry, places).bands) == 3
     chunks[1][field] = wrong
     with pytest.raises(UserError, match=r"x: its shape \(6, 2\) and those of its chunks are not sizes of one number"):
-        _stored_tensor("x", entry, places)
+        _row_tensor(Path("folder"), "x", entry, places)
 
 
 def opened(path: Path) -> contextlib.closing[ReadFile]:

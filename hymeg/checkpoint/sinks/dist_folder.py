@@ -23,7 +23,13 @@ MAX_CHUNK_BYTES = 64 << 20
 
 def files_of_dist(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None, workers: int) -> FilesToWrite:
     """An iteration's folder that holds `tensors`, in `dtype` (None: their own; the expert bias is always F32)."""
-    return _files_of_chunks(config, sorted(_chunks(config, tensors, dtype), key=_first_byte), {}, workers)
+
+    def first_byte(task: Task) -> tuple[str, int, int]:
+        row = task.rows[0][0]
+        return *task.tensor.first_byte(row), row
+
+    # In the order in which the source's files are read from beginning to end.
+    return _files_of_chunks(config, sorted(_chunks(config, tensors, dtype), key=first_byte), {}, workers)
 
 
 def files_of_adapter(
@@ -31,37 +37,46 @@ def files_of_adapter(
 ) -> FilesToWrite:
     """An iteration's folder that holds an adapter, a chunk for each expert's A and B."""
     chunks = []
-    for tensor in tensors.values():
-        height = num_rows(tensor.shape) // (tensor.shape[0] if len(tensor.shape) == 3 else 1)
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.key):
+        height = num_rows(tensor.shape[-2:])
         for start in range(0, num_rows(tensor.shape), height):
-            rows = start, start + height
-            chunks.append(Task(tensor, [rows], dtype or tensor.dtype_kept, "", 0, _block(tensor.shape, *rows)[1]))
-    beside = {ADAPTER_FILE: settings.to_bytes()}
-    return _files_of_chunks(config, sorted(chunks, key=lambda task: task.tensor.key), beside, workers)
+            chunks.append(_chunk(tensor, (start, start + height), dtype or tensor.dtype_kept))
+    return _files_of_chunks(config, chunks, {ADAPTER_FILE: settings.to_bytes()}, workers)
 
 
 def _files_of_chunks(config: HyConfig, chunks: list[Task], beside: dict[str, bytes], workers: int) -> FilesToWrite:
-    tasks = _in_files(chunks, workers)
-    stored = _stored_tensors(tasks)
-    state, state_file = common_state(config), f"__{len({task.file for task in tasks})}_0.distcp"
+    """A file holds what is consecutive in `chunks`, which have no place yet."""
+    tasks: list[Task] = []
+    stored: dict[str, StoredTensor] = {}
+    in_files = shares(chunks, num_files(sum(chunk.nbytes for chunk in chunks), workers))
+    for i, share in enumerate(in_files):
+        position = 0
+        for chunk in share:
+            task = chunk._replace(file=f"__{i}_0.distcp", position=position)
+            offset, extent = _block(task.tensor.shape, *task.rows[0])
+            of_key = stored.setdefault(task.tensor.key, StoredTensor(task.dtype, task.tensor.shape, []))
+            of_key.chunks.append(StoredChunk(task.file, position, task.stored_length, offset, extent))
+            tasks.append(task)
+            position += task.stored_length
+    for tensor in stored.values():
+        tensor.chunks.sort(key=lambda chunk: chunk.offset)
+    state, state_file = common_state(config), f"__{len(in_files)}_0.distcp"
     described = metadata(stored, {COMMON_STATE_KEY: (state_file, 0, len(state))})
-    return files_to_write(
-        tasks,
-        workers,
-        beside={state_file: state, METADATA: described, **beside},
-        last={FORMAT_FILE: json.dumps(FORMAT).encode()},
-    )
+    last = {FORMAT_FILE: json.dumps(FORMAT).encode()}
+    return files_to_write(tasks, workers, {state_file: state, METADATA: described, **beside}, last)
 
 
-def _chunks(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None) -> list[Task]:
+def _chunk(tensor: RowTensor, rows: Range, dtype: str) -> Task:
+    return Task(tensor, [rows], dtype, "", 0, _block(tensor.shape, *rows)[1])
+
+
+def _chunks(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None) -> Iterator[Task]:
     """Every chunk, without its place."""
-    chunks = []
     for entry in hf_entries(config, "hub"):
         tensor = tensors[entry.dist_key]
         to_write = "F32" if entry.is_fp32_buffer else dtype or tensor.dtype_kept
         for rows in _cut(entry, ITEM_SIZES[to_write]):
-            chunks.append(Task(tensor, [rows], to_write, "", 0, _block(entry.dist_shape, *rows)[1]))
-    return chunks
+            yield _chunk(tensor, rows, to_write)
 
 
 def _cut(entry: Entry, item_size: int) -> Iterator[Range]:
@@ -86,35 +101,3 @@ def _block(shape: Shape, start: int, stop: int) -> tuple[Shape, Shape]:
     in_stack, first = divmod(start, shape[-2])
     offset, extent = (first, 0), (stop - start, shape[-1])
     return (offset, extent) if len(shape) == 2 else ((in_stack, *offset), (1, *extent))
-
-
-def _first_byte(task: Task) -> tuple[str, int, int]:
-    """By which chunks are in the order in which the source's files are read from beginning to end."""
-    low = task.rows[0][0]
-    return *task.tensor.first_byte(low), low
-
-
-def _in_files(chunks: list[Task], workers: int) -> list[Task]:
-    """A file holds what is consecutive in the source's."""
-    placed = []
-    number = num_files(sum(task.nbytes for task in chunks), workers)
-    for i, share in enumerate(shares(chunks, number)):
-        position = 0
-        for task in share:
-            placed.append(task._replace(file=f"__{i}_0.distcp", position=position))
-            position += task.stored_length
-    return placed
-
-
-def _stored_tensors(tasks: list[Task]) -> dict[str, StoredTensor]:
-    chunks: dict[str, list[StoredChunk]] = {}
-    firsts: dict[str, Task] = {}
-    for task in tasks:
-        firsts.setdefault(task.tensor.key, task)
-        offset, extent = _block(task.tensor.shape, *task.rows[0])
-        chunk = StoredChunk(task.file, task.position, task.stored_length, offset, extent)
-        chunks.setdefault(task.tensor.key, []).append(chunk)
-    return {
-        key: StoredTensor(first.dtype, first.tensor.shape, tuple(sorted(chunks[key], key=lambda chunk: chunk.offset)))
-        for key, first in firsts.items()
-    }

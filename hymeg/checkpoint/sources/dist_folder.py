@@ -19,7 +19,6 @@ from hymeg.checkpoint.dist_files import (
     FORMAT_FILE,
     METADATA,
     StoredChunk,
-    StoredTensor,
     iteration_folder,
 )
 from hymeg.checkpoint.mapping import Range, Shape, row_ranges
@@ -35,7 +34,7 @@ from hymeg.hf.dtypes import WEIGHTS
 
 _MAX_FLAGS_BYTES = 64 << 20
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\..*")
-_OTHER_STATE = re.compile(r"(rng_state|rerun_state_machine_state|common_state)\b.*")
+_STATE = re.compile(rf"{_OPTIMIZER.pattern}|(rng_state|rerun_state_machine_state|common_state)\b.*")
 
 
 def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Source:
@@ -58,14 +57,10 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
     metadata = read_metadata(path)
     try:
         entries = metadata.get("state_dict_metadata")
-        keys = [key for key, entry in entries.items() if is_a(entry, "TensorStorageMetadata")]
+        stored = {key: entry.state for key, entry in entries.items() if is_a(entry, "TensorStorageMetadata")}
         locations = _locations(folder, metadata.get("storage_data"))
-        tensors = {
-            key: _row_tensor(folder, key, _stored_tensor(key, entries[key].state, locations))
-            for key in keys
-            if is_of_model(key)
-        }
-        others = [key for key in keys if key not in tensors]
+        tensors = {key: _row_tensor(folder, key, state, locations) for key, state in stored.items() if is_of_model(key)}
+        others = [key for key in stored if key not in tensors]
         tensors, foreign = under_our_keys(tensors)
         _check_flags(folder, locations.get((COMMON_STATE_KEY, None)))
     except Damaged:
@@ -74,7 +69,7 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    unknown = tuple(key for key in others if not _OPTIMIZER.fullmatch(key) and not _OTHER_STATE.fullmatch(key))
+    unknown = tuple(key for key in others if not _STATE.fullmatch(key))
     has_optimizer = any(_OPTIMIZER.fullmatch(key) for key in entries)
     of_config = config_folder(Path(directory), folder)
     config = HyConfig.from_dir(of_config) if of_config else None
@@ -82,17 +77,12 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
     notes = list(verification_notes(folder, Path(directory)))
     if foreign:
         notes.append(f"read under another trainer's names: {len(foreign):,} tensors, such as {foreign[0]}")
-    if objects := [key for key in entries if key not in keys and not _is_known_object(key)]:
-        notes.append(
-            f"not taken along, objects of unknown names: {', '.join(objects[:3])}{', ...' * (len(objects) > 3)}"
-        )
+    objects = [key for key in entries if not (key in stored or _STATE.fullmatch(key))]
+    objects = [key for key in objects if not (is_of_model(key) and "_extra_state" in key)]  # Transformer Engine's
+    if objects:
+        names = ", ".join(objects[:3]) + ", ..." * (len(objects) > 3)
+        notes.append(f"not taken along, objects of unknown names: {names}")
     return Source(what, folder, config, tensors, tuple(notes), iteration, has_optimizer, unknown)
-
-
-def _is_known_object(key: str) -> bool:
-    """Object beside the tensors: Transformer Engine's, the optimizer's, Megatron's own."""
-    of_layer = is_of_model(key) and "_extra_state" in key
-    return of_layer or bool(_OPTIMIZER.fullmatch(key) or _OTHER_STATE.fullmatch(key))
 
 
 def _check_flags(folder: Path, location: tuple[str, int, int] | None) -> None:
@@ -117,9 +107,6 @@ def _check_flags(folder: Path, location: tuple[str, int, int] | None) -> None:
             f"trained with --moe-mlp-glu-interleave-size {shown(interleaved)}: gate and up projections of the experts "
             "are interleaved, which cannot be exported; save it without"
         )
-
-
-# ---- places
 
 
 Locations = dict[tuple[str, Shape | None], tuple[str, int, int]]
@@ -154,7 +141,7 @@ def _locations(folder: Path, storage_data: Any) -> Locations:
     return locations
 
 
-def _stored_tensor(key: str, entry: Mapping[str, Any], locations: Locations) -> StoredTensor:
+def _row_tensor(folder: Path, key: str, entry: Mapping[str, Any], locations: Locations) -> RowTensor:
     shape, torch_dtype = tuple(entry["size"]), entry["properties"].state[0]
     dtype = next((dtype for dtype, names in WEIGHTS.items() if names.torch == torch_dtype), None)
     if dtype is None:
@@ -180,13 +167,19 @@ def _stored_tensor(key: str, entry: Mapping[str, Any], locations: Locations) -> 
             f"{key}: its {len(chunks)} chunks do not fill {list(shape)} exactly once; parts of the checkpoint are "
             "missing"
         )
-    return StoredTensor(dtype, shape, tuple(chunks))
+    bands: dict[Range, list[Piece]] = {}
+    for chunk in chunks:
+        file, columns = os.path.join(folder, chunk.file), (chunk.offset[-1], chunk.shape[-1])
+        for *rows, first in with_first_rows(row_ranges(shape, chunk.offset, chunk.shape)):
+            piece = Piece(file, chunk.position, chunk.length, chunk.shape, first, *columns, dtype)
+            bands.setdefault(tuple(rows), []).append(piece)
+    ordered = (Band(*rows, tuple(sorted(bands[rows], key=lambda piece: piece.first_column))) for rows in sorted(bands))
+    return RowTensor(key, dtype, shape, tuple(ordered))
 
 
 def _fill(shape: Shape, chunks: list[StoredChunk]) -> bool:
     """Whether the chunks are the cells of a grid over `shape`: cut along each axis wherever any chunk begins."""
-    ends = []
-    num_cells = 1
+    num_cells, ends = 1, []
     for axis, length in enumerate(shape):
         cuts = sorted({chunk.offset[axis] for chunk in chunks})
         if cuts[:1] != [0]:
@@ -197,14 +190,3 @@ def _fill(shape: Shape, chunks: list[StoredChunk]) -> bool:
         c.offset[axis] + c.shape[axis] == ends[axis][c.offset[axis]] for c in chunks for axis in range(len(shape))
     )
     return in_cells and num_cells == len({chunk.offset for chunk in chunks}) == len(chunks)
-
-
-def _row_tensor(folder: Path, key: str, tensor: StoredTensor) -> RowTensor:
-    bands: dict[Range, list[Piece]] = {}
-    for chunk in tensor.chunks:
-        file, columns = os.path.join(folder, chunk.file), (chunk.offset[-1], chunk.shape[-1])
-        for *rows, first in with_first_rows(row_ranges(tensor.shape, chunk.offset, chunk.shape)):
-            piece = Piece(file, chunk.position, chunk.length, chunk.shape, first, *columns, tensor.dtype)
-            bands.setdefault(tuple(rows), []).append(piece)
-    ordered = (Band(*rows, tuple(sorted(bands[rows], key=lambda piece: piece.first_column))) for rows in sorted(bands))
-    return RowTensor(key, tensor.dtype, tensor.shape, tuple(ordered))
