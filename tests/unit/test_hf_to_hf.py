@@ -140,11 +140,13 @@ def test_optimizer_state_is_left_behind(models, tmp_path):
     source = open_dist(models[0].parent / "dist1")
     tensors = {key: (torch.zeros(tensor.shape), 0) for key, tensor in source.tensors.items()}
     tensors["optimizer.state.exp_avg.output_layer.weight"] = (torch.ones(1024, 64), 0)
+    tensors["output_layer.weight"] = (torch.zeros(1024 + 128, 64), 0)  # padded, as under tensor parallelism
     save_in_chunks(tmp_path / "run" / "iter_0000005", tensors)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("5")
     dist_to_dist(tmp_path / "run", tmp_path / "out", base_hf=models[0], verify=True, dtype="bf16")
     made = open_dist(tmp_path / "out")
     assert open_dist(tmp_path / "run").has_optimizer and not made.has_optimizer and made.iteration is None
+    assert made.tensors["output_layer.weight"].shape == (1024, 64)
     assert {tensor.dtype for key, tensor in made.tensors.items() if "expert_bias" not in key} == {"BF16"}
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["iteration"] == 5
     dist_to_dist(tmp_path / "run", tmp_path / "kept", base_hf=models[0])

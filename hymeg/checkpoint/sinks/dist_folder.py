@@ -73,7 +73,7 @@ def _chunk(tensor: RowTensor, rows: Range, dtype: str) -> Task:
 def _chunks(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None) -> Iterator[Task]:
     """Every chunk, without its place."""
     for entry in hf_entries(config, "hub"):
-        tensor = tensors[entry.dist_key]
+        tensor = tensors[entry.dist_key]._replace(shape=entry.dist_shape)  # without a vocabulary's padding rows
         to_write = "F32" if entry.is_fp32_buffer else dtype or tensor.dtype_kept
         for rows in _cut(entry, ITEM_SIZES[to_write]):
             yield _chunk(tensor, rows, to_write)
