@@ -59,20 +59,24 @@ def told_apart(stored: Mapping[str, TensorEntry], block: tuple[int, int]) -> Fp8
             another dtype than FP8 (E4M3) and those of `dtypes.WEIGHTS`.
     """
     quantised = {name for name, entry in stored.items() if entry.dtype == E4M3}
-    scales: dict[str, WeightScale] = {}
-    aside, orphans = [], []
+    weights, scales, aside, orphans = {}, {}, [], []
     for name, entry in stored.items():
-        if found := _WEIGHT_SCALE.fullmatch(name) if not _is_aside(name) else None:
-            weight = found[1]
-            if weight not in quantised:
-                orphans.append(name)
-            elif weight in scales:
-                raise UserError(f"{entry.file}: {weight} has two scales, {PER_TENSOR} and {PER_BLOCK}; keep one")
-            else:
-                scales[weight] = WeightScale(entry, _block_of(name, entry, stored[weight].shape, block))
-        elif quantised and _is_aside(name):
+        of_input, of_weight = _INPUT_SCALE.fullmatch(name), _WEIGHT_SCALE.fullmatch(name)
+        if of_input or _KV_SCALE.fullmatch(name):
+            if not quantised:
+                weights[name] = entry
+                continue
             aside.append(name)
-    orphans += [name for name in aside if (found := _INPUT_SCALE.fullmatch(name)) and f"{found[1]}weight" not in stored]
+            if of_input and f"{of_input[1]}weight" not in stored:
+                orphans.append(name)
+        elif not of_weight:
+            weights[name] = entry
+        elif (weight := of_weight[1]) not in quantised:
+            orphans.append(name)
+        elif weight in scales:
+            raise UserError(f"{entry.file}: {weight} has two scales, {PER_TENSOR} and {PER_BLOCK}; keep one")
+        else:
+            scales[weight] = WeightScale(entry, _block_of(name, entry, stored[weight].shape, block))
     if without := sorted(quantised - scales.keys()):
         raise UserError(
             f"{stored[without[0]].file}: {listed(without)} in {E4M3} without a scale ({without[0]}{PER_TENSOR} or "
@@ -83,8 +87,6 @@ def told_apart(stored: Mapping[str, TensorEntry], block: tuple[int, int]) -> Fp8
             f"{stored[orphans[0]].file}: {listed(orphans)} without a weight in {E4M3} that they belong to; fetch the "
             "folder again"
         )
-    known = {*aside, *(scale_name for name in scales for scale_name in (name + PER_TENSOR, name + PER_BLOCK))}
-    weights = {name: entry for name, entry in stored.items() if name not in known}
     for name, entry in weights.items():
         if entry.dtype not in WEIGHTS and name not in scales:
             allowed = ", ".join([*WEIGHTS, E4M3])
@@ -119,9 +121,8 @@ def measured(folder: Path) -> Measured:
             "publishes (Hy-MT2-30B-A3B-FP8), or leave it out: engines then scale inputs as they come"
         )
     kv = [name for name in found.aside if _KV_SCALE.fullmatch(name)]
-    return Measured(
-        folder, stored, set(found.scales), kv, {key: config.raw[key] for key in QUANTIZATION if key in config.raw}
-    )
+    told = {key: config.raw[key] for key in QUANTIZATION if key in config.raw}
+    return Measured(folder, stored, set(found.scales), kv, told)
 
 
 def input_scale_of(weight: str) -> str:
@@ -133,10 +134,6 @@ def listed(names: Iterable[str]) -> str:
     """How many, and the first three."""
     names = list(names)
     return f"{len(names):,} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
-def _is_aside(name: str) -> bool:
-    return bool(_INPUT_SCALE.fullmatch(name) or _KV_SCALE.fullmatch(name))
 
 
 def _block_of(name: str, entry: TensorEntry, weight: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:

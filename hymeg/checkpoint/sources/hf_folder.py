@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint as a source of rows: config.json, every tensor's name, shape and dtype accounted for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +55,16 @@ def open_hf(
         config, more = with_all_rows(config, [stored[name].shape for name in _VOCABULARY if name in stored])
         notes += more
     config = config.without_quantization()
-    of_mtp = [name for name in stored if is_mtp(config, name)]
+    of_mtp = {name for name in stored if is_mtp(config, name)}
     mtp = settle_mtp(folder, config, of_mtp, base_hf, drop_mtp, dtype)
     if drop_mtp:
         stored = {name: entry for name, entry in stored.items() if name not in of_mtp}
     try:
         match = match_hf_tensors(mtp.read, {name: entry.shape for name, entry in stored.items()})
-        tensors = _row_tensors(match.entries, stored, scales, dtype)
+        parts: dict[str, list[Entry]] = {}
+        for entry in match.entries:
+            parts.setdefault(entry.dist_key, []).append(entry)
+        tensors = {key: _row_tensor(key, entries, stored, scales, dtype) for key, entries in parts.items()}
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     notes += [*verification_notes(folder), *mtp.notes]
@@ -105,7 +108,7 @@ class Mtp(NamedTuple):
 
 
 def settle_mtp(
-    folder: Path, config: HyConfig, held: Sequence[str], base_hf: Path | None, drop: bool, dtype: str | None = None
+    folder: Path, config: HyConfig, held: Collection[str], base_hf: Path | None, drop: bool, dtype: str | None = None
 ) -> Mtp:
     """`held` are the names of the tensors of MTP layers in the checkpoint in `folder`. Where there are none, and the
     config counts some, they are those of `base_hf`.
@@ -136,30 +139,27 @@ def settle_mtp(
     return Mtp(without, config, of_base, [note])
 
 
-def _row_tensors(
-    entries: list[Entry], tensors: Mapping[str, TensorEntry], scales: Mapping[str, WeightScale], wanted: str | None
-) -> dict[str, RowTensor]:
-    """The distributed tensors that Hugging Face tensors make up, by key; dtypes may be mixed where one is `wanted`."""
-    bands: dict[str, list[Band]] = {}
-    firsts: dict[str, Entry] = {}
-    dtypes: dict[str, str] = {}
+def _row_tensor(
+    key: str,
+    entries: Sequence[Entry],
+    stored: Mapping[str, TensorEntry],
+    scales: Mapping[str, WeightScale],
+    wanted: str | None,
+) -> RowTensor:
+    """The distributed tensor that these Hugging Face tensors make up; dtypes may be mixed where one is `wanted`."""
+    bands: list[Band] = []
+    dtypes: dict[str, str] = {}  # and the first tensor of each
     for entry in entries:
-        stored, first = tensors[entry.hf_name], firsts.setdefault(entry.dist_key, entry)
-        of_fp8 = None
+        [piece] = as_stored(entry.hf_name, stored[entry.hf_name]).bands[0].pieces
         if scale := scales.get(entry.hf_name):
             place = str(scale.entry.file), scale.entry.offset, scale.entry.dtype
-            of_fp8 = Scales(*place, *scale.block, entry.hf_shape[-2], wanted or DEQUANTISED)
-        dtype = of_fp8.wanted if of_fp8 else stored.dtype
-        if dtype != dtypes.setdefault(entry.dist_key, dtype):
-            if not wanted:
-                both = f"{first.hf_name} is {tensors[first.hf_name].dtype} and {entry.hf_name} is {stored.dtype}"
-                raise UserError(f"{both}, but both are parts of {entry.dist_key}; convert with --dtype bf16 or fp32")
-            dtypes[entry.dist_key] = "F32"
-        file, columns = str(stored.file), entry.hf_shape[-1]
+            factors = Scales(*place, *scale.block, entry.hf_shape[-2], wanted or DEQUANTISED)
+            piece = piece._replace(scales=factors)
+        dtypes.setdefault(piece.scales.wanted if piece.scales else piece.dtype, entry.hf_name)
         for start, stop, row in with_first_rows(entry.rows):
-            piece = Piece(file, stored.offset, 0, entry.hf_shape, row, 0, columns, stored.dtype, of_fp8)
-            bands.setdefault(entry.dist_key, []).append(Band(start, stop, (piece,)))
-    return {
-        key: RowTensor(key, dtypes[key], first.dist_shape, tuple(sorted(bands[key], key=lambda band: band.start)))
-        for key, first in firsts.items()
-    }
+            bands.append(Band(start, stop, (piece._replace(row=row),)))
+    if len(dtypes) > 1 and not wanted:
+        both = " and ".join(f"{name} is {stored[name].dtype}" for name in list(dtypes.values())[:2])
+        raise UserError(f"{both}, but both are parts of {key}; convert with --dtype bf16 or fp32")
+    dtype = "F32" if len(dtypes) > 1 else next(iter(dtypes))
+    return RowTensor(key, dtype, entries[0].dist_shape, tuple(sorted(bands, key=lambda band: band.start)))
