@@ -53,11 +53,12 @@ def _files_of_chunks(config: HyConfig, chunks: list[Task], beside: dict[str, byt
         position = 0
         for chunk in share:
             task = chunk._replace(file=f"__{i}_0.distcp", position=position)
-            offset, extent = _block(task.tensor.shape, *task.rows[0])
-            of_key = stored.setdefault(task.tensor.key, StoredTensor(task.dtype, task.tensor.shape, []))
-            of_key.chunks.append(StoredChunk(task.file, position, task.stored_length, offset, extent))
             tasks.append(task)
-            position += task.stored_length
+            key, shape, length = task.tensor.key, task.tensor.shape, task.stored_length
+            if key not in stored:
+                stored[key] = StoredTensor(task.dtype, shape, [])
+            stored[key].chunks.append(StoredChunk(task.file, position, length, *_block(shape, *task.rows[0])))
+            position += length
     for tensor in stored.values():
         tensor.chunks.sort(key=lambda chunk: chunk.offset)
     state, state_file = common_state(config), f"__{len(in_files)}_0.distcp"
@@ -73,7 +74,9 @@ def _chunk(tensor: RowTensor, rows: Range, dtype: str) -> Task:
 def _chunks(config: HyConfig, tensors: Mapping[str, RowTensor], dtype: str | None) -> Iterator[Task]:
     """Every chunk, without its place."""
     for entry in hf_entries(config, "hub"):
-        tensor = tensors[entry.dist_key]._replace(shape=entry.dist_shape)  # without a vocabulary's padding rows
+        tensor = tensors[entry.dist_key]
+        if tensor.shape != entry.dist_shape:
+            tensor = tensor._replace(shape=entry.dist_shape)  # without a vocabulary's padding rows
         to_write = "F32" if entry.is_fp32_buffer else dtype or tensor.dtype_kept
         for rows in _cut(entry, ITEM_SIZES[to_write]):
             yield _chunk(tensor, rows, to_write)
