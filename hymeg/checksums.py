@@ -163,18 +163,14 @@ class SummingStream(io.RawIOBase):
 # ---- the manifest
 
 
-def manifest_text(files: Mapping[str, FileSum]) -> bytes:
+def write_manifest(path: str | os.PathLike, files: Mapping[str, FileSum]) -> None:
+    """Raises UserError where it cannot be written."""
     lines = [_VERSION_LINE]
     for name, found in sorted(files.items()):
         lines.append(f"; {found.size} {base64.b64encode(found.blocks).decode() or '-'} {name}")
         lines.append(f"{name} {found.crc:08X}")
     text = "\n".join([*lines, ""]).encode()
-    return text + f"{_LAST}{isal_zlib.crc32(text):08X}\n".encode()
-
-
-def write_manifest(path: str | os.PathLike, files: Mapping[str, FileSum]) -> None:
-    """Raises UserError where it cannot be written."""
-    write_whole(path, manifest_text(files))
+    write_whole(path, text + f"{_LAST}{isal_zlib.crc32(text):08X}\n".encode())
 
 
 def expected_sum(path: str | os.PathLike) -> FileSum | None:

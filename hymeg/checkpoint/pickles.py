@@ -1,4 +1,6 @@
-"""Pickles from files that are not trusted."""
+"""Pickles from files that are not trusted, and parts of pickles written out by hand: a pickler would import torch, at a
+cost of seconds and of half a gigabyte, to look names up.
+"""
 
 import io
 import pickle
@@ -13,6 +15,17 @@ _LENGTH_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT8U: 8,
 }
 _PUT, _LONG_BINPUT, _STOP, _OF_TWO_LINES = ord("p"), ord("r"), ord("."), b"ci"
+
+
+def plain(value: Any) -> bytes:
+    """A plain value, pickled, to stand inside another pickle."""
+    return pickle.dumps(value, 2)[2:-1]  # without the mark of protocol 2 in front and the full stop
+
+
+def called(function: str, *arguments: bytes) -> bytes:
+    """The call of a function, with its module's name, of pickled arguments."""
+    module, _, name = function.rpartition(".")
+    return b"".join([f"c{module}\n{name}\n(".encode(), *arguments, b"tR"])
 
 
 def unpickled(data: bytes, reader: type[pickle.Unpickler]) -> Any:

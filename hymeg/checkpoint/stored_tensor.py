@@ -19,7 +19,7 @@ import zlib
 from typing import Any, NamedTuple
 
 from hymeg.checkpoint.mapping import Shape
-from hymeg.checkpoint.pickles import unpickled
+from hymeg.checkpoint.pickles import called, plain, unpickled
 from hymeg.checksums import Damaged, FilePart
 from hymeg.errors import UserError
 from hymeg.files import shown
@@ -108,20 +108,17 @@ class _Zip:
         )
 
 
-def plain(value: Any) -> bytes:
-    """A plain value, pickled, to stand inside another pickle."""
-    return pickle.dumps(value, 2)[2:-1]  # without the mark of protocol 2 in front and the full stop
-
-
 def _pickled(dtype: str, shape: Shape) -> bytes:
-    """data.pkl: a call of torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks),
-    written out by hand because a pickler would import torch to look the names up."""
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    """data.pkl: a call of torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)."""
     torch_class = b"ctorch\n" + WEIGHTS[dtype].storage.encode() + b"\n"
     storage = [b"(", plain("storage"), torch_class, plain("0"), plain("cpu"), plain(math.prod(shape)), b"tQ"]
-    hooks = b"ccollections\nOrderedDict\n)R"
-    arguments = [*storage, plain(0), plain(shape), plain(strides), plain(False), hooks]
-    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + b"".join(arguments) + b"tR."
+    arguments = plain(0), plain(shape), plain(_strides(shape)), plain(False), b"ccollections\nOrderedDict\n)R"
+    return b"\x80\x02" + called("torch._utils._rebuild_tensor_v2", *storage, *arguments) + b"."
+
+
+def _strides(shape: Shape) -> Shape:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 class ElementFinder:
@@ -212,6 +209,5 @@ def _check_description(data: bytes, dtype: str, shape: Shape) -> None:
         raise ValueError(f"it holds a {shown(storage[1])}")
     if tuple(size) != shape:
         raise ValueError(f"its shape is {shown(size)}")
-    contiguous = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    if offset != 0 or any(length > 1 and a != b for length, a, b in zip(shape, strides, contiguous, strict=True)):
+    if offset != 0 or any(length > 1 and a != b for length, a, b in zip(shape, strides, _strides(shape), strict=True)):
         raise ValueError(f"its elements are not in order (offset {shown(offset)}, strides {shown(strides)})")

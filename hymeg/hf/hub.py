@@ -35,27 +35,20 @@ def local_folder(name: str | os.PathLike, weights: bool = True, flag: str = "") 
     if not is_hub_id(name):
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     repository, revision = _ID.fullmatch(os.fspath(name)).groups()
     wanted = {"revision": revision or "main", "ignore_patterns": _UNUSED + ([] if weights else ["*.safetensors"])}
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
-        if _is_complete(folder, weights):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         disable_progress_bars()
-    try:
-        folder = Path(snapshot_download(repository, **wanted))
-        reason = f"{folder} is incomplete"  # what the library falls back to where there is no network
-    except Exception as error:  # whatever the library and the network raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    else:
-        if _is_complete(folder, weights):
-            return folder
+    for from_cache in (True, False):
+        try:
+            folder = Path(snapshot_download(repository, local_files_only=from_cache, **wanted))
+            if _is_complete(folder, weights):
+                return folder
+            reason = f"{folder} is incomplete"  # what the library falls back to where there is no network
+        except Exception as error:  # whatever the library and the network raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     raise UserError(
         f"{f'{flag} {name}'.strip()}: no such folder, and a model of this name is neither in the Hugging Face cache "
         f"nor can be fetched ({reason}); give a folder, fetch it with hf download where there is a network, or check "

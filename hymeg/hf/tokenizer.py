@@ -88,16 +88,15 @@ def load_tokenizer(directory: str | os.PathLike, config: HyConfig | None = None)
             directory, use_fast=True, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
-        raise UserError(
-            f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        reason = f"{type(error).__name__}: {first_line}"
+        raise UserError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
     if config is not None:
         largest_token, largest_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if largest_id >= config.vocab_size:
             raise UserError(
                 f"{directory}: token {largest_token!r} has id {largest_id}, outside the model's vocabulary; ids below "
-                "vocab_size "
-                f"({config.vocab_size}) are possible: tokenizer and config.json do not belong together"
+                f"vocab_size ({config.vocab_size}) are possible: tokenizer and config.json do not belong together"
             )
     return tokenizer
 
@@ -202,7 +201,3 @@ def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

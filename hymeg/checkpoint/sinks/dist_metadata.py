@@ -1,8 +1,5 @@
 """What describes a distributed checkpoint: `.metadata` and the object beside the tensors. `dist_files` says what they
 hold.
-
-The pickle is written out by hand: a pickler would import torch, at a cost of seconds and of half a gigabyte, to look
-the names of its classes up.
 """
 
 import argparse
@@ -12,7 +9,8 @@ from collections.abc import Mapping
 
 from hymeg.checkpoint.dist_files import StoredTensor
 from hymeg.checkpoint.mapping import Shape
-from hymeg.checkpoint.stored_tensor import plain, stored_object
+from hymeg.checkpoint.pickles import called, plain
+from hymeg.checkpoint.stored_tensor import stored_object
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
 
@@ -38,21 +36,21 @@ def metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, tuple[st
     """`.metadata` for these tensors and objects (key -> file, position, length)."""
     described = [plain(key) + _instance(_TORCH, "BytesStorageMetadata") for key in objects]
     located = [_location(key, None, *place) for key, place in objects.items()]
-    layout = b"ctorch.serialization\n_get_layout\n(" + plain("torch.strided") + b"tR"
-    contiguous = b"c" + _TORCH.encode() + b"\n_MEM_FORMAT_ENCODING\n(" + plain(0) + b"tR"
+    layout = called("torch.serialization._get_layout", plain("torch.strided"))
+    contiguous = called(f"{_TORCH}._MEM_FORMAT_ENCODING", plain(0))
     for key, tensor in tensors.items():
         chunks = [
             _instance(_TORCH, "ChunkStorageMetadata", offsets=_size(chunk.offset), sizes=_size(chunk.shape))
             for chunk in tensor.chunks
         ]
         dtype = f"ctorch\n{WEIGHTS[tensor.dtype].torch}\n".encode()
-        state = b"".join([b"(", dtype, layout, plain(False), contiguous, plain(False), b"t"])
-        properties = b"c" + _TORCH.encode() + b"\nTensorProperties\n)\x81" + state + b"b"
-        listed = b"](" + b"".join(chunks) + b"e"
-        size = _size(tensor.shape)
-        described.append(
-            plain(key) + _instance(_TORCH, "TensorStorageMetadata", properties=properties, size=size, chunks=listed)
-        )
+        state = [b"(", dtype, layout, plain(False), contiguous, plain(False), b"t"]
+        attributes = {
+            "properties": _instance(_TORCH, "TensorProperties") + b"".join(state) + b"b",
+            "size": _size(tensor.shape),
+            "chunks": b"](" + b"".join(chunks) + b"e",
+        }
+        described.append(plain(key) + _instance(_TORCH, "TensorStorageMetadata", **attributes))
         located += [_location(key, chunk.offset, chunk.file, chunk.position, chunk.length) for chunk in tensor.chunks]
     meta = {name: plain(None) for name in ("checkpoint_id", "save_id", "load_id")}
     # Joined once: the two long lists are most of the file.
@@ -80,7 +78,7 @@ def _text(text: str | None) -> bytes:
 
 @functools.cache
 def _size(shape: Shape) -> bytes:
-    return b"ctorch\nSize\n(" + plain(shape) + b"tR"
+    return called("torch.Size", plain(shape))
 
 
 def _location(key: str, offset: Shape | None, file: str, position: int, length: int) -> bytes:
