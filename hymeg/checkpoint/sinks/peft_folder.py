@@ -47,20 +47,13 @@ def files_of_peft(
 
 def _have_one_a(adapter: Adapter, modules: Sequence[Module]) -> bool:
     """Whether gate and up projections of all experts have the same A, to the bit."""
-    gates = [module for module in modules if module.num_experts and module.path.endswith(".gate_proj")]
-    ups = {module.path for module in modules if module.num_experts and module.path.endswith(".up_proj")}
-    pairs = []
-    for gate in gates:
-        up = gate._replace(path=gate.path.removesuffix("gate_proj") + "up_proj")
-        if up.path in ups:
-            pairs.append((adapter.tensors[gate.lora_a], adapter.tensors[up.lora_a]))
+    of_experts = {module.path: adapter.tensors[module.lora_a] for module in modules if module.num_experts}
+    ups = {path: path.replace(".gate_proj", ".up_proj") for path in of_experts if path.endswith(".gate_proj")}
+    pairs = [(of_experts[path], of_experts[up]) for path, up in ups.items() if up in of_experts]
     with TensorReader() as of_gate, TensorReader() as of_up:
-        for pair in pairs:
-            both = [
-                reader.blocks(tensor, tensor.all_rows, 1024)
-                for reader, tensor in zip((of_gate, of_up), pair, strict=True)
-            ]
-            if pair[0].dtype != pair[1].dtype or any(a != b for a, b in zip(*both, strict=True)):
+        for gate, up in pairs:
+            both = of_gate.blocks(gate, gate.all_rows, 1024), of_up.blocks(up, up.all_rows, 1024)
+            if gate.dtype != up.dtype or any(a != b for a, b in zip(*both, strict=True)):
                 return False
     return bool(pairs)
 

@@ -160,8 +160,7 @@ def write_in_order(folder: Path, files: FilesToWrite, pieces: Iterable[tuple[str
     sums = _reserve(folder, files)
     with _Writer(folder) as writer:
         for name, position, data in pieces:
-            writer.open(name)
-            writer.write([data], position)
+            writer.write(name, [data], position)
     _complete(folder, files, sums, [writer.pieces])
 
 
@@ -173,8 +172,8 @@ class _Writer:
     def __init__(self, folder: Path):
         self._folder = folder
         self._pool = ThreadPoolExecutor(1)  # one: a file is closed after what was asked for before
-        self._flushes: collections.deque[tuple[Path, Future]] = collections.deque()
-        self._name, self._path, self._descriptor, self._unflushed = "", folder, -1, 0
+        self._flushes: collections.deque[tuple[str, Future]] = collections.deque()
+        self._name, self._descriptor, self._unflushed = "", -1, 0
         self._summers: dict[str, Summer] = collections.defaultdict(Summer)
 
     @property
@@ -193,29 +192,27 @@ class _Writer:
         finally:
             self._pool.shutdown()
 
-    def open(self, name: str) -> None:
-        """What is written next goes to this file, which exists."""
-        if name != self._name:
-            self._leave()
-            self._name, self._path = name, self._folder / name
-            with os_errors(self._path, "written"):
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
-
-    def write(self, buffers: list[bytes | memoryview], position: int) -> list[int]:
-        """Write them one after the other, from `position` on, whatever the system takes at once; the CRC-32 of each."""
-        total, crcs, summer = sum(map(len, buffers)), [], self._summers[self._name]
-        for buffer, start in zip(buffers, itertools.accumulate(map(len, buffers), initial=position), strict=False):
-            crcs.append(summer.add(start, buffer))
-        with os_errors(self._path, "written"):
-            written = os.pwritev(self._descriptor, buffers, position)
-            if written < total:
+    def write(self, name: str, buffers: list[bytes | memoryview], position: int) -> int:
+        """Write them one after the other into the file `name`, which exists, from `position` on, whatever the system
+        takes at once; the CRC-32 of the last.
+        """
+        crc, end, summer = 0, position, self._summers[name]
+        for buffer in buffers:
+            crc = summer.add(end, buffer)
+            end += len(buffer)
+        with os_errors(self._folder / name, "written"):
+            if name != self._name:
+                self._leave()
+                self._name, self._descriptor = name, os.open(self._folder / name, os.O_WRONLY | os.O_CLOEXEC)
+            written = position + os.pwritev(self._descriptor, buffers, position)
+            if written < end:
                 rest = memoryview(b"".join(buffers))
-                while written < total:
-                    written += os.pwrite(self._descriptor, rest[written:], position + written)
-        self._unflushed += total
+                while written < end:
+                    written += os.pwrite(self._descriptor, rest[written - position :], written)
+        self._unflushed += end - position
         if self._unflushed >= _SYNC_BYTES:
             self._later(os.fdatasync)
-        return crcs
+        return crc
 
     def _leave(self) -> None:
         if self._descriptor >= 0:
@@ -223,14 +220,14 @@ class _Writer:
             self._descriptor = -1
 
     def _later(self, flush: Callable[[int], None]) -> None:
-        self._flushes.append((self._path, self._pool.submit(flush, self._descriptor)))
+        self._flushes.append((self._name, self._pool.submit(flush, self._descriptor)))
         self._unflushed = 0
         while len(self._flushes) > _MAX_FLUSHES:
             self._wait()
 
     def _wait(self) -> None:
-        path, flush = self._flushes.popleft()
-        with os_errors(path, "written"):
+        name, flush = self._flushes.popleft()
+        with os_errors(self._folder / name, "written"):
             flush.result()
 
 
@@ -244,19 +241,18 @@ def _fsync_and_close(descriptor: int) -> None:
 def _write_task(reader: TensorReader, task: Task, writer: _Writer, report: Callable[[int], None]) -> None:
     position, crc = task.position, 0
     around = envelope(task.dtype, task.stored_shape) if task.stored_shape is not None else None
-    pending = [around.before] if around else []
-    writer.open(task.file)
+    buffers = [around.before] if around else []
     for block in reader.blocks(task.tensor, task.rows):
         data = converted(block, task.tensor.dtype, task.dtype)
-        *_, crc_of_data = writer.write([*pending, data], position)
-        crc = isal_zlib.crc32_combine(crc, crc_of_data, len(data))
-        position += sum(map(len, [*pending, data]))
-        pending = []
+        buffers.append(data)
+        crc = isal_zlib.crc32_combine(crc, writer.write(task.file, buffers, position), len(data))
+        position += sum(map(len, buffers))
+        buffers.clear()
         report(len(data))
     if around:
-        rest = [*pending, around.closed(crc)]
-        writer.write(rest, position)
-        position += sum(map(len, rest))
+        buffers.append(around.closed(crc))
+        writer.write(task.file, buffers, position)
+        position += sum(map(len, buffers))
     assert position - task.position == task.stored_length, (task.tensor.key, task.rows, position)
 
 
