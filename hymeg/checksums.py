@@ -102,19 +102,16 @@ def joined(pieces: Iterable[Piece]) -> FileSum:
     Raises:
         ValueError: they leave a gap, or overlap.
     """
-    blocks, end, crc, of_block = bytearray(), 0, 0, 0
+    blocks, end, crc = [], 0, 0
     for piece in sorted(pieces):
         if piece.position != end:
             raise ValueError(f"{end} bytes and then a piece at {piece.position}")
-        if end % BLOCK_BYTES == 0 and end:
-            blocks += of_block.to_bytes(4, "little")
-            of_block = 0
-        of_block = isal_zlib.crc32_combine(of_block, piece.crc, piece.length)
+        if end % BLOCK_BYTES == 0:
+            blocks.append(0)
+        blocks[-1] = isal_zlib.crc32_combine(blocks[-1], piece.crc, piece.length)
         crc = isal_zlib.crc32_combine(crc, piece.crc, piece.length)
         end += piece.length
-    if end:
-        blocks += of_block.to_bytes(4, "little")
-    return FileSum(end, crc, bytes(blocks))
+    return FileSum(end, crc, b"".join(block.to_bytes(4, "little") for block in blocks))
 
 
 def sum_of(data: Buffer) -> FileSum:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown, write_whole
 
-MODEL_TYPE = "hy_v3"
 ARCHITECTURES = ("HYV3ForCausalLM", "HyMT2ForCausalLM")
 CONFIG_FILE = "config.json"
 
@@ -77,7 +76,7 @@ _FP8_BLOCK = (128, 128)  # where config.json has none; all published checkpoints
 _ROPE_SCALING, _PARTIAL_ROPE = "RoPE scaling is not supported", "RoPE over a part of head_dim is not supported"
 _GROUPS = "group-limited routing is not supported"
 _FIXED = {  # the one value that hymeg can honour (None: the field must be absent or null); why
-    "model_type": (MODEL_TYPE, "only Hy-MT2 and Hy3 checkpoints can be trained"),
+    "model_type": ("hy_v3", "only Hy-MT2 and Hy3 checkpoints can be trained"),
     "quantization_config.quant_method": ("fp8", "only FP8 is read; dequantise the checkpoint to bfloat16 first"),
     "rope_scaling": (None, _ROPE_SCALING),
     "rope_parameters.rope_type": ("default", _ROPE_SCALING),

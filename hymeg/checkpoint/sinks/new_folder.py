@@ -221,9 +221,8 @@ def _remove(partial: Path) -> None:
 @contextlib.contextmanager
 def _tidy_end() -> Iterator[None]:
     """SIGTERM and SIGHUP raise SystemExit in this process, unless it does something about them already."""
-    ours = []
-    if threading.current_thread() is threading.main_thread():
-        ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if is_main and signal.getsignal(n) is signal.SIG_DFL]
     for number in ours:
         signal.signal(number, _exit)
     try:

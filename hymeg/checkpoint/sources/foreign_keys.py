@@ -15,7 +15,7 @@ from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS
 from hymeg.checkpoint.row_tensors import RowTensor, stacked
 from hymeg.errors import UserError
 
-WRAPPERS = ("module.",)  # what NeMo 2 puts before every key
+_WRAPPER = "module."  # what NeMo 2 puts before every key
 _LAYER = re.compile(r"(decoder\.layers\.\d+\.|mtp\.layers\.\d+\.)((?:mtp_model_layer|transformer_layer)\.)?(.+)")
 
 
@@ -62,19 +62,14 @@ class Part(NamedTuple):
     half: int | None = None
 
 
-def unwrapped(key: str) -> str:
-    """`key` without what wraps every key of its checkpoint."""
-    return next((key.removeprefix(wrapper) for wrapper in WRAPPERS if key.startswith(wrapper)), key)
-
-
 def is_of_model(key: str) -> bool:
     """Or of an adapter."""
-    return unwrapped(key).startswith((*MODEL_KEYS, ADAPTER_KEYS))
+    return key.removeprefix(_WRAPPER).startswith((*MODEL_KEYS, ADAPTER_KEYS))
 
 
 def our_parts(keys: Iterable[str]) -> dict[str, Part]:
     """What each key is. One that the table does not have stands for itself."""
-    plain = {key: unwrapped(key) for key in keys}
+    plain = {key: key.removeprefix(_WRAPPER) for key in keys}
     moe_layers = {found[1] for key in plain.values() if (found := _OF_MOE.match(key))}
     return {key: _our_part(name, moe_layers) for key, name in plain.items()}
 
