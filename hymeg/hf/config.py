@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.files import read_json, shown, write_whole
 
 ARCHITECTURES = ("HYV3ForCausalLM", "HyMT2ForCausalLM")
@@ -54,6 +54,17 @@ LAYER_TYPES = _Kind(
     lambda value: type(value) is list and all(entry in ("dense", "sparse") for entry in value),
     tuple,
 )
+
+_CHECKED = {  # and not kept
+    "architectures": _Kind(
+        f"a list with {' or '.join(ARCHITECTURES)}",
+        lambda value: type(value) is list and any(name in value for name in ARCHITECTURES),
+    ),
+    "quantization_config.weight_block_size": _Kind(
+        "a list of two positive integers, rows and columns that share a scale,",
+        lambda value: type(value) is list and len(value) == 2 and all(_is_int(size, 1) for size in value),
+    ),
+}
 
 _REQUIRED = object()
 
@@ -142,20 +153,23 @@ class HyConfig:
         Raises:
             UserError: a field is missing, has a wrong type, contradicts another one or asks for what hymeg does not do.
         """
-        if type(d) is not dict:
-            raise UserError(f"{source}: the file holds {shown(d)}; a JSON object (a model's config) is needed")
-        for name in _FIXED:
-            _check_fixed(d, name, source)
-        _check_architectures(d, source)
-        _check_quantization(d, source)
-        read = {row.name: row.metadata["reading"] for row in fields(cls) if row.metadata}
-        values = {name: _read(d, name, reading, source) for name, reading in read.items()}
-        values["mlp_layer_types"] = _layer_types(d, values, source)
-        _check_together(values, source)
-        try:
-            return cls(**values, raw=copy.deepcopy(d))
-        except RecursionError:
-            raise UserError(f"{source}: the JSON is nested too deeply to be a model's config") from None
+        with located(source):
+            if type(d) is not dict:
+                raise UserError(f"the file holds {shown(d)}; a JSON object (a model's config) is needed")
+            for name in _FIXED:
+                _check_fixed(d, name)
+            for name, kind in _CHECKED.items():
+                _read(d, name, _Reading(kind, (), None))
+            found = d.get("quantization_config")
+            if found and _lookup(d, "quantization_config.quant_method") is None:
+                raise UserError(f"quantization_config is {shown(found)}; only quant_method fp8 is read")
+            values = {row.name: _read(d, row.name, row.metadata["reading"]) for row in fields(cls) if row.metadata}
+            values["mlp_layer_types"] = _layer_types(d, values)
+            _check_together(values)
+            try:
+                return cls(**values, raw=copy.deepcopy(d))
+            except RecursionError:
+                raise UserError("the JSON is nested too deeply to be a model's config") from None
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "HyConfig":
@@ -226,112 +240,75 @@ def local_directory(directory: str | os.PathLike) -> Path:
     return Path(directory)
 
 
-def _lookup(d: dict[str, Any], spelling: str, source: str) -> Any:
+def _lookup(d: dict[str, Any], spelling: str) -> Any:
     """The value under `spelling`, None where it is absent or null."""
     parent, _, key = spelling.rpartition(".")
     if parent:
         d = d.get(parent) if d.get(parent) is not None else {}
         if type(d) is not dict:
-            raise UserError(f"{source}: {parent} is {shown(d)}; an object is needed")
+            raise UserError(f"{parent} is {shown(d)}; an object is needed")
     return d.get(key)
 
 
-def _read(d: dict[str, Any], name: str, how: _Reading, source: str) -> Any:
+def _read(d: dict[str, Any], name: str, how: _Reading) -> Any:
     spellings = (name, *how.spellings)
-    found = {spelling: value for spelling in spellings if (value := _lookup(d, spelling, source)) is not None}
+    found = {spelling: value for spelling in spellings if (value := _lookup(d, spelling)) is not None}
     for spelling, value in found.items():
         if not how.kind.accepts(value):
-            raise UserError(f"{source}: {spelling} is {shown(value)}; {how.kind.needed} is needed")
+            raise UserError(f"{spelling} is {shown(value)}; {how.kind.needed} is needed")
         if value != next(iter(found.values())):
             both = " and ".join(f"{name} = {shown(v)}" for name, v in found.items())
-            raise UserError(
-                f"{source}: {both} contradict each other; they name the same thing, so make them equal or remove one"
-            )
+            raise UserError(f"{both} contradict each other; they name the same thing, so make them equal or remove one")
     if found:
         return how.kind.convert(next(iter(found.values())))
     if how.default is _REQUIRED:
         names = " (or ".join(spellings) + ")" * len(how.spellings)
-        raise UserError(f"{source}: {names} is missing; {how.kind.needed} is needed")
+        raise UserError(f"{names} is missing; {how.kind.needed} is needed")
     return how.default
 
 
-def _check_fixed(d: dict[str, Any], name: str, source: str) -> None:
-    value, (needed, why) = _lookup(d, name, source), _FIXED[name]
+def _check_fixed(d: dict[str, Any], name: str) -> None:
+    value, (needed, why) = _lookup(d, name), _FIXED[name]
     if value is None and name != "model_type":
         return
     same_type = type(value) is type(needed) or (type(value) is float and type(needed) is int)
     if not same_type or value != needed:
         allowed = "absent or null" if needed is None else json.dumps(needed)
         found = "missing" if value is None else shown(value)
-        raise UserError(f"{source}: {name} is {found}, it must be {allowed}: {why}")
+        raise UserError(f"{name} is {found}, it must be {allowed}: {why}")
 
 
-def _check_architectures(d: dict[str, Any], source: str) -> None:
-    found = d.get("architectures")
-    if found is not None and not (type(found) is list and any(name in found for name in ARCHITECTURES)):
-        raise UserError(
-            f"{source}: architectures is {shown(found)}; a list with {' or '.join(ARCHITECTURES)} is needed"
-        )
-
-
-def _check_quantization(d: dict[str, Any], source: str) -> None:
-    block = _lookup(d, "quantization_config.weight_block_size", source)
-    is_block = type(block) is list and len(block) == 2 and all(_is_int(size, 1) for size in block)
-    if block is not None and not is_block:
-        raise UserError(
-            f"{source}: quantization_config.weight_block_size is {shown(block)}; a list of two positive integers is "
-            "needed, rows and columns that share a scale"
-        )
-    found = d.get("quantization_config")
-    if found and _lookup(d, "quantization_config.quant_method", source) is None:
-        raise UserError(f"{source}: quantization_config is {shown(found)}; only quant_method fp8 is read")
-
-
-def _layer_types(d: dict[str, Any], values: dict[str, Any], source: str) -> tuple[str, ...]:
+def _layer_types(d: dict[str, Any], values: dict[str, Any]) -> tuple[str, ...]:
     """mlp_layer_types from its own field or from first_k_dense_replace; with neither, the first layer is dense
     (transformers' class default).
     """
-    num_layers = values["num_hidden_layers"]
-    first_k_dense = _read(d, "first_k_dense_replace", _Reading(COUNT, (), None), source)
-    listed = values["mlp_layer_types"]
-    if first_k_dense is not None and first_k_dense > num_layers:
-        raise UserError(
-            f"{source}: first_k_dense_replace is {first_k_dense}; at most num_hidden_layers ({num_layers}) is possible"
-        )
+    num_layers, listed = values["num_hidden_layers"], values["mlp_layer_types"]
+    counted = _read(d, "first_k_dense_replace", _Reading(COUNT, (), None))
+    if counted is not None and counted > num_layers:
+        raise UserError(f"first_k_dense_replace is {counted}; at most num_hidden_layers ({num_layers}) is possible")
     if listed is not None and len(listed) != num_layers:
-        raise UserError(
-            f"{source}: mlp_layer_types has {len(listed)} entries; one for each of the {num_layers} layers "
-            "(num_hidden_layers) is needed"
-        )
-    num_dense = 1 if first_k_dense is None else first_k_dense
-    counted = ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense)
-    if listed is not None and first_k_dense is not None and listed != counted:
-        raise UserError(
-            f"{source}: mlp_layer_types and first_k_dense_replace = {first_k_dense} contradict each other; make them "
-            "agree or remove one"
-        )
-    return counted if listed is None else listed
+        needed = f"one for each of the {num_layers} layers (num_hidden_layers)"
+        raise UserError(f"mlp_layer_types has {len(listed)} entries; {needed} is needed")
+    num_dense = 1 if counted is None else counted
+    types = ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense)
+    if listed is not None and counted is not None and listed != types:
+        both = f"mlp_layer_types and first_k_dense_replace = {counted}"
+        raise UserError(f"{both} contradict each other; make them agree or remove one")
+    return types if listed is None else listed
 
 
-def _check_together(values: dict[str, Any], source: str) -> None:
+def _check_together(values: dict[str, Any]) -> None:
     """What one field alone cannot tell."""
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
     if heads % kv_heads:
-        raise UserError(
-            f"{source}: num_attention_heads is {heads}; a multiple of num_key_value_heads ({kv_heads}) is needed"
-        )
+        raise UserError(f"num_attention_heads is {heads}; a multiple of num_key_value_heads ({kv_heads}) is needed")
     if values["head_dim"] % 2:
-        raise UserError(f"{source}: head_dim is {values['head_dim']}; RoPE needs an even number")
-    if values["num_experts_per_tok"] > values["num_experts"]:
-        raise UserError(
-            f"{source}: num_experts_per_tok is {values['num_experts_per_tok']}; at most num_experts "
-            f"({values['num_experts']}) is possible"
-        )
+        raise UserError(f"head_dim is {values['head_dim']}; RoPE needs an even number")
+    chosen, experts = values["num_experts_per_tok"], values["num_experts"]
+    if chosen > experts:
+        raise UserError(f"num_experts_per_tok is {chosen}; at most num_experts ({experts}) is possible")
+    size = values["vocab_size"]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token_ids = values[name] if isinstance(values[name], tuple) else [values[name]]
-        for token_id in token_ids:
-            if token_id is not None and token_id >= values["vocab_size"]:
-                raise UserError(
-                    f"{source}: {name} is {token_id}, outside the vocabulary; an id below vocab_size "
-                    f"({values['vocab_size']}) is needed"
-                )
+        for token in values[name] if isinstance(values[name], tuple) else [values[name]]:
+            if token is not None and token >= size:
+                raise UserError(f"{name} is {token}, outside the vocabulary; an id below vocab_size ({size}) is needed")

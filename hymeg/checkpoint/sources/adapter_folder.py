@@ -9,7 +9,7 @@ from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapter_table import FULL, PREFIX, Module, adapter_modules, check_adapter_tensors
 from hymeg.checkpoint.row_tensors import RowTensor
 from hymeg.checkpoint.sources.dist_folder import open_dist
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 
 
@@ -61,9 +61,7 @@ def open_dist_adapter(folder: str | Path, config: HyConfig | None = None, iterat
         raise UserError(f"{folder}: no {CONFIG_FILE} in it; give --base-hf, the Hugging Face folder of its base model")
     settings = AdapterSettings.from_folder(source.folder)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    try:
+    with located(source.folder):
         check_adapter_tensors(config, settings.rank, settings.targets, shapes, full_names(tensors))
-    except UserError as error:
-        raise UserError(f"{source.folder}: {error}") from None
     what = "adapter, distributed (torch_dist)"
     return Adapter(what, source.folder, config, settings, tensors, source.iteration, source.has_optimizer)

@@ -16,7 +16,7 @@ from hymeg.checkpoint.mapping import (
 )
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source, with_first_rows
 from hymeg.checkpoint.verification import verification_notes
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.hf.fp8 import WeightScale, listed, told_apart
 from hymeg.hf.safetensors_files import TensorEntry, open_checkpoint
@@ -59,14 +59,12 @@ def open_hf(
     mtp = settle_mtp(folder, config, of_mtp, base_hf, drop_mtp, dtype)
     if drop_mtp:
         stored = {name: entry for name, entry in stored.items() if name not in of_mtp}
-    try:
+    with located(folder):
         match = match_hf_tensors(mtp.read, {name: entry.shape for name, entry in stored.items()})
         parts: dict[str, list[Entry]] = {}
         for entry in match.entries:
             parts.setdefault(entry.dist_key, []).append(entry)
         tensors = {key: _row_tensor(key, entries, stored, scales, dtype) for key, entries in parts.items()}
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
     notes += [*verification_notes(folder), *mtp.notes]
     if match.dropped:
         notes.append(f"left out, the trunk's own are used instead: {', '.join(match.dropped)}")

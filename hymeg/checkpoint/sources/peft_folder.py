@@ -37,7 +37,7 @@ from hymeg.checkpoint.row_functions import Rearranged
 from hymeg.checkpoint.row_tensors import Band, RowTensor, TensorReader, stacked
 from hymeg.checkpoint.sources.adapter_folder import Adapter
 from hymeg.checkpoint.sources.hf_folder import as_stored
-from hymeg.errors import UserError
+from hymeg.errors import UserError, located
 from hymeg.files import read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
@@ -77,7 +77,7 @@ def open_peft(folder: str | Path, config: HyConfig) -> Adapter:
     """
     folder = Path(folder)
     raw, entries = peft_contents(folder)
-    try:
+    with located(folder):
         pairs, full = _sorted_out(config, entries, raw)
         ranks = {of: _rank(of, pair["A"], raw) for of, pair in pairs.items()}
         rank = _rank_of_all(ranks, raw)
@@ -89,8 +89,6 @@ def open_peft(folder: str | Path, config: HyConfig) -> Adapter:
         settings = AdapterSettings(rank, alpha, scaling, dropout, targets, {"source": base} if base else None)
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         check_adapter_tensors(config, rank, targets, shapes, full)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
     is_served = any(of.expert is not None for of in pairs) or any(".shared_mlp." in name for name in entries)
     what = f"adapter, {'served' if is_served else 'peft'} layout"
     return Adapter(what, folder, config, settings, tensors)
