@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from hymeg.checksums import open_verified
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.files import are_sizes, is_file_name, os_errors, read_json, shown, write_whole, written_whole
 from hymeg.hf.config import local_directory
 from hymeg.hf.dtypes import ITEM_SIZES
@@ -73,31 +73,27 @@ def read_header(path: Path, opened: Callable[[str | os.PathLike], BinaryIO] = op
     with os_errors(path, "read"), opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
+        text = file.read(header_bytes) if header_bytes <= MAX_HEADER_BYTES else b""
+    with about(path):
         if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
-            raise UserError(
-                f"{path}: not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`"
-            )
-        position = 8 + header_bytes
-        if position > size:
-            raise UserError(
-                f"{path}: truncated: {size} bytes, too few for its header of {header_bytes}; fetch the file again"
-            )
-        text = file.read(header_bytes)
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=_without_twins)
-        metadata = header.pop("__metadata__", {})
-        if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-            raise ValueError("__metadata__ must map strings to strings")
-        entries = _checked_entries(path, header, position)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: the header is damaged: {error or type(error).__name__}; fetch the file again"
-        ) from None
-    end = position + sum(entry.nbytes for entry in entries.values())
-    if end != size:
-        problem = "truncated" if size < end else "bytes after the last tensor"
-        raise UserError(f"{path}: {problem}: {size} bytes where the header describes {end}; fetch the file again")
-    return entries
+            raise UserError(f"not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`")
+        begin = 8 + header_bytes
+        if begin > size:
+            raise UserError(f"truncated: {size} bytes, too few for its header of {header_bytes}; fetch the file again")
+        try:
+            header = json.loads(text.decode(), object_pairs_hook=_without_twins)
+            metadata = header.pop("__metadata__", {})
+            if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+                raise ValueError("__metadata__ must map strings to strings")
+            entries = _checked_entries(path, header, begin)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            found = str(error) or type(error).__name__
+            raise UserError(f"the header is damaged: {found}; fetch the file again") from None
+        end = begin + sum(entry.nbytes for entry in entries.values())
+        if end != size:
+            problem = "truncated" if size < end else "bytes after the last tensor"
+            raise UserError(f"{problem}: {size} bytes where the header describes {end}; fetch the file again")
+        return entries
 
 
 def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
@@ -126,10 +122,9 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
                     "of the files"
                 )
             if weight_map and weight_map.get(name) != file_name:
-                where = f"is in {weight_map[name]}" if name in weight_map else "does not exist"
+                where = f"by {INDEX_FILE}, {f'is in {weight_map[name]}' if name in weight_map else 'does not exist'}"
                 raise UserError(
-                    f"{entry.file}: holds tensor {shown(name)} which, by {INDEX_FILE}, {where}; the files do not "
-                    "belong together"
+                    f"{entry.file}: holds tensor {shown(name)} which, {where}; the files do not belong together"
                 )
             tensors[name] = entry
     for name, file_name in weight_map.items():
@@ -277,10 +272,8 @@ def _read_index(path: Path) -> dict[str, str]:
         raise UserError(f'{path}: an object "weight_map" from tensor names to file names is needed')
     for name, file_name in weight_map.items():
         if not is_file_name(file_name):
-            raise UserError(
-                f"{path}: tensor {shown(name)}: the file is {shown(file_name)}; the name of a file in this folder is "
-                "needed"
-            )
+            found = f"tensor {shown(name)}: the file is {shown(file_name)}"
+            raise UserError(f"{path}: {found}; the name of a file in this folder is needed")
     return weight_map
 
 
