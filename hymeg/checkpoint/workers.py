@@ -147,18 +147,18 @@ def _worker(
     with contextlib.suppress(BrokenPipeError):
         try:
             result = work(share, report)
-            send.send(("done", result, _own_peak_bytes()))
+            send.send((None, result, _own_peak_bytes()))
         except UserError as error:
-            send.send(("user", str(error), 0))
+            send.send((UserError(str(error)), None, 0))
         except KeyboardInterrupt:
-            send.send(("user", "interrupted", 0))
+            send.send((UserError("interrupted"), None, 0))
         except BaseException:
-            send.send(("bug", traceback.format_exc(), 0))
+            send.send((RuntimeError(f"a worker failed:\n{traceback.format_exc()}"), None, 0))
 
 
 def _received(connection: Connection, process: Any) -> tuple[Any, int]:
     try:
-        kind, result, peak = connection.recv()
+        error, result, peak = connection.recv()
     except EOFError:
         process.join()
         code = process.exitcode
@@ -167,8 +167,6 @@ def _received(connection: Connection, process: Any) -> tuple[Any, int]:
             f"a worker process {how} before its share was done; out of memory? give fewer --workers, or see the "
             "kernel's log"
         ) from None
-    if kind == "user":
-        raise UserError(result)
-    if kind == "bug":
-        raise RuntimeError(f"a worker failed:\n{result}")
+    if error:
+        raise error
     return result, peak

@@ -14,7 +14,7 @@ from hymeg.checkpoint.row_tensors import RowTensor
 from hymeg.checkpoint.sinks.hf_folder import files_of_shards, hf_specs, with_dtype
 from hymeg.checkpoint.sinks.transfer import FilesToWrite
 from hymeg.checkpoint.sources.hf_folder import as_stored
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.hf.config import HyConfig
 from hymeg.hf.fp8 import (
     DYNAMIC,
@@ -51,7 +51,8 @@ def files_of_fp8(
     quantised, given, kv = {name for name in entries if QUANTISED.fullmatch(name)}, None, []
     if scales_from:
         given = measured(scales_from)
-        quantised = _checked(given, entries, quantised)
+        with about(f"--scales-from {scales_from}"):
+            quantised = _checked(given, entries, quantised)
         layers = {_layer(name) for name in entries}
         kv = [as_stored(name, given.stored[name]) for name in given.kv if _layer(name) in layers]
     dtypes = {key: tensor.dtype_kept for key, tensor in tensors.items()}
@@ -103,17 +104,17 @@ def _checked(given: Measured, entries: Mapping[str, Entry], by_rule: set[str]) -
     """The weights that are in FP8 there, if all that is needed of them is."""
     quantised = given.quantised & entries.keys()
     for name in sorted(by_rule | quantised):
-        found = given.stored.get(name)
-        if found is None or found.shape != entries[name].hf_shape:
+        found, needed, scale = given.stored.get(name), entries[name].hf_shape, input_scale_of(name)
+        if found is None or found.shape != needed:
             what = f"is {list(found.shape)} there" if found else "is not there"
             raise UserError(
-                f"--scales-from {given.folder}: {name} of shape {list(entries[name].hf_shape)} {what}; give the FP8 "
-                "folder of the same model, --drop-mtp where only MTP layers are missing, or leave it out"
+                f"{name} of shape {list(needed)} {what}; give the FP8 folder of the same model, --drop-mtp where only "
+                "MTP layers are missing, or leave it out"
             )
-        if name in quantised and input_scale_of(name) not in given.stored:
+        if name in quantised and scale not in given.stored:
             raise UserError(
-                f"--scales-from {given.folder}: no {input_scale_of(name)} in it, without which engines cannot load a "
-                "static scheme; fetch the folder again, or leave it out"
+                f"no {scale} in it, without which engines cannot load a static scheme; fetch the folder again, or "
+                "leave it out"
             )
     return quantised
 

@@ -25,7 +25,7 @@ from hymeg import __version__
 from hymeg.checkpoint import workers
 from hymeg.checkpoint.dist_files import SOURCE_FILE
 from hymeg.checksums import MANIFEST, FileSum, read_manifest, sum_of, sum_of_file, write_manifest
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.files import fsync_folder, os_errors, read_json, write_whole
 
 RECORD = "conversion.json"
@@ -86,44 +86,41 @@ def new_folder(
 
 def check_target(target: Path, num_bytes: int, overwrite: bool) -> None:
     """Whether a folder of `num_bytes` can be made at `target`. Raises UserError where it cannot, or must not."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: is no folder; give a folder that is empty or does not exist yet")
-    if target.is_dir():
-        names = sorted(os.listdir(target))
-        if names and not overwrite:
-            raise UserError(
-                f"{target}: not empty (it holds {', '.join(names[:3])}); give another folder, or --overwrite to "
-                "replace it"
-            )
-        if names:
-            _check_replaceable(target, target)
-        if os.path.ismount(target):
-            raise UserError(f"{target}: is a mount point, which cannot be replaced as a whole; give a folder inside it")
-    existing = next(folder for folder in (target.parent, *target.absolute().parents) if folder.exists())
-    is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    if not is_writable or os.statvfs(existing).f_flag & os.ST_RDONLY:
-        raise UserError(f"{target}: {existing} is not writable; give a folder elsewhere")
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise UserError(
-            f"{target}: {num_bytes / 1e9:,.3f} GB are needed and {free / 1e9:,.3f} GB are free on that disk; make room "
-            "or give a folder elsewhere"
-        )
+    with about(target):
+        if target.is_dir():
+            names = sorted(os.listdir(target))
+            if names and not overwrite:
+                found = ", ".join(names[:3])
+                raise UserError(f"not empty (it holds {found}); give another folder, or --overwrite to replace it")
+            if names:
+                _check_replaceable(target)
+            if os.path.ismount(target):
+                raise UserError("is a mount point, which cannot be replaced as a whole; give a folder inside it")
+        elif target.exists():
+            raise UserError("is no folder; give a folder that is empty or does not exist yet")
+        existing = next(folder for folder in (target.parent, *target.absolute().parents) if folder.exists())
+        is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+        if not is_writable or os.statvfs(existing).f_flag & os.ST_RDONLY:
+            raise UserError(f"{existing} is not writable; give a folder elsewhere")
+        free = shutil.disk_usage(existing).free
+        if free < num_bytes:
+            needed = f"{num_bytes / 1e9:,.3f} GB are needed and {free / 1e9:,.3f} GB are free on that disk"
+            raise UserError(f"{needed}; make room or give a folder elsewhere")
 
 
-def _check_replaceable(folder: Path, target: Path) -> None:
-    """Whether `folder`, which is or was `target`, holds what a conversion wrote, and nothing else."""
+def _check_replaceable(folder: Path) -> None:
+    """Whether `folder` holds what a conversion wrote, and nothing else."""
     try:
         written = set(read_json(folder / RECORD)["files"])
     except (UserError, KeyError, TypeError):
         raise UserError(
-            f"{target}: --overwrite replaces what a conversion wrote, and no {RECORD} in it says that one did; give "
-            "another folder, or remove this one yourself"
+            f"--overwrite replaces what a conversion wrote, and no {RECORD} in it says that one did; give another "
+            "folder, or remove this one yourself"
         ) from None
     found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     if foreign := sorted(found - written - {RECORD, SOURCE_FILE, _MARK}):
         lost = ", ".join(foreign[:3])
-        raise UserError(f"{target}: --overwrite would lose {lost}, which no conversion wrote; give another folder")
+        raise UserError(f"--overwrite would lose {lost}, which no conversion wrote; give another folder")
 
 
 def _sums(folder: Path) -> dict[str, FileSum]:
@@ -148,7 +145,8 @@ def _appear(partial: Path, target: Path, overwrite: bool) -> None:
         os.rename(target, old)
     try:
         if old is not None:
-            _check_replaceable(old, target)
+            with about(target):
+                _check_replaceable(old)
         os.rename(partial, target)  # onto nothing or an empty folder: POSIX refuses another
     except BaseException as error:
         if old is not None:

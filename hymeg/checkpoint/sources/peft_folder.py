@@ -101,10 +101,9 @@ def peft_contents(folder: str | Path) -> tuple[dict[str, Any], dict[str, TensorE
     folder = Path(folder)
     path = folder / CONFIG_FILE
     raw = read_json(path)
-    if type(raw) is not dict or raw.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type is {shown(raw.get('peft_type') if type(raw) is dict else raw)}; LORA is needed"
-        )
+    kind = raw.get("peft_type") if type(raw) is dict else raw
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type is {shown(kind)}; LORA is needed")
     if raw.get("bias") not in (None, "none"):
         raise UserError(f"{path}: bias is {shown(raw['bias'])}; it must be none: these models have no biases")
     for name, value in raw.items():
