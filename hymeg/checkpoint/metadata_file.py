@@ -2,11 +2,12 @@
 run.
 """
 
+import contextlib
 import functools
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +31,7 @@ def stored_shapes(folder: str | os.PathLike) -> dict[str, Shape | None]:
         UserError: it is missing, broken or hostile.
     """
     path = Path(folder) / METADATA
-    try:
+    with damage_told(path):
         entries = read_metadata(path).get("state_dict_metadata")
         shapes = {
             key: tuple(entry.state["size"]) if is_a(entry, "TensorStorageMetadata") else None
@@ -38,9 +39,7 @@ def stored_shapes(folder: str | os.PathLike) -> dict[str, Shape | None]:
         }
         if not all(shape is None or are_sizes(shape) for shape in shapes.values()):
             raise ValueError("a shape is none")
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
-    return shapes
+        return shapes
 
 
 def stored_places(folder: str | os.PathLike) -> list[tuple[str, str, int, int]]:
@@ -48,16 +47,23 @@ def stored_places(folder: str | os.PathLike) -> list[tuple[str, str, int, int]]:
     `stored_shapes` does.
     """
     path = Path(folder) / METADATA
-    try:
+    with damage_told(path):
         places = [
             (index.get("fqn"), info.get("relative_path"), info.get("offset"), info.get("length"))
             for index, info in read_metadata(path, opened).get("storage_data").items()
         ]
         if not all(type(key) is type(file) is str and are_sizes(place) for key, file, *place in places):
             raise ValueError("a place is none")
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        return places
+
+
+@contextlib.contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Make a UserError of what is raised inside where metadata are not formed as they should be."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
-    return places
 
 
 class Record:

@@ -22,12 +22,12 @@ from hymeg.checkpoint.dist_files import (
     iteration_folder,
 )
 from hymeg.checkpoint.mapping import Range, Shape, row_ranges
-from hymeg.checkpoint.metadata_file import flags_of, is_a, read_metadata
+from hymeg.checkpoint.metadata_file import damage_told, flags_of, is_a, read_metadata
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source, with_first_rows
 from hymeg.checkpoint.sources.foreign_keys import is_of_model, under_our_keys
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.checksums import Damaged, open_verified
-from hymeg.errors import UserError
+from hymeg.errors import UserError, about
 from hymeg.files import are_sizes, is_file_name, read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
@@ -55,20 +55,14 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
         )
     path = folder / METADATA
     metadata = read_metadata(path)
-    try:
+    with damage_told(path), about(path):
         entries = metadata.get("state_dict_metadata")
         stored = {key: entry.state for key, entry in entries.items() if is_a(entry, "TensorStorageMetadata")}
         locations = _locations(folder, metadata.get("storage_data"))
         tensors = {key: _row_tensor(folder, key, state, locations) for key, state in stored.items() if is_of_model(key)}
         others = [key for key in stored if key not in tensors]
         tensors, foreign = under_our_keys(tensors)
-        _check_flags(folder, locations.get((COMMON_STATE_KEY, None)))
-    except Damaged:
-        raise
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    _check_flags(folder, locations.get((COMMON_STATE_KEY, None)))
     unknown = tuple(key for key in others if not _STATE.fullmatch(key))
     has_optimizer = any(_OPTIMIZER.fullmatch(key) for key in entries)
     of_config = config_folder(Path(directory), folder)
@@ -103,9 +97,10 @@ def _check_flags(folder: Path, location: tuple[str, int, int] | None) -> None:
     except Exception:  # whatever a broken, foreign or missing object raises: it is not needed for anything else
         return
     if interleaved is not None:
+        found = f"trained with --moe-mlp-glu-interleave-size {shown(interleaved)}"
         raise UserError(
-            f"trained with --moe-mlp-glu-interleave-size {shown(interleaved)}: gate and up projections of the experts "
-            "are interleaved, which cannot be exported; save it without"
+            f"{folder / METADATA}: {found}: gate and up projections of the experts are interleaved, which cannot be "
+            "exported; save it without"
         )
 
 
