@@ -18,6 +18,9 @@ from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.rounding import e4m3_codes, quantised
 from hymeg.checkpoint.sinks import transfer
+from hymeg.checkpoint.sinks.fp8_folder import files_of_fp8
+from hymeg.checkpoint.sinks.transfer import unpacked
+from hymeg.checkpoint.sources import open_hf
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
@@ -200,6 +203,14 @@ def test_what_cannot_be_meant_is_refused(plain, tmp_path):
     with pytest.raises(UserError, match=r"is, holds or lies in .*published"):
         hf_to_hf(plain / "bf16", plain / "published" / "x", quantize="fp8", workers=1, scales_from=plain / "published")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_is_written_after_its_weight_and_so_found_once(plain):
+    source = open_hf(plain / "bf16")
+    files, _, _ = files_of_fp8(source.config, source.tensors, 10**9, None, None, workers=1)
+    names = [task.tensor.key for turn in files.turns for task in unpacked(turn)]
+    scaled = [name for name in names if f"{name}_scale" in names]
+    assert scaled and all(names[names.index(name) + 1] == f"{name}_scale" for name in scaled)
 
 
 def test_numbers_without_a_scale_are_refused_and_zeros_are_not(plain, tmp_path):

@@ -39,6 +39,14 @@ def opened(path: Path) -> contextlib.closing[ReadFile]:
     return contextlib.closing(ReadFile(path, None))
 
 
+def test_a_part_of_a_file_ends_where_it_ends_whatever_is_asked_for(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    with opened(tmp_path / "file") as file:
+        part, into = FilePart(file, 6, 10), bytearray(50)
+        assert part.read(1 << 60) == bytes(range(6, 16)) and part.read() == b""  # and takes no memory for more
+        assert part.seek(4) == 4 and part.readinto(into) == 6 and into[:7] == bytes([*range(10, 16), 0])
+
+
 @pytest.mark.parametrize(("dtype", "shape"), [("BF16", (5, 7)), ("F32", (300,)), ("F16", (1, 3, 4)), ("F32", (1,))])
 def test_a_stored_tensor_is_what_torch_save_writes(tmp_path, dtype, shape):
     tensor = torch.randn(shape).to(TORCH[dtype])
