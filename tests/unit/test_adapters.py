@@ -351,6 +351,18 @@ GATE_UP = r"mlp\.experts\.gate_up_proj"
             "is not block-diagonal",
         ),
         ("peft", {}, lambda t: t.update({A_OF_Q: t[A_OF_Q].int()}), "is I32; one of BF16, F16, F32"),
+        (
+            "peft",
+            {"rank_pattern": {r"layers\.1\.mlp\.experts\.gate_up_proj": 4}},
+            lambda t: t.update(
+                {
+                    name: (v[:16] if "lora_A" in name else v[:, :16]).contiguous()
+                    for name, v in t.items()
+                    if "base_layer" in name and ".layers.1." not in name
+                }
+            ),
+            "gate_up_proj has rank 4, the others 2;",
+        ),
     ],
 )
 def test_what_has_no_place_in_an_adapter_is_refused_by_name(folders, base, tmp_path, layout, config, tensors, said):
