@@ -122,10 +122,9 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
                     "of the files"
                 )
             if weight_map and weight_map.get(name) != file_name:
-                where = f"by {INDEX_FILE}, {f'is in {weight_map[name]}' if name in weight_map else 'does not exist'}"
-                raise UserError(
-                    f"{entry.file}: holds tensor {shown(name)} which, {where}; the files do not belong together"
-                )
+                where = f"is in {weight_map[name]}" if name in weight_map else "does not exist"
+                found = f"holds tensor {shown(name)} which, by {INDEX_FILE}, {where}"
+                raise UserError(f"{entry.file}: {found}; the files do not belong together")
             tensors[name] = entry
     for name, file_name in weight_map.items():
         if name not in tensors:

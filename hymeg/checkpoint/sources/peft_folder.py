@@ -81,10 +81,14 @@ def open_peft(folder: str | Path, config: HyConfig) -> Adapter:
         pairs, full = _sorted_out(config, entries, raw)
         ranks = {of: _rank(of, pair["A"], raw) for of, pair in pairs.items()}
         rank = _rank_of_all(ranks, raw)
-        scaling, base = "rslora" if raw.get("use_rslora") else "lora", raw.get("base_model_name_or_path")
-        alpha, dropout = _alpha(ranks, rank, scaling, raw), float(raw.get("lora_dropout") or 0.0)
+        scaling = "rslora" if raw.get("use_rslora") else "lora"
+        alpha = _alpha(ranks, rank, scaling, raw)
+        dropout = float(raw.get("lora_dropout") or 0.0)
+        base = raw.get("base_model_name_or_path")
         tensors = _tensors(folder, pairs, rank)
-        tensors |= {key: found._replace(key=key) for name, found in full.items() if (key := PREFIX + name + FULL)}
+        for name, found in full.items():
+            key = PREFIX + name + FULL
+            tensors[key] = found._replace(key=key)
         targets = _targets(config, {module for of in pairs for module in of.modules})
         settings = AdapterSettings(rank, alpha, scaling, dropout, targets, {"source": base} if base else None)
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
