@@ -50,6 +50,10 @@ def test_what_is_in_the_cache_is_used_without_a_network(cache, hf_checkpoint, tm
     snapshot = put_into(cache, hf_checkpoint)
     for name in ("tiny/Hy-MT2", "tiny/Hy-MT2@v2", f"tiny/Hy-MT2@{COMMIT}"):
         assert local_folder(name) == snapshot
+    fetch, asked = huggingface_hub.snapshot_download, []
+    noted = lambda *args, **words: (asked.append(words["local_files_only"]), fetch(*args, **words))[1]  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    assert local_folder("tiny/Hy-MT2") == snapshot and asked == [True]  # the network is not asked
     given = ["--mock-data", "--train-iters", "1", "--lr", "1e-3", "--seq-length", "64"]
     args, config = parse(["--hf-model", "tiny/Hy-MT2", "--load", "tiny/Hy-MT2@v2", *given])
     assert args.hf_model == args.load == args.tokenizer_model == str(snapshot) and config.hidden_size == 64
