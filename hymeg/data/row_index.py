@@ -24,19 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hymeg.checksums import (
-    BLOCK_BYTES,
-    MANIFEST,
-    Damaged,
-    FileSum,
-    Summer,
-    SummingStream,
-    check_block,
-    damaged_blocks,
-    expected_sum,
-    open_verified,
-    write_manifest,
-)
+from hymeg import checksums
+from hymeg.checksums import BLOCK_BYTES, MANIFEST, Damaged, FileSum
 from hymeg.data.chat import Tokens
 from hymeg.errors import UserError
 from hymeg.files import fsync_folder, read_json, write_whole
@@ -73,7 +62,7 @@ class RowIndex:
         if self._is_weighted:
             self._turns, self._weights = (_verified_array(folder / f"{name}.npy") for name in ("turns", "weights"))
         self.stored = np.memmap(folder / "tokens.bin", np.int32, mode="r")
-        self._expected = expected_sum(folder / "tokens.bin")
+        self._expected = checksums.expected_sum(folder / "tokens.bin")
         self._bytes = memoryview(self.stored).cast("B")
         self._verified = bytearray(-(-len(self._bytes) // BLOCK_BYTES))  # blocks of the tokens: 1 where it was compared
         if len(self.starts) != len(self.lines) + 1 or len(self.stored) != self.starts[-1]:
@@ -191,17 +180,9 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
         return {}
 
 
-def save_array(path: Path, array: np.ndarray) -> FileSum:
-    """As np.save does; the file's checksums."""
-    summer = Summer()
-    with open(path, "wb") as file:
-        np.save(SummingStream(file, summer), array)
-    return summer.result()
-
-
 def _verified_array(path: Path) -> np.ndarray:
     """Memory-mapped. Raises Damaged where the file is not what was written."""
-    if (expected := expected_sum(path)) and (wrong := damaged_blocks(path, expected)):
+    if (expected := checksums.expected_sum(path)) and (wrong := checksums.damaged_blocks(path, expected)):
         raise Damaged(path, f"bytes {wrong[0].start} to {wrong[0].stop - 1} are not those that were written")
     return np.load(path, mmap_mode="r")
 

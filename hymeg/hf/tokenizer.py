@@ -88,8 +88,7 @@ def load_tokenizer(directory: str | os.PathLike, config: HyConfig | None = None)
             directory, use_fast=True, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        reason = f"{type(error).__name__}: {first_line}"
+        reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
     if config is not None:
         largest_token, largest_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -201,3 +200,7 @@ def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
