@@ -20,27 +20,23 @@ class UserError(Exception):
     """
 
 
-class located:
-    """`where`, in front of what a `UserError` from inside says."""
+class about:
+    """Puts `what` before the message of a `UserError` that is raised inside, and `after` behind it."""
 
-    def __init__(self, where: str):
-        self.where = where
+    def __init__(self, what: str, after: str = ""):
+        self.what, self.after = what, after
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, UserError):
-            raise UserError(f"{self.where}: {error}") from error
+            raise UserError(f"{self.what}{error}{self.after}") from error
 
 
-@contextlib.contextmanager
-def about(what: str, after: str = ""):
-    """Put `what` before the message of a `UserError` that is raised inside, and `after` behind it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{what}{error}{after}") from error
+def located(where: object) -> about:
+    """Puts `where`, and a colon, before that message."""
+    return about(f"{where}: ")
 
 
 @contextlib.contextmanager

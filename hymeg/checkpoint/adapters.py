@@ -9,11 +9,11 @@ from typing import Any
 from hymeg.checkpoint.adapter_table import FULL, PREFIX
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.conversion import Conversion, Summary, carry_out, check_apart, to_hf
-from hymeg.checkpoint.mapping import hf_entries, is_mtp, num_rows
+from hymeg.checkpoint.mapping import hf_entries, is_mtp, num_rows, with_first_rows
 from hymeg.checkpoint.options import ANY, TO_HF, VERIFIED, Options
 from hymeg.checkpoint.reading import Read
 from hymeg.checkpoint.row_functions import LowRank, PlusLowRank
-from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, with_first_rows
+from hymeg.checkpoint.row_tensors import RowTensor, TensorReader
 from hymeg.checkpoint.sinks.dist_folder import files_of_adapter
 from hymeg.checkpoint.sinks.peft_folder import files_of_peft
 from hymeg.checkpoint.sources import open_adapter, open_dist_adapter, open_hf, open_peft

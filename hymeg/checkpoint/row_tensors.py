@@ -10,7 +10,7 @@ also be made of those of other tensors (`MadeRows`).
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -145,14 +145,6 @@ def stacked(key: str, tensors: Sequence[RowTensor], num_slices: int) -> RowTenso
     rows = len(tensors) * height
     shape = (num_slices, rows // num_slices, columns) if num_slices else (rows, columns)
     return RowTensor(key, dtypes.pop() if len(dtypes) == 1 else "F32", shape, tuple(bands))
-
-
-def with_first_rows(ranges: Iterable[Range]) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, which of all the ranges' rows its first is) for each range."""
-    row = 0
-    for start, stop in ranges:
-        yield start, stop, row
-        row += stop - start
 
 
 def block_height(tensor: RowTensor) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from hymeg.checksums import open_verified
-from hymeg.errors import UserError, about
+from hymeg.errors import UserError, located
 from hymeg.files import are_sizes, is_file_name, os_errors, read_json, shown, write_whole, written_whole
 from hymeg.hf.config import local_directory
 from hymeg.hf.dtypes import ITEM_SIZES
@@ -74,7 +74,7 @@ def read_header(path: Path, opened: Callable[[str | os.PathLike], BinaryIO] = op
         size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         text = file.read(header_bytes) if header_bytes <= MAX_HEADER_BYTES else b""
-    with about(path):
+    with located(path):
         if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
             raise UserError(f"not a safetensors file ({size} bytes); if it is a Git LFS pointer, run `git lfs pull`")
         begin = 8 + header_bytes

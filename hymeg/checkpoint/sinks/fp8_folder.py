@@ -14,7 +14,7 @@ from hymeg.checkpoint.row_tensors import RowTensor
 from hymeg.checkpoint.sinks.hf_folder import files_of_shards, hf_specs, with_dtype
 from hymeg.checkpoint.sinks.transfer import FilesToWrite
 from hymeg.checkpoint.sources.hf_folder import as_stored
-from hymeg.errors import UserError, about
+from hymeg.errors import UserError, located
 from hymeg.hf.config import HyConfig
 from hymeg.hf.fp8 import (
     DYNAMIC,
@@ -51,7 +51,7 @@ def files_of_fp8(
     quantised, given, kv = {name for name in entries if QUANTISED.fullmatch(name)}, None, []
     if scales_from:
         given = measured(scales_from)
-        with about(f"--scales-from {scales_from}"):
+        with located(f"--scales-from {scales_from}"):
             quantised = _checked(given, entries, quantised)
         layers = {_layer(name) for name in entries}
         kv = [as_stored(name, given.stored[name]) for name in given.kv if _layer(name) in layers]

@@ -25,7 +25,7 @@ from hymeg import __version__
 from hymeg.checkpoint import workers
 from hymeg.checkpoint.dist_files import SOURCE_FILE
 from hymeg.checksums import MANIFEST, FileSum, read_manifest, sum_of, sum_of_file, write_manifest
-from hymeg.errors import UserError, about
+from hymeg.errors import UserError, located
 from hymeg.files import fsync_folder, os_errors, read_json, write_whole
 
 RECORD = "conversion.json"
@@ -86,7 +86,7 @@ def new_folder(
 
 def check_target(target: Path, num_bytes: int, overwrite: bool) -> None:
     """Whether a folder of `num_bytes` can be made at `target`. Raises UserError where it cannot, or must not."""
-    with about(target):
+    with located(target):
         if target.is_dir():
             names = sorted(os.listdir(target))
             if names and not overwrite:
@@ -145,7 +145,7 @@ def _appear(partial: Path, target: Path, overwrite: bool) -> None:
         os.rename(target, old)
     try:
         if old is not None:
-            with about(target):
+            with located(target):
                 _check_replaceable(old)
         os.rename(partial, target)  # onto nothing or an empty folder: POSIX refuses another
     except BaseException as error:

@@ -21,13 +21,13 @@ from hymeg.checkpoint.dist_files import (
     StoredChunk,
     iteration_folder,
 )
-from hymeg.checkpoint.mapping import Range, Shape, row_ranges
+from hymeg.checkpoint.mapping import Range, Shape, row_ranges, with_first_rows
 from hymeg.checkpoint.metadata_file import damage_told, flags_of, is_a, read_metadata
-from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source, with_first_rows
+from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Source
 from hymeg.checkpoint.sources.foreign_keys import is_of_model, under_our_keys
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.checksums import Damaged, open_verified
-from hymeg.errors import UserError, about
+from hymeg.errors import UserError, located
 from hymeg.files import are_sizes, is_file_name, read_json, shown
 from hymeg.hf.config import HyConfig
 from hymeg.hf.dtypes import WEIGHTS
@@ -55,7 +55,7 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
         )
     path = folder / METADATA
     metadata = read_metadata(path)
-    with damage_told(path), about(path):
+    with damage_told(path), located(path):
         entries = metadata.get("state_dict_metadata")
         stored = {key: entry.state for key, entry in entries.items() if is_a(entry, "TensorStorageMetadata")}
         locations = _locations(folder, metadata.get("storage_data"))

@@ -13,8 +13,9 @@ from hymeg.checkpoint.mapping import (
     is_mtp,
     match_hf_tensors,
     num_rows,
+    with_first_rows,
 )
-from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source, with_first_rows
+from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.errors import UserError, located
 from hymeg.hf.config import CONFIG_FILE, HyConfig

@@ -19,8 +19,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.utils import unwrap_model
 
 from hymeg.checkpoint.adapter_table import Module, all_modules
-from hymeg.checkpoint.mapping import Entry, Shape, check_distributed_tensors, row_ranges
-from hymeg.checkpoint.row_tensors import with_first_rows
+from hymeg.checkpoint.mapping import Entry, Shape, check_distributed_tensors, row_ranges, with_first_rows
 from hymeg.checkpoint.sources.adapter_folder import full_names
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
