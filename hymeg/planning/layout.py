@@ -6,29 +6,24 @@ checks let through fails later there, and is refused here.
 """
 
 import dataclasses
+import functools
 import math
 import re
+from operator import attrgetter
 
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.planning.settings import Settings
 
-_FLAG = {
-    "tensor_model_parallel_size": "--tensor-model-parallel-size",
-    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
-    "context_parallel_size": "--context-parallel-size",
-    "expert_model_parallel_size": "--expert-model-parallel-size",
-    "expert_tensor_parallel_size": "--expert-tensor-parallel-size",
-    "virtual_pipeline_model_parallel_size": "--num-virtual-stages-per-pipeline-rank",
-    "num_distributed_optimizer_instances": "--num-distributed-optimizer-instances",
-    "decoder_first_pipeline_num_layers": "--decoder-first-pipeline-num-layers",
-    "decoder_last_pipeline_num_layers": "--decoder-last-pipeline-num-layers",
-    "micro_batch_size": "--micro-batch-size",
-    "global_batch_size": "--global-batch-size",
-    "seq_length": "--seq-length",
-}
-_LAYOUT = "--pipeline-model-parallel-layout"
-_OVERLAP = "--overlap-moe-expert-parallel-comm"
+_TP, _PP, _CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+_EP, _ETP, _VPP = (
+    "--expert-model-parallel-size",
+    "--expert-tensor-parallel-size",
+    "--num-virtual-stages-per-pipeline-rank",
+)
+_FIRST, _LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
+_INSTANCES, _LAYOUT = "--num-distributed-optimizer-instances", "--pipeline-model-parallel-layout"
+_MICRO, _GLOBAL, _LENGTH = "--micro-batch-size", "--global-batch-size", "--seq-length"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +51,27 @@ class Layout:
     use_tp_pp_dp_mapping: bool = False
     num_distributed_optimizer_instances: int = 1
 
+    # For formulas.
+    tp = property(attrgetter("tensor_model_parallel_size"))
+    pp = property(attrgetter("pipeline_model_parallel_size"))
+    cp = property(attrgetter("context_parallel_size"))
+    ep = property(attrgetter("expert_model_parallel_size"))
+    etp = property(attrgetter("expert_tensor_parallel_size"))
+
     @property
     def data_parallel_size(self) -> int:
-        return self.world_size // (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        return self.world_size // (self.tp * self.pp * self.cp)
 
     @property
     def num_microbatches(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def num_virtual_stages(self) -> int:
+        """Of a rank."""
+        if self.pipeline_model_parallel_layout is not None:
+            return len(unrolled(self.pipeline_model_parallel_layout)) // self.pp
+        return self.virtual_pipeline_model_parallel_size or 1
 
 
 def check(config: HyConfig, layout: Layout, settings: Settings | None = None) -> None:
@@ -76,181 +83,140 @@ def check(config: HyConfig, layout: Layout, settings: Settings | None = None) ->
     Raises:
         UserError: one line: flag, value, what would do.
     """
-    for field, flag in _FLAG.items():
-        size = getattr(layout, field)
+    sizes = {_TP: layout.tp, _PP: layout.pp, _CP: layout.cp, _EP: layout.ep, _ETP: layout.etp}
+    sizes |= {_VPP: layout.virtual_pipeline_model_parallel_size, _INSTANCES: layout.num_distributed_optimizer_instances}
+    sizes |= {_FIRST: layout.decoder_first_pipeline_num_layers, _LAST: layout.decoder_last_pipeline_num_layers}
+    sizes |= {_MICRO: layout.micro_batch_size, _GLOBAL: layout.global_batch_size, _LENGTH: layout.seq_length}
+    for flag, size in sizes.items():
         if size is not None and size < 1:
             raise UserError(f"{flag} {size}: a size is at least 1")
     _check_widths(config, layout)
     _check_world(config, layout)
     _check_batch(layout)
-    num_virtual_stages = _check_depth(config, layout)
-    _check_interleaving(layout, num_virtual_stages)
+    if layout.pipeline_model_parallel_layout is None:
+        _check_depth(config, layout)
+    else:
+        _check_layout_string(config, layout)
+    if layout.num_virtual_stages > 1:
+        _check_interleaving(layout)
     _check_sequence(config, layout)
     if settings is not None and settings.overlap_moe_expert_parallel_comm:
-        _check_overlap(config, layout, settings, num_virtual_stages)
+        _check_overlap(config, layout, settings)
 
 
 def _check_widths(config: HyConfig, layout: Layout) -> None:
+    groups = config.num_key_value_heads
     tensor = {
         "attention heads": config.num_attention_heads,
         "hidden size": config.hidden_size,
         "dense feed-forward width": config.intermediate_size,
         "shared expert width": config.shared_expert_intermediate_size,
     }
-    groups = config.num_key_value_heads
-    for field, widths in (
-        ("tensor_model_parallel_size", tensor),
-        ("expert_model_parallel_size", {"experts": config.num_experts}),
-        ("expert_tensor_parallel_size", {"expert feed-forward width": config.moe_intermediate_size}),
+
+    def share_groups(size: int) -> bool:
+        """Whether ranks hold whole query groups each, or groups whole sets of ranks, which then compute a group's keys
+        and values together.
+        """
+        return groups % size == 0 or size % groups == 0
+
+    for flag, size, widths in (
+        (_TP, layout.tp, tensor),
+        (_EP, layout.ep, {"experts": config.num_experts}),
+        (_ETP, layout.etp, {"expert feed-forward width": config.moe_intermediate_size}),
     ):
-        parallel = getattr(layout, field)
-        wrong = next((what for what, size in widths.items() if size % parallel), None)
-        if wrong is None and (widths is not tensor or _shares(parallel, groups)):
-            continue
-        allowed = [
-            size for size in _divisors(math.gcd(*widths.values())) if widths is not tensor or _shares(size, groups)
-        ]
-        if wrong is not None:
-            raise UserError(
-                f"{_FLAG[field]} {parallel} does not divide the model's {widths[wrong]} {wrong}; it may be "
-                f"{_listed(allowed)}"
-            )
-        if widths is tensor:
-            raise UserError(
-                f"{_FLAG[field]} {parallel} and the model's {groups} query groups (key/value heads): neither divides "
-                "the other; "
-                f"it may be {_listed(allowed)}"
-            )
-
-
-def _shares(tensor_parallel: int, groups: int) -> bool:
-    """Whether ranks hold whole query groups each, or groups whole sets of ranks, which then compute a group's keys and
-    values together.
-    """
-    return groups % tensor_parallel == 0 or tensor_parallel % groups == 0
+        wrong = [f"does not divide the model's {width} {what}" for what, width in widths.items() if width % size]
+        if flag == _TP and not share_groups(size):
+            wrong.append(f"and the model's {groups} query groups (key/value heads): neither divides the other")
+        if wrong:
+            allowed = [one for one in _divisors(math.gcd(*widths.values())) if flag != _TP or share_groups(one)]
+            raise UserError(f"{flag} {size} {wrong[0]}; it may be {_listed(allowed)}")
 
 
 def _check_world(config: HyConfig, layout: Layout) -> None:
-    world, tp, pp, cp = (
-        layout.world_size,
-        layout.tensor_model_parallel_size,
-        layout.pipeline_model_parallel_size,
-        layout.context_parallel_size,
-    )
-    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    world, tp, pp, cp, ep, etp = layout.world_size, layout.tp, layout.pp, layout.cp, layout.ep, layout.etp
+    processes = "1 process" if world == 1 else f"{world} processes"
     if world % (tp * pp * cp):
-        product = _product(
-            layout, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-        )
-        below = world // (tp * pp * cp) * (tp * pp * cp)
-        start = f"{below} or {below + tp * pp * cp}" if below else f"{tp * pp * cp}"
         raise UserError(
-            f"{product} does not divide the {_processes(world)} of this job; start {start} (torchrun --nproc-per-node, "
-            "--nnodes) or lower it"
+            f"{_product({_TP: tp, _PP: pp, _CP: cp})} does not divide the {processes} of this job; start "
+            f"{_multiples(world, tp * pp * cp)} (torchrun --nproc-per-node, --nnodes) or lower it"
         )
     if world % (ep * etp * pp):
-        product = _product(
-            layout, "expert_model_parallel_size", "expert_tensor_parallel_size", "pipeline_model_parallel_size"
-        )
         allowed = [size for size in _divisors(config.num_experts) if world % (size * etp * pp) == 0]
-        choices = [f"--expert-model-parallel-size {_listed(allowed)} would do"] if allowed else []
+        choices = [f"{_EP} {_listed(allowed)} would do"] if allowed else []
         if etp > 1 and world % (ep * pp) == 0:
-            choices.append("so would --expert-tensor-parallel-size 1 (unset, it is the tensor-parallel size)")
+            choices.append(f"so would {_ETP} 1 (unset, it is the tensor-parallel size)")
         raise UserError(
-            f"{product} does not divide the {_processes(world)} of this job (experts are spread over tensor, context "
-            "and data parallel ranks); "
-            f"{', and '.join(choices) or 'lower one of them'}"
+            f"{_product({_EP: ep, _ETP: etp, _PP: pp})} does not divide the {processes} of this job (experts are "
+            f"spread over tensor, context and data parallel ranks); {', and '.join(choices) or 'lower one of them'}"
         )
     if layout.use_tp_pp_dp_mapping and pp > 1 and ep * etp != tp * cp:
         raise UserError(
-            f"--use-tp-pp-dp-mapping with --pipeline-model-parallel-size {pp} needs expert x expert-tensor parallel "
-            f"size ({ep} x {etp}) to equal "
-            f"tensor x context parallel size ({tp} x {cp}); leave --use-tp-pp-dp-mapping out"
+            f"--use-tp-pp-dp-mapping with {_PP} {pp} needs expert x expert-tensor parallel size ({ep} x {etp}) to "
+            f"equal tensor x context parallel size ({tp} x {cp}); leave --use-tp-pp-dp-mapping out"
         )
     instances = layout.num_distributed_optimizer_instances
     for what, ranks in (("data x context", world // (tp * pp)), ("expert-data", world // (ep * etp * pp))):
         if ranks % instances:
-            raise UserError(
-                f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} {what} parallel ranks; "
-                "it may be 1"
-            )
+            raise UserError(f"{_INSTANCES} {instances} does not divide the {ranks} {what} parallel ranks; it may be 1")
 
 
 def _check_batch(layout: Layout) -> None:
     step = layout.micro_batch_size * layout.data_parallel_size
     if layout.global_batch_size % step:
         raise UserError(
-            f"--global-batch-size {layout.global_batch_size} is no multiple of --micro-batch-size "
-            f"{layout.micro_batch_size} x data-parallel size "
-            f"{layout.data_parallel_size} = {step}; use {_multiples(layout.global_batch_size, step)}"
+            f"{_GLOBAL} {layout.global_batch_size} is no multiple of {_MICRO} {layout.micro_batch_size} x "
+            f"data-parallel size {layout.data_parallel_size} = {step}; use {_multiples(layout.global_batch_size, step)}"
         )
 
 
-def _check_depth(config: HyConfig, layout: Layout) -> int:
-    """Returns the number of virtual stages of a rank."""
-    if layout.pipeline_model_parallel_layout is not None:
-        return _check_layout_string(config, layout)
-    pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
-    first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
-    layers = config.num_hidden_layers
+def _check_depth(config: HyConfig, layout: Layout) -> None:
+    pp, vpp, layers = layout.pp, layout.num_virtual_stages, config.num_hidden_layers
     extra = layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
     over = f"{pp} pipeline stages" if vpp == 1 else f"{pp} x {vpp} (virtual) pipeline stages"
-    if first is None and last is None:
+    ends = {_FIRST: layout.decoder_first_pipeline_num_layers, _LAST: layout.decoder_last_pipeline_num_layers}
+    ends = {flag: size for flag, size in ends.items() if size is not None}
+    if not ends:
         if (layers + extra) % (pp * vpp):
             counted = f"{layers} layers" + (f" + {extra} for embedding or loss" if extra else "")
             raise UserError(
-                f"--pipeline-model-parallel-size {pp}: {counted} do not divide over {over}; use "
-                f"{_listed(_divisors(layers + extra))} stages in all, "
-                f"or set --decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers or {_LAYOUT}"
+                f"{_PP} {pp}: {counted} do not divide over {over}; use {_listed(_divisors(layers + extra))} stages in "
+                f"all, or set {_FIRST}, {_LAST} or {_LAYOUT}"
             )
-        return vpp
-    flags = {
-        flag: size
-        for flag, size in (
-            (_FLAG["decoder_first_pipeline_num_layers"], first),
-            (_FLAG["decoder_last_pipeline_num_layers"], last),
-        )
-        if size
-    }
-    given = " and ".join(f"{flag} {size}" for flag, size in flags.items())
+        return
+    given = " and ".join(f"{flag} {size}" for flag, size in ends.items())
     if extra:
         raise UserError(
             f"{given} cannot be combined with --account-for-embedding-in-pipeline-split or "
             "--account-for-loss-in-pipeline-split; leave one out"
         )
-    for flag, size in flags.items():
+    for flag, size in ends.items():
         if size % vpp:
             raise UserError(
                 f"{flag} {size} is no multiple of the {vpp} virtual stages of a rank; use {_multiples(size, vpp)}"
             )
-    middle_layers, middle_stages = layers - sum(flags.values()), pp - len(flags)
+    middle_layers, middle_stages = layers - sum(ends.values()), pp - len(ends)
     if middle_stages < 0:
-        raise UserError(f"{given} set more stages than --pipeline-model-parallel-size {pp}; leave one out")
+        raise UserError(f"{given} set more stages than {_PP} {pp}; leave one out")
     if middle_layers < 0:
         raise UserError(f"{given}: more than the model's {layers} layers; lower it")
     if bool(middle_layers) != bool(middle_stages) or (middle_stages and middle_layers % (middle_stages * vpp)):
         raise UserError(
-            f"{given} leave{'s' if len(flags) == 1 else ''} {middle_layers} of {layers} layers for the other "
-            f"{middle_stages} of {over}"
-            f", over which they do not divide; "
-            f"change it, or use {_LAYOUT}"
+            f"{given} leave{'s' if len(ends) == 1 else ''} {middle_layers} of {layers} layers for the other "
+            f"{middle_stages} of {over}, over which they do not divide; change it, or use {_LAYOUT}"
         )
-    return vpp
 
 
-def _check_layout_string(config: HyConfig, layout: Layout) -> int:
-    """Megatron's rules for `E|(t|)*3,m|m||L`: E embedding, t layer, m multi-token prediction, L loss. Returns the
-    virtual stages of a rank.
-    """
-    text, pp = layout.pipeline_model_parallel_layout, layout.pipeline_model_parallel_size
+def _check_layout_string(config: HyConfig, layout: Layout) -> None:
+    """Megatron's rules for `E|(t|)*3,m|m||L`: E embedding, t layer, m multi-token prediction, L loss."""
+    text, pp, mtp = layout.pipeline_model_parallel_layout, layout.pp, config.num_nextn_predict_layers
     said = f"{_LAYOUT} {text}"
-    for field in (
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-        "virtual_pipeline_model_parallel_size",
-    ):
-        if getattr(layout, field) is not None:
-            raise UserError(f"{said} says where layers lie; leave {_FLAG[field]} out")
+    for flag, size in {
+        _FIRST: layout.decoder_first_pipeline_num_layers,
+        _LAST: layout.decoder_last_pipeline_num_layers,
+        _VPP: layout.virtual_pipeline_model_parallel_size,
+    }.items():
+        if size is not None:
+            raise UserError(f"{said} says where layers lie; leave {flag} out")
     if layout.account_for_embedding_in_pipeline_split or layout.account_for_loss_in_pipeline_split:
         raise UserError(
             f"{said} says where layers lie; leave --account-for-embedding-in-pipeline-split and "
@@ -265,10 +231,8 @@ def _check_layout_string(config: HyConfig, layout: Layout) -> int:
         )
     if len(stages) % pp:
         raise UserError(
-            f"{said} has {len(stages)} stages, no multiple of --pipeline-model-parallel-size {pp}; use "
-            f"{_multiples(len(stages), pp)}"
+            f"{said} has {len(stages)} stages, no multiple of {_PP} {pp}; use {_multiples(len(stages), pp)}"
         )
-    mtp = config.num_nextn_predict_layers
     for letter, what, wanted in (
         ("t", "layers", config.num_hidden_layers),
         ("m", "multi-token-prediction layers", mtp),
@@ -286,35 +250,33 @@ def _check_layout_string(config: HyConfig, layout: Layout) -> int:
             f"{said}: all multi-token-prediction layers (m) lie in one stage after the last layer (t), the last "
             "virtual stage of its rank"
         )
-    return len(stages) // pp
 
 
-def unrolled(layout_string: str) -> list[str]:
-    """`E(t|)*3L` as ["Et", "t", "t", "L"]: the virtual stages of all ranks."""
+@functools.lru_cache(maxsize=1024)
+def unrolled(layout_string: str) -> tuple[str, ...]:
+    """`E(t|)*3L` as ("Et", "t", "t", "L"): the virtual stages of all ranks."""
     text = layout_string.replace(",", "")
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         text = re.sub(pattern, lambda match: match[1] * int(match[2]), text)
-    return text.split("|")
+    return tuple(text.split("|"))
 
 
-def _check_overlap(config: HyConfig, layout: Layout, settings: Settings, num_virtual_stages: int) -> None:
+def _check_overlap(config: HyConfig, layout: Layout, settings: Settings) -> None:
     """What Megatron asks for to hide the experts' all-to-all (transformer_config.py:2669)."""
-    pp, modules = layout.pipeline_model_parallel_size, settings.recompute_modules
     for is_wrong, what in (
         (
-            pp > 1 and num_virtual_stages == 1,
-            f"with {_FLAG['pipeline_model_parallel_size']} {pp} needs virtual stages; add "
-            f"{_FLAG['virtual_pipeline_model_parallel_size']} 2 or more",
+            layout.pp > 1 and layout.num_virtual_stages == 1,
+            f"with {_PP} {layout.pp} needs virtual stages; add {_VPP} 2 or more",
         ),
-        (
-            layout.expert_model_parallel_size == 1,
-            f"needs {_FLAG['expert_model_parallel_size']} 2 or more: there is no all-to-all to hide",
-        ),
+        (layout.ep == 1, f"needs {_EP} 2 or more: there is no all-to-all to hide"),
         (
             settings.recompute_granularity == "full",
             "cannot be combined with --recompute-granularity full; recompute selectively, or leave one out",
         ),
-        ("moe" in modules, "cannot be combined with moe in --recompute-modules; take moe_act, or leave one out"),
+        (
+            "moe" in settings.recompute_modules,
+            "cannot be combined with moe in --recompute-modules; take moe_act, or leave one out",
+        ),
         (not settings.bf16, "needs --bf16"),
         (
             settings.moe_token_dispatcher_type == "allgather",
@@ -324,68 +286,54 @@ def _check_overlap(config: HyConfig, layout: Layout, settings: Settings, num_vir
         (config.num_nextn_predict_layers > 1, "takes models with at most one multi-token-prediction layer"),
     ):
         if is_wrong:
-            raise UserError(f"{_OVERLAP} {what}")
+            raise UserError(f"--overlap-moe-expert-parallel-comm {what}")
 
 
-def _check_interleaving(layout: Layout, num_virtual_stages: int) -> None:
-    pp, microbatches = layout.pipeline_model_parallel_size, layout.num_microbatches
-    if num_virtual_stages == 1:
-        return
+def _check_interleaving(layout: Layout) -> None:
+    pp, microbatches, batch = layout.pp, layout.num_microbatches, layout.global_batch_size
     if pp == 1:
-        source = _LAYOUT if layout.pipeline_model_parallel_layout else _FLAG["virtual_pipeline_model_parallel_size"]
-        raise UserError(
-            f"{num_virtual_stages} virtual stages a rank ({source}) need --pipeline-model-parallel-size 2 or more; add "
-            "it"
-        )
+        source = _LAYOUT if layout.pipeline_model_parallel_layout else _VPP
+        raise UserError(f"{layout.num_virtual_stages} virtual stages a rank ({source}) need {_PP} 2 or more; add it")
     if not layout.overlap_p2p_comm and pp == 2:
         raise UserError(
-            "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size 2 pairs the wrong "
-            "messages; leave it out, "
+            f"--no-overlap-p2p-communication with virtual stages and {_PP} 2 pairs the wrong messages; leave it out, "
             "or use 4 stages"
         )
     group = layout.microbatch_group_size_per_vp_stage or pp
     if not pp <= group <= max(pp, microbatches):
         raise UserError(
-            f"--microbatch-group-size-per-virtual-pipeline-stage {group} must lie between "
-            f"--pipeline-model-parallel-size {pp} and the {microbatches} "
-            f"micro-batches of a step"
+            f"--microbatch-group-size-per-virtual-pipeline-stage {group} must lie between {_PP} {pp} and the "
+            f"{microbatches} micro-batches of a step"
         )
-    rest = microbatches % group
-    if microbatches < group or 0 < rest < pp:
-        step = layout.global_batch_size // microbatches
+    if microbatches < group or 0 < microbatches % group < pp:
         raise UserError(
-            f"--global-batch-size {layout.global_batch_size} makes {microbatches} micro-batches a step; virtual "
-            "pipeline stages need a multiple of "
-            f"{group}: use {_multiples(layout.global_batch_size, step * group)}"
+            f"{_GLOBAL} {batch} makes {microbatches} micro-batches a step; virtual pipeline stages need a multiple of "
+            f"{group}: use {_multiples(batch, batch // microbatches * group)}"
         )
 
 
 def _check_sequence(config: HyConfig, layout: Layout) -> None:
-    s, tp, cp = layout.seq_length, layout.tensor_model_parallel_size, layout.context_parallel_size
-    if s > config.max_position_embeddings:
+    length, tp, cp = layout.seq_length, layout.tp, layout.cp
+    if length > config.max_position_embeddings:
         raise UserError(
-            f"--seq-length {s} exceeds the model's context of {config.max_position_embeddings} "
+            f"{_LENGTH} {length} exceeds the model's context of {config.max_position_embeddings} "
             "(max_position_embeddings in config.json)"
         )
     # Each context-parallel rank takes two chunks, and tensor-parallel ranks share what it has (sequence parallelism).
     multiple = math.lcm(2 * cp, cp * tp) if cp > 1 else tp
-    if s % multiple:
-        sizes = _product(layout, "context_parallel_size", "tensor_model_parallel_size").partition(" =")[0]
+    if length % multiple:
+        sizes = _product({_CP: cp, _TP: tp}).partition(" =")[0]
         chunks = ", two chunks a rank," if cp > 1 else ""
         raise UserError(
-            f"--seq-length {s} is no multiple of {multiple}, as {sizes}{chunks} needs; use {_multiples(s, multiple)}"
+            f"{_LENGTH} {length} is no multiple of {multiple}, as {sizes}{chunks} needs; use "
+            f"{_multiples(length, multiple)}"
         )
 
 
-def _product(layout: Layout, *fields: str) -> str:
+def _product(sizes: dict[str, int]) -> str:
     """`--a-size 2 x --b-size 4 = 8`, without sizes of 1."""
-    sizes = {field: getattr(layout, field) for field in fields if getattr(layout, field) > 1}
-    total = f" = {math.prod(sizes.values())}" if len(sizes) > 1 else ""
-    return " x ".join(f"{_FLAG[field]} {size}" for field, size in sizes.items()) + total
-
-
-def _processes(number: int) -> str:
-    return "1 process" if number == 1 else f"{number} processes"
+    given = [f"{flag} {size}" for flag, size in sizes.items() if size > 1]
+    return " x ".join(given) + (f" = {math.prod(sizes.values())}" if len(given) > 1 else "")
 
 
 def _multiples(number: int, step: int) -> str:
