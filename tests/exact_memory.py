@@ -2,7 +2,7 @@
 padding, the optimizer's shards, to the element.
 
 It is held equal to Megatron's own objects (`construction`) and to what real runs allocate (tests/distributed), and
-`hymeg.planning.memory.static_memory`, which leaves the padding out, is held to it.
+`hymeg.planning.memory.memory_by_stage`, which leaves the padding out, is held to it.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from hymeg.checkpoint.mapping import distributed_shapes
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import StageMemory, optimizer_bytes
-from hymeg.planning.parameters import EXPERT_CUT, NO_PARAMETER, TENSOR_CUT, dense_ranks, expert_ranks, padded_vocab_size
-from hymeg.planning.parameters import _cut_of as cut_of
+from hymeg.planning.parameters import EXPERT_CUT, NO_PARAMETER, TENSOR_CUT, cut_of, optimizer_ranks, padded_vocab_size
 from hymeg.planning.settings import Settings, settings_of
 from hymeg.planning.stages import Chunk, stages
 
@@ -209,7 +208,7 @@ def buffers_of_chunk(
 ) -> Iterator[Buffer]:
     """The dense parameters' buffer and the experts', where there are any. Only the first chunk of the first stage is
     cut into buckets (training.py:1860)."""
-    groups = {False: dense_ranks(layout), True: expert_ranks(layout)}
+    groups = dict(zip((False, True), optimizer_ranks(layout), strict=True))
     parameters = chunk_parameters(config, layout, settings, chunk)
     bucket_size = None
     if settings.overlap_grad_reduce and pipeline_rank == 0 and virtual_stage == 0:

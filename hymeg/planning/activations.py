@@ -34,13 +34,13 @@ class Activations:
         self.config, self.settings = config, settings
         self.is_local = settings.transformer_impl == "local"
         self.slice = SLICE_ELEMENTS[settings.transformer_impl]
-        tp, etp = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
+        tp, etp = layout.tp, layout.etp
         self.a = settings.element
-        self.tokens = layout.micro_batch_size * layout.seq_length // layout.context_parallel_size
-        self.positions = layout.seq_length // layout.context_parallel_size
+        self.tokens = layout.micro_batch_size * layout.seq_length // layout.cp
+        self.positions = layout.seq_length // layout.cp
         self.shared_tokens = self.tokens / tp
         # With one expert-parallel rank every token stays on it, wherever the router sends it.
-        imbalance = imbalance if layout.expert_model_parallel_size > 1 else 1.0
+        imbalance = imbalance if layout.ep > 1 else 1.0
         self.expert_tokens = self.shared_tokens * config.num_experts_per_tok * etp * imbalance
         self.q, self.kv = (
             heads * config.head_dim / tp for heads in (config.num_attention_heads, config.num_key_value_heads)

@@ -4,14 +4,14 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from hymeg.hf.config import HyConfig
 from hymeg.planning.activations import Activations
 from hymeg.planning.layout import Layout
-from hymeg.planning.parameters import chunk_numel, dense_ranks, expert_ranks, trained_numel
+from hymeg.planning.parameters import chunk_numel, optimizer_ranks, trained_numel
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk, micro_batches_held, stages
 
@@ -55,42 +55,25 @@ def optimizer_bytes(settings: Settings) -> float:
 
 def optimizer_shards(layout: Layout, settings: Settings) -> tuple[int, int]:
     """Ranks that share the optimizer's state: of dense parameters, of experts."""
-    return (dense_ranks(layout), expert_ranks(layout)) if settings.use_distributed_optimizer else (1, 1)
-
-
-def static_memory(config: HyConfig, layout: Layout, settings: Settings, pipeline_rank: int) -> StageMemory:
-    """What a rank of the stage keeps all the time; activations are 0. DDP pads its buffers by some kilobytes a bucket,
-    which are left out.
-    """
-    chunks = stages(config, layout)[pipeline_rank]
-    return StageMemory(*_summed([_static(config, layout, settings, chunk) for chunk in chunks]), 0, 0)
+    return optimizer_ranks(layout) if settings.use_distributed_optimizer else (1, 1)
 
 
 def _static(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk) -> tuple[float, ...]:
-    """Bytes of weights, gradients, optimizer and buffers for one virtual stage."""
+    """Bytes of weights, gradients, optimizer and buffers for one virtual stage. The router's buffers per MoE layer and
+    expert: tokens counted for the log (int64), and with an expert bias that (fp32) and the counts behind it (fp32). DDP
+    pads its buffers by some kilobytes a bucket, which are left out.
+    """
     trained, shards = trained_numel(config, layout, settings, chunk), optimizer_shards(layout, settings)
     held = sum(chunk_numel(config, layout, settings, chunk)) + (sum(trained) if settings.lora_rank is not None else 0)
     own = sum(numel / ranks for numel, ranks in zip(trained, shards, strict=True))
-    buffers = _router_bytes(config, chunk)
+    experts = (sum(chunk.layers) + chunk.num_mtp_layers) * config.num_experts
+    buffers = experts * (16 if config.moe_router_enable_expert_bias else 8)
     return settings.element * held, settings.gradient * sum(trained), optimizer_bytes(settings) * own, buffers
-
-
-def _summed(parts: Iterable[tuple[float, ...]]) -> tuple[int, int, int, int]:
-    weights, gradients, optimizer, buffers = map(sum, zip(*parts, strict=True))
-    return weights, gradients, round(optimizer), buffers
-
-
-def _router_bytes(config: HyConfig, chunk: Chunk) -> int:
-    """Per MoE layer and expert: tokens counted for the log (int64), and with an expert bias that (fp32) and the counts
-    behind it (fp32).
-    """
-    num_moe = sum(chunk.layers) + chunk.num_mtp_layers
-    return num_moe * config.num_experts * (8 + (8 if config.moe_router_enable_expert_bias else 0))
 
 
 @functools.lru_cache(maxsize=256)
 def memory_by_stage(config: HyConfig, layout: Layout, settings: Settings, imbalance: float) -> tuple[StageMemory, ...]:
-    """Static parts and activations of a rank of every pipeline stage.
+    """Of a rank of every pipeline stage.
 
     Args:
         imbalance: tokens of the busiest expert-parallel rank over the mean; 1.0 is perfect balance.
@@ -100,37 +83,38 @@ def memory_by_stage(config: HyConfig, layout: Layout, settings: Settings, imbala
     kinds, ranks = _by_kind(stages(config, layout), layout.num_microbatches, group, overlap)
     static = [_static(config, layout, settings, kind) for kind in kinds]
     saved, working = [activations.saved(kind) for kind in kinds], [activations.working(kind) for kind in kinds]
-    found, known = [], {}
-    for own, held in ranks:
-        if own not in known:
-            known[own] = _summed([static[kind] for kind in own]), round(max(working[kind] for kind in own))
-        kept, most = known[own]
-        peak = max([math.sumprod(counts, saved) for counts in held])
-        found.append(StageMemory(*kept, activations=round(peak), working=most))
-    return tuple(found)
 
+    @functools.cache
+    def kept(own: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(round(sum(part)) for part in zip(*(static[kind] for kind in own), strict=True))
 
-class _Rank(NamedTuple):
-    chunks: tuple[int, ...]  # the kind of each of its virtual stages
-    held: frozenset[tuple[int, ...]]  # micro-batches that it may hold at once, of each kind
+    return tuple(
+        StageMemory(
+            *kept(own),
+            activations=round(max(math.sumprod(counts, saved) for counts in held)),
+            working=round(max(working[kind] for kind in own)),
+        )
+        for own, held in ranks
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def _by_kind(
     ranks: tuple[tuple[Chunk, ...], ...], num_microbatches: int, group: int | None, overlap: bool
-) -> tuple[tuple[Chunk, ...], tuple[_Rank, ...]]:
-    """The virtual stages that differ, and what of them every pipeline rank has."""
-    kinds = tuple(dict.fromkeys(chunk for chunks in ranks for chunk in chunks))
-    number, found = {kind: index for index, kind in enumerate(kinds)}, []
+) -> tuple[tuple[Chunk, ...], list[tuple[tuple[int, ...], set[tuple[int, ...]]]]]:
+    """The virtual stages that differ; and for every pipeline rank the kinds of its own, and how many micro-batches of
+    each kind it may hold at once.
+    """
+    kinds, found = tuple(dict.fromkeys(chunk for chunks in ranks for chunk in chunks)), []
     for rank, chunks in enumerate(ranks):
-        own, held = tuple(number[chunk] for chunk in chunks), set()
+        own, held = tuple(map(kinds.index, chunks)), set()
         for counts in micro_batches_held(rank, len(ranks), len(chunks), num_microbatches, group, overlap):
             by_kind = [0] * len(kinds)
             for kind, count in zip(own, counts, strict=True):
                 by_kind[kind] += count
             held.add(tuple(by_kind))
-        found.append(_Rank(own, frozenset(held)))
-    return kinds, tuple(found)
+        found.append((own, held))
+    return kinds, found
 
 
 class HostMemory(NamedTuple):
@@ -156,38 +140,30 @@ def host_memory(config: HyConfig, layout: Layout, settings: Settings, gpus_per_n
     upper bound on the first chunk of the first stage, which is cut into buckets. dp_reshardable: a rank's own shard.
     Offloaded (hybrid_optimizer.py): beside these three the gradient, 16 bytes.
     """
-    shards, pp = (dense_ranks(layout), expert_ranks(layout)), layout.pipeline_model_parallel_size
+    shards, strides = optimizer_ranks(layout), (layout.tp, layout.ep * layout.etp)
     held = [[trained_numel(config, layout, settings, chunk) for chunk in chunks] for chunks in stages(config, layout)]
     whole = [tuple(map(sum, zip(*chunks, strict=True))) for chunks in held]
     shard = [sum(numel / ranks for numel, ranks in zip(of, shards, strict=True)) for of in whole]
-    fraction = settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 0.0
+    offloaded = 16 * settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 0.0
     is_gathered = settings.use_distributed_optimizer and settings.dist_ckpt_optim_fully_reshardable
     is_lean = settings.distrib_optim_fully_reshardable_mem_efficient
-    strides = layout.tensor_model_parallel_size, layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
 
-    def at_save(place: int, stage: int) -> float:
-        """Of a rank, `place` in the order tp-cp-ep-dp of its stage."""
+    def of_rank(rank: int) -> tuple[float, float, float]:
+        """At a save, at a load, offloaded."""
+        stage, place = divmod(rank, layout.world_size // layout.pp)  # in the order tp-cp-ep-dp
+        kept = offloaded * (shard[stage] if settings.use_distributed_optimizer else sum(whole[stage]))
         if not is_gathered:
-            return 12 * shard[stage]
-        return 12 * sum(
-            numel
-            for numel, stride, ranks in zip(whole[stage], strides, shards, strict=True)
-            if not is_lean or place // stride % ranks == 0
-        )
+            return 12 * shard[stage], 12 * shard[stage], kept
+        saves = [not is_lean or place // stride % ranks == 0 for stride, ranks in zip(strides, shards, strict=True)]
+        return 12 * math.sumprod(whole[stage], saves), 12 * sum(whole[stage]), kept
 
-    save, load, offloaded = [], [], []
-    for first in range(0, layout.world_size, gpus_per_node):
-        ranks = range(first, min(first + gpus_per_node, layout.world_size))
-        places = [(rank % (layout.world_size // pp), rank // (layout.world_size // pp)) for rank in ranks]
-        save.append(sum(at_save(*place) for place in places))
-        load.append(sum(12 * (sum(whole[stage]) if is_gathered else shard[stage]) for _, stage in places))
-        kept = shard if settings.use_distributed_optimizer else [sum(of) for of in whole]
-        offloaded.append(sum(16 * fraction * kept[stage] for _, stage in places))
+    nodes = itertools.batched(map(of_rank, range(layout.world_size)), gpus_per_node)
+    by_node = [[sum(parts) for parts in zip(*node, strict=True)] for node in nodes]
     gathered = 0.0
     if is_gathered and not is_lean:
         largest = [max(of) for of in zip(*(numel for chunks in held for numel in chunks), strict=True)]
         gathered = max(4 * numel * (1 + 1 / ranks) for numel, ranks in zip(largest, shards, strict=True))
-    return HostMemory(*(round(one) for one in (max(save), max(load), max(offloaded), gathered)))
+    return HostMemory(*(round(max(parts)) for parts in zip(*by_node, strict=True)), round(gathered))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,8 +75,8 @@ class Group(NamedTuple):
 
 def groups(layout: Layout) -> dict[str, Group]:
     """In Megatron's order tp-cp-ep-dp-pp (parallel_state.py): the first changes fastest."""
-    tp, cp, pp = layout.tensor_model_parallel_size, layout.context_parallel_size, layout.pipeline_model_parallel_size
-    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    tp, cp, pp = layout.tp, layout.cp, layout.pp
+    ep, etp = layout.ep, layout.etp
     per_stage = layout.world_size // pp
     return {
         "tp": Group(tp, 1),

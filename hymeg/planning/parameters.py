@@ -33,11 +33,14 @@ _CUT = {  # the end of a distributed key -> how many ways a rank's share is cut
 }
 
 
+_global_shapes = functools.lru_cache(maxsize=64)(distributed_shapes)
+
+
 def padded_vocab_size(config: HyConfig, layout: Layout, settings: Settings) -> int:
     """Rows of embedding and head (megatron/training/vocab_utils.py): the next multiple of
     --make-vocab-size-divisible-by x TP.
     """
-    multiple = settings.make_vocab_size_divisible_by * layout.tensor_model_parallel_size
+    multiple = settings.make_vocab_size_divisible_by * layout.tp
     return -(-config.vocab_size // multiple) * multiple
 
 
@@ -45,60 +48,54 @@ def chunk_numel(
     config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk, without_mtp: bool = False
 ) -> tuple[int, int]:
     """Elements of what a rank holds of `chunk`: dense parameters, experts."""
-    sizes = layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
-    return _chunk_numel(config, chunk, padded_vocab_size(config, layout, settings), *sizes, without_mtp)
+    cuts = padded_vocab_size(config, layout, settings), layout.tp, layout.ep * layout.etp
+    return _chunk_numel(config, chunk, without_mtp, *cuts)
 
 
 @functools.lru_cache(maxsize=4096)
-def _chunk_numel(
-    config: HyConfig, chunk: Chunk, vocab_rows: int, tp: int, ep: int, etp: int, without_mtp: bool
-) -> tuple[int, int]:
-    # Layers of a kind are alike: the first one stands for all.
-    counts = {
-        f"decoder.layers.{config.mlp_layer_types.index(name)}.": chunk.layers.count(name == "sparse")
-        for name in set(config.mlp_layer_types)
-    }
-    counts |= {
+def _chunk_numel(config: HyConfig, chunk: Chunk, without_mtp: bool, *cuts: int) -> tuple[int, int]:
+    counts = {  # layers of a kind are alike: the first one stands for all
+        f"decoder.layers.{config.mlp_layer_types.index(kind)}.": count for kind, count in _trunk(config, chunk).items()
+    } | {
         # Under multi-token prediction over a pipeline the embedding exists twice (language_module.py:265-284).
         "embedding.": chunk.has_embedding or chunk.num_mtp_layers > 0,
         "mtp.layers.0.": 0 if without_mtp else chunk.num_mtp_layers,
         "decoder.final_layernorm": chunk.has_final_norm,
         "output_layer.": chunk.has_head,
     }
-    held = [(count, _part_numel(config, prefix, vocab_rows, tp, ep, etp)) for prefix, count in counts.items() if count]
+    held = [(count, _part_numel(config, prefix, *cuts)) for prefix, count in counts.items() if count]
     return sum(count * dense for count, (dense, _) in held), sum(count * expert for count, (_, expert) in held)
 
 
+def _trunk(config: HyConfig, chunk: Chunk) -> dict[str, int]:
+    """Layers of each kind that the model has."""
+    return {kind: chunk.layers.count(kind == "sparse") for kind in set(config.mlp_layer_types)}
+
+
 @functools.lru_cache(maxsize=4096)
-def _part_numel(config: HyConfig, prefix: str, vocab_rows: int, tp: int, ep: int, etp: int) -> tuple[int, int]:
+def _part_numel(config: HyConfig, prefix: str, vocab_rows: int, tp: int, ep_etp: int) -> tuple[int, int]:
     """Of the tensors whose distributed keys begin so, on one rank: dense, experts."""
-    ways = {WHOLE: 1, TENSOR_CUT: tp, EXPERT_CUT: ep * etp}
-    found = [0, 0]
+    ways, found = {WHOLE: 1, TENSOR_CUT: tp, EXPERT_CUT: ep_etp}, [0, 0]
     for key, shape in _global_shapes(config, vocab_rows).items():
-        if key.startswith(prefix) and (cut := _cut_of(key)) != NO_PARAMETER:
+        if key.startswith(prefix) and (cut := cut_of(key)) != NO_PARAMETER:
             found[cut == EXPERT_CUT] += math.prod(shape) // ways[cut]
     return found[0], found[1]
 
 
+def cut_of(key: str) -> str:
+    return next(cut for end, cut in _CUT.items() if key.endswith(end))
+
+
 def trained_numel(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk) -> tuple[int, int]:
     """Of what a rank holds of `chunk`, the elements that have gradients and an optimizer's state: dense, experts'. With
-    adapters those are theirs alone.
+    adapters those are theirs alone: beside dense parameters, beside experts.
     """
     if settings.lora_rank is None:
         return chunk_numel(config, layout, settings, chunk, without_mtp=not settings.train_mtp)
-    return adapter_numel(config, layout, settings, chunk)
-
-
-def adapter_numel(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk) -> tuple[int, int]:
-    """Elements of the adapters that a rank holds of `chunk`: beside dense parameters, beside experts."""
-    counts = {name: chunk.layers.count(name == "sparse") for name in set(config.mlp_layer_types)}
-    counts["mtp"] = chunk.num_mtp_layers
-    sizes = layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
     found = [0, 0]
-    for kind, count in counts.items():
+    for kind, count in (_trunk(config, chunk) | {"mtp": chunk.num_mtp_layers}).items():
         for module in layer_adapters(config, settings.lora_targets, kind) if count else ():
-            numel = _adapter_numel(module, settings.lora_rank, *sizes)
-            found[module.num_experts is not None] += count * numel
+            found[module.num_experts is not None] += count * _adapter_numel(module, settings.lora_rank, layout)
     return found[0], found[1]
 
 
@@ -110,33 +107,17 @@ def layer_adapters(config: HyConfig, targets: tuple[str, ...], kind: str) -> tup
     return tuple(module for module in modules if module.path.startswith(f"model.layers.{layer}."))
 
 
-def _adapter_numel(module: Module, rank: int, tp: int, ep: int, etp: int) -> int:
+def _adapter_numel(module: Module, rank: int, layout: Layout) -> int:
     """A is whole and B cut as the weight's rows where those are cut; where its columns are, the other way round
     (hymeg.models.lora)."""
-    cut, stack = (tp, 1) if module.num_experts is None else (etp, module.num_experts // ep)
-    is_row_parallel = module.path.endswith(("o_proj", "down_proj"))
+    cut, stack = (layout.tp, 1) if module.num_experts is None else (layout.etp, module.num_experts // layout.ep)
     a, b = rank * module.num_in, module.num_out * rank
-    return stack * (a // cut + b if is_row_parallel else a + b // cut)
+    return stack * (a // cut + b if module.path.endswith(("o_proj", "down_proj")) else a + b // cut)
 
 
-def _cut_of(key: str) -> str:
-    return next(cut for end, cut in _CUT.items() if key.endswith(end))
-
-
-@functools.lru_cache(maxsize=64)
-def _global_shapes(config: HyConfig, vocab_rows: int) -> dict[str, tuple[int, ...]]:
-    return distributed_shapes(config, vocab_rows)
-
-
-def dense_ranks(layout: Layout) -> int:
-    """Ranks that share the optimizer of what is no expert: data x context parallel, of one optimizer instance."""
-    over = layout.world_size // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
-    return over // layout.num_distributed_optimizer_instances
-
-
-def expert_ranks(layout: Layout) -> int:
-    """Ranks that share the optimizer of an expert: expert-data parallel, of one optimizer instance."""
-    product = (
-        layout.expert_model_parallel_size * layout.expert_tensor_parallel_size * layout.pipeline_model_parallel_size
-    )
-    return layout.world_size // product // layout.num_distributed_optimizer_instances
+def optimizer_ranks(layout: Layout) -> tuple[int, int]:
+    """Ranks that share the optimizer, of one optimizer instance: of what is no expert (data x context parallel), of an
+    expert (expert-data parallel).
+    """
+    instances = layout.pp * layout.num_distributed_optimizer_instances
+    return layout.world_size // (layout.tp * instances), layout.world_size // (layout.ep * layout.etp * instances)

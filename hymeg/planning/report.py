@@ -219,8 +219,8 @@ def flags_of(layout: Layout, settings: Settings) -> dict[str, Any]:
     ):
         if getattr(layout, name) > 1:
             found[name] = getattr(layout, name)
-    if layout.expert_tensor_parallel_size != layout.tensor_model_parallel_size:
-        found["expert_tensor_parallel_size"] = layout.expert_tensor_parallel_size
+    if layout.etp != layout.tp:
+        found["expert_tensor_parallel_size"] = layout.etp
     if layout.virtual_pipeline_model_parallel_size and layout.pipeline_model_parallel_layout is None:
         found["num_virtual_stages_per_pipeline_rank"] = layout.virtual_pipeline_model_parallel_size
     for name in (

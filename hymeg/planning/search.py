@@ -20,8 +20,7 @@ from hymeg.planning.measured import Calibration
 from hymeg.planning.memory import GIB, Device, HostMemory, StageMemory, host_memory, memory_by_stage
 from hymeg.planning.network import Hardware
 from hymeg.planning.settings import Settings
-from hymeg.planning.splits import pipeline_splits
-from hymeg.planning.stages import num_virtual_stages, stages
+from hymeg.planning.stages import pipeline_splits, stages
 from hymeg.planning.step_time import StepModel, StepTime
 
 _SELECTIVE = (
@@ -318,10 +317,10 @@ def _rank(plan: Plan) -> tuple:
     """The fastest first; of those equal to a hundredth of a second, the one with fewer parts."""
     layout = plan.layout
     parts = (
-        layout.pipeline_model_parallel_size,
-        layout.tensor_model_parallel_size,
-        layout.context_parallel_size,
-        layout.expert_model_parallel_size,
+        layout.pp,
+        layout.tp,
+        layout.cp,
+        layout.ep,
     )
     return round(plan.time.total, 2 if plan.time.total > 1 else 4), plan.settings.use_precision_aware_optimizer, *parts
 
@@ -331,7 +330,7 @@ def _is_legal(config: HyConfig, layout: Layout, settings: Settings) -> bool:
         check(config, layout, settings)
     except UserError:
         return False
-    return layout.num_microbatches >= layout.pipeline_model_parallel_size  # fewer leave stages idle for most of a step
+    return layout.num_microbatches >= layout.pp  # fewer leave stages idle for most of a step
 
 
 def _worth(context_parallel: int, seq_length: int) -> bool:
@@ -342,15 +341,14 @@ def _worth(context_parallel: int, seq_length: int) -> bool:
 def describe(plan: Plan) -> str:
     """`TP2 PP8x4 EP8 ETP1 CP1 DP16, micro-batch 1, recompute none, distributed Adam`; PP8x4 has four virtual stages."""
     layout, settings = plan.layout, plan.settings
-    virtual = num_virtual_stages(layout)
     sizes = [
-        f"TP{layout.tensor_model_parallel_size}",
-        f"PP{layout.pipeline_model_parallel_size}"
-        + (f"x{virtual}" if virtual > 1 else "")
+        f"TP{layout.tp}",
+        f"PP{layout.pp}"
+        + (f"x{layout.num_virtual_stages}" if layout.num_virtual_stages > 1 else "")
         + ("*" if layout.pipeline_model_parallel_layout else ""),
-        f"EP{layout.expert_model_parallel_size}",
-        f"ETP{layout.expert_tensor_parallel_size}",
-        f"CP{layout.context_parallel_size}",
+        f"EP{layout.ep}",
+        f"ETP{layout.etp}",
+        f"CP{layout.cp}",
         f"DP{layout.data_parallel_size}",
     ]
     gradients = ", bf16 gradients" if settings.gradient == 2 else ""

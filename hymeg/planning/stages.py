@@ -1,9 +1,10 @@
-"""Which layers lie on which pipeline stage, and how many micro-batches a stage holds at once. Arithmetic on a legal
-`Layout`; no Megatron, no torch."""
+"""Which layers lie on which pipeline stage, how many micro-batches a stage holds at once, and ways to cut a model into
+stages. Arithmetic on a legal `Layout`; no Megatron, no torch."""
 
 import functools
+import itertools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout, unrolled
@@ -29,7 +30,7 @@ def stages(config: HyConfig, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
     Virtual stages go round the ranks: stage i of the model is virtual stage i // pp of rank i % pp
     (transformer_block.py, get_transformer_layer_offset).
     """
-    pp, mtp = layout.pipeline_model_parallel_size, config.num_nextn_predict_layers
+    mtp = config.num_nextn_predict_layers
     if layout.pipeline_model_parallel_layout is not None:
         counts = [(text.count("t"), text.count("m")) for text in unrolled(layout.pipeline_model_parallel_layout)]
     else:
@@ -42,35 +43,24 @@ def stages(config: HyConfig, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
         norm = first < config.num_hidden_layers == last if mtp else is_last
         chunks.append(Chunk(is_moe[first:last], num_mtp, index == 0, is_last, norm))
         first = last
-    return tuple(tuple(chunks[rank::pp]) for rank in range(pp))
+    return tuple(tuple(chunks[rank :: layout.pp]) for rank in range(layout.pp))
 
 
 def _even_counts(config: HyConfig, layout: Layout) -> list[int]:
     """Layers of every stage of the model, in its order, where no layout string says so (transformer_block.py:70,
     get_num_layers_to_build).
     """
-    pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
     first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
     embedding, loss = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
-    if first is None and last is None:
-        per_rank = [(config.num_hidden_layers + embedding + loss) // pp] * pp
-    else:
-        middle = pp - (first is not None) - (last is not None)
-        rest = config.num_hidden_layers - (first or 0) - (last or 0)
-        per_rank = [rest // middle if middle else 0] * pp
-        per_rank[0] = per_rank[0] if first is None else first
-        per_rank[-1] = per_rank[-1] if last is None else last
-    counts = [per_rank[index % pp] // vpp for index in range(pp * vpp)]
+    middle = layout.pp - (first is not None) - (last is not None)
+    rest = config.num_hidden_layers + embedding + loss - (first or 0) - (last or 0)
+    per_rank = [rest // middle if middle else 0] * layout.pp
+    per_rank[0] = per_rank[0] if first is None else first
+    per_rank[-1] = per_rank[-1] if last is None else last
+    counts = [size // layout.num_virtual_stages for size in per_rank] * layout.num_virtual_stages
     counts[0] -= embedding
     counts[-1] -= loss
     return counts
-
-
-def num_virtual_stages(layout: Layout) -> int:
-    """Of a rank."""
-    if layout.pipeline_model_parallel_layout is not None:
-        return len(unrolled(layout.pipeline_model_parallel_layout)) // layout.pipeline_model_parallel_size
-    return layout.virtual_pipeline_model_parallel_size or 1
 
 
 @functools.cache
@@ -114,3 +104,50 @@ def micro_batches_held(
         if not any(all(map(operator.ge, other, one)) for other in most):
             most.append(one)
     return tuple(sorted(most))
+
+
+# ---- ways to cut a model, where embedding, head and multi-token prediction weigh something too
+
+
+def pipeline_splits(config: HyConfig, pp: int) -> list[dict[str, Any]]:
+    """Fields of `Layout`, for up to six virtual stages a rank: equal stages where layers divide, and a layout string
+    that leaves the last stage fewer layers for its head."""
+    if pp == 1:
+        return [{}]
+    found = []
+    for vpp in range(1, min(6, config.num_hidden_layers // pp) + 1):
+        if config.num_hidden_layers % (pp * vpp) == 0:
+            found.append({"virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None})
+        found.append({"pipeline_model_parallel_layout": balanced(config, pp * vpp)})
+    return found
+
+
+def balanced(config: HyConfig, num_stages: int) -> str:
+    """A layout string: the last stage has as many layers fewer as its tail weighs; of the others, the later ones have
+    one more where they do not divide, since the earlier ones hold more micro-batches."""
+    layers, tail = config.num_hidden_layers, _tail_weight(config)
+    last = max(0, round((layers + tail) / num_stages - tail))
+    each, more = divmod(layers - last, num_stages - 1)
+    counts = [each] * (num_stages - 1 - more) + [each + 1] * more
+    return layout_string([*counts, last], config.num_nextn_predict_layers)
+
+
+def _tail_weight(config: HyConfig) -> float:
+    """Head and multi-token-prediction layers in MoE layers' worth of products: what the last stage has more than
+    others.
+    """
+    hidden, mtp = config.hidden_size, config.num_nextn_predict_layers
+    attention = 2 * hidden * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    expert_width = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
+    heads = hidden * (config.vocab_size * (1 + mtp) + 2 * hidden * mtp)
+    return heads / (attention + 3 * hidden * expert_width) + mtp
+
+
+def layout_string(counts: list[int], num_mtp_layers: int) -> str:
+    """Megatron's notation of stages with so many layers: `Et*5|(t*5|)*13t*6|t*4mL`."""
+    first, *middle, last = ("t" * count if count < 2 else f"t*{count}" for count in counts)
+    text = f"E{first}|"
+    for layers, run in itertools.groupby(middle):
+        times = len(list(run))
+        text += f"{layers}|" if times == 1 else f"({layers}|)*{times}"
+    return f"{text}{last}{'m' * num_mtp_layers}L"

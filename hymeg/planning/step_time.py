@@ -104,7 +104,7 @@ class StepModel:
         self._layer_communication = functools.cache(self._layer_communication)
 
     def step(self) -> StepTime:
-        pp, count = self.layout.pipeline_model_parallel_size, self.layout.num_microbatches
+        pp, count = self.layout.pp, self.layout.num_microbatches
         works = [self._stage(chunks) for chunks in stages(self.config, self.layout)]
         slowest = max(range(pp), key=lambda rank: works[rank].total)
         work, chunks = works[slowest], stages(self.config, self.layout)[slowest]
@@ -209,16 +209,16 @@ class StepModel:
         kind, sizes = "sparse" if is_moe else "dense", self.sizes
         total = 0.0
         for module in layer_adapters(self.config, self.settings.lora_targets, kind):
-            cut = self.layout.tensor_model_parallel_size
+            cut = self.layout.tp
             tokens = sizes.tokens
             if module.num_experts is not None:
-                cut, tokens = self.layout.expert_tensor_parallel_size, sizes.expert_tokens
+                cut, tokens = self.layout.etp, sizes.expert_tokens
             total += tokens * sizes.a * (module.num_in + 2 * module.num_out) / cut
         return total
 
     def _products(self, is_moe: bool) -> dict[str, float]:
         """Seconds of a forward pass's products, by part."""
-        per_expert = self.sizes.expert_tokens / (self.config.num_experts / self.layout.expert_model_parallel_size)
+        per_expert = self.sizes.expert_tokens / (self.config.num_experts / self.layout.ep)
         shares = {"scores": ATTENTION, "routed_experts": GROUPED_GEMM * per_expert / (per_expert + HALF_SPEED_TOKENS)}
         products = {part: flops / (self.peak * shares.get(part, GEMM)) for part, flops in self.flops(is_moe).items()}
         if is_moe:
@@ -231,7 +231,7 @@ class StepModel:
         """Seconds in which a layer's experts go through memory for one micro-batch: weights read forward and backward,
         gradients added to.
         """
-        experts = self.config.num_experts / self.layout.expert_model_parallel_size
+        experts = self.config.num_experts / self.layout.ep
         numel = experts * 3 * self.config.hidden_size * self.sizes.expert
         gradient = 0 if self.is_frozen else self.settings.gradient
         return numel * 2 * (self.sizes.a + gradient) / (self.hardware.hbm * 1e9 * HBM)
@@ -249,15 +249,15 @@ class StepModel:
         sizes, hidden, layout = self.sizes, self.config.hidden_size, self.layout
         row = sizes.a * hidden
         found = {"tp": 0.0, "cp": 0.0, "ep": 0.0, "etp": 0.0}
-        if layout.tensor_model_parallel_size > 1:
+        if layout.tp > 1:
             # Attention, and the MLP or the shared experts: gathered before and scattered after, forward and backward;
             # and the weight's gradient, if it has one, needs the input gathered again.
             found["tp"] = 2 * (5 - self.is_frozen) * sizes.tokens * row
-        if layout.context_parallel_size > 1:
-            found["cp"] = 3 * 2 * sizes.a * sizes.kv * sizes.tokens * layout.context_parallel_size
-        if is_moe and layout.expert_model_parallel_size > 1:
-            found["ep"] = 4 * sizes.expert_tokens / layout.expert_tensor_parallel_size * row
-        if is_moe and layout.expert_tensor_parallel_size > 1:
+        if layout.cp > 1:
+            found["cp"] = 3 * 2 * sizes.a * sizes.kv * sizes.tokens * layout.cp
+        if is_moe and layout.ep > 1:
+            found["ep"] = 4 * sizes.expert_tokens / layout.etp * row
+        if is_moe and layout.etp > 1:
             found["etp"] = 4 * sizes.expert_tokens * row
         return found
 

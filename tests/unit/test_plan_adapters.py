@@ -12,9 +12,9 @@ from hymeg.hf.config import HyConfig
 from hymeg.planning.activations import Activations
 from hymeg.planning.flops import forward_flops_by_part, packed_training_flops
 from hymeg.planning.layout import Layout
-from hymeg.planning.memory import Device, memory_by_stage, static_memory
+from hymeg.planning.memory import Device, memory_by_stage
 from hymeg.planning.network import HARDWARE
-from hymeg.planning.parameters import adapter_numel, chunk_numel
+from hymeg.planning.parameters import chunk_numel, trained_numel
 from hymeg.planning.report import adapter_lines
 from hymeg.planning.search import Machine, Planner
 from hymeg.planning.settings import Settings
@@ -36,7 +36,7 @@ ATTENTION = EVERY[:4]
 def test_the_ranks_of_one_copy_hold_every_adapter_once(layout):
     """Without tensor parallelism, which repeats the half that is not cut."""
     settings = Settings(lora_rank=8, lora_targets=EVERY)
-    held = [adapter_numel(HY3, layout, settings, chunk) for chunks in stages(HY3, layout) for chunk in chunks]
+    held = [trained_numel(HY3, layout, settings, chunk) for chunks in stages(HY3, layout) for chunk in chunks]
     dense, expert = (sum(of) for of in zip(*held, strict=True))
     wanted = {key: math.prod(shape) for key, shape in adapter_shapes(HY3, 8, EVERY).items()}
     routed = sum(numel for key, numel in wanted.items() if ".experts." in key)
@@ -47,7 +47,7 @@ def test_tensor_parallelism_cuts_the_half_that_lies_along_the_cut():
     settings, layout = Settings(lora_rank=8, lora_targets=("q_proj", "experts.down_proj")), Layout(8, 4096, 8)
     cut = dataclasses.replace(layout, tensor_model_parallel_size=4, expert_tensor_parallel_size=2)
     [[chunk]] = stages(HY3, layout)
-    dense, expert = adapter_numel(HY3, cut, settings, chunk)
+    dense, expert = trained_numel(HY3, cut, settings, chunk)
     hidden, width = HY3.hidden_size, HY3.num_attention_heads * HY3.head_dim
     assert dense == 80 * 8 * (hidden + width // 4)
     assert expert == 79 * 192 * 8 * (HY3.moe_intermediate_size // 2 + hidden)
@@ -57,8 +57,8 @@ def test_the_base_has_weights_only():
     layout, settings = Layout(8, 4096, 8, expert_model_parallel_size=8), Settings()
     [[chunk]] = stages(HY3, layout)
     frozen = dataclasses.replace(settings, lora_rank=16, lora_targets=ATTENTION)
-    ours = static_memory(HY3, layout, frozen, 0)
-    adapters = sum(adapter_numel(HY3, layout, frozen, chunk))
+    ours = memory_by_stage(HY3, layout, frozen, 1.0)[0]
+    adapters = sum(trained_numel(HY3, layout, frozen, chunk))
     assert ours.weights == 2 * (sum(chunk_numel(HY3, layout, settings, chunk)) + adapters)
     assert ours.gradients == 4 * adapters
     assert ours.optimizer == 12 * adapters / 8

@@ -22,7 +22,7 @@ from hymeg.models.hy import construct
 from hymeg.planning import activations
 from hymeg.planning.activations import Activations
 from hymeg.planning.layout import Layout
-from hymeg.planning.memory import GIB, Device, host_memory, memory_by_stage, optimizer_bytes, static_memory
+from hymeg.planning.memory import GIB, Device, host_memory, memory_by_stage, optimizer_bytes
 from hymeg.planning.settings import Settings, settings_of
 from hymeg.planning.stages import Chunk, stages
 from hymeg.training.arguments import parse
@@ -59,7 +59,7 @@ def test_what_a_rank_keeps_is_what_megatron_allocates_but_for_padding(sizes, cha
     layout = Layout(256, 4096, 1024, **sizes)
     for rank in range(layout.pipeline_model_parallel_size):
         exact = exact_memory.static_memory(HY3, layout, ExactSettings(**changes), rank)
-        found = static_memory(HY3, layout, Settings(**changes), rank)
+        found = memory_by_stage(HY3, layout, Settings(**changes), 1.0)[rank]
         for part in ("weights", "gradients", "optimizer", "buffers"):
             assert getattr(found, part) == pytest.approx(getattr(exact, part), rel=1e-4)
 
@@ -75,7 +75,7 @@ def test_optimizer_instances_keep_a_copy_each():
     """Two instances share the ranks: every rank's part of the state is twice as large."""
     layout = Layout(64, 4096, 64, expert_model_parallel_size=8)
     one, two = (
-        static_memory(HY_MT2, dataclasses.replace(layout, num_distributed_optimizer_instances=n), Settings(), 0)
+        memory_by_stage(HY_MT2, dataclasses.replace(layout, num_distributed_optimizer_instances=n), Settings(), 1.0)[0]
         for n in (1, 2)
     )
     assert two.optimizer == pytest.approx(2 * one.optimizer) and two.weights == one.weights
@@ -399,7 +399,7 @@ def test_what_does_not_fit_is_refused():
     """
     eight = Layout(8, 4096, 64, expert_model_parallel_size=8)
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    static = static_memory(HY_MT2, eight, Settings(), 0)
+    static = memory_by_stage(HY_MT2, eight, Settings(), 1.0)[0]
     assert static.static / 1e9 == pytest.approx(76, abs=1)
     assert total(HY_MT2, eight) > 1.25 * USABLE
     assert USABLE - total(HY_MT2, eight, **full) < 1  # routing balanced to the last token, and nothing to spare
@@ -407,5 +407,5 @@ def test_what_does_not_fit_is_refused():
     assert total(HY3, layout, **full) > 2 * USABLE
     # 61 GB at EP8 PP8 on 128, by division of all parameters.
     layout = Layout(128, 4096, 128, pipeline_model_parallel_size=8, expert_model_parallel_size=8)
-    middle = static_memory(dataclasses.replace(HY3, num_nextn_predict_layers=0), layout, Settings(), 3)
+    middle = memory_by_stage(dataclasses.replace(HY3, num_nextn_predict_layers=0), layout, Settings(), 1.0)[3]
     assert middle.static / 1e9 == pytest.approx(61, abs=1.5)

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 from test_layout import config_of, layers_by_stage, layout_of, refusal
 
-from hymeg.planning.splits import balanced, layout_string, pipeline_splits
-from hymeg.planning.stages import micro_batches_held, num_virtual_stages, stages
+from hymeg.planning.stages import balanced, layout_string, micro_batches_held, pipeline_splits, stages
 
 
 def test_stages_hold_the_layers_that_megatron_builds():
@@ -134,5 +133,5 @@ def test_a_last_stage_whose_head_weighs_more_than_its_share_has_no_layer():
 def test_layout_string_reads_back():
     layout = layout_of(5, pipeline_model_parallel_size=5, pipeline_model_parallel_layout="Et*2|(t*5|)*2t|mL")
     assert layout_string([2, 5, 5, 1, 0], 1) == layout.pipeline_model_parallel_layout
-    assert num_virtual_stages(layout) == 1
-    assert num_virtual_stages(layout_of(2, virtual_pipeline_model_parallel_size=3)) == 3
+    assert layout.num_virtual_stages == 1
+    assert layout_of(2, virtual_pipeline_model_parallel_size=3).num_virtual_stages == 3
