@@ -16,21 +16,10 @@ class Observation(NamedTuple):
     name: str
     seconds: float  # of a step
     estimate: StepTime
-    imbalance: (
-        float | None
-    )  # tokens of the busiest expert-parallel rank over the mean; None: one rank holds all experts
-    excess: int | None  # bytes by which the fullest stage's peak exceeded its estimate; None: not measured
-
-    @property
-    def compute(self) -> float:
-        """Estimated seconds that follow the GPU's speed. Stages that wait do so for both."""
-        time = self.estimate
-        return time.compute + time.optimizer + time.bubble * time.compute / (time.compute + time.communication)
-
-    @property
-    def communication(self) -> float:
-        """Estimated seconds that follow the links' speed."""
-        return self.estimate.total - self.compute
+    imbalance: float | None
+    """Tokens of the busiest expert-parallel rank over the mean; None: one rank holds all experts."""
+    excess: int | None
+    """Bytes by which the fullest stage's peak exceeded its estimate; None: not measured."""
 
 
 class Calibration(NamedTuple):
@@ -43,8 +32,7 @@ class Calibration(NamedTuple):
 
     def applied(self, time: StepTime) -> StepTime:
         """The estimate with the factors."""
-        plain = Observation("", 0.0, time, None, None)
-        total = self.compute * plain.compute + self.communication * plain.communication
+        total = self.compute * time.computing + self.communication * (time.total - time.computing)
         share, faster = time.compute / (time.compute + time.communication), time.total / total
         return StepTime(
             total,
@@ -64,16 +52,13 @@ def fit(observations: Sequence[Observation]) -> Calibration:
     that communicate alike, or whose times ask for a negative one.
     """
     seconds = np.array([of.seconds for of in observations])
-    parts = np.array([(of.compute, of.communication) for of in observations]) / seconds[:, None]
+    computing, total = np.array([(of.estimate.computing, of.estimate.total) for of in observations]).T
+    parts = np.stack([computing, total - computing], axis=1) / seconds[:, None]
     factors, _, rank, _ = np.linalg.lstsq(parts, np.ones(len(parts)), rcond=1e-3)
     if rank < 2 or min(factors) <= 0:
         whole = parts.sum(axis=1)
         factors = [whole.sum() / (whole**2).sum()] * 2
     imbalances = [of.imbalance for of in observations if of.imbalance is not None]
     excesses = [of.excess for of in observations if of.excess is not None]
-    return Calibration(
-        float(factors[0]),
-        float(factors[1]),
-        float(np.mean(imbalances)) if imbalances else None,
-        max(excesses) if excesses else None,
-    )
+    imbalance = float(np.mean(imbalances)) if imbalances else None
+    return Calibration(*map(float, factors), imbalance, max(excesses, default=None))

@@ -1,5 +1,5 @@
-"""Who talks to whom over which link: the groups of Megatron's rank order, and how long a collective takes at best.
-Estimates; docs/planning.md.
+"""The machine; who talks to whom over which link: the groups of Megatron's rank order; and how long a collective takes
+at best. Estimates; docs/planning.md.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from hymeg.errors import UserError
 from hymeg.planning.flops import peak_tflops
 from hymeg.planning.layout import Layout
+from hymeg.planning.memory import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,18 @@ def hardware_of(name: str | None, gpu_memory: float | None) -> Hardware:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where a run is planned for."""
+
+    num_gpus: int
+    gpus_per_node: int
+    device: Device
+    hardware: Hardware
+    network: float = 50.0
+    """GB/s between nodes for each GPU: 50 for one 400 Gbit/s card each."""
+
+
 class Group(NamedTuple):
     """Ranks r, r + stride, r + 2 stride, ..."""
 
@@ -75,17 +88,15 @@ class Group(NamedTuple):
 
 def groups(layout: Layout) -> dict[str, Group]:
     """In Megatron's order tp-cp-ep-dp-pp (parallel_state.py): the first changes fastest."""
-    tp, cp, pp = layout.tp, layout.cp, layout.pp
-    ep, etp = layout.ep, layout.etp
-    per_stage = layout.world_size // pp
+    tp, per_expert, per_stage = layout.tp, layout.ep * layout.etp, layout.world_size // layout.pp
     return {
         "tp": Group(tp, 1),
-        "cp": Group(cp, tp),
+        "cp": Group(layout.cp, tp),
         "dp": Group(per_stage // tp, tp),  # data x context parallel: whom gradients are reduced with
-        "etp": Group(etp, 1),
-        "ep": Group(ep, etp),
-        "edp": Group(per_stage // (ep * etp), ep * etp),
-        "pp": Group(pp, per_stage),
+        "etp": Group(layout.etp, 1),
+        "ep": Group(layout.ep, layout.etp),
+        "edp": Group(per_stage // per_expert, per_expert),
+        "pp": Group(layout.pp, per_stage),
     }
 
 

@@ -8,7 +8,8 @@ from hymeg.checkpoint.adapter_table import adapter_shapes
 from hymeg.checkpoint.mapping import num_parameters
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import GIB, StageMemory
-from hymeg.planning.search import Found, Machine, Plan, Planner, describe
+from hymeg.planning.network import Machine
+from hymeg.planning.search import Found, Plan, Planner, describe
 from hymeg.planning.settings import Settings
 
 

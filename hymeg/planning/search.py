@@ -17,8 +17,8 @@ from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout, check
 from hymeg.planning.measured import Calibration
-from hymeg.planning.memory import GIB, Device, HostMemory, StageMemory, host_memory, memory_by_stage
-from hymeg.planning.network import Hardware
+from hymeg.planning.memory import GIB, HostMemory, StageMemory, host_memory, memory_by_stage
+from hymeg.planning.network import Machine
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import pipeline_splits, stages
 from hymeg.planning.step_time import StepModel, StepTime
@@ -42,18 +42,6 @@ OPTIMIZERS: tuple[tuple[dict[str, Any], ...], ...] = (
 NUM_REJECTED_TIMED = 200
 LAYOUTS_A_PROCESS = 200
 NO_CALIBRATION = Calibration()
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Where a run is planned for."""
-
-    num_gpus: int
-    gpus_per_node: int
-    device: Device
-    hardware: Hardware
-    network: float = 50.0
-    """GB/s between nodes for each GPU."""
 
 
 class Plan(NamedTuple):
@@ -277,18 +265,8 @@ class Planner:
         return memory_by_stage(self.config, layout, settings, self.imbalance)
 
     def _time(self, layout: Layout, settings: Settings) -> StepTime:
-        machine = self.machine
-        estimate = StepModel(
-            self.config,
-            layout,
-            settings,
-            machine.hardware,
-            machine.gpus_per_node,
-            machine.network,
-            self.imbalance,
-            self.attended,
-        ).step()
-        return self.calibration.applied(estimate)
+        model = StepModel(self.config, layout, settings, self.machine, self.imbalance, self.attended)
+        return self.calibration.applied(model.step())
 
     def _fastest_rejected(self, rejected: list[Plan]) -> list[Plan]:
         nearest = sorted(rejected, key=lambda plan: plan.peak)[:NUM_REJECTED_TIMED]

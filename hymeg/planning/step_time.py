@@ -15,7 +15,7 @@ from hymeg.planning.activations import Activations
 from hymeg.planning.flops import packed_training_flops
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import optimizer_bytes, optimizer_shards
-from hymeg.planning.network import Hardware, Links, groups
+from hymeg.planning.network import Links, Machine, groups
 from hymeg.planning.parameters import chunk_numel, layer_adapters, trained_numel
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk, stages
@@ -59,6 +59,11 @@ class StepTime(NamedTuple):
     tflops_per_gpu: float
     mfu: float
 
+    @property
+    def computing(self) -> float:
+        """Seconds that follow the GPU's speed; the rest follows the links'. Stages that wait do so for both."""
+        return self.compute + self.optimizer + self.bubble * self.compute / (self.compute + self.communication)
+
 
 class _Work(NamedTuple):
     """Seconds of one micro-batch on one stage."""
@@ -75,8 +80,6 @@ class _Work(NamedTuple):
 class StepModel:
     """
     Args:
-        gpus_per_node: decides which groups NVLink connects.
-        network: GB/s a GPU between nodes (50 for one 400 Gbit/s card each).
         imbalance: tokens of the busiest expert-parallel rank over the mean.
         attended: tokens of the row that a token lies in, in the mean over tokens; None where a sample is one row.
     """
@@ -86,28 +89,27 @@ class StepModel:
         config: HyConfig,
         layout: Layout,
         settings: Settings,
-        hardware: Hardware,
-        gpus_per_node: int,
-        network: float,
+        machine: Machine,
         imbalance: float,
         attended: float | None = None,
     ):
-        self.config, self.layout, self.settings, self.hardware = config, layout, settings, hardware
-        self.links = Links(gpus_per_node, hardware.nvlink * 1e9 * NVLINK, network * 1e9 * NETWORK)
+        self.config, self.layout, self.settings, hardware = config, layout, settings, machine.hardware
+        self.links = Links(machine.gpus_per_node, hardware.nvlink * 1e9 * NVLINK, machine.network * 1e9 * NETWORK)
         self.groups = groups(layout)
-        self.imbalance, self.sizes = imbalance, Activations(config, layout, settings, imbalance)
+        self.sizes = Activations(config, layout, settings, imbalance)
+        # What flows through memory, whatever is kept.
+        self.unspared = Activations(config, layout, dataclasses.replace(settings, recompute_modules=()), imbalance)
         self.attended = layout.seq_length if attended is None else attended
-        self.peak = hardware.peak_tflops * 1e12
+        self.peak, self.hbm = hardware.peak_tflops * 1e12, hardware.hbm * 1e9 * HBM
         self.is_frozen = settings.lora_rank is not None
         # Asked for stage by stage, and the same on all.
         self._layer = functools.cache(self._layer)
         self._layer_communication = functools.cache(self._layer_communication)
 
     def step(self) -> StepTime:
-        pp, count = self.layout.pp, self.layout.num_microbatches
-        works = [self._stage(chunks) for chunks in stages(self.config, self.layout)]
-        slowest = max(range(pp), key=lambda rank: works[rank].total)
-        work, chunks = works[slowest], stages(self.config, self.layout)[slowest]
+        pp, count, by_rank = self.layout.pp, self.layout.num_microbatches, stages(self.config, self.layout)
+        works = [self._stage(chunks) for chunks in by_rank]
+        work, chunks = max(zip(works, by_rank, strict=True), key=lambda one: one[0].total)
         idle = (pp - 1) / len(chunks) * sum(one.total for one in works) / pp
         gradients, optimizer = self._update(chunks, work)
         total = count * work.total + idle + gradients + optimizer
@@ -193,9 +195,8 @@ class StepModel:
         """Seconds of a forward pass: products at their efficiencies, and a third of the memory traffic of forward and
         backward.
         """
-        plain = self._everything_saved.layer(is_moe)
-        traffic = TRAFFIC * plain / 3 + self._adapter_traffic(is_moe)
-        return sum(self._products(is_moe).values()) + traffic / (self.hardware.hbm * 1e9 * HBM)
+        traffic = TRAFFIC * self.unspared.layer(is_moe) / 3 + self._adapter_traffic(is_moe)
+        return sum(self._products(is_moe).values()) + traffic / self.hbm
 
     def _ungraded(self, is_moe: bool) -> float:
         """Seconds that frozen weights save in a layer's backward pass, in which they have no gradients."""
@@ -206,70 +207,45 @@ class StepModel:
     def _adapter_traffic(self, is_moe: bool) -> float:
         """Bytes that adapters read and write in a forward pass: their input, and their layer's output to add to. Thin
         as they are, this bounds their products."""
-        kind, sizes = "sparse" if is_moe else "dense", self.sizes
-        total = 0.0
-        for module in layer_adapters(self.config, self.settings.lora_targets, kind):
-            cut = self.layout.tp
-            tokens = sizes.tokens
-            if module.num_experts is not None:
-                cut, tokens = self.layout.etp, sizes.expert_tokens
+        total, sizes = 0.0, self.sizes
+        for module in layer_adapters(self.config, self.settings.lora_targets, "sparse" if is_moe else "dense"):
+            is_dense = module.num_experts is None
+            tokens, cut = (sizes.tokens, self.layout.tp) if is_dense else (sizes.expert_tokens, self.layout.etp)
             total += tokens * sizes.a * (module.num_in + 2 * module.num_out) / cut
         return total
 
     def _products(self, is_moe: bool) -> dict[str, float]:
-        """Seconds of a forward pass's products, by part."""
-        per_expert = self.sizes.expert_tokens / (self.config.num_experts / self.layout.ep)
+        """Seconds of a forward pass's products, by part; those of experts no less than it takes their weights to go
+        through memory for one micro-batch: read forward and backward, gradients added to.
+        """
+        experts = self.config.num_experts / self.layout.ep
+        per_expert = self.sizes.expert_tokens / experts
         shares = {"scores": ATTENTION, "routed_experts": GROUPED_GEMM * per_expert / (per_expert + HALF_SPEED_TOKENS)}
         products = {part: flops / (self.peak * shares.get(part, GEMM)) for part, flops in self.flops(is_moe).items()}
         if is_moe:
-            passes = 2 if self.is_frozen else 3
-            products["routed_experts"] = max(products["routed_experts"], self._expert_weights / passes)
+            gradient, passes = (0, 2) if self.is_frozen else (self.settings.gradient, 3)
+            numel = experts * 3 * self.config.hidden_size * self.sizes.expert
+            weights = numel * 2 * (self.sizes.a + gradient) / self.hbm
+            products["routed_experts"] = max(products["routed_experts"], weights / passes)
         return products
-
-    @functools.cached_property
-    def _expert_weights(self) -> float:
-        """Seconds in which a layer's experts go through memory for one micro-batch: weights read forward and backward,
-        gradients added to.
-        """
-        experts = self.config.num_experts / self.layout.ep
-        numel = experts * 3 * self.config.hidden_size * self.sizes.expert
-        gradient = 0 if self.is_frozen else self.settings.gradient
-        return numel * 2 * (self.sizes.a + gradient) / (self.hardware.hbm * 1e9 * HBM)
-
-    @functools.cached_property
-    def _everything_saved(self) -> Activations:
-        """The sizes of a run that recomputes nothing: what flows through memory whatever is kept."""
-        plain = dataclasses.replace(self.settings, recompute_modules=())
-        return Activations(self.config, self.layout, plain, self.imbalance)
 
     # ---- communication
 
-    def _layer_bytes(self, is_moe: bool) -> dict[str, float]:
-        """What a rank's collectives of one layer move forward and backward, in bytes of the whole buffers."""
-        sizes, hidden, layout = self.sizes, self.config.hidden_size, self.layout
-        row = sizes.a * hidden
-        found = {"tp": 0.0, "cp": 0.0, "ep": 0.0, "etp": 0.0}
-        if layout.tp > 1:
-            # Attention, and the MLP or the shared experts: gathered before and scattered after, forward and backward;
-            # and the weight's gradient, if it has one, needs the input gathered again.
-            found["tp"] = 2 * (5 - self.is_frozen) * sizes.tokens * row
-        if layout.cp > 1:
-            found["cp"] = 3 * 2 * sizes.a * sizes.kv * sizes.tokens * layout.cp
-        if is_moe and layout.ep > 1:
-            found["ep"] = 4 * sizes.expert_tokens / layout.etp * row
-        if is_moe and layout.etp > 1:
-            found["etp"] = 4 * sizes.expert_tokens * row
-        return found
-
     def _layer_communication(self, is_moe: bool) -> float:
-        """Visible seconds, forward and backward."""
-        moved = self._layer_bytes(is_moe)
-        seconds = sum(self.links.ring(self.groups[kind], moved[kind]) for kind in ("tp", "etp"))
-        experts = self.links.all_to_all(self.groups["ep"], moved["ep"])
-        seconds += experts * (OVERLAPPED_EXPERTS if self.settings.overlap_moe_expert_parallel_comm else 1)
+        """Visible seconds of a layer's collectives, forward and backward."""
+        sizes, links, group = self.sizes, self.links, self.groups
+        row = sizes.a * self.config.hidden_size
+        # Attention, and the MLP or the shared experts: gathered before and scattered after, forward and backward; and
+        # the weight's gradient, if it has one, needs the input gathered again.
+        seconds = links.ring(group["tp"], 2 * (5 - self.is_frozen) * sizes.tokens * row)
+        if is_moe:
+            seconds += links.ring(group["etp"], 4 * sizes.expert_tokens * row)
+            experts = links.all_to_all(group["ep"], 4 * sizes.expert_tokens / self.layout.etp * row)
+            seconds += experts * (OVERLAPPED_EXPERTS if self.settings.overlap_moe_expert_parallel_comm else 1)
         # Keys and values go round while attention works on those that are there.
         attention = 3 * self.flops(is_moe)["scores"] / (self.peak * ATTENTION)
-        return seconds + max(0.0, self.links.ring(self.groups["cp"], moved["cp"]) - attention)
+        keys_and_values = 3 * 2 * sizes.a * sizes.kv * sizes.tokens * self.layout.cp
+        return seconds + max(0.0, links.ring(group["cp"], keys_and_values) - attention)
 
     def _update(self, chunks: tuple[Chunk, ...], work: _Work) -> tuple[float, float]:
         """Visible seconds of gradients and parameters over the data-parallel ranks, and seconds of the optimizer."""
@@ -289,7 +265,7 @@ class StepModel:
         shards = optimizer_shards(self.layout, settings)
         kept = dense / shards[0] + expert / shards[1]
         traffic = 2 * optimizer_bytes(settings) + 2 * gradient + element
-        optimizer = kept * traffic / (self.hardware.hbm * 1e9 * HBM)
+        optimizer = kept * traffic / self.hbm
         if settings.optimizer_cpu_offload:
             optimizer += kept * settings.optimizer_offload_fraction / CPU_ADAM
         return reduce + gather, optimizer

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from hymeg.errors import UserError, about
 from hymeg.planning.measured import Calibration, Observation
-from hymeg.planning.memory import GIB, memory_by_stage
-from hymeg.planning.search import Machine
+from hymeg.planning.memory import GIB
+from hymeg.planning.network import Machine
+from hymeg.planning.search import Planner
 from hymeg.planning.settings import settings_of
-from hymeg.planning.step_time import StepModel
 from hymeg.platform import for_gpus
 from hymeg.reporting.reading import read_run
 from hymeg.training.arguments import parse
@@ -46,12 +46,10 @@ def observe(folder: str, hf: str | None, machine: Machine, attended: float | Non
         layout, settings = layout_of(args), settings_of(args)
     loads = [value for _, value in run.curves.get(_LOAD, [])]
     imbalance = statistics.median(loads) if loads and layout.expert_model_parallel_size > 1 else None
-    held = memory_by_stage(config, layout, settings, imbalance or 1.0)
-    excesses = [peak - stage.total for peak, stage in zip(run.peak_bytes, held, strict=False)]
-    links = machine.hardware, machine.gpus_per_node, machine.network
-    of_row = attended if args.packed else None
-    estimate = StepModel(config, layout, settings, *links, imbalance or 1.0, of_row).step()
-    return Observation(run.name, statistics.median(seconds), estimate, imbalance, max(excesses, default=None))
+    planner = Planner(config, machine, imbalance or 1.0, attended=attended if args.packed else None)
+    plan = planner.plan(layout, settings)
+    excesses = [peak - stage.total for peak, stage in zip(run.peak_bytes, plan.memory, strict=False)]
+    return Observation(run.name, statistics.median(seconds), plan.time, imbalance, max(excesses, default=None))
 
 
 def told(observations: Sequence[Observation], calibration: Calibration) -> list[str]:

@@ -12,7 +12,8 @@ from test_plan_memory import HY3, HY_MT2
 
 from hymeg.planning.flops import forward_flops_by_part, training_flops
 from hymeg.planning.layout import Layout
-from hymeg.planning.network import HARDWARE, Group, Links, groups
+from hymeg.planning.memory import Device
+from hymeg.planning.network import HARDWARE, Group, Links, Machine, groups
 from hymeg.planning.settings import Settings
 from hymeg.planning.stages import stages
 from hymeg.planning.step_time import StepModel
@@ -22,10 +23,11 @@ SPEC = importlib.util.spec_from_file_location(
 )
 benchmark = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(benchmark)
+MACHINE = Machine(8, 8, Device(80), HARDWARE["H100"])
 
 
 def model_of(config, layout, imbalance: float = 1.0, **settings) -> StepModel:
-    return StepModel(config, layout, dataclasses.replace(Settings(), **settings), HARDWARE["H100"], 8, 50, imbalance)
+    return StepModel(config, layout, dataclasses.replace(Settings(), **settings), MACHINE, imbalance)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,8 @@ def test_tensor_and_context_parallelism_cost_their_collectives():
     assert tensor.communication == pytest.approx(8 * 48 * 10 * 4096 * 2 * 2048 / 2 / NVLINK)
     context = model_of(HY_MT2, Layout(2, 4096, 8, context_parallel_size=2)).step()
     assert context.communication == 0
-    slow = StepModel(HY_MT2, Layout(2, 4096, 8, context_parallel_size=2), Settings(), HARDWARE["H100"], 1, 1, 1.0)
+    lone = dataclasses.replace(MACHINE, gpus_per_node=1, network=1)
+    slow = StepModel(HY_MT2, Layout(2, 4096, 8, context_parallel_size=2), Settings(), lone, 1.0)
     ring = 3 * 2 * 2 * 512 * 4096 / 2 / (1e9 * 0.80)
     attention = 3 * 2 * 2048 * 4096 * 4096 / (989e12 * 0.50)
     assert slow.step().communication == pytest.approx(8 * 48 * (ring - attention))
@@ -154,9 +157,7 @@ def test_packed_rows_attend_to_themselves_only():
     """Rows of 400 tokens in samples of 8,192: attention's products are a twentieth; the model's FLOPs are those of
     conversations of that length."""
     layout = Layout(8, 8192, 64, expert_model_parallel_size=8)
-    whole, packed = (
-        StepModel(HY_MT2, layout, Settings(), HARDWARE["H100"], 8, 50, 1.0, attended) for attended in (None, 400)
-    )
+    whole, packed = (StepModel(HY_MT2, layout, Settings(), MACHINE, 1.0, attended) for attended in (None, 400))
     assert packed.flops(True)["scores"] / whole.flops(True)["scores"] == pytest.approx(400 / 8192)
     assert packed.flops(True) | {"scores": 0} == whole.flops(True) | {"scores": 0}
     # 1,310.72 conversations of 400 tokens a step.
@@ -221,5 +222,5 @@ def test_published_runs_are_estimated_to_a_fifth(run):
 
     _, shape, layout, settings, published = run
     config = dataclasses.replace(HyConfig.from_dict(TINY_CONFIG | shape), num_shared_experts=0)
-    step = StepModel(config, layout, settings, HARDWARE["H100"], 8, 50, imbalance=1.0).step()
+    step = StepModel(config, layout, settings, MACHINE, imbalance=1.0).step()
     assert step.tokens_per_gpu == pytest.approx(published, rel=0.2)

@@ -17,8 +17,8 @@ from pathlib import Path
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.config import HyConfig
 from hymeg.planning.layout import Layout
-from hymeg.planning.memory import GIB, memory_by_stage
-from hymeg.planning.network import HARDWARE
+from hymeg.planning.memory import GIB, Device, memory_by_stage
+from hymeg.planning.network import HARDWARE, Machine
 from hymeg.planning.settings import Settings
 from hymeg.planning.step_time import StepModel
 
@@ -68,13 +68,14 @@ PUBLISHED = [  # name, model, layout, settings, tokens/s/GPU
         1712,
     ),
 ]
+MACHINE = Machine(256, 8, Device(80), HARDWARE["H100"])
 
 
 def compare() -> None:
     print("| run | tokens/s/GPU published | estimated | off by | GiB of the fullest GPU |\n|---|---|---|---|---|")
     for name, shape, layout, settings, published in PUBLISHED:
         config = dataclasses.replace(HyConfig.from_dict(TINY_CONFIG | shape), num_shared_experts=0)
-        found = StepModel(config, layout, settings, HARDWARE["H100"], 8, 50, imbalance=1.0).step().tokens_per_gpu
+        found = StepModel(config, layout, settings, MACHINE, imbalance=1.0).step().tokens_per_gpu
         fullest = max(stage.total for stage in memory_by_stage(config, layout, settings, 1.0)) / GIB
         print(f"| {name} | {published:,} | {found:,.0f} | {found / published - 1:+.0%} | {fullest:.1f} |")
 
