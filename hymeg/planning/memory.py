@@ -84,18 +84,12 @@ def memory_by_stage(config: HyConfig, layout: Layout, settings: Settings, imbala
     static = [_static(config, layout, settings, kind) for kind in kinds]
     saved, working = [activations.saved(kind) for kind in kinds], [activations.working(kind) for kind in kinds]
 
-    @functools.cache
-    def kept(own: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(round(sum(part)) for part in zip(*(static[kind] for kind in own), strict=True))
-
-    return tuple(
-        StageMemory(
-            *kept(own),
-            activations=round(max(math.sumprod(counts, saved) for counts in held)),
-            working=round(max(working[kind] for kind in own)),
-        )
-        for own, held in ranks
-    )
+    kept, most = {}, {}
+    for own in {own for own, _ in ranks}:
+        kept[own] = [round(sum(part)) for part in zip(*(static[kind] for kind in own), strict=True)]
+        most[own] = round(max(working[kind] for kind in own))
+    peaks = (round(max([math.sumprod(counts, saved) for counts in held])) for _, held in ranks)
+    return tuple(StageMemory(*kept[own], peak, most[own]) for (own, _), peak in zip(ranks, peaks, strict=True))
 
 
 @functools.lru_cache(maxsize=4096)

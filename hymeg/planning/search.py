@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hymeg.checkpoint import workers
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     layout: Layout
     settings: Settings
     memory: tuple[StageMemory, ...]  # of every pipeline rank
-    time: StepTime | None
+    time: StepTime | None = None
 
     @property
     def peak(self) -> int:
@@ -74,6 +74,7 @@ class Found(NamedTuple):
     num_fitting: int
 
 
+@dataclasses.dataclass(frozen=True)
 class Planner:
     """Plans for one model, machine and batch.
 
@@ -86,22 +87,17 @@ class Planner:
         calibration: what runs have shown of the estimates.
     """
 
-    def __init__(
-        self,
-        config: HyConfig,
-        machine: Machine,
-        imbalance: float = 1.2,
-        experts_across_nodes: bool = False,
-        attended: float | None = None,
-        margin: float = 0,
-        calibration: Calibration = NO_CALIBRATION,
-    ):
-        self.config, self.machine, self.imbalance, self.attended = config, machine, imbalance, attended
-        self.experts_across_nodes, self.margin, self.calibration = experts_across_nodes, margin, calibration
+    config: HyConfig
+    machine: Machine
+    imbalance: float = 1.2
+    experts_across_nodes: bool = False
+    attended: float | None = None
+    margin: float = 0
+    calibration: Calibration = NO_CALIBRATION
 
     def plan(self, layout: Layout, settings: Settings) -> Plan:
         """One legal layout as it stands."""
-        return Plan(layout, settings, self._memory(layout, settings), self._time(layout, settings))
+        return self._timed(self._untimed(layout, settings))
 
     def fits(self, plan: Plan) -> bool:
         return plan.peak + self.margin <= self.machine.device.usable
@@ -125,10 +121,7 @@ class Planner:
         structures = list(self._structures(fixed, free, settings))
         if not structures:
             # Says what is wrong, where the given sizes alone are, whatever the batch.
-            check(
-                self.config,
-                dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size),
-            )
+            check(self.config, dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size))
             overlap = ", --overlap-moe-expert-parallel-comm" if settings.overlap_moe_expert_parallel_comm else ""
             raise UserError(
                 f"--gpus {fixed.world_size}: no legal layout has the sizes given, with experts in nodes of "
@@ -139,13 +132,11 @@ class Planner:
         for optimizers in OPTIMIZERS:
             allowed = [one for one in optimizers if not fixed_settings & one.keys()]
             choices = [dataclasses.replace(settings, **optimizer) for optimizer in allowed]
-            chosen = []
-            for plan, spurned in self._on_all_cores(structures, choices, fixed_settings):
-                chosen.append(plan)
-                rejected += spurned
-            if fitting := [plan for plan in chosen if plan is not None]:
-                fitting.sort(key=_rank)
-                return Found(fitting, self._fastest_rejected(rejected), len(structures), len(fitting))
+            found = self._on_all_cores(structures, choices, fixed_settings)
+            rejected += itertools.chain.from_iterable(spurned for _, spurned in found)
+            if fitting := sorted((plan for plan, _ in found if plan is not None), key=_rank):
+                nearest = sorted(rejected, key=lambda plan: plan.peak)[:NUM_REJECTED_TIMED]
+                return Found(fitting, sorted(map(self._timed, nearest), key=_rank), len(structures), len(fitting))
         if not rejected:
             raise UserError(
                 "the recomputation that is asked for is legal in none of the layouts left; free --recompute-granularity"
@@ -162,55 +153,47 @@ class Planner:
     def _structures(self, fixed: Layout, free: set[str], settings: Settings) -> Iterator[Layout]:
         """Legal layouts, for some recomputation."""
         unrecomputed = dataclasses.replace(settings, recompute_granularity=None, recompute_modules=())
+        world, node, length = fixed.world_size, self.machine.gpus_per_node, fixed.seq_length
+        powers, num_experts = [2**i for i in range(11)], self.config.num_experts
+        ends = fixed.decoder_first_pipeline_num_layers, fixed.decoder_last_pipeline_num_layers
+        is_depth_free = free >= {"virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"}
 
-        def choices(field: str, values) -> list:
-            return list(values) if field in free else [getattr(fixed, field)]
+        def choices(field: str, values: Iterable[int]) -> Iterable[int]:
+            return values if field in free else [getattr(fixed, field)]
 
-        world, node, layers = fixed.world_size, self.machine.gpus_per_node, self.config.num_hidden_layers
-        powers = [2**i for i in range(11)]
-        depth_free = (
-            {"virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"} <= free
-            and fixed.decoder_first_pipeline_num_layers is None
-            and fixed.decoder_last_pipeline_num_layers is None
-        )
-        for pp in choices("pipeline_model_parallel_size", (p for p in range(1, layers + 1) if world % p == 0)):
-            splits = pipeline_splits(self.config, pp) if depth_free else [{}]
+        stages_that_divide = (p for p in range(1, self.config.num_hidden_layers + 1) if world % p == 0)
+        for pp in choices("pipeline_model_parallel_size", stages_that_divide):
+            splits = pipeline_splits(self.config, pp) if is_depth_free and ends == (None, None) else [{}]
             for tp in choices("tensor_model_parallel_size", (p for p in powers if p <= node and world % (p * pp) == 0)):
-                contexts = (p for p in powers if world % (p * tp * pp) == 0 and _worth(p, fixed.seq_length))
-                for cp in choices("context_parallel_size", contexts):
-                    sizes = {
-                        "pipeline_model_parallel_size": pp,
-                        "tensor_model_parallel_size": tp,
-                        "context_parallel_size": cp,
-                    }
-                    for experts in self._expert_sizes(fixed, pp, tp, choices):
-                        for split in splits:
-                            layout = dataclasses.replace(fixed, **sizes, **experts, **split)
-                            if _is_legal(self.config, layout, unrecomputed):
-                                yield layout
-
-    def _expert_sizes(self, fixed: Layout, pp: int, tp: int, choices) -> Iterator[dict[str, int]]:
-        """Of experts, and of a micro-batch."""
-        world, num_experts = fixed.world_size, self.config.num_experts
-        largest = world // pp if self.experts_across_nodes else self.machine.gpus_per_node
-        for etp in choices("expert_tensor_parallel_size", sorted({1, tp})):
-            experts = (p for p in range(1, largest // etp + 1) if num_experts % p == 0 and world % (p * etp * pp) == 0)
-            for ep, batch in itertools.product(
-                choices("expert_model_parallel_size", experts), choices("micro_batch_size", (1, 2, 4))
-            ):
-                yield {
-                    "expert_tensor_parallel_size": etp,
-                    "expert_model_parallel_size": ep,
-                    "micro_batch_size": batch,
-                }
+                # Context parallelism is for sequences too long for one GPU: at least 8,192 tokens stay on each.
+                contexts = [p for p in powers if world % (p * tp * pp) == 0 and (p == 1 or length // p >= 8192)]
+                for cp, etp in itertools.product(
+                    choices("context_parallel_size", contexts), choices("expert_tensor_parallel_size", sorted({1, tp}))
+                ):
+                    most = (world // pp if self.experts_across_nodes else node) // etp
+                    experts = [p for p in range(1, most + 1) if num_experts % p == 0 and world % (p * etp * pp) == 0]
+                    for ep, batch, split in itertools.product(
+                        choices("expert_model_parallel_size", experts), choices("micro_batch_size", (1, 2, 4)), splits
+                    ):
+                        layout = dataclasses.replace(
+                            fixed,
+                            micro_batch_size=batch,
+                            tensor_model_parallel_size=tp,
+                            pipeline_model_parallel_size=pp,
+                            context_parallel_size=cp,
+                            expert_model_parallel_size=ep,
+                            expert_tensor_parallel_size=etp,
+                            **split,
+                        )
+                        if _is_legal(self.config, layout, unrecomputed):
+                            yield layout
 
     def _recomputations(self, layout: Layout, settings: Settings, fixed_settings: set[str]) -> Iterator[Settings]:
         """Legal ones, from the cheapest in time to the smallest."""
-        if "recompute_granularity" in fixed_settings:
-            found = [settings]
-        else:
-            half = -(-max(len(chunk.layers) for chunks in stages(self.config, layout) for chunk in chunks) // 2)
-            found = _all_recomputations(settings, max(1, half))
+        found = [settings]
+        if "recompute_granularity" not in fixed_settings:
+            most = max(len(chunk.layers) for chunks in stages(self.config, layout) for chunk in chunks)
+            found = _all_recomputations(settings, max(1, -(-most // 2)))
         for choice in found:
             if not choice.overlap_moe_expert_parallel_comm or _is_legal(self.config, layout, choice):
                 yield choice
@@ -235,43 +218,36 @@ class Planner:
         """Over optimizers that take the same time (`choices`, the plainest first) and recomputation; and what was
         rejected. Recomputed logits cost some time on one stage only: they are taken where they spare more than that.
         """
-        each = [list(self._recomputations(layout, one, fixed_settings)) for one in choices]
-        tried = [list(of) for of in zip(*each, strict=True)]
+        each = [self._recomputations(layout, one, fixed_settings) for one in choices]
+        tried = list(zip(*each, strict=True))
         if not tried:
             return None, []
         plain = self._first_that_fits(layout, tried)
-        spared = tried if plain is None else tried[: next(n for n, of in enumerate(tried) if plain.settings in of)]
         found = [plain]
         if "hy_recompute_logits" not in fixed_settings and not choices[0].cross_entropy_loss_fusion:
-            found.append(self._first_that_fits(layout, [[_with_logits(one) for one in of] for of in spared]))
-        timed = [one._replace(time=self._time(layout, one.settings)) for one in found if one is not None]
+            spared = itertools.takewhile(lambda of: plain is None or plain.settings not in of, tried)
+            found.append(self._first_that_fits(layout, [list(map(_with_logits, of)) for of in spared]))
+        timed = [self._timed(plan) for plan in found if plan is not None]
         # What would be the fastest is told beside the answers.
-        rejected = []
-        for of in tried[:1] if timed else tried[:1] + tried[1:][-1:]:
-            if plain is None or plain.settings not in of:
-                rejected.append(Plan(layout, of[-1], self._memory(layout, of[-1]), None))
+        rejected = [
+            self._untimed(layout, of[-1])
+            for of in (tried[:1] if timed else tried[:1] + tried[1:][-1:])
+            if plain is None or plain.settings not in of
+        ]
         return min(timed, key=lambda plan: plan.time.total, default=None), rejected
 
-    def _first_that_fits(self, layout: Layout, tried: list[list[Settings]]) -> Plan | None:
+    def _first_that_fits(self, layout: Layout, tried: Sequence[Sequence[Settings]]) -> Plan | None:
         """`tried` from the cheapest to the smallest: where the last does not fit, none does."""
-        if not tried or not self.fits(Plan(layout, tried[-1][-1], self._memory(layout, tried[-1][-1]), None)):
+        if not tried or not self.fits(self._untimed(layout, tried[-1][-1])):
             return None
-        plans = (Plan(layout, one, self._memory(layout, one), None) for of in tried for one in of)
-        return next(plan for plan in plans if self.fits(plan))
+        return next(plan for of in tried for one in of if self.fits(plan := self._untimed(layout, one)))
 
-    # ---- order
+    def _untimed(self, layout: Layout, settings: Settings) -> Plan:
+        return Plan(layout, settings, memory_by_stage(self.config, layout, settings, self.imbalance))
 
-    def _memory(self, layout: Layout, settings: Settings) -> tuple[StageMemory, ...]:
-        return memory_by_stage(self.config, layout, settings, self.imbalance)
-
-    def _time(self, layout: Layout, settings: Settings) -> StepTime:
-        model = StepModel(self.config, layout, settings, self.machine, self.imbalance, self.attended)
-        return self.calibration.applied(model.step())
-
-    def _fastest_rejected(self, rejected: list[Plan]) -> list[Plan]:
-        nearest = sorted(rejected, key=lambda plan: plan.peak)[:NUM_REJECTED_TIMED]
-        timed = [plan._replace(time=self._time(plan.layout, plan.settings)) for plan in nearest]
-        return sorted(timed, key=_rank)
+    def _timed(self, plan: Plan) -> Plan:
+        model = StepModel(self.config, plan.layout, plan.settings, self.machine, self.imbalance, self.attended)
+        return plan._replace(time=self.calibration.applied(model.step()))
 
 
 @functools.lru_cache(maxsize=256)
@@ -294,12 +270,7 @@ def _with_logits(settings: Settings) -> Settings:
 def _rank(plan: Plan) -> tuple:
     """The fastest first; of those equal to a hundredth of a second, the one with fewer parts."""
     layout = plan.layout
-    parts = (
-        layout.pp,
-        layout.tp,
-        layout.cp,
-        layout.ep,
-    )
+    parts = layout.pp, layout.tp, layout.cp, layout.ep
     return round(plan.time.total, 2 if plan.time.total > 1 else 4), plan.settings.use_precision_aware_optimizer, *parts
 
 
@@ -311,26 +282,14 @@ def _is_legal(config: HyConfig, layout: Layout, settings: Settings) -> bool:
     return layout.num_microbatches >= layout.pp  # fewer leave stages idle for most of a step
 
 
-def _worth(context_parallel: int, seq_length: int) -> bool:
-    """Context parallelism is for sequences too long for one GPU: at least 8,192 tokens stay on each."""
-    return context_parallel == 1 or seq_length // context_parallel >= 8192
-
-
 def describe(plan: Plan) -> str:
     """`TP2 PP8x4 EP8 ETP1 CP1 DP16, micro-batch 1, recompute none, distributed Adam`; PP8x4 has four virtual stages."""
     layout, settings = plan.layout, plan.settings
-    sizes = [
-        f"TP{layout.tp}",
-        f"PP{layout.pp}"
-        + (f"x{layout.num_virtual_stages}" if layout.num_virtual_stages > 1 else "")
-        + ("*" if layout.pipeline_model_parallel_layout else ""),
-        f"EP{layout.ep}",
-        f"ETP{layout.etp}",
-        f"CP{layout.cp}",
-        f"DP{layout.data_parallel_size}",
-    ]
+    virtual = f"x{layout.num_virtual_stages}" if layout.num_virtual_stages > 1 else ""
+    uneven = "*" if layout.pipeline_model_parallel_layout else ""
     gradients = ", bf16 gradients" if settings.gradient == 2 else ""
     return (
-        f"{' '.join(sizes)}, micro-batch {layout.micro_batch_size}, recompute {settings.recompute_name}, "
+        f"TP{layout.tp} PP{layout.pp}{virtual}{uneven} EP{layout.ep} ETP{layout.etp} CP{layout.cp} "
+        f"DP{layout.data_parallel_size}, micro-batch {layout.micro_batch_size}, recompute {settings.recompute_name}, "
         f"{settings.optimizer_name}{gradients}"
     )
