@@ -34,20 +34,17 @@ class Activations:
         self.config, self.settings = config, settings
         self.is_local = settings.transformer_impl == "local"
         self.slice = SLICE_ELEMENTS[settings.transformer_impl]
-        tp, etp = layout.tp, layout.etp
-        self.a = settings.element
+        self.a, tp = settings.element, layout.tp
         self.tokens = layout.micro_batch_size * layout.seq_length // layout.cp
         self.positions = layout.seq_length // layout.cp
         self.shared_tokens = self.tokens / tp
         # With one expert-parallel rank every token stays on it, wherever the router sends it.
         imbalance = imbalance if layout.ep > 1 else 1.0
-        self.expert_tokens = self.shared_tokens * config.num_experts_per_tok * etp * imbalance
-        self.q, self.kv = (
-            heads * config.head_dim / tp for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        self.expert_tokens = self.shared_tokens * config.num_experts_per_tok * layout.etp * imbalance
         self.heads, self.groups = config.num_attention_heads / tp, config.num_key_value_heads / tp
+        self.q, self.kv = self.heads * config.head_dim, self.groups * config.head_dim
         self.dense, self.shared = config.intermediate_size / tp, config.shared_expert_intermediate_size / tp
-        self.expert = config.moe_intermediate_size / etp
+        self.expert = config.moe_intermediate_size / layout.etp
         rows = padded_vocab_size(config, layout, settings) / tp
         self.vocab_parameters = rows * config.hidden_size
         self.vocab = min(config.vocab_size, rows)  # rows that stand for tokens
@@ -117,11 +114,11 @@ class Activations:
     def adapters(self, width: float, tokens: float, after: float, *targets: str) -> float:
         """What the adapters of a linear layer keep beside its input: what comes out of each A, for `after` tokens; with
         dropout, its result and its mask."""
-        if not self.adapted:
+        count = len(self.adapted & set(targets)) if self.adapted else 0
+        if not count:
             return 0.0
-        count = len(self.adapted & set(targets))
-        dropped = (self.a + 1) * width * tokens if count and self.settings.lora_dropout else 0
-        return count * self.a * (self.settings.lora_rank or 0) * after + dropped
+        dropped = (self.a + 1) * width * tokens if self.settings.lora_dropout else 0
+        return count * self.a * self.settings.lora_rank * after + dropped
 
     # ---- a layer
 
@@ -145,23 +142,19 @@ class Activations:
 
     def attention(self) -> float:
         """The norm, q/k/v, q and k norm, RoPE, attention, the output projection's input."""
-        mixed = self.a * (self.q + 2 * self.kv)
+        mixed, core = self.a * (self.q + 2 * self.kv), self.a * (self.q + self.kv)  # before RoPE; q and k with it
         per_position = 0.0
         if self.is_local:
             k_input = 8 if self.settings.bf16 else 4  # in fp32 the norm keeps a view of the mixed q, k, v
             norms = 8 * self.q + 4 * self.heads + k_input * self.kv + 4 * self.groups
-            core = self.a * (self.q + self.kv)  # q and k with RoPE; v is a view of the mixed ones
             result = 0 if self.recomputes["core_attn"] else self.a * self.q + 4 * self.heads
             per_position = 4 * self.a * self.config.head_dim  # cosine and sine, for q and for k
-            # The projection's input, a copy in another order.
-            result += self.for_gradient(self.q, 1, "self_attn.o_proj")
+            result += self.for_gradient(self.q, 1, "self_attn.o_proj")  # a copy in another order
         else:
             copied = self.a * self.q if self.groups > 1 else 0  # q out of the mixed q, k, v, where they alternate
             norms = copied + 4 * (self.heads + self.groups)
-            core = self.a * (self.q + self.kv)
-            result = self.a * self.q + (
-                0 if self.recomputes["core_attn"] else 4 * self.heads
-            )  # attention's output is the projection's input
+            # Attention's output is the projection's input.
+            result = self.a * self.q + (0 if self.recomputes["core_attn"] else 4 * self.heads)
         own = self.tokens * (mixed + norms + core + result) + per_position * self.positions
         width, shared = self.config.hidden_size, self.shared_tokens
         own += self.for_gradient(width, shared, *_QKV) + self.adapters(width, shared, self.tokens, *_QKV)
@@ -185,11 +178,9 @@ class Activations:
 
     def shared_mlp(self) -> float:
         """Of the shared experts; their input is what the router keeps as well."""
-        path = "mlp.shared_mlp"
-        own_input = self.for_gradient(
-            self.config.hidden_size, self.shared_tokens, f"{path}.gate_proj", f"{path}.up_proj"
-        )
-        return self.mlp(self.shared, self.shared_tokens, self.tokens, path) - own_input
+        path, tokens = "mlp.shared_mlp", self.shared_tokens
+        own_input = self.for_gradient(self.config.hidden_size, tokens, f"{path}.gate_proj", f"{path}.up_proj")
+        return self.mlp(self.shared, tokens, self.tokens, path) - own_input
 
     def moe(self) -> float:
         """The norm, its output (which router, shared experts and dispatcher share), and the parts."""
@@ -219,10 +210,8 @@ class Activations:
 
     def working(self, chunk: Chunk) -> float:
         """The largest of: the backward pass of a layer, with what it recomputes; of the head; of the embedding."""
-        kinds, is_frozen = (
-            {*chunk.layers, *([True] if chunk.num_mtp_layers else [])},
-            self.settings.lora_rank is not None,
-        )
+        kinds = {*chunk.layers, *((True,) if chunk.num_mtp_layers else ())}
+        is_frozen = self.settings.lora_rank is not None
         needs = [self.layer_backward(is_moe) for is_moe in kinds]
         if chunk.has_head:
             # Two slices of fp32 logits, the gradients of the weight and of the input (fp32); with the fused
@@ -238,11 +227,10 @@ class Activations:
     def layer_backward(self, is_moe: bool) -> float:
         """What is recomputed of the layer, and the gradients of its widest part: of the tokens before and after the
         all-to-all, of the activation and its two inputs; of the MLP's three."""
-        recomputed = 0.0
-        if self.settings.recompute_granularity == "full":
-            recomputed = self.layer(is_moe) * (
-                self.settings.recompute_num_layers if self.settings.recompute_method == "uniform" else 1
-            )
+        settings, recomputed = self.settings, 0.0
+        if settings.recompute_granularity == "full":
+            together = settings.recompute_num_layers if settings.recompute_method == "uniform" else 1
+            recomputed = self.layer(is_moe) * together
         elif is_moe and self.recomputes["moe"]:
             recomputed = self.routing() + self.routed_experts() + self.shared_mlp()
         if is_moe:

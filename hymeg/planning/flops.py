@@ -38,15 +38,13 @@ def peak_tflops(device_name: str) -> float | None:
     return PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
-def forward_flops_by_part(
-    config: HyConfig, num_tokens: int, squared_length_sum: int, causal: bool = True
-) -> dict[str, float]:
+def forward_flops_by_part(config: HyConfig, num_tokens: int, squared_length_sum: int) -> dict[str, float]:
     """FLOPs of one forward pass by part of the model. With H hidden, L layers (the MTP layers included), and all per
     token but the scores:
 
         attention_projections   2 L (H q + 2 H kv + q H)
                                     q = query heads x head_dim, kv = key-value heads x head_dim
-        attention_scores        2 L 2 q sum(len^2), halved if causal
+        attention_scores        2 L 2 q sum(len^2) / 2
                                     QK^T and the product with V, each q per pair of positions
         dense_mlp               2 x 3 H intermediate_size for each dense layer: gate, up, down
         routed_experts          2 x 3 H moe_intermediate_size top_k for each MoE layer
@@ -56,8 +54,8 @@ def forward_flops_by_part(
         mtp_projection          2 x 2H H for each MTP layer: eh_proj
 
     The halving takes len^2 / 2 for the len (len + 1) / 2 pairs under a causal mask: the convention of Megatron-LM
-    (`num_floating_point_operations`) and of the MFU figures published with it. `causal=False` counts every pair, as
-    PaLM's appendix B does (arXiv:2204.02311) and as `torch.utils.flop_counter` sees eager attention.
+    (`num_floating_point_operations`) and of the MFU figures published with it. (PaLM's appendix B, arXiv:2204.02311,
+    counts every pair.)
 
     Args:
         num_tokens: tokens in the batch.
@@ -79,7 +77,7 @@ def forward_flops_by_part(
 
     return {
         "attention_projections": num_layers * (2 * linear(hidden, query_width) + 2 * linear(hidden, kv_width)),
-        "attention_scores": num_layers * 2 * (2 * squared_length_sum * query_width) / (2 if causal else 1),
+        "attention_scores": num_layers * 2 * (2 * squared_length_sum * query_width) / 2,
         "dense_mlp": (num_layers - num_moe) * swiglu(config.intermediate_size),
         "routed_experts": num_moe * config.num_experts_per_tok * swiglu(config.moe_intermediate_size),
         "shared_experts": num_moe * swiglu(config.shared_expert_intermediate_size),
@@ -89,23 +87,14 @@ def forward_flops_by_part(
     }
 
 
-def flops_per_token(config: HyConfig, seq_length: int, causal: bool = True) -> float:
-    """Forward FLOPs of one token in an unpacked sequence of `seq_length` tokens. Training takes three times as many.
-    See `forward_flops_by_part`.
-    """
-    return sum(forward_flops_by_part(config, seq_length, seq_length**2, causal).values()) / seq_length
-
-
-def training_flops(config: HyConfig, batch_size: int, seq_length: int, causal: bool = True) -> float:
+def training_flops(config: HyConfig, batch_size: int, seq_length: int) -> float:
     """FLOPs of one training step on `batch_size` (the global one) unpacked sequences: the forward pass, and twice as
     much for the backward pass.
     """
-    return packed_training_flops(config, batch_size * seq_length, batch_size * seq_length**2, causal)
+    return packed_training_flops(config, batch_size * seq_length, batch_size * seq_length**2)
 
 
-def packed_training_flops(
-    config: HyConfig, num_tokens: int, squared_length_sum: int, causal: bool = True, is_frozen: bool = False
-) -> float:
+def packed_training_flops(config: HyConfig, num_tokens: int, squared_length_sum: int, is_frozen: bool = False) -> float:
     """FLOPs of one training step on packed documents.
 
     Args:
@@ -114,6 +103,6 @@ def packed_training_flops(
         is_frozen: the weights have no gradients, as beside adapters: their products are then two, forward and for the
             input's gradient, not three. The adapters' own, some thousandths, are left out.
     """
-    parts = forward_flops_by_part(config, num_tokens, squared_length_sum, causal)
+    parts = forward_flops_by_part(config, num_tokens, squared_length_sum)
     scores = parts.pop("attention_scores")
     return 3 * scores + (2 if is_frozen else 3) * sum(parts.values())

@@ -13,11 +13,12 @@ from hymeg.planning.search import Found, Plan, Planner, describe
 from hymeg.planning.settings import Settings
 
 
-def table(rows: list[list[str]]) -> list[str]:
-    """Columns as wide as they must be; the first row is the head. Numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """Columns as wide as they must be, under their keys. Numbers to the right."""
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     widths[-1] = 0  # text, to the left
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
 
 
 def assumptions(planner: Planner) -> list[str]:
@@ -41,39 +42,43 @@ def listed(found: Found, planner: Planner, top: int) -> list[str]:
         f"{margin}). Times are estimates.",
         "",
     ]
-    rows = [["", "GiB", "margin", "host", "s/step", "tokens/s/GPU", "TFLOP/s", "MFU", "bubble", "comm.", "layout"]]
-    for number, plan in enumerate(found.fitting[:top], 1):
-        rows.append([str(number), *_figures(plan, planner), describe(plan)])
-    lines += table(rows)
+    best = {str(number): plan for number, plan in enumerate(found.fitting[:top], 1)}
+    lines += table([{"": number} | _figures(plan, planner) for number, plan in best.items()])
     if found.rejected:
         lines += ["", "Not enough memory for these, by estimate the next:"]
-        rows = [["GiB", "too much", "s/step", "where, and the largest part", "layout"]]
-        for plan in found.rejected[:3]:
-            too_much = (plan.peak + planner.margin - device.usable) / GIB
-            sizes = f"{plan.peak / GIB:.1f}", f"{too_much:.1f}", f"{plan.time.total:.2f}"
-            rows.append([*sizes, why(plan), describe(plan)])
-        lines += table(rows)
-    if any(plan.layout.pipeline_model_parallel_layout for plan in found.fitting[:top]):
+        lines += table(
+            [
+                {
+                    "GiB": f"{plan.peak / GIB:.1f}",
+                    "too much": f"{(plan.peak + planner.margin - device.usable) / GIB:.1f}",
+                    "s/step": f"{plan.time.total:.2f}",
+                    "where, and the largest part": why(plan),
+                    "layout": describe(plan),
+                }
+                for plan in found.rejected[:3]
+            ]
+        )
+    uneven = {number: plan.layout.pipeline_model_parallel_layout for number, plan in best.items()}
+    if any(uneven.values()):
         lines += ["", "* stages of unequal length: --pipeline-model-parallel-layout"]
-        for number, plan in enumerate(found.fitting[:top], 1):
-            if plan.layout.pipeline_model_parallel_layout:
-                lines.append(f"  {number}: {plan.layout.pipeline_model_parallel_layout}")
+        lines += [f"  {number}: {layout}" for number, layout in uneven.items() if layout]
     return [*lines, "", "host: GiB of a node's memory that the optimizer's state needs at a save or a load."]
 
 
-def _figures(plan: Plan, planner: Planner) -> list[str]:
+def _figures(plan: Plan, planner: Planner) -> dict[str, str]:
     time = plan.time
-    return [
-        f"{plan.peak / GIB:.1f}",
-        f"{(planner.machine.device.usable - plan.peak) / GIB:.1f}",
-        f"{planner.host(plan).most / GIB:.0f}",
-        f"{time.total:.2f}",
-        f"{time.tokens_per_gpu:,.0f}",
-        f"{time.tflops_per_gpu:.0f}",
-        f"{time.mfu:.1%}",
-        f"{time.bubble / time.total:.1%}",
-        f"{(time.communication + time.gradients) / time.total:.1%}",
-    ]
+    return {
+        "GiB": f"{plan.peak / GIB:.1f}",
+        "margin": f"{(planner.machine.device.usable - plan.peak) / GIB:.1f}",
+        "host": f"{planner.host(plan).most / GIB:.0f}",
+        "s/step": f"{time.total:.2f}",
+        "tokens/s/GPU": f"{time.tokens_per_gpu:,.0f}",
+        "TFLOP/s": f"{time.tflops_per_gpu:.0f}",
+        "MFU": f"{time.mfu:.1%}",
+        "bubble": f"{time.bubble / time.total:.1%}",
+        "comm.": f"{(time.communication + time.gradients) / time.total:.1%}",
+        "layout": describe(plan),
+    }
 
 
 def why(plan: Plan) -> str:
@@ -90,18 +95,15 @@ def explained(plan: Plan, planner: Planner) -> list[str]:
     if plan.layout.pipeline_model_parallel_layout:
         lines.append(f"--pipeline-model-parallel-layout {plan.layout.pipeline_model_parallel_layout}")
     lines += adapter_lines(plan, planner)
-    parts = (*StageMemory._fields, "total")
-    rows = [["stage", *parts, "margin"]]
+    by_stage = []
     for rank, stage in enumerate(plan.memory):
-        sizes = [*(getattr(stage, part) for part in parts), usable - stage.total]
-        rows.append([str(rank), *(f"{size / GIB:.2f}" for size in sizes)])
-    lines += ["", "GiB of a GPU, by pipeline stage:", *table(rows), "", *host_lines(plan, planner)]
+        sizes = stage._asdict() | {"total": stage.total, "margin": usable - stage.total}
+        by_stage.append({"stage": str(rank)} | {part: f"{size / GIB:.2f}" for part, size in sizes.items()})
+    lines += ["", "GiB of a GPU, by pipeline stage:", *table(by_stage), "", *host_lines(plan, planner)]
     spent = ("compute", "communication", "bubble", "gradients", "optimizer", "total")
-    rows = [
-        [*spent, "tokens/s/GPU", "MFU"],
-        [*(f"{getattr(time, part):.3f}" for part in spent), f"{time.tokens_per_gpu:,.0f}", f"{time.mfu:.1%}"],
-    ]
-    return [*lines, "", "Seconds of a step (estimate; gradients: with the gathering of parameters):", *table(rows)]
+    step = {part: f"{getattr(time, part):.3f}" for part in spent}
+    step |= {"tokens/s/GPU": f"{time.tokens_per_gpu:,.0f}", "MFU": f"{time.mfu:.1%}"}
+    return [*lines, "", "Seconds of a step (estimate; gradients: with the gathering of parameters):", *table([step])]
 
 
 def adapter_lines(plan: Plan, planner: Planner) -> list[str]:
@@ -211,56 +213,40 @@ def comment(plan: Plan, planner: Planner) -> list[str]:
 
 def flags_of(layout: Layout, settings: Settings) -> dict[str, Any]:
     """The flags that make a run of this plan, by name without dashes; True for switches. Defaults are left out."""
-    found: dict[str, Any] = {}
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-    ):
-        if getattr(layout, name) > 1:
-            found[name] = getattr(layout, name)
+    found = _changed(
+        layout,
+        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size",
+    )
     if layout.etp != layout.tp:
         found["expert_tensor_parallel_size"] = layout.etp
     if layout.virtual_pipeline_model_parallel_size and layout.pipeline_model_parallel_layout is None:
         found["num_virtual_stages_per_pipeline_rank"] = layout.virtual_pipeline_model_parallel_size
-    for name in (
-        "pipeline_model_parallel_layout",
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-    ):
-        if getattr(layout, name) is not None:
-            found[name] = getattr(layout, name)
-    for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(settings, name):
-            found[name] = True
+    found |= _changed(
+        layout,
+        "pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers",
+    )
+    switches = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+    found |= {name: True for name in switches if getattr(settings, name)}
     found |= {name: getattr(layout, name) for name in ("seq_length", "micro_batch_size", "global_batch_size")}
-    return {name.replace("_", "-"): value for name, value in (found | _memory_flags(settings)).items()}
-
-
-def _memory_flags(settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = {"bf16": True} if settings.bf16 else {}
-    plain = Settings()
-    for name in (
-        "use_precision_aware_optimizer",
-        "optimizer_cpu_offload",
-        "exp_avg_dtype",
-        "exp_avg_sq_dtype",
-        "recompute_granularity",
-    ):
-        if getattr(settings, name) != getattr(plain, name):
-            found[name] = getattr(settings, name)
+    found |= {"bf16": True} if settings.bf16 else {}
+    found |= _changed(
+        settings,
+        "use_precision_aware_optimizer optimizer_cpu_offload exp_avg_dtype exp_avg_sq_dtype recompute_granularity",
+    )
     if settings.recompute_granularity == "selective":
         found["recompute_modules"] = list(settings.recompute_modules)
     if settings.recompute_granularity == "full":
         found |= {"recompute_method": settings.recompute_method, "recompute_num_layers": settings.recompute_num_layers}
     if settings.gradient == 2:
-        found |= (
-            {"main_grads_dtype": "bf16"} if settings.use_precision_aware_optimizer else {"grad_reduce_in_bf16": True}
-        )
-    if settings.hy_recompute_logits:
-        found["recompute_logits"] = True
-    return found
+        aware = settings.use_precision_aware_optimizer
+        found |= {"main_grads_dtype": "bf16"} if aware else {"grad_reduce_in_bf16": True}
+    found |= {"recompute_logits": True} if settings.hy_recompute_logits else {}
+    return {name.replace("_", "-"): value for name, value in found.items()}
+
+
+def _changed(of: Layout | Settings, names: str) -> dict[str, Any]:
+    """Those of the fields, named with spaces between, that are not at their defaults."""
+    return {name: getattr(of, name) for name in names.split() if getattr(of, name) != getattr(type(of), name)}
 
 
 def job(recipe_path: str, machine: Machine, hf: str) -> str:
