@@ -29,10 +29,10 @@ _PROCESSES_IN_RECIPE = 8  # on a node, for which tools/plan.py writes that
 class Run(NamedTuple):
     """What recipe and flags say that matters before a start."""
 
-    save: str | None
-    load: str | None
-    ckpt_step: str | None
-    host_gib: float | None
+    save: str | None = None
+    load: str | None = None
+    ckpt_step: str | None = None
+    host_gib: float | None = None
     """Of host memory that each process needs by the recipe's comment: a save or a load holds 12 bytes for every
     parameter of the model shard.
     """
@@ -55,8 +55,7 @@ def read_run(recipe: str, words: list[str]) -> Run:
         option, equals, value = word.partition("=")
         if option.startswith("--"):
             found[option[2:].replace("-", "_")] = value if equals else next(iter(words[index + 1 :]), None)
-    flags = {name: found.get(name) for name in ("save", "load", "ckpt_step")}
-    flags = {name: None if value is None else str(value) for name, value in flags.items()}
+    flags = {name: str(found[name]) for name in ("save", "load", "ckpt_step") if found.get(name) is not None}
     planned = _HOST_GIB_IN_RECIPE.search(text)
     return Run(**flags, host_gib=float(planned[1].replace(",", "")) / _PROCESSES_IN_RECIPE if planned else None)
 
@@ -185,8 +184,7 @@ def _torch_problems(processes: int) -> Iterator[str]:
     if count < processes:
         yield (
             f"torch {torch.__version__} sees {count} GPUs, {processes} are needed; check driver, container and "
-            "CUDA_VISIBLE_DEVICES "
-            f"(HYMEG_PLATFORM=cpu trains on the CPU)"
+            "CUDA_VISIBLE_DEVICES (HYMEG_PLATFORM=cpu trains on the CPU)"
         )
 
 

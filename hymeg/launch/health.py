@@ -8,6 +8,8 @@ that is not fit, 2 for a recipe or flag that is wrong.
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import os
 import secrets
@@ -23,6 +25,7 @@ from hymeg.errors import EXIT_CODE, UserError
 from hymeg.launch.checks import check_num_gpus, check_run, host_gib, node_problems, read_run, versions
 
 _SECONDS_BETWEEN_CLOCKS = 10.0
+say = functools.partial(print, flush=True)  # srun may kill this process soon
 
 
 def main() -> None:
@@ -47,24 +50,20 @@ def main() -> None:
     try:
         run = read_run(args.recipe, args.words)
         check_run(run)
-        note = check_num_gpus(
-            args.recipe, len(names), args.processes, any_number=os.environ.get("HYMEG_ANY_GPUS") == "1"
-        )
+        any_number = os.environ.get("HYMEG_ANY_GPUS") == "1"
+        note = check_num_gpus(args.recipe, len(names), args.processes, any_number)
         folders.append(Path(run.save))
         needed_gib = host_gib(run, args.processes)
         if first and note:
-            print(f"hymeg: {note}", flush=True)
+            say(f"hymeg: {note}")
     except UserError as error:
         if first:
-            print(f"error: {error}", flush=True)
+            say(f"error: {error}")
             (args.folder / "refused").touch()  # as an exit code it is lost when srun kills the other nodes
             sys.exit(EXIT_CODE)
         problems.append(str(error))  # it is for the first node to say: srun would kill that as soon as this one ends
-    facts = {
-        "name": args.name,
-        "problems": [*problems, *node_problems(args.processes, needed_gib, folders)],
-        "versions": versions(),
-    }
+    problems += node_problems(args.processes, needed_gib, folders)
+    facts = {"name": args.name, "problems": problems, "versions": versions()}
     host, _, port = args.head.rpartition(":")
     if first:
         sys.exit(_head(facts, names, int(port), folders, args.seconds))
@@ -81,25 +80,19 @@ def _head(facts: dict[str, Any], names: list[str], port: int, folders: list[Path
     try:
         streams = _hear(heard, names, port, {"head": names[0], "token": token}, seconds)
     except OSError as error:
-        print(
-            f"error: {names[0]}: port {port} cannot be listened at ({os.strerror(error.errno)}); set HYMEG_PORT to a "
-            "free one",
-            flush=True,
-        )
+        found = f"port {port} cannot be listened at ({os.strerror(error.errno)})"
+        say(f"error: {names[0]}: {found}; set HYMEG_PORT to a free one")
         return 1
     problems = list(compare(heard, names, folders, token, seconds))
     for name, problem in problems:
-        print(f"error: {name}: {problem}", flush=True)
+        say(f"error: {name}: {problem}")
     if problems:
-        (folders[0] / "unfit").write_text("".join(f"{name}\n" for name in dict.fromkeys(name for name, _ in problems)))
+        (folders[0] / "unfit").write_text("".join(f"{name}\n" for name in dict(problems)))
     else:
-        print(
-            f"hymeg: {len(names)} nodes are fit: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", flush=True
-        )
-    for folder in folders:
-        for name in names:
-            with contextlib.suppress(OSError):
-                _token_file(folder, name).unlink()
+        say(f"hymeg: {len(names)} nodes are fit: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+    for folder, name in itertools.product(folders, names):
+        with contextlib.suppress(OSError):
+            _token_file(folder, name).unlink()
     for stream in streams:  # at last, for srun ends this process as soon as another has failed
         with contextlib.suppress(OSError):  # it has gone, and srun says so
             _send(stream, {"fit": not problems})
@@ -154,10 +147,8 @@ def compare(
                 continue  # said already
             path = _token_file(folder, name)
             if facts["tokens"][str(folder)] != token or not path.is_file() or path.read_text() != token:
-                yield (
-                    name,
-                    f"{folder} is not the same folder as on {names[0]}; give one on a file system that all nodes share",
-                )
+                wanted = f"the same folder as on {names[0]}; give one on a file system that all nodes share"
+                yield name, f"{folder} is not {wanted}"
 
 
 def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], seconds: int) -> int:
@@ -170,10 +161,9 @@ def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], se
             break
         except OSError as error:
             if time.monotonic() > end:
-                print(
+                say(
                     f"error: {facts['name']}: cannot reach {where} ({error}); open that port between the nodes, or set "
-                    "HYMEG_PORT",
-                    flush=True,
+                    "HYMEG_PORT"
                 )
                 return 1
             time.sleep(0.5)
@@ -182,30 +172,25 @@ def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], se
             connection.settimeout(seconds + 30)
             return _talk(connection.makefile("rw"), facts, folders, before)
     except (OSError, ValueError, KeyError):
-        print(
-            f"error: {facts['name']}: {where} is not the first node's check, or it has gone; set HYMEG_PORT to a free "
-            "port",
-            flush=True,
-        )
+        said = f"{where} is not the first node's check, or it has gone"
+        say(f"error: {facts['name']}: {said}; set HYMEG_PORT to a free port")
         return 1
 
 
 def _talk(stream: TextIO, facts: dict[str, Any], folders: list[Path], before: float) -> int:
-    """The first node tells its time between `before` and now: their middle is off by half the time between at most."""
+    """The first node tells its time between `before` and now: their middle is off by half the time between at most,
+    and what is more is the clock's.
+    """
     said = json.loads(stream.readline())
     away = (time.time() - before) / 2
-    facts["clock"] = _beyond(before + away - said["time"], away)
+    offset = before + away - said["time"]
+    facts["clock"] = 0.0 if abs(offset) <= away else offset
     facts["tokens"] = {
         str(folder): _exchange(_token_file(folder, said["head"]), _token_file(folder, facts["name"]), said["token"])
         for folder in folders
     }
     _send(stream, facts)
     return 0 if json.loads(stream.readline())["fit"] else 1
-
-
-def _beyond(offset: float, uncertain: float) -> float:
-    """The part of the offset that cannot be the way there and back."""
-    return 0.0 if abs(offset) <= uncertain else offset
 
 
 def _exchange(heads: Path, own: Path, token: str) -> str:

@@ -53,43 +53,24 @@ class Node:
             stopped = "interrupted"
         finally:
             kill_descendants()
-        code = 1 if stopped else self._exit_code()
-        why = (
-            stopped
-            or os.read(report, 1000).decode(errors="replace")
-            or ("all ranks are done" if code == 0 else f"torchrun exited with {self.torchrun.returncode}")
-        )
-        self._say(code, why)
+        ended = self.torchrun.returncode
+        code = ended if not stopped and ended in (0, errors.EXIT_CODE, REQUEUE) else 1
+        why = stopped or os.read(report, 1000).decode(errors="replace")
+        self._say(code, why or ("all ranks are done" if code == 0 else f"torchrun exited with {ended}"))
         return code
 
     def _leave(self, number: int, _) -> None:
         if not self.leaving:
-            print(
-                f"hymeg: {self.name}: {signal.Signals(number).name}: the ranks are told to save and leave", flush=True
-            )
+            told = f"{signal.Signals(number).name}: the ranks are told to save and leave"
+            print(f"hymeg: {self.name}: {told}", flush=True)
         self.leaving = True
 
     def _start(self, report: int) -> subprocess.Popen:
-        handled = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own list without SIGTERM
-        flags = ["--exit-signal-handler", "--exit-signal", EXIT_SIGNAL.name]
-        environment = dict(os.environ)
-        if self.folder is not None:
-            environment[STEP_FILE] = str(self.folder / "step")
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "hymeg.launch.elastic",
-                str(report),
-                "--signals-to-handle",
-                handled,
-                *self.words,
-                *flags,
-            ],
-            env=environment,
-            pass_fds=(report,),
-            preexec_fn=_be_deaf,
-        )
+        handled = ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]  # torchrun's own list without SIGTERM
+        words = [*handled, *self.words, "--exit-signal-handler", "--exit-signal", EXIT_SIGNAL.name]
+        command = [sys.executable, "-m", "hymeg.launch.elastic", str(report), *words]
+        step = {} if self.folder is None else {STEP_FILE: str(self.folder / "step")}
+        return subprocess.Popen(command, env=os.environ | step, pass_fds=(report,), preexec_fn=_be_deaf)
 
     def _watch(self) -> str | None:
         """Returns when torchrun has ended: None; or why it must be ended."""
@@ -113,9 +94,6 @@ class Node:
             if int(path.read_text().split()[1]) not in (0, REQUEUE):
                 return path.stem
         return None
-
-    def _exit_code(self) -> int:
-        return self.torchrun.returncode if self.torchrun.returncode in (0, errors.EXIT_CODE, REQUEUE) else 1
 
     def _say(self, code: int, why: str) -> None:
         print(f"hymeg: {self.name}: {why}", flush=True)

@@ -30,7 +30,7 @@ def _text(value: Any) -> str:
 
 def _header(runs: Sequence[Run]) -> str:
     lines = []
-    for run, colour in zip(runs, pictures.COLOURS * len(runs), strict=False):
+    for run, colour in pictures.coloured(runs):
         loss = run.losses.get("lm loss")
         last = f"step {loss[-1][0]:,} of {run.starts[-1]['train_iters']:,}, loss {loss[-1][1]:.4f}" if loss else ""
         parts = [

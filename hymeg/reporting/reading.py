@@ -3,6 +3,7 @@
 A run that was resumed from an earlier checkpoint made some steps twice; those of the later life count.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -32,34 +33,20 @@ _FIGURES = {  # of a step, by what a page calls them
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a record holds.
+    """What a record holds."""
 
-    Attributes:
-        name: by which a page calls it.
-        starts: of its lives.
-        curves: by name.
-        losses: by name, "lm loss" in training and "lm loss, validation".
-        saves: iterations.
-        translations: of each evaluation its scores and alarms.
-        examples: iteration -> rows.
-        load_iterations: of the expert counts.
-        counts: `[iterations, layers, experts]`, tokens.
-        peak_bytes: of each pipeline stage's fullest GPU; none where it was not measured.
-        unread: lines that were cut off.
-    """
-
-    name: str
+    name: str  # by which a page calls it
     folder: Path
-    starts: list[dict[str, Any]]
-    losses: dict[str, Series]
-    curves: dict[str, Series]
-    saves: list[int]
-    translations: list[dict[str, Any]]
-    examples: dict[int, list[dict[str, Any]]]
-    load_iterations: list[int]
-    counts: np.ndarray
-    peak_bytes: list[int]
-    unread: int
+    starts: list[dict[str, Any]]  # of its lives
+    losses: dict[str, Series]  # by name, "lm loss" in training and "lm loss, validation"
+    curves: dict[str, Series]  # by name
+    saves: list[int]  # iterations
+    translations: list[dict[str, Any]]  # of each evaluation its scores and alarms
+    examples: dict[int, list[dict[str, Any]]]  # iteration -> rows
+    load_iterations: list[int]  # of the expert counts
+    counts: np.ndarray  # [iterations, layers, experts], tokens
+    peak_bytes: list[int]  # of each pipeline stage's fullest GPU; none where it was not measured
+    unread: int  # lines that were cut off
 
     @property
     def resumes(self) -> list[int]:
@@ -182,20 +169,11 @@ def _counts(path: Path, start: dict[str, Any], steps: list[dict[str, Any]]) -> t
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Those of a file of translations; none where it was lost."""
-    try:
-        return _parsed_rows(path.read_text(errors="replace"))
-    except OSError:
-        return []
-
-
-def _parsed_rows(text: str) -> list[dict[str, Any]]:
+    """Those of a file of translations, up to where it was cut off; none where it was lost."""
     rows = []
-    for line in text.splitlines():
-        try:
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text(errors="replace").splitlines():
             rows.append(json.loads(line))
-        except ValueError:
-            break
     return rows
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hymeg.errors import UserError
-from hymeg.reporting.layout_picture import expert_rank_of, rank_of
 from hymeg.reporting.page import page
+from hymeg.reporting.pictures import expert_rank_of, rank_of
 from hymeg.reporting.reading import read_run
 from hymeg.reporting.record import COUNTS, LINES, RunRecord
 
