@@ -23,9 +23,7 @@ _SECONDS_FOR_OTHER_NODES = 5
 
 
 def judge(exit_codes: Collection[int]) -> int:
-    """The launcher's exit code for those of the ranks that failed (negative: by which signal). A user's error on one
-    rank is everybody's.
-    """
+    """The launcher's exit code for those of the ranks that failed. A user's error on one rank is everybody's."""
     if errors.EXIT_CODE in exit_codes:
         return errors.EXIT_CODE
     return REQUEUE if all(code == REQUEUE for code in exit_codes) else 1
@@ -41,9 +39,7 @@ def ending(exit_code: int) -> str:
 
 
 def explained(failures: "dict[int, ProcessFailure]") -> tuple[int, str]:
-    """The launcher's exit code, and on one line why: the first rank to fail so, and what it has said itself
-    (errors.tell_torchrun).
-    """
+    """The launcher's exit code, and why: the first rank to fail so, and what it has said (errors.tell_torchrun)."""
     code = judge({failure.exitcode for failure in failures.values()})
     if code == REQUEUE:
         return code, "all ranks have saved and left"

@@ -34,12 +34,7 @@ def main() -> None:
     parser.add_argument("--nodes", required=True, help="the names of all, the first one listens: n0,n1")
     parser.add_argument("--head", required=True, metavar="HOST:PORT", help="where it listens")
     parser.add_argument("--processes", required=True, type=int, help="on each node")
-    parser.add_argument(
-        "--folder",
-        required=True,
-        type=Path,
-        help="of this start of the job: shared, and `unfit` written there names nodes to avoid",
-    )
+    parser.add_argument("--folder", required=True, type=Path, help="of this start, shared; `unfit` there names nodes")
     parser.add_argument("--seconds", default=180, type=int, help="until a node that said nothing is given up")
     parser.add_argument("recipe")
     parser.add_argument("words", nargs=argparse.REMAINDER)
@@ -102,9 +97,7 @@ def _head(facts: dict[str, Any], names: list[str], port: int, folders: list[Path
 def _hear(
     heard: dict[str, dict[str, Any]], names: list[str], port: int, greeting: dict[str, str], seconds: int
 ) -> list[TextIO]:
-    """Fill `heard` until all of `names` are in it or time is up; returns where to answer them. Nobody waits for one
-    that says nothing.
-    """
+    """Fill `heard` until all `names` are in it or time is up; returns where to answer. Nobody waits for the silent."""
     streams, end = [], time.monotonic() + seconds
 
     def listen(connection: socket.socket) -> None:
@@ -161,10 +154,8 @@ def _other(facts: dict[str, Any], head: tuple[str, int], folders: list[Path], se
             break
         except OSError as error:
             if time.monotonic() > end:
-                say(
-                    f"error: {facts['name']}: cannot reach {where} ({error}); open that port between the nodes, or set "
-                    "HYMEG_PORT"
-                )
+                todo = "open that port between the nodes, or set HYMEG_PORT"
+                say(f"error: {facts['name']}: cannot reach {where} ({error}); {todo}")
                 return 1
             time.sleep(0.5)
     try:
@@ -185,21 +176,13 @@ def _talk(stream: TextIO, facts: dict[str, Any], folders: list[Path], before: fl
     away = (time.time() - before) / 2
     offset = before + away - said["time"]
     facts["clock"] = 0.0 if abs(offset) <= away else offset
-    facts["tokens"] = {
-        str(folder): _exchange(_token_file(folder, said["head"]), _token_file(folder, facts["name"]), said["token"])
-        for folder in folders
-    }
+    facts["tokens"] = dict.fromkeys(map(str, folders), "")
+    for folder in folders:  # what the first node wrote there, as seen here; and the same for it to see
+        with contextlib.suppress(OSError):
+            _token_file(folder, facts["name"]).write_text(said["token"])
+            facts["tokens"][str(folder)] = _token_file(folder, said["head"]).read_text()
     _send(stream, facts)
     return 0 if json.loads(stream.readline())["fit"] else 1
-
-
-def _exchange(heads: Path, own: Path, token: str) -> str:
-    """What the first node wrote into the folder, as seen here; and write the same for it to see."""
-    try:
-        own.write_text(token)
-        return heads.read_text()
-    except OSError:
-        return ""
 
 
 def _token_file(folder: Path, name: str) -> Path:

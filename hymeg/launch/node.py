@@ -75,11 +75,9 @@ class Node:
     def _watch(self) -> str | None:
         """Returns when torchrun has ended: None; or why it must be ended."""
         while True:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.torchrun.wait(_SECONDS_BETWEEN_LOOKS)
                 return None
-            except subprocess.TimeoutExpired:
-                pass
             if self.folder is not None and os.getppid() != self.parent:
                 return "Slurm's step daemon on this node is gone"
             if (failed := self._failed_peer()) is not None:
@@ -119,11 +117,7 @@ def kill_descendants() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hymeg.launch.node", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        help="of this start of the job, shared by its nodes: results and the step under way are written there",
-    )
+    parser.add_argument("--folder", type=Path, help="of this start, shared by the nodes: for results, and the step")
     parser.add_argument("--name", default="this node", help="of this node")
     parser.add_argument("words", nargs="+", metavar="WORD", help="torchrun's arguments, the program and its flags")
     args = parser.parse_args()

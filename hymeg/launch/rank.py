@@ -10,9 +10,7 @@ from hymeg.launch import ENDINGS, REQUEUE, STEP_FILE
 
 
 def noting_steps(forward_step: Callable, args) -> Callable:
-    """`forward_step`, which on rank 0 also writes the number of the step, from 1, to the file that the launcher has
-    named, if one has.
-    """
+    """`forward_step`, which on rank 0 also writes the number of the step, from 1, to the launcher's file, if any."""
     path = os.environ.get(STEP_FILE)
     if path is None or int(os.environ["RANK"]) != 0:
         return forward_step

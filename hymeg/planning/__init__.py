@@ -1,3 +1,1 @@
-"""What a run would take before it is queued: FLOPs, memory, legal layouts. Arithmetic on `HyConfig`; nothing is built
-here.
-"""
+"""What a run would take before it is queued: FLOPs, memory, legal layouts. Arithmetic on `HyConfig`."""

@@ -31,9 +31,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak bf16 TFLOP/s of the GPU that calls itself `device_name`, e.g. "NVIDIA H100 80GB HBM3"; None for one that is
-    not in `PEAK_TFLOPS`.
-    """
+    """Peak bf16 TFLOP/s of the GPU that calls itself so, e.g. "NVIDIA H100 80GB HBM3"; None where it is not known."""
     matches = [part for part in PEAK_TFLOPS if part.lower() in device_name.lower()]
     return PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
@@ -88,14 +86,12 @@ def forward_flops_by_part(config: HyConfig, num_tokens: int, squared_length_sum:
 
 
 def training_flops(config: HyConfig, batch_size: int, seq_length: int) -> float:
-    """FLOPs of one training step on `batch_size` (the global one) unpacked sequences: the forward pass, and twice as
-    much for the backward pass.
-    """
+    """FLOPs of one training step on `batch_size` (the global one) unpacked sequences; see `packed_training_flops`."""
     return packed_training_flops(config, batch_size * seq_length, batch_size * seq_length**2)
 
 
 def packed_training_flops(config: HyConfig, num_tokens: int, squared_length_sum: int, is_frozen: bool = False) -> float:
-    """FLOPs of one training step on packed documents.
+    """FLOPs of one training step on packed documents: the forward pass, and twice as much for the backward pass.
 
     Args:
         num_tokens: tokens in the global batch; leave the padding out, or count it as documents of its own.

@@ -16,12 +16,10 @@ from hymeg.hf.config import HyConfig
 from hymeg.planning.settings import Settings
 
 _TP, _PP, _CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
-_EP, _ETP, _VPP = (
-    "--expert-model-parallel-size",
-    "--expert-tensor-parallel-size",
-    "--num-virtual-stages-per-pipeline-rank",
-)
+_EP, _ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
+_VPP = "--num-virtual-stages-per-pipeline-rank"
 _FIRST, _LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
+_EMBEDDING, _LOSS = "--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"
 _INSTANCES, _LAYOUT = "--num-distributed-optimizer-instances", "--pipeline-model-parallel-layout"
 _MICRO, _GLOBAL, _LENGTH = "--micro-batch-size", "--global-batch-size", "--seq-length"
 
@@ -114,9 +112,7 @@ def _check_widths(config: HyConfig, layout: Layout) -> None:
     }
 
     def share_groups(size: int) -> bool:
-        """Whether ranks hold whole query groups each, or groups whole sets of ranks, which then compute a group's keys
-        and values together.
-        """
+        """Ranks hold whole query groups each, or groups whole sets of ranks, which compute keys and values together."""
         return groups % size == 0 or size % groups == 0
 
     for flag, size, widths in (
@@ -171,7 +167,7 @@ def _check_batch(layout: Layout) -> None:
 
 def _check_depth(config: HyConfig, layout: Layout) -> None:
     pp, vpp, layers = layout.pp, layout.num_virtual_stages, config.num_hidden_layers
-    extra = layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
+    extra = _num_accounted(layout)
     over = f"{pp} pipeline stages" if vpp == 1 else f"{pp} x {vpp} (virtual) pipeline stages"
     ends = {_FIRST: layout.decoder_first_pipeline_num_layers, _LAST: layout.decoder_last_pipeline_num_layers}
     ends = {flag: size for flag, size in ends.items() if size is not None}
@@ -185,10 +181,7 @@ def _check_depth(config: HyConfig, layout: Layout) -> None:
         return
     given = " and ".join(f"{flag} {size}" for flag, size in ends.items())
     if extra:
-        raise UserError(
-            f"{given} cannot be combined with --account-for-embedding-in-pipeline-split or "
-            "--account-for-loss-in-pipeline-split; leave one out"
-        )
+        raise UserError(f"{given} cannot be combined with {_EMBEDDING} or {_LOSS}; leave one out")
     for flag, size in ends.items():
         if size % vpp:
             raise UserError(
@@ -206,22 +199,23 @@ def _check_depth(config: HyConfig, layout: Layout) -> None:
         )
 
 
+def _num_accounted(layout: Layout) -> int:
+    """Embedding and loss, where they count as a layer each."""
+    return layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
+
+
 def _check_layout_string(config: HyConfig, layout: Layout) -> None:
     """Megatron's rules for `E|(t|)*3,m|m||L`: E embedding, t layer, m multi-token prediction, L loss."""
     text, pp, mtp = layout.pipeline_model_parallel_layout, layout.pp, config.num_nextn_predict_layers
     said = f"{_LAYOUT} {text}"
-    for flag, size in {
+    for flags, is_given in {
         _FIRST: layout.decoder_first_pipeline_num_layers,
         _LAST: layout.decoder_last_pipeline_num_layers,
         _VPP: layout.virtual_pipeline_model_parallel_size,
+        f"{_EMBEDDING} and {_LOSS}": _num_accounted(layout),
     }.items():
-        if size is not None:
-            raise UserError(f"{said} says where layers lie; leave {flag} out")
-    if layout.account_for_embedding_in_pipeline_split or layout.account_for_loss_in_pipeline_split:
-        raise UserError(
-            f"{said} says where layers lie; leave --account-for-embedding-in-pipeline-split and "
-            "--account-for-loss-in-pipeline-split out"
-        )
+        if is_given:
+            raise UserError(f"{said} says where layers lie; leave {flags} out")
     stages = unrolled(text)
     flat = "".join(stages)
     if wrong := re.search(r"[^ELtm]", flat):
@@ -263,28 +257,19 @@ def unrolled(layout_string: str) -> tuple[str, ...]:
 
 def _check_overlap(config: HyConfig, layout: Layout, settings: Settings) -> None:
     """What Megatron asks for to hide the experts' all-to-all (transformer_config.py:2669)."""
-    for is_wrong, what in (
-        (
-            layout.pp > 1 and layout.num_virtual_stages == 1,
-            f"with {_PP} {layout.pp} needs virtual stages; add {_VPP} 2 or more",
-        ),
-        (layout.ep == 1, f"needs {_EP} 2 or more: there is no all-to-all to hide"),
-        (
-            settings.recompute_granularity == "full",
-            "cannot be combined with --recompute-granularity full; recompute selectively, or leave one out",
-        ),
-        (
-            "moe" in settings.recompute_modules,
-            "cannot be combined with moe in --recompute-modules; take moe_act, or leave one out",
-        ),
-        (not settings.bf16, "needs --bf16"),
-        (
-            settings.moe_token_dispatcher_type == "allgather",
-            "cannot be combined with --moe-token-dispatcher-type allgather; leave that out",
-        ),
-        (settings.moe_shared_expert_overlap, "cannot be combined with --moe-shared-expert-overlap; leave one out"),
-        (config.num_nextn_predict_layers > 1, "takes models with at most one multi-token-prediction layer"),
-    ):
+    needs_virtual_stages = layout.pp > 1 and layout.num_virtual_stages == 1
+    is_full, is_gathering = settings.recompute_granularity == "full", settings.moe_token_dispatcher_type == "allgather"
+    clash = "cannot be combined with"
+    for what, is_wrong in {
+        f"with {_PP} {layout.pp} needs virtual stages; add {_VPP} 2 or more": needs_virtual_stages,
+        f"needs {_EP} 2 or more: there is no all-to-all to hide": layout.ep == 1,
+        f"{clash} --recompute-granularity full; recompute selectively, or leave one out": is_full,
+        f"{clash} moe in --recompute-modules; take moe_act, or leave one out": "moe" in settings.recompute_modules,
+        "needs --bf16": not settings.bf16,
+        f"{clash} --moe-token-dispatcher-type allgather; leave that out": is_gathering,
+        f"{clash} --moe-shared-expert-overlap; leave one out": settings.moe_shared_expert_overlap,
+        "takes models with at most one multi-token-prediction layer": config.num_nextn_predict_layers > 1,
+    }.items():
         if is_wrong:
             raise UserError(f"--overlap-moe-expert-parallel-comm {what}")
 

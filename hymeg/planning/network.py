@@ -108,17 +108,13 @@ class Links(NamedTuple):
     across: float
 
     def ring(self, group: Group, num_bytes: float) -> float:
-        """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all. Rings of all ranks in a node share its
-        network cards.
-        """
+        """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all. A node's rings share its cards."""
         local = group.local(self.gpus_per_node)
         speed = self.inside if local == group.size else min(self.inside, local * self.across)
         return num_bytes * (group.size - 1) / group.size / speed
 
     def all_to_all(self, group: Group, num_bytes: float) -> float:
-        """Seconds in which every rank sends `num_bytes`, as much to each; NVLink and the network work at the same
-        time.
-        """
+        """Seconds in which every rank sends `num_bytes`, as much to each, over NVLink and network at the same time."""
         local = group.local(self.gpus_per_node)
         return max(
             num_bytes * (local - 1) / group.size / self.inside,

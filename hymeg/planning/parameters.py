@@ -37,9 +37,7 @@ _global_shapes = functools.lru_cache(maxsize=64)(distributed_shapes)
 
 
 def padded_vocab_size(config: HyConfig, layout: Layout, settings: Settings) -> int:
-    """Rows of embedding and head (megatron/training/vocab_utils.py): the next multiple of
-    --make-vocab-size-divisible-by x TP.
-    """
+    """Rows of embedding and head: the next multiple of --make-vocab-size-divisible-by x TP (vocab_utils.py)."""
     multiple = settings.make_vocab_size_divisible_by * layout.tp
     return -(-config.vocab_size // multiple) * multiple
 
@@ -116,8 +114,6 @@ def _adapter_numel(module: Module, rank: int, layout: Layout) -> int:
 
 
 def optimizer_ranks(layout: Layout) -> tuple[int, int]:
-    """Ranks that share the optimizer, of one optimizer instance: of what is no expert (data x context parallel), of an
-    expert (expert-data parallel).
-    """
+    """Ranks of an optimizer instance that share what is no expert (data x context parallel), and an expert."""
     instances = layout.pp * layout.num_distributed_optimizer_instances
     return layout.world_size // (layout.tp * instances), layout.world_size // (layout.ep * layout.etp * instances)

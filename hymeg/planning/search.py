@@ -30,10 +30,9 @@ _SELECTIVE = (
     ("moe",),
     ("moe", "mlp"),
 )
-_PLAIN: dict[str, Any] = {}
 _PRECISION_AWARE = {"use_precision_aware_optimizer": True}
 OPTIMIZERS: tuple[tuple[dict[str, Any], ...], ...] = (
-    (_PLAIN, _PRECISION_AWARE),  # both keep fp32 numerics, and take the same time
+    ({}, _PRECISION_AWARE),  # both keep fp32 numerics, and take the same time
     (_PRECISION_AWARE | {"grads_in_fp32": False, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},),
     (_PRECISION_AWARE | {"optimizer_cpu_offload": True},),
 )
@@ -64,9 +63,7 @@ class Plan(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Plans that fit, best first; and of those that do not, the fastest by estimate, or the smallest where nothing
-    fits.
-    """
+    """Plans that fit, best first; and the smallest of those that do not, the fastest by estimate first."""
 
     fitting: list[Plan]
     rejected: list[Plan]

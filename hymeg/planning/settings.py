@@ -8,9 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Fields are Megatron's flags of the same names, dtypes by the names that the flags take ("fp32", "bf16", "fp16",
-    "fp8").
-    """
+    """Fields are Megatron's flags of the same names, dtypes by the names that the flags take, such as "fp32"."""
 
     transformer_impl: str = "transformer_engine"
     bf16: bool = True
@@ -18,9 +16,7 @@ class Settings:
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     grads_in_fp32: bool = True
-    """Gradients are accumulated and reduced in fp32: unless --grad-reduce-in-bf16, or --main-grads-dtype bf16
-    (arguments.py:1186).
-    """
+    """Accumulated and reduced: unless --grad-reduce-in-bf16, or --main-grads-dtype bf16 (arguments.py:1186)."""
     use_precision_aware_optimizer: bool = False
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
@@ -101,8 +97,7 @@ _UNMODELLED_SWITCHES = """
     moe_pad_expert_input_to_capacity moe_paged_stash moe_permute_fusion moe_router_fusion
     moe_router_padding_for_quantization moe_shared_expert_overlap mtp_detach_heads nccl_ub
     overlap_dispatch_backward_with_experts_wgrad overlap_param_gather_with_optimizer_step
-    reuse_grad_buf_for_mxfp8_param_ag step_batch_size_schedule symmetric_ar_type tp_comm_overlap train_also
-    train_only
+    reuse_grad_buf_for_mxfp8_param_ag step_batch_size_schedule symmetric_ar_type tp_comm_overlap train_also train_only
     use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_megatron_fsdp use_sharp use_te_activation_func
     use_torch_fsdp2 use_tp_pp_dp_mapping use_transformer_engine_op_fuser
 """

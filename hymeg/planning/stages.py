@@ -18,9 +18,7 @@ class Chunk(NamedTuple):
     has_embedding: bool  # the first stage
     has_head: bool  # the last stage
     has_final_norm: bool
-    """Megatron puts it on the last stage; with multi-token prediction, behind the trunk's last layer
-    (transformer_block.py:387).
-    """
+    """On the last stage; with multi-token prediction, behind the trunk's last layer (transformer_block.py:387)."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -34,8 +32,8 @@ def stages(config: HyConfig, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
     if layout.pipeline_model_parallel_layout is not None:
         counts = [(text.count("t"), text.count("m")) for text in unrolled(layout.pipeline_model_parallel_layout)]
     else:
-        trunk = _even_counts(config, layout)
-        counts = [(count, mtp if index == len(trunk) - 1 else 0) for index, count in enumerate(trunk)]
+        *trunk, last = _even_counts(config, layout)
+        counts = [*((count, 0) for count in trunk), (last, mtp)]
     is_moe = tuple(map(config.is_moe_layer, range(config.num_hidden_layers)))
     chunks, first = [], 0
     for index, (count, num_mtp) in enumerate(counts):
@@ -47,9 +45,7 @@ def stages(config: HyConfig, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
 
 
 def _even_counts(config: HyConfig, layout: Layout) -> list[int]:
-    """Layers of every stage of the model, in its order, where no layout string says so (transformer_block.py:70,
-    get_num_layers_to_build).
-    """
+    """Layers of every stage of the model, in order, without a layout string (transformer_block.py:70)."""
     first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
     embedding, loss = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
     middle = layout.pp - (first is not None) - (last is not None)
@@ -133,9 +129,7 @@ def balanced(config: HyConfig, num_stages: int) -> str:
 
 
 def _tail_weight(config: HyConfig) -> float:
-    """Head and multi-token-prediction layers in MoE layers' worth of products: what the last stage has more than
-    others.
-    """
+    """What the last stage has more than others, head and multi-token prediction, in MoE layers' worth of products."""
     hidden, mtp = config.hidden_size, config.num_nextn_predict_layers
     attention = 2 * hidden * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
     expert_width = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size

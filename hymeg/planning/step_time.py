@@ -23,27 +23,17 @@ from hymeg.planning.stages import Chunk, stages
 # Shares of the peak that a kernel reaches. Assumed, and checked against published runs (docs/planning.md).
 GEMM, GROUPED_GEMM, ATTENTION, HBM, NVLINK, NETWORK = 0.70, 0.60, 0.50, 0.80, 0.75, 0.80
 HALF_SPEED_TOKENS = 64
-"""Tokens an expert at which a grouped GEMM reaches half of GROUPED_GEMM, unless its weights' traffic already bounds
-it.
-"""
+"""Tokens an expert at which a grouped GEMM reaches half of GROUPED_GEMM, unless its weights' traffic bounds it."""
 TRAFFIC = 8
-"""How often what a layer saves goes through memory in norms, RoPE, activations and permutations, forward and
-backward.
-"""
+"""How often what a layer saves goes through memory in norms, RoPE, activations, permutations, both ways."""
 LAYER_OVERHEAD = 1.5e-4
-"""Seconds a layer and micro-batch, forward and backward: kernel launches, and the synchronisation for the number of
-tokens an expert gets.
-"""
+"""Seconds a layer and micro-batch, both ways: kernel launches, the synchronisation for an expert's number of tokens."""
 STAGE_OVERHEAD = 4e-4
-"""Seconds a virtual stage and micro-batch, forward and backward, where there is a pipeline: messages' latency and the
-schedule's waiting for them.
-"""
+"""Seconds a virtual stage and micro-batch, both ways, in a pipeline: messages' latency and the waiting for them."""
 OVERLAPPED_EXPERTS = 0.3
 """What stays visible of the all-to-all under --overlap-moe-expert-parallel-comm."""
 CPU_ADAM = 1.2e9
-"""Elements a second that a GPU's share of the host's cores updates under --optimizer-cpu-offload, its PCIe transfers
-included.
-"""
+"""Elements a second that a GPU's share of the host's cores updates when offloaded, PCIe transfers included."""
 
 
 class StepTime(NamedTuple):
@@ -192,9 +182,7 @@ class StepModel:
         return 2 * self.sizes.tokens * self.config.hidden_size * self.sizes.vocab
 
     def _layer(self, is_moe: bool) -> float:
-        """Seconds of a forward pass: products at their efficiencies, and a third of the memory traffic of forward and
-        backward.
-        """
+        """Seconds of a forward pass: products at their efficiencies, a third of the memory traffic of both ways."""
         traffic = TRAFFIC * self.unspared.layer(is_moe) / 3 + self._adapter_traffic(is_moe)
         return sum(self._products(is_moe).values()) + traffic / self.hbm
 

@@ -46,16 +46,16 @@ def _header(runs: Sequence[Run]) -> str:
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    names = dict.fromkeys(name for run in runs for name, series in run.curves.items() if _says_something(name, series))
+    names = {  # in order; a load is 1, and says nothing, where a single expert-parallel rank has it all
+        name: None
+        for run in runs
+        for name, series in run.curves.items()
+        if not name.startswith("load of") or any(value != 1 for _, value in series)
+    }
     cards = [_card("Loss", pictures.losses(runs))] if any(run.losses for run in runs) else []
     cards += [_card(name[0].upper() + name[1:], pictures.curve(runs, name)) for name in names]
     marks = "<p>▲ a checkpoint; a dashed vertical line: resumed there.</p>\n"
     return _section("Curves", f"{marks}{_grid(cards)}") if cards else ""
-
-
-def _says_something(name: str, series: Sequence[tuple[int, float]]) -> bool:
-    """Whether it is no load of a single expert-parallel rank, which is 1."""
-    return not name.startswith("load of") or any(value != 1 for _, value in series)
 
 
 def _translations(runs: Sequence[Run]) -> str:
@@ -71,12 +71,11 @@ def _translations(runs: Sequence[Run]) -> str:
 def _score_table(run: Run) -> str:
     """The last evaluation's scores, overall and of each pair."""
     last = run.translations[-1]
-    rows = [
-        [name, scores["texts"], *(f"{scores[metric]:.2f}" for metric in ("chrF", "chrF++", "BLEU"))]
-        for name, scores in [("overall", last["overall"]), *last["pairs"].items()]
-    ]
+    metrics = ("chrF", "chrF++", "BLEU")
+    judged = {"overall": last["overall"]} | last["pairs"]
+    rows = [[name, of["texts"], *(f"{of[metric]:.2f}" for metric in metrics)] for name, of in judged.items()]
     signatures = ", ".join(f"{metric} {signature}" for metric, signature in last["signatures"].items())
-    table = _table(["pair", "texts", "chrF", "chrF++", "BLEU"], rows)
+    table = _table(["pair", "texts", *metrics], rows)
     heading = f"<h3>{_text(run.name)} at step {last['iteration']:,}</h3>"
     return f'<div class="card" style="margin-top:1rem">{heading}{table}<p><code>{_text(signatures)}</code></p></div>\n'
 
@@ -156,8 +155,6 @@ def _list(items: dict[str, Any]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], is_html: bool = False) -> str:
     show = str if is_html else _text
-    lines = ["".join(f'<td class="number">{show(cell)}</td>' for cell in row) for row in rows]
-    return (
-        f"<table><tr>{''.join(f'<th>{_text(name)}</th>' for name in head)}</tr>"
-        f"{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-    )
+    lines = ["".join(f"<th>{_text(name)}</th>" for name in head)]
+    lines += ["".join(f'<td class="number">{show(cell)}</td>' for cell in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
