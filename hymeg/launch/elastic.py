@@ -10,14 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hymeg import errors
 from hymeg.launch import REQUEUE
 from hymeg.launch.node import kill_descendants
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 _SECONDS_FOR_OTHER_NODES = 5
 
@@ -38,8 +35,9 @@ def ending(exit_code: int) -> str:
         return f"was killed by signal {-exit_code}"
 
 
-def explained(failures: "dict[int, ProcessFailure]") -> tuple[int, str]:
-    """The launcher's exit code, and why: the first rank to fail so, and what it has said (errors.tell_torchrun)."""
+def explained(failures: dict[int, Any]) -> tuple[int, str]:
+    """The launcher's exit code, and why: of torch's `ProcessFailure`s, by rank, the first to end so, and what that rank
+    has said (errors.tell_torchrun)."""
     code = judge({failure.exitcode for failure in failures.values()})
     if code == REQUEUE:
         return code, "all ranks have saved and left"

@@ -14,25 +14,12 @@ from hymeg.planning.settings import Settings
 from hymeg.planning.stages import Chunk
 
 WHOLE, TENSOR_CUT, EXPERT_CUT, NO_PARAMETER = "whole", "tp", "ep x etp", "buffer"
-_CUT = {  # the end of a distributed key -> how many ways a rank's share is cut
-    "word_embeddings.weight": TENSOR_CUT,
-    "output_layer.weight": TENSOR_CUT,
-    "linear_qkv.weight": TENSOR_CUT,
-    "linear_proj.weight": TENSOR_CUT,
-    "eh_proj.weight": TENSOR_CUT,
-    "mlp.linear_fc1.weight": TENSOR_CUT,
-    "mlp.linear_fc2.weight": TENSOR_CUT,
-    "shared_experts.linear_fc1.weight": TENSOR_CUT,
-    "shared_experts.linear_fc2.weight": TENSOR_CUT,
-    "experts.experts.linear_fc1.weight": EXPERT_CUT,
-    "experts.experts.linear_fc2.weight": EXPERT_CUT,
-    "expert_bias": NO_PARAMETER,
-    "norm.weight": WHOLE,  # input_layernorm, q_layernorm, ...
-    "layer_norm_weight": WHOLE,
-    "router.weight": WHOLE,
+_ENDS = {  # of distributed keys, without ".weight", by the ways a rank's share is cut; the first that fits
+    EXPERT_CUT: ("experts.experts.linear_fc1", "experts.experts.linear_fc2"),
+    TENSOR_CUT: ("word_embeddings", "output_layer", "linear_qkv", "linear_proj", "eh_proj", "linear_fc1", "linear_fc2"),
+    WHOLE: ("norm", "layer_norm_weight", "router"),  # input_layernorm, q_layernorm, ...
+    NO_PARAMETER: "expert_bias",
 }
-
-
 _global_shapes = functools.lru_cache(maxsize=64)(distributed_shapes)
 
 
@@ -81,7 +68,7 @@ def _part_numel(config: HyConfig, prefix: str, vocab_rows: int, tp: int, ep_etp:
 
 
 def cut_of(key: str) -> str:
-    return next(cut for end, cut in _CUT.items() if key.endswith(end))
+    return next(cut for cut, ends in _ENDS.items() if key.removesuffix(".weight").endswith(ends))
 
 
 def trained_numel(config: HyConfig, layout: Layout, settings: Settings, chunk: Chunk) -> tuple[int, int]:

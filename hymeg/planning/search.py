@@ -73,24 +73,17 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """Plans for one model, machine and batch.
-
-    Args:
-        imbalance: tokens of the busiest expert-parallel rank over the mean.
-        experts_across_nodes: let EP x ETP exceed a node's GPUs.
-        attended: tokens of the row that a token lies in, in the mean over tokens (sum of squared lengths over sum of
-            lengths); None where a sample is one row.
-        margin: bytes that stay free beside the reserve.
-        calibration: what runs have shown of the estimates.
-    """
+    """Plans for one model, machine and batch."""
 
     config: HyConfig
     machine: Machine
-    imbalance: float = 1.2
-    experts_across_nodes: bool = False
+    imbalance: float = 1.2  # tokens of the busiest expert-parallel rank over the mean
+    experts_across_nodes: bool = False  # let EP x ETP exceed a node's GPUs
     attended: float | None = None
-    margin: float = 0
-    calibration: Calibration = NO_CALIBRATION
+    """Tokens of the row that a token lies in, in the mean over tokens (sum of squared lengths over sum of lengths);
+    None where a sample is one row."""
+    margin: float = 0  # bytes that stay free beside the reserve
+    calibration: Calibration = NO_CALIBRATION  # what runs have shown of the estimates
 
     def plan(self, layout: Layout, settings: Settings) -> Plan:
         """One legal layout as it stands."""

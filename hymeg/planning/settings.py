@@ -54,12 +54,12 @@ class Settings:
     @property
     def recompute_name(self) -> str:
         """In a word or two, for tables."""
-        name = "+".join(self.recompute_modules) if self.recompute_granularity == "selective" else "none"
-        if self.recompute_granularity == "full":
-            name = f"full {self.recompute_method} {self.recompute_num_layers}"
-        if self.hy_recompute_logits:
-            name = "logits" if name == "none" else f"{name}+logits"
-        return name
+        names = {
+            "selective": "+".join(self.recompute_modules),
+            "full": f"full {self.recompute_method} {self.recompute_num_layers}",
+        }
+        parts = [names.get(self.recompute_granularity), "logits" if self.hy_recompute_logits else None]
+        return "+".join(filter(None, parts)) or "none"
 
     @property
     def optimizer_name(self) -> str:

@@ -86,8 +86,8 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
             f"{folder}: no record of a run ({FOLDER}/{LINES}): {error.strerror}; give the --save (or "
             "--tensorboard-dir) of a training"
         ) from error
-    lines, unread = _parsed(text)
-    starts, lines = _lives(lines)
+    lines, unread = _lines(text)
+    starts = [line for line in lines if line["kind"] == "start"]
     if not starts:
         raise UserError(f"{records / LINES}: no run has begun in it; give the --save of a training")
     steps = _of(lines, "step")
@@ -109,29 +109,20 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
     )
 
 
-def _parsed(text: str) -> tuple[list[dict[str, Any]], int]:
-    """The lines, and how many are none."""
-    lines, unread = [], 0
-    for line in text.splitlines():
+def _lines(text: str) -> tuple[list[dict[str, Any]], int]:
+    """Those that count, without what a later life made anew; and how many were cut off."""
+    kept, unread = [], 0
+    for written in text.splitlines():
         try:
-            value = json.loads(line)
-            lines.append(value | {"iteration": int(value["iteration"]), "kind": value["kind"]})
+            line = json.loads(written)
+            line |= {"iteration": int(line["iteration"]), "kind": line["kind"]}
         except (ValueError, TypeError, KeyError):
             unread += 1
-    return lines, unread
-
-
-def _lives(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The starts, and the other lines without what a later life made anew."""
-    starts, kept = [], []
-    for line in lines:
+            continue
         if line["kind"] == "start":
-            starts = [start for start in starts if start["iteration"] <= line["iteration"]]
             kept = [other for other in kept if other["iteration"] <= line["iteration"]]
-            starts.append(line)
-        else:
-            kept.append(line)
-    return starts, kept
+        kept.append(line)
+    return kept, unread
 
 
 def _of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
