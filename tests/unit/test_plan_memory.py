@@ -3,6 +3,7 @@ autograd saves them.
 """
 
 import dataclasses
+import operator
 
 import exact_memory
 import pytest
@@ -23,8 +24,9 @@ from hymeg.planning import activations
 from hymeg.planning.activations import Activations
 from hymeg.planning.layout import Layout
 from hymeg.planning.memory import GIB, Device, host_memory, memory_by_stage, optimizer_bytes
+from hymeg.planning.parameters import optimizer_ranks
 from hymeg.planning.settings import Settings, settings_of
-from hymeg.planning.stages import Chunk, stages
+from hymeg.planning.stages import Chunk, micro_batches_held, stages
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import layout_of
 from hymeg.training.run import model_config_from_args
@@ -69,6 +71,14 @@ def test_the_largest_operation_of_a_stage_of_multi_token_prediction_is_that_of_a
     of_experts = sizes.working(Chunk((True,), 0, False, False, False))
     assert sizes.working(Chunk((), 1, False, False, False)) == of_experts
     assert sizes.working(Chunk((False,), 0, False, False, False)) < of_experts
+
+
+def test_ranks_that_share_the_optimizer():
+    """64 GPUs, TP4 and PP2: eight of data parallelism; EP4 and ETP2: four hold the same experts."""
+    sizes = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2}
+    layout = Layout(64, 4096, 64, **sizes, expert_model_parallel_size=4, expert_tensor_parallel_size=2)
+    assert optimizer_ranks(layout) == (8, 4)
+    assert optimizer_ranks(dataclasses.replace(layout, num_distributed_optimizer_instances=2)) == (4, 2)
 
 
 def test_optimizer_instances_keep_a_copy_each():
@@ -302,6 +312,17 @@ def test_what_a_schedule_holds_follows_overlap_and_group():
     assert held(layout) == pytest.approx(21, rel=1e-6)
     assert held(layout, overlap_moe_expert_parallel_comm=True) == pytest.approx(22, rel=1e-6)
     assert held(dataclasses.replace(layout, microbatch_group_size_per_vp_stage=16)) == pytest.approx(29, rel=1e-6)
+
+
+def test_a_stage_of_unlike_virtual_stages_holds_the_most_that_its_schedule_comes_to():
+    """The last rank's second virtual stage has the head and no layer: what counts is the most of the first."""
+    sizes = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 8}
+    layout = Layout(16, 4096, 64, **sizes, pipeline_model_parallel_layout="Et*16|t*16|t*16|L")
+    activations, (_, chunks) = Activations(HY_MT2, layout, Settings()), stages(HY_MT2, layout)
+    saved = [activations.saved(chunk) for chunk in chunks]
+    held = [sum(map(operator.mul, saved, counts)) for counts in micro_batches_held(1, 2, 2, layout.num_microbatches)]
+    assert len(held) > 1 and min(held) < max(held)
+    assert memory_by_stage(HY_MT2, layout, Settings(), 1.0)[1].activations == round(max(held))
 
 
 # ---- a node's memory at a save and a load

@@ -146,6 +146,11 @@ def test_tensor_and_context_parallelism_cost_their_collectives():
     assert tensor.communication == pytest.approx(8 * 48 * 10 * 4096 * 2 * 2048 / 2 / NVLINK)
     context = model_of(HY_MT2, Layout(2, 4096, 8, context_parallel_size=2)).step()
     assert context.communication == 0
+    # A token's copies, gathered for both halves of an expert and scattered again, on top of what EP4 alone would take.
+    experts = Layout(8, 4096, 64, expert_model_parallel_size=4, expert_tensor_parallel_size=2)
+    copies = 4 * 4096 * 8 * 2 * 2 * 2048
+    wanted = 8 * 47 * (copies / 2 / NVLINK + copies / 2 * 3 / 4 / NVLINK)
+    assert model_of(HY_MT2, experts).step().communication == pytest.approx(wanted)
     lone = dataclasses.replace(MACHINE, gpus_per_node=1, network=1)
     slow = StepModel(HY_MT2, Layout(2, 4096, 8, context_parallel_size=2), Settings(), lone, 1.0)
     ring = 3 * 2 * 2 * 512 * 4096 / 2 / (1e9 * 0.80)

@@ -103,6 +103,40 @@ def test_virtual_stages_are_a_flag_where_the_layers_are_not_given_one_by_one():
     assert "num-virtual-stages-per-pipeline-rank" not in flags_of(given, Settings())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}, {"hy_recompute_logits": True}),
+        ({"decoder_first_pipeline_num_layers": 10, "decoder_last_pipeline_num_layers": 12}, {"grads_in_fp32": False}),
+        (
+            {"context_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            {"recompute_granularity": "selective", "recompute_modules": ("moe_act", "layernorm")},
+        ),
+        (
+            {"pipeline_model_parallel_layout": "Et*12|(t*12|)*2t*12L"},
+            {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp8"}
+            | {"grads_in_fp32": False, "overlap_param_gather": False}
+            | {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+        ),
+        ({}, {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_the_flags_of_a_plan_are_read_as_that_plan(tmp_path, monkeypatch, sizes, settings):
+    HyConfig.from_dict(TINY_CONFIG | PUBLISHED["Hy-MT2-30B-A3B"]).save(tmp_path)
+    layout = Layout(64, 4096, 256, pipeline_model_parallel_size=4, **{"expert_tensor_parallel_size": 1} | sizes)
+    flags = flags_of(layout, Settings(**settings))
+    assert ("context-parallel-size" in flags) == ("context_parallel_size" in sizes)  # defaults are left out
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    words = ["--hf-model", str(tmp_path)]
+    for name, value in flags.items():
+        given = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, given)]
+    with for_gpus():
+        args, _ = parse(words)
+    assert layout_of(args) == layout and settings_of(args) == Settings(**settings)
+
+
 @every_recipe
 def test_fine_tuning_recipes_read_conversations_and_pretraining_ones_start_from_scratch(planned):
     args, _, _ = planned
