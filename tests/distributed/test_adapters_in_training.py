@@ -156,8 +156,8 @@ def test_a_save_holds_the_adapters_alone(worlds, command, folder, tmp_path):
     """Under the keys of the table, and the settings beside them, in the manifest as the tensors are: read or verified,
     a bit that flipped in the settings is found."""
     save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
-    worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
-    saved = save / "iter_0000003"
+    worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=2))
+    saved = save / "iter_0000002"
     shapes = {key: shape for key, shape in stored_shapes(str(saved)).items() if shape is not None}
     of_model = {key: shape for key, shape in shapes.items() if not key.startswith("optimizer")}
     settings = AdapterSettings.from_folder(saved)
@@ -178,10 +178,10 @@ def test_another_base_is_refused(worlds, command, folder, tmp_path):
     a merge.
     """
     save = folder / "adapters" / next(iter(PAIRS)).replace(" ", "-")
-    worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=3))
+    worlds.run(2, lora(command, f"{PAIRS['TP2 to EP2'][0]} --save {save}", steps=2))
     hf_to_dist(folder / "trunk", tmp_path / "dist")
     load = ["--pretrained-checkpoint", str(tmp_path / "dist")]
-    same = worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=4), *load])
+    same = worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=3), *load])
     assert len(same["steps"]) == 1
     other = tmp_path / "another"
     shutil.copytree(folder / "trunk", other)
@@ -189,7 +189,7 @@ def test_another_base_is_refused(worlds, command, folder, tmp_path):
     tensors["model.layers.2.mlp.experts.5.down_proj.weight"][3, 7] *= 1.1
     save_file(tensors, other / "model.safetensors")
     with pytest.raises(AssertionError, match="its adapters were trained on other weights than"):
-        worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=4), "--pretrained-checkpoint", str(other)])
+        worlds.run(1, [*lora(command, DISTRIBUTED, load=str(save), steps=3), "--pretrained-checkpoint", str(other)])
     said = []
     merge(folder / "trunk", save, tmp_path / "merged", say=said.append)
     assert not any("not checked" in line for line in said) and (tmp_path / "merged" / "model.safetensors").exists()
