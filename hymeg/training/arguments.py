@@ -6,6 +6,7 @@ config.json (`--hf-model`) and the platform fix may be repeated but not contradi
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron.training.arguments import add_megatron_arguments, parse_args
+from megatron.training import arguments
 
 from hymeg import platform
 from hymeg.errors import UserError, about
@@ -44,9 +45,6 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
     """
     parser = _parser()
     defaults = {action.dest: action.default for action in parser._actions if action.default is not argparse.SUPPRESS}
-    for action in parser._actions:
-        # What parsing finds is then what was said, and nothing else.
-        action.default = argparse.SUPPRESS
     said, sources, words = _read(parser, list(argv))
     defaults |= DEFAULTS
     on_cpu = platform.judged_for_cpu()
@@ -59,9 +57,12 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
     }
     with naming_lines(sources):
         refuse(parser, said, sources, defaults, {}, [row for row in TABLE if cases.get(row.when)])
-        with patched(sys, "argv", [sys.argv[0], *words], "training/arguments.py: what parse_args reads"):
+        with (
+            patched(sys, "argv", [sys.argv[0], *words], "training/arguments.py: what parse_args reads"),
+            patched(arguments, "add_megatron_arguments", lambda new: parser, "training/arguments.py:121: made already"),
+        ):
             try:
-                args = parse_args(add_hymeg_arguments)
+                args = arguments.parse_args()
             except RuntimeError as error:
                 raise UserError(str(error)) from error
         if args.hf_model is None:
@@ -105,8 +106,14 @@ def naming_lines(sources: Mapping[str, tuple[str, str]]) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    return _parser_of(os.environ.get("LOCAL_RANK"), os.environ.get("WORLD_SIZE"))
+
+
+@functools.cache
+def _parser_of(local_rank: str | None, world_size: str | None) -> argparse.ArgumentParser:
+    """It takes a tenth of a second to make. Megatron reads defaults of its flags from these two of the environment."""
     parser = argparse.ArgumentParser(prog="pretrain_hy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    add_hymeg_arguments(add_megatron_arguments(parser))
+    add_hymeg_arguments(arguments.add_megatron_arguments(parser))
     for action in parser._actions:  # argparse formats help with %, and Megatron's has a plain one
         action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     parser.error = _error
@@ -140,6 +147,14 @@ def _expected(action: argparse.Action) -> str:
     return needed.get(action.type, "another form (see --help)")
 
 
+class _Said(argparse.Namespace):
+    """What is said and nothing else: argparse gives its default to what a namespace does not have."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], Sources, list[str]]:
     """What was said by destination, where, and as a command line: the recipe's words first, since the last wins."""
     finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
@@ -149,7 +164,7 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, A
     said, sources, words = {}, {}, []
     for where, line in [*(read_settings(recipe, parser) if recipe is not None else []), ("", argv)]:
         with about(f"{where}: " if where else ""):
-            values, unknown = parser.parse_known_args(line)
+            values, unknown = parser.parse_known_args(line, _Said())
             if unknown:
                 raise UserError(_unknown(parser, line, unknown[0]))
         said |= vars(values)

@@ -5,7 +5,6 @@ sequences of conversations that it drew; the loss of every evaluation; the bytes
 the weights that each was given by all others before the first step.
 """
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from hymeg.data.conversations import ConversationDataset
 from hymeg.flag_table import TABLE
 from hymeg.platform.patches import patch, patched
 from hymeg.training import run
-from hymeg.training.arguments import parse
+from hymeg.training.arguments import _parser_of, parse
 from hymeg.training.preflight import preflight
 from hymeg.training.run import train
 
@@ -47,7 +46,9 @@ def prepare() -> None:
     for name in IMPORTED_WHEN_NEEDED:
         importlib.import_module(name)
     flag_help.read_once()
-    arguments.add_megatron_arguments(argparse.ArgumentParser())
+    for size in (1, 2, 4, 8):
+        for rank in range(size):
+            _parser_of(str(rank), str(size))
     for row in TABLE:
         row.names("")  # compiles its patterns
     patch(arguments, "_print_args", lambda title, args: None, "800 lines a training, which nobody reads here")
