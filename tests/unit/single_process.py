@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from megatron.training.arguments import validate_args  # noqa: E402
 from model_weights import load_into  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -40,6 +41,7 @@ def ensure_world() -> None:
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     destroy_num_microbatches_calculator()
+    MTPLossLoggingHelper.tracker.clear()  # it has as many layers as the model before had
 
 
 def build(folder: str, *flags: str, seq_length: int = 64, weights: bool = True) -> torch.nn.Module:

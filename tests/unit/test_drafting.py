@@ -4,7 +4,6 @@ everything is computed anew for each of them.
 
 import pytest
 import torch
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from single_process import build, positions
 from test_generation import random_prompts
 
@@ -31,7 +30,6 @@ def untrained(folder):
 @pytest.fixture(scope="module")
 def trained(folder, untrained):
     """The same trunk, with layers that have learned something of its answers to `PROMPTS`."""
-    MTPLossLoggingHelper.tracker.clear()  # of another test's model, with fewer layers
     model, answers = build(folder).train(), generate(untrained, PROMPTS, Sampling(NUM_NEW))
     texts = torch.tensor([prompt + answer.tokens for prompt, answer in zip(PROMPTS, answers, strict=True)])
     inputs, labels = texts[:, :-1], texts[:, 1:]
