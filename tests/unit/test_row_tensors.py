@@ -5,7 +5,7 @@ import pytest
 
 from hymeg.checkpoint import row_tensors
 from hymeg.checkpoint.row_functions import Mean
-from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, TensorReader
+from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, TensorReader, stacked
 from hymeg.errors import UserError
 
 NUMBERS = np.arange(12 * 6, dtype="<f4").reshape(12, 6)
@@ -70,6 +70,12 @@ def test_what_is_asked_for_again_is_kept_up_to_a_limit(monkeypatch):
     with TensorReader() as reader:
         for key in "aabab":
             assert reader.kept(key, lambda key=key: make(key))[0] == {"a": 1, "b": 2}[key]
-        for key in "acdba":  # the limit is passed by one: what was asked for last stays
+        for key in "acadba":  # the limit is passed by one: what was asked for last stays
             reader.kept(key, lambda key=key: make(key))
     assert made == list("abcdba")
+
+
+@pytest.mark.parametrize("dtypes", [("BF16", "F32"), ("F32", "BF16"), ("BF16", "F16"), ("BF16", "BF16")])
+def test_a_stack_of_several_dtypes_is_in_fp32(dtypes):
+    parts = [RowTensor(f"part {n}", dtype, (2, 4), ()) for n, dtype in enumerate(dtypes)]
+    assert stacked("x", parts, 2).dtype == ("BF16" if dtypes == ("BF16", "BF16") else "F32")
