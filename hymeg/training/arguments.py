@@ -65,6 +65,9 @@ def parse(argv: Sequence[str], is_whole: bool = True) -> tuple[argparse.Namespac
                 args = arguments.parse_args()
             except RuntimeError as error:
                 raise UserError(str(error)) from error
+        for dest, value in vars(args).items():
+            if isinstance(value, list):  # maybe the parser's own default, which the next one is given too
+                setattr(args, dest, value.copy())
         if args.hf_model is None:
             raise UserError(
                 "--hf-model is missing: give the folder with config.json, which sets the architecture, and tokenizer"

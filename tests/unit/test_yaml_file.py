@@ -148,6 +148,15 @@ def test_false_undoes_a_default_of_hymegs(args):
     assert args("", "--no-log-throughput").log_throughput is False
 
 
+def test_what_a_run_adds_to_its_args_is_not_the_next_ones_default(args):
+    """Runs of one process, as plans are, share a parser."""
+    first = args("lr: 1.0")
+    first.iterations_to_skip.append(7)
+    first.cp_comm_type.append("a2a")
+    second = args("lr: 1.0")
+    assert (second.iterations_to_skip, second.cp_comm_type) == ([], ["p2p"])
+
+
 def test_who_set_a_flag_is_known(args):
     found = args("lr: 1e-5\nmin_lr: 1e-6", "--lr", "2e-5", "--train-iters=3").explicit
     assert found["lr"] == ("--lr", "")
