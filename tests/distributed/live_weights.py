@@ -10,6 +10,9 @@ from hymeg.checkpoint.sources import live_model
 from hymeg.hf.config import HyConfig
 from hymeg.platform.patches import patched
 
+LIVE_WEIGHTS = "live weights"
+"""The check of a training (worker.py) that also notes them."""
+
 
 def live_digests(model_chunks: list, config: HyConfig) -> dict[str, str]:
     """By Hugging Face layout, of what this rank is given: all at once, and a few rows at a time."""

@@ -4,7 +4,7 @@ to 1e-5. And every rank of it holds the bytes that the planner says, and is give
 import itertools
 
 import pytest
-from live_weights import digest
+from live_weights import LIVE_WEIGHTS, digest
 from safetensors.torch import load_file
 from worlds import assert_same_training, largest_difference
 
@@ -71,7 +71,8 @@ def trained(worlds, command):
         "bf16 distributed": command(BF16_DISTRIBUTED, checkpoint="mtp", steps=1),
         "bias update": command(f"{EP2} --moe-router-bias-update-rate 1e-2"),
     }
-    return {size: worlds.cases(size, of_size) for size, of_size in cases.items()}
+    given = {name: LIVE_WEIGHTS for of_size in LAYOUTS.values() for name in of_size}
+    return {size: worlds.cases(size, of_size, given) for size, of_size in cases.items()}
 
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, of_size in LAYOUTS.items() for name in of_size])

@@ -2,7 +2,7 @@
 
 A training's result are the losses and gradient norms of every step as the trainer computed them, unrounded, with the
 sequences of conversations that it drew; the loss of every evaluation; the bytes that each rank held all the time; and
-the weights that each was given by all others before the first step.
+with the check LIVE_WEIGHTS the weights that each was given by all others before the first step.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import checks
 import torch.distributed as dist
 from adapter_values import adapter_values
-from live_weights import digest, live_digests
+from live_weights import LIVE_WEIGHTS, digest, live_digests
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
 from megatron.training import arguments, training
@@ -56,13 +56,13 @@ def prepare() -> None:
 
 def run_case(argv: list[str], check: str | None) -> dict:
     """A training makes its process groups itself."""
-    if not check:
-        return _train(argv)
+    if check in (None, LIVE_WEIGHTS):
+        return _train(argv, gives_weights=check is not None)
     dist.init_process_group("gloo")
     return getattr(checks, check)(argv)
 
 
-def _train(argv: list[str]) -> dict:
+def _train(argv: list[str], gives_weights: bool) -> dict:
     """Train as the command line says; on every rank the figures of the last pipeline stage."""
     args, config = parse(argv)
     notes = []
@@ -97,7 +97,7 @@ def _train(argv: list[str]) -> dict:
     def watched(*set_up_args, **set_up_kwargs):
         made = set_up(*set_up_args, **set_up_kwargs)
         held.extend(made[:2])
-        if args.lora_rank is None:
+        if gives_weights:
             live.update(live_digests(made[0], config))
         return made
 

@@ -51,6 +51,7 @@ def losses_left_in_peace(start, training) -> dict[int, float]:
     rendezvous = f"--rdzv-backend c10d --rdzv-endpoint localhost:{cluster.free_port()} --rdzv-id run1".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, *rendezvous]
     words = ["--config", training / "recipe.yaml", *small_training.flags(training, training / "plain")]
+    words += ["--save-interval", small_training.NUM_STEPS]
     logs = [training / f"plain{node}.log" for node in (0, 1)]
     nodes = [start([*torchrun, "pretrain_hy.py", *words], log) for log in logs]
     assert [node.wait() for node in nodes] == [0, 0], logs[0].read_text()[-3000:]
