@@ -34,9 +34,9 @@ def large_input(tmp_path_factory):
     texts = [json.loads(line)["text"] for path in UDHR for line in path.read_text(encoding="utf-8").splitlines()]
     path = tmp_path_factory.mktemp("input") / "large.jsonl"
     with open(path, "w", encoding="utf-8") as file:
-        for number in range(12000):
+        for number in range(7000):
             file.write(json.dumps({"text": f"{number} " + texts[number * 7 % len(texts)]}, ensure_ascii=False) + "\n")
-    assert path.stat().st_size > 3 << 20
+    assert path.stat().st_size > 2 << 20
     return path
 
 
@@ -64,7 +64,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer_dir, la
         first, end, last = done.stdout.splitlines()
         assert end == f"each ends with {EOS}"
         assert last == f"--data-path {prefix}_text_document"
-        assert first.startswith("12,150 documents, ")
+        assert first.startswith("7,150 documents, ")
         outputs[workers] = {path.name: path.read_bytes() for path in prefix.parent.iterdir()}
     assert sorted(outputs[1]) == [f"corpus_text_document.{suffix}" for suffix in ("bin", "checksums.sfv", "idx")]
     assert outputs[1] == outputs[2]
@@ -96,7 +96,7 @@ def test_a_bad_row_far_into_the_input_ends_in_one_line_and_no_files(tmp_path, to
     assert done.returncode == 2
     assert done.stdout == ""
     assert (
-        f"error: {path}: line 12001: no key 'text' among ['txt']; --json-keys names the keys to read"
+        f"error: {path}: line 7001: no key 'text' among ['txt']; --json-keys names the keys to read"
         in done.stderr.splitlines()
     )
     assert "Traceback" not in done.stderr
