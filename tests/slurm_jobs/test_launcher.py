@@ -120,6 +120,8 @@ def test_a_signal_to_every_process_reaches_the_ranks_alone(launch, number):
     assert job.shell.wait(SECONDS) == 75
     assert [job.wait_for(f"alive{rank}") for rank in (0, 1)] == ["None", "None"]
     assert job.result()[0] == "75" and job.processes_ended()
+    said = f"hymeg: n0: {signal.Signals(number).name}: the ranks are told to save and leave\n"
+    assert (job.folder / "log").read_text().count(said) == 1
 
 
 def test_a_users_error_of_one_rank_is_the_exit_code(launch):

@@ -170,6 +170,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 1",
         ("--num-layers-per-virtual-pipeline-stage 1", "--num-virtual-stages-per-pipeline-rank 2", "keep one"),
     ),
+    "VPP by layers on unequal stages": (
+        2,
+        f"{PP2} --num-layers-per-virtual-pipeline-stage 1 --decoder-last-pipeline-num-layers 1",
+        ("--num-layers-per-virtual-pipeline-stage 1", "unequal size", "--num-virtual-stages-per-pipeline-rank"),
+    ),
     "VPP against layers": (
         2,
         f"{PP2} --num-layers-per-virtual-pipeline-stage 3",
@@ -444,6 +449,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         1,
         f"{SFT} --data-path {{rows}} --valid-data-path {{rows}} --split 9,1,0",
         ("--split 9,1,0", "leave it out"),
+    ),
+    "conversations from two flags": (
+        1,
+        f"{SFT} --data-path {{rows}} --train-data-path {{rows}}",
+        ("--data-path", "--train-data-path", "keep one"),
     ),
     "only validation": (1, f"{SFT} --valid-data-path {{rows}}", ("no data", "--data-path FILE.jsonl")),
     "Megatron's prompt formats": (

@@ -43,6 +43,22 @@ def test_a_second_run_is_refused_and_a_killed_one_s_lock_taken_over(tmp_path):
     assert not (tmp_path / save_lock.LOCK).exists()
 
 
+def test_a_run_in_another_container_of_this_machine_lives_as_long_as_it_holds_the_lock(tmp_path):
+    """Its process is not seen here, or another has its number."""
+    process, _ = held_by(tmp_path)
+    path = tmp_path / save_lock.LOCK
+    found = json.loads(path.read_text())
+    for unseen in ({"pid": 2**22 + 1}, {"born": "0"}):
+        path.write_text(json.dumps(found | unseen))
+        with pytest.raises(UserError, match="another run writes to it, process"):
+            save_lock.lock(str(tmp_path), print)
+    process.kill()
+    process.wait()
+    save_lock.lock(str(tmp_path), lambda line: None)
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    save_lock.unlock(str(tmp_path))
+
+
 def test_an_orphan_loses_its_folder_and_writes_no_more(tmp_path):
     launcher, orphan = held_by(tmp_path, launcher=True)
     try:
