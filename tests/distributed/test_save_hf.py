@@ -24,7 +24,8 @@ def saved(request, worlds, folder, command):
     size, flags, checkpoint = CASES[request.param]
     out = folder / "save-hf" / request.param.replace(" ", "-")
     both = f"--save {out}/dist --save-interval 2 --save-hf {out}/hf --save-hf-interval 2"
-    worlds.run(size, command(flags, both, checkpoint=checkpoint, steps=3))
+    said = worlds.run(size, command(flags, both, checkpoint=checkpoint, steps=3))["said"]
+    assert sum(line.startswith(f"wrote {out}/hf/iter_") for line in said) == 2 and "no step was made" not in str(said)
     return out
 
 

@@ -514,6 +514,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "--multiple-validation-sets",
         ("--multiple-validation-sets", "--full-validation", "add that"),
     ),
+    "the text's own cache is a file": (
+        1,
+        f"{DATA} --data-path {{tmp}}/in_the_way",
+        ("--data-path", "{tmp}/in_the_way/cache", "is a file", "--data-cache-path"),
+    ),
     "cache is a file": (
         1,
         f"{DATA} --data-path {{text}} --data-cache-path {{file}}",

@@ -58,6 +58,9 @@ def make_places(folder: Path) -> dict[str, str]:
     _write_data(folder / "no_index", 1000)
     (folder / "no_index.idx").unlink()
     _write_data(folder / "in_folder" / "text", 1000)
+    _write_data(folder / "in_the_way", 1000)
+    (folder / "in_the_way").mkdir()
+    (folder / "in_the_way" / "cache").write_text("")
     for name in ("garbage.idx", "garbage.bin"):
         (folder / name).write_text("not an index of Megatron's, though long enough to hold a header")
     (folder / "blend.txt").write_text(f"0.5 {folder}/text 0.5 {folder}/nowhere")

@@ -23,7 +23,7 @@ from hymeg.models.hy import construct
 from hymeg.planning import activations
 from hymeg.planning.activations import Activations
 from hymeg.planning.layout import Layout
-from hymeg.planning.memory import GIB, Device, host_memory, memory_by_stage, optimizer_bytes
+from hymeg.planning.memory import GIB, Device, StageMemory, host_memory, memory_by_stage, optimizer_bytes
 from hymeg.planning.parameters import optimizer_ranks
 from hymeg.planning.settings import Settings, settings_of
 from hymeg.planning.stages import Chunk, micro_batches_held, stages
@@ -64,6 +64,11 @@ def test_what_a_rank_keeps_is_what_megatron_allocates_but_for_padding(sizes, cha
         found = memory_by_stage(HY3, layout, Settings(**changes), 1.0)[rank]
         for part in ("weights", "gradients", "optimizer", "buffers"):
             assert getattr(found, part) == pytest.approx(getattr(exact, part), rel=1e-4)
+
+
+def test_a_stage_needs_the_sum_of_its_parts():
+    memory = StageMemory(1, 2, 4, 8, 16, 32)
+    assert (memory.static, memory.total) == (1 + 2 + 4 + 8, 63)
 
 
 def test_the_largest_operation_of_a_stage_of_multi_token_prediction_is_that_of_a_mixture_of_experts():
