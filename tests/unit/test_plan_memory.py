@@ -363,6 +363,8 @@ def test_a_checkpoint_asks_for_twelve_bytes_an_element_where_its_format_gathers(
     # Only the first of the data-parallel ranks gathers: of dense parameters the first two ranks, of experts eight.
     assert lean.save == pytest.approx(12 * (2 * dense + 8 * expert), rel=1e-6)
     assert plain.gpu_at_save == pytest.approx(4 * expert * 1.5, rel=1e-6) and lean.gpu_at_save == 0
+    cut = dataclasses.replace(layout, expert_model_parallel_size=4, expert_tensor_parallel_size=2)
+    assert _elements(cut) == (dense, expert) and host(HY_MT2, cut).save == lean.save
     own = host(HY_MT2, layout, dist_ckpt_optim_fully_reshardable=False)
     assert own.save == own.load == pytest.approx(8 * 12 * (dense / 8 + expert / 2), rel=1e-6)
     half = host(HY_MT2, layout, optimizer_cpu_offload=True, optimizer_offload_fraction=0.5)

@@ -60,6 +60,11 @@ def test_what_was_made_otherwise_is_refused(checked, folders, words, said):
         checked(f"--load {{plain}} {words}")
 
 
+@pytest.mark.parametrize("alpha", ["0.5", "1"])
+def test_adapters_may_count_little(checked, alpha):
+    assert checked(f"--load {{base}} --lora-rank 2 --lora-alpha {alpha}")[0].lora_record == {}
+
+
 @pytest.mark.parametrize("words", [MADE, f"{MADE} --use-distributed-optimizer --no-load-optim", f"{MADE} --finetune"])
 def test_what_agrees_is_resumed_on_the_base_that_they_were_made_of(checked, folders, words):
     args, notes = checked(f"--load {{plain}} {words}")
