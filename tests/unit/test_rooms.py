@@ -78,3 +78,15 @@ def test_what_must_be_light_imports_nothing_heavy():
             if path.is_relative_to(PACKAGE / place):
                 text = path.read_text()
                 assert f"import {heavy}" not in text and f"from {heavy}" not in text, path
+
+
+def test_a_room_that_imports_megatron_installs_the_platform_before():
+    """Or, where a file does so that another room imports when it is needed, that room has done it."""
+    rooms = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in FILES
+        if any(line.startswith(("import megatron", "from megatron")) for line in path.read_text().splitlines())
+    }
+    installing = {path.parent.name for path in FILES if "\nplatform.install()\n" in path.read_text()}
+    assert installing == {"generation", "models", "training"}
+    assert rooms - installing == {"platform", "data", "checkpoint"}
