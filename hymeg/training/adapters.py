@@ -63,7 +63,7 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
         )
     with about("--lora-targets: "):
         shapes = adapter_shapes(config, args.lora_rank, args.lora_targets)
-    resumed = _resumed_folder(args)
+    resumed = _resumed_folder(args, say)
     if resumed is not None:
         args.lora_record = _check_resumed(args, config, resumed).base or {}
         base = _base_of(args)
@@ -72,6 +72,7 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
         raise UserError("--init-from-scratch with --lora-rank: adapters of chance's weights serve nothing; give --load")
     else:
         args.lora_record, base = {}, copy.copy(args)
+    base.fall_back_to_older_checkpoint = False  # done, of what --load names
     weights.check_weights(base, config, say, is_base=True)
     source = base.hf_weights or base.load or base.pretrained_checkpoint
     args.hf_weights, args.lora_source = base.hf_weights, os.path.abspath(source)
@@ -88,10 +89,12 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
     )
 
 
-def _resumed_folder(args: argparse.Namespace) -> Path | None:
-    """Of the iteration that `--load` names, where it is of adapters."""
+def _resumed_folder(args: argparse.Namespace, say: Say) -> Path | None:
+    """Of the iteration that `--load` names, or falls back to, where it is of adapters."""
     if args.load is None or not is_distributed_checkpoint(args.load):
         return None
+    if args.fall_back_to_older_checkpoint:
+        weights.fall_back(args, say)
     with about("--load "):
         folder, _ = iteration_folder(args.load, args.ckpt_step, "--ckpt-step")
     return folder if (folder / ADAPTER_FILE).is_file() else None

@@ -129,7 +129,7 @@ def check_not_overwriting(args: Namespace, chosen: tuple[str, str] | None) -> No
 def _check_distributed(args: Namespace, dest: str, folder: str, config: HyConfig, say: Say, is_base: bool) -> None:
     label, resumes = f"{flag(dest)} {folder}", dest == "load"
     if resumes and args.fall_back_to_older_checkpoint:
-        _fall_back(args, say)
+        fall_back(args, say)
     with about(f"{flag(dest)} "):
         path, step = iteration_folder(folder, args.ckpt_step if resumes else None, "--ckpt-step")
     if (path / ADAPTER_FILE).is_file():
@@ -154,8 +154,10 @@ def _check_distributed(args: Namespace, dest: str, folder: str, config: HyConfig
         say(note)
 
 
-def _fall_back(args: Namespace, say: Say) -> None:
-    """Where the checkpoint asked for is damaged or incomplete, let `args.ckpt_step` name the newest older good one."""
+def fall_back(args: Namespace, say: Say) -> None:
+    """Where the checkpoint that `args.load` is asked for is damaged or incomplete, let `args.ckpt_step` name the newest
+    older good one. All ranks call it.
+    """
     folder, content, wanted = args.load, tracker_content(Path(args.load)), args.ckpt_step
     if wanted is None:
         if content == "release":

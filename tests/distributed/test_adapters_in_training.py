@@ -173,6 +173,18 @@ def test_a_save_holds_the_adapters_alone(worlds, command, folder, tmp_path):
         AdapterSettings.from_folder(tmp_path / "flipped")
 
 
+def test_damaged_adapters_are_fallen_back_from(worlds, command, tmp_path):
+    save = tmp_path / "saved"
+    worlds.run(2, lora(command, f"{DISTRIBUTED} --save {save} --save-interval 1", steps=2))
+    damaged = sorted((save / "iter_0000002").glob("*.distcp"))[0]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 16
+    damaged.write_bytes(data)
+    found = worlds.run(2, lora(command, f"{DISTRIBUTED} --fall-back-to-older-checkpoint", load=str(save), steps=3))
+    assert len(found["steps"]) == 2
+    assert any(f"{damaged}: damaged: falling back to iteration 1" in note for note in found["notes"])
+
+
 def test_another_base_is_refused(worlds, command, folder, tmp_path):
     """Whose weights differ in one number; the same weights from a distributed checkpoint are taken. In a resume and in
     a merge.
