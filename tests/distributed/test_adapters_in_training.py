@@ -185,6 +185,14 @@ def test_damaged_adapters_are_fallen_back_from(worlds, command, tmp_path):
     assert any(f"{damaged}: damaged: falling back to iteration 1" in note for note in found["notes"])
 
 
+def test_the_base_is_found_again_at_the_iteration_that_it_was_loaded_from(worlds, command, tmp_path):
+    """Where it is a run's folder, whose tracker names a later one."""
+    base, save = tmp_path / "base", tmp_path / "saved"
+    worlds.run(1, command(f"{DISTRIBUTED} --save {base} --save-interval 1", steps=2))
+    worlds.run(1, lora(command, f"{DISTRIBUTED} --save {save} --ckpt-step 1", load=str(base), steps=1))
+    assert len(worlds.run(1, lora(command, DISTRIBUTED, load=str(save), steps=2))["steps"]) == 1
+
+
 def test_another_base_is_refused(worlds, command, folder, tmp_path):
     """Whose weights differ in one number; the same weights from a distributed checkpoint are taken. In a resume and in
     a merge.
