@@ -224,6 +224,12 @@ def _correct(args: argparse.Namespace, say: Say) -> None:
         args.override_opt_param_scheduler = True
         if args.explicit.keys() & {"train_iters", "train_epochs"} and is_distributed_checkpoint(args.load):
             say("--override-opt-param-scheduler set: the learning-rate schedule is the command's, not the checkpoint's")
+    if args.wandb_project and args.tensorboard_dir is None:
+        args.tensorboard_dir = os.path.join(args.wandb_save_dir or args.save, "tensorboard")
+        say(
+            f"--tensorboard-dir {args.tensorboard_dir} set: Megatron gives Weights & Biases losses, learning rate and "
+            "gradient norm only when it writes them for TensorBoard too"
+        )
     if args.save is None and args.save_interval is not None:
         say(f"--save-interval {args.save_interval} has no effect: without --save nothing is saved")
     if args.save is not None and args.save_interval is None and args.train_epochs is not None:

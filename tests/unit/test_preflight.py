@@ -434,6 +434,16 @@ def test_what_is_corrected_is_said(checked, places, world_size, added, dest, val
     assert all("\n" not in note for note in notes)
 
 
+def test_weights_and_biases_is_given_the_losses(checked, places, monkeypatch):
+    """Megatron logs there only what it writes for TensorBoard."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or find_spec(name))
+    args, notes = checked("--wandb-project x --wandb-exp-name y --save {tmp}/new")
+    assert args.tensorboard_dir == f"{places['tmp']}/new/tensorboard"
+    assert any(note.startswith(f"--tensorboard-dir {args.tensorboard_dir} set: ") for note in notes)
+    assert checked("--wandb-project x --wandb-exp-name y --save {tmp}/new --tensorboard-dir {tmp}/tb")[0].tensorboard_dir
+
+
 def test_nothing_is_said_of_what_needs_no_correction(checked):
     assert checked("--eod-mask-loss --context-parallel-size 2", 2)[1] == []
     assert checked("--tensor-model-parallel-size 2 --sequence-parallel", 2)[1] == []
