@@ -87,6 +87,11 @@ def _choose(args: Namespace) -> tuple[str, str] | None:
                 f"--load {folder} is this run's own --save folder and holds no checkpoint yet: say with "
                 "--pretrained-checkpoint where to start"
             )
+        if own and args.ckpt_step is not None:
+            raise UserError(
+                f"--ckpt-step {args.ckpt_step}: --load {folder} holds no checkpoint yet, of which to take an iteration;"
+                " leave it out"
+            )
         if not own:
             raise UserError(f"{flag(dest)} {folder}: {_nothing_in(folder)}")
         args.load = None

@@ -553,6 +553,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{LOAD} --load {{ckpt}} --ckpt-step 15",
         ("--ckpt-step 15", "iter_0000015 is missing", "complete in it: 10, 20"),
     ),
+    "step of a folder that is empty yet": (
+        1,
+        f"{LOAD} --save {{empty}} --load {{empty}} --pretrained-checkpoint {{ckpt}} --ckpt-step 10",
+        ("--ckpt-step 10: --load {empty} holds no checkpoint yet", "leave it out"),
+    ),
     "step of a model": (
         1,
         f"{LOAD} --load {{hf}} --ckpt-step 15",
@@ -768,6 +773,21 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         1,
         "--save {tmp}/new --save-interval 2 --save-retain-interval 3",
         ("--save-retain-interval 3", "--save-interval 2", "with 4 every"),
+    ),
+    "retained in a release's folder": (
+        1,
+        f"{LOAD} --load {{ckpt_release}} --save {{ckpt_release}} --save-interval 2 --save-retain-interval 4",
+        ("--save-retain-interval 4: --save {ckpt_release} holds a release", "add --keep-last K"),
+    ),
+    "no gloo": (
+        1,
+        "--use-distributed-optimizer --disable-gloo-process-groups",
+        ("--disable-gloo-process-groups", "leave it out", "--no-dist-ckpt-optim-fully-reshardable"),
+    ),
+    "local checkpoints for any layout": (
+        1,
+        "--use-distributed-optimizer --non-persistent-ckpt-type local",
+        ("--non-persistent-ckpt-type local: Megatron fails", "add --no-dist-ckpt-optim-fully-reshardable"),
     ),
     "wandb": (1, "--wandb-project x", ("--wandb-project x", "not installed", "pip install 'hymeg[wandb]'")),
 }
