@@ -43,6 +43,23 @@ def test_a_second_run_is_refused_and_a_killed_one_s_lock_taken_over(tmp_path):
     assert not (tmp_path / save_lock.LOCK).exists()
 
 
+def test_a_launch_on_the_same_port_is_another_run(tmp_path, monkeypatch):
+    """torchrun --master-port gives every launch the same name."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    process, pid = held_by(tmp_path)
+    try:
+        with pytest.raises(UserError, match=f"another run writes to it, process {pid}"):
+            save_lock.lock(str(tmp_path), print)
+        with pytest.raises(UserError, match="has taken it over from this run"):
+            save_lock.check_still_ours(str(tmp_path))
+        monkeypatch.setenv("RANK", "1")  # of the run that holds it, or of this one, for all it knows
+        save_lock.check_still_ours(str(tmp_path))
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_an_orphan_loses_its_folder_and_writes_no_more(tmp_path):
     launcher, orphan = held_by(tmp_path, launcher=True)
     try:
