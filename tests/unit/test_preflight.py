@@ -108,6 +108,7 @@ def on_gpus(monkeypatch):
     monkeypatch.setattr(platform, "is_cpu", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
 
 
 @pytest.mark.parametrize("added", WRONG_ON_GPU)
@@ -146,12 +147,18 @@ def validate_quietly(args) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "said", "recipe"),
-    [((9, 0), "", "blockwise"), ((8, 9), "", "tensorwise"), ((8, 9), " --fp8-recipe mxfp8", "mxfp8")],
+    ("capability", "cuda", "said", "recipe"),
+    [
+        ((9, 0), "13.0", "", "blockwise"),
+        ((9, 0), "12.6", "", "tensorwise"),
+        ((8, 9), "13.0", "", "tensorwise"),
+        ((8, 9), "13.0", " --fp8-recipe mxfp8", "mxfp8"),
+    ],
 )
-def test_fp8_has_a_recipe_that_can_be_resumed(checked, on_gpus, monkeypatch, capability, said, recipe):
+def test_fp8_has_a_recipe_that_runs_and_can_be_resumed(checked, on_gpus, monkeypatch, capability, cuda, said, recipe):
     """Megatron's own default, delayed, keeps a state that Transformer Engine refuses to load."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.version.cuda", cuda)
     assert checked(f"--bf16 --fp8-format hybrid{said}")[0].fp8_recipe == recipe
 
 
