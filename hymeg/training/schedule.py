@@ -117,10 +117,11 @@ def _check_length(args: argparse.Namespace) -> None:
         setattr(args, dest, None)
     if len(typed or given) > 1:
         raise UserError(f"{' and '.join(map(flag, typed or given))} are given; keep one")
-    if args.train_epochs is not None and args.step_batch_size_schedule is not None:
+    if args.train_samples is None and args.step_batch_size_schedule is not None:
+        length = next(dest for dest in ("train_iters", "train_epochs") if getattr(args, dest) is not None)
         raise UserError(
-            f"--train-epochs {args.train_epochs}: iterations are counted for one batch size, which "
-            f"--step-batch-size-schedule {args.step_batch_size_schedule} changes; give --train-samples"
+            f"{flag(length)} {getattr(args, length)}: iterations, data and learning rate are counted for one batch "
+            f"size, which --step-batch-size-schedule {args.step_batch_size_schedule} changes; give --train-samples"
         )
 
 

@@ -779,6 +779,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{LOAD} --load {{ckpt_release}} --save {{ckpt_release}} --save-interval 2 --save-retain-interval 4",
         ("--save-retain-interval 4: --save {ckpt_release} holds a release", "add --keep-last K"),
     ),
+    "another batch size later": (
+        1,
+        "--step-batch-size-schedule 0:4",
+        ("--train-iters 10", "--step-batch-size-schedule 0:4 changes", "give --train-samples"),
+    ),
     "no gloo": (
         1,
         "--use-distributed-optimizer --disable-gloo-process-groups",

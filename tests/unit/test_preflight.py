@@ -359,7 +359,7 @@ def test_a_length_on_the_command_line_wins_over_another_kind_in_the_recipe(check
     said = told(checked, f"{data} --train-epochs 2 --lr-warmup-samples 3", 1, needed)
     assert "--lr-warmup-samples 3 does not go with --train-epochs: give --lr-warmup-iters" in said
     said = told(checked, f"{data} --train-epochs 2 --step-batch-size-schedule 0:4", 1, needed)
-    assert "--train-epochs 2: iterations are counted for one batch size" in said
+    assert "--train-epochs 2: iterations, data and learning rate are counted for one batch size" in said
 
 
 def test_samples_instead_of_iterations(checked):
