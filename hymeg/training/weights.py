@@ -20,7 +20,7 @@ from hymeg.errors import UserError, about
 from hymeg.files import read_json, shown
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.progress import Say
-from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint, newest_undamaged
+from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint, newest_undamaged, tracked_step
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import trained_keys
 
@@ -46,7 +46,7 @@ def check_weights(args: Namespace, config: HyConfig, say: Say, is_base: bool = F
     """
     args.hf_weights = None
     chosen = _choose(args)
-    check_not_overwriting(args, chosen)
+    check_not_overwriting(args, chosen, is_base)
     if chosen is None:
         if not args.init_from_scratch:
             raise UserError("no weights: give --load FOLDER (checkpoint or Hugging Face model), or --init-from-scratch")
@@ -120,14 +120,27 @@ def _nothing_in(folder: str) -> str:
     return f"no checkpoint in it; {needed}, or --init-from-scratch for random weights"
 
 
-def check_not_overwriting(args: Namespace, chosen: tuple[str, str] | None) -> None:
-    holds = args.save is not None and is_distributed_checkpoint(args.save)
-    if holds and (chosen is None or not _same_folder(chosen[1], args.save)):
+def check_not_overwriting(args: Namespace, chosen: tuple[str, str] | None, is_base: bool = False) -> None:
+    """`chosen`: what is loaded; `is_base`: beside adapters, which alone are saved."""
+    if args.save is None or not is_distributed_checkpoint(args.save):
+        return
+    if chosen is None or not _same_folder(chosen[1], args.save):
         start = f"{flag(chosen[0])} {chosen[1]}" if chosen else "--init-from-scratch"
         keep = f"--pretrained-checkpoint {chosen[1]}" if chosen else start
         raise UserError(
             f"--save {args.save} holds a checkpoint already, which {start} would overwrite; to go on from it give "
             f"--load {args.save} {keep}, to start anew another --save"
+        )
+    if is_base:
+        raise UserError(
+            f"--save {args.save} holds the base, {flag(chosen[0])}, which the adapters' checkpoints would overwrite; "
+            "give them a folder of their own"
+        )
+    begins = "--finetune" if args.finetune else flag(chosen[0])
+    if begins != "--load" and tracked_step(args.save) is not None:
+        raise UserError(
+            f"--save {args.save} holds a checkpoint already, and {begins} would begin at iteration 0 and overwrite it; "
+            f"to go on from it give --load {args.save} without {begins}, to start anew another --save"
         )
 
 

@@ -669,6 +669,21 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "--valid-generate 5",
         ("--valid-generate 5", "without --valid-translations", "add that"),
     ),
+    "adapters over their base": (
+        1,
+        f"{LOAD} --load {{ckpt}} --save {{ckpt}} --lora-rank 8",
+        ("--save {ckpt} holds the base, --load", "a folder of their own"),
+    ),
+    "begin anew over a run": (
+        1,
+        f"{LOAD} --load {{ckpt}} --save {{ckpt}} --finetune",
+        ("--save {ckpt} holds a checkpoint", "--finetune would begin at iteration 0", "another --save"),
+    ),
+    "begin over the run itself": (
+        1,
+        f"{LOAD} --pretrained-checkpoint {{ckpt}} --save {{ckpt}}",
+        ("--save {ckpt} holds", "--pretrained-checkpoint would begin at iteration 0", "give --load {ckpt} without"),
+    ),
     "save over a run": (1, "--save {ckpt}", ("--save {ckpt}", "--init-from-scratch would overwrite", "another --save")),
     "save over a run again": (
         1,
