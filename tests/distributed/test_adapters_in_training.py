@@ -277,6 +277,16 @@ def test_ranks_that_hold_the_same_tokens_drop_the_same(worlds, command):
     assert len(kinds) == 4
 
 
+def test_layers_that_are_recomputed_drop_what_they_dropped(worlds, command):
+    """The first one of a run, too, before which the experts' random numbers were not there."""
+    recomputed = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    found, expected = (
+        worlds.run(1, lora(command, f"--lora-dropout 0.5 {flags}", steps=2)) for flags in (recomputed, "")
+    )
+    assert_same_training(found["steps"], expected["steps"])
+    assert_same_adapters(found["adapters"], expected["adapters"])
+
+
 def test_the_update_is_told_by_its_size_against_the_weights(worlds, command, alone, folder):
     """As B A itself says, over the layers."""
     layout = f"{TP2} --expert-tensor-parallel-size 2"
