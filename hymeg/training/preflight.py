@@ -173,6 +173,11 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise UserError(
             "--optimizer sgd: Megatron 0.19 saves its state, and cannot load it again; use adam, or add --no-save-optim"
         )
+    if args.ckpt_step is not None and args.non_persistent_ckpt_type is not None:
+        raise UserError(
+            f"--ckpt-step {args.ckpt_step} with --non-persistent-ckpt-type {args.non_persistent_ckpt_type}: Megatron "
+            "loads a newer non-persistent checkpoint instead; leave --non-persistent-ckpt-type out in this start"
+        )
     removes = args.save is not None and args.save_retain_interval is not None and args.keep_last is None
     if removes and is_distributed_checkpoint(args.save) and tracked_step(args.save) is None:
         raise UserError(

@@ -558,6 +558,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{LOAD} --save {{empty}} --load {{empty}} --pretrained-checkpoint {{ckpt}} --ckpt-step 10",
         ("--ckpt-step 10: --load {empty} holds no checkpoint yet", "leave it out"),
     ),
+    "step, and newer non-persistent ones": (
+        1,
+        f"{LOAD} --load {{ckpt}} --ckpt-step 10 --non-persistent-ckpt-type global",
+        ("--ckpt-step 10 with --non-persistent-ckpt-type global", "leave --non-persistent-ckpt-type out"),
+    ),
     "step of a model": (
         1,
         f"{LOAD} --load {{hf}} --ckpt-step 15",
