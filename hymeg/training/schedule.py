@@ -148,5 +148,13 @@ def _check_warmup(args: argparse.Namespace) -> None:
         raise UserError(
             f"--lr-warmup-{unit} {warmup} is not below {until}: the learning rate would never reach its peak; lower it"
         )
-    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+    if args.lr_decay_style != "WSD":
+        return
+    last = getattr(args, f"lr_wsd_decay_{unit}")
+    if last is None:
         raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}: how long the decay at the end takes")
+    if end is not None and last > end - (warmup or 0):
+        raise UserError(
+            f"--lr-wsd-decay-{unit} {last}, the decay at the end, is longer than what follows the warmup of "
+            f"--lr-warmup-{unit} {warmup or 0} in {end} {unit}: the learning rate would never be at its peak; lower it"
+        )

@@ -799,6 +799,16 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{LOAD} --load {{ckpt_release}} --save {{ckpt_release}} --save-interval 2 --save-retain-interval 4",
         ("--save-retain-interval 4: --save {ckpt_release} holds a release", "add --keep-last K"),
     ),
+    "two recipes": (
+        1,
+        "--config {interval} --config {tmp}/other.yaml",
+        ("--config {interval} and --config {tmp}/other.yaml are given, of which one would be read",),
+    ),
+    "decay from before the start": (
+        1,
+        "--lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 3",
+        ("--lr-wsd-decay-iters 8", "--lr-warmup-iters 3 in 10 iters", "lower it"),
+    ),
     "another batch size later": (
         1,
         "--step-batch-size-schedule 0:4",
