@@ -22,7 +22,7 @@ class AdapterSettings(NamedTuple):
     scaling: str  # "lora": alpha / rank; "rslora": alpha / sqrt(rank) (Kalajdzievski 2023)
     dropout: float
     targets: tuple[str, ...]  # as in `adapter_table`
-    base: dict[str, Any] | None = None  # {"source", "fingerprint"}: which weights it belongs to
+    base: dict[str, Any] | None = None  # {"source", "iteration", "fingerprint"}: which weights it belongs to
 
     @property
     def scale(self) -> float:

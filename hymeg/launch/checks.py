@@ -23,6 +23,8 @@ _DISTRIBUTIONS = ("torch", "megatron-core", "transformers", "tokenizers", "safet
 _GPU_GIB_IN_USE = 2.0  # more than a driver and a display need
 _HOST_GIB_PER_PROCESS = {"gpu": 8.0, "cpu": 0.5}
 _HOST_GIB_IN_RECIPE = re.compile(r"^#.*?\b([\d,]+) GiB of host memory a node", re.MULTILINE)
+_BEGIN_ANEW = {"finetune": "no_finetune", "no_load_optim": "load_optim"}
+"""Switches by which every start begins something anew, and what undoes them."""
 _PROCESSES_IN_RECIPE = 8  # on a node, for which tools/plan.py writes that
 
 
@@ -36,6 +38,8 @@ class Run(NamedTuple):
     """Of host memory that each process needs by the recipe's comment: a save or a load holds 12 bytes for every
     parameter of the model shard.
     """
+    begins_anew: tuple[str, ...] = ()
+    """Of _BEGIN_ANEW what is given."""
 
 
 def read_run(recipe: str, words: list[str]) -> Run:
@@ -54,10 +58,15 @@ def read_run(recipe: str, words: list[str]) -> Run:
     for index, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.startswith("--"):
-            found[option[2:].replace("-", "_")] = value if equals else next(iter(words[index + 1 :]), None)
+            name = option[2:].replace("-", "_")
+            found.pop(name, None)  # the last one is the last in it
+            found[name] = value if equals else next(iter(words[index + 1 :]), None)
     flags = {name: str(found[name]) for name in ("save", "load", "ckpt_step") if found.get(name) is not None}
     planned = _HOST_GIB_IN_RECIPE.search(text)
-    return Run(**flags, host_gib=float(planned[1].replace(",", "")) / _PROCESSES_IN_RECIPE if planned else None)
+    gib = float(planned[1].replace(",", "")) / _PROCESSES_IN_RECIPE if planned else None
+    said = [name for name, value in found.items() if value is not False]
+    given = [on for on, off in _BEGIN_ANEW.items() if [None, *(n for n in said if n in (on, off))][-1] == on]
+    return Run(**flags, host_gib=gib, begins_anew=tuple(given))
 
 
 def host_gib(run: Run, processes: int) -> float:
@@ -91,6 +100,12 @@ def check_run(run: Run) -> None:
         raise UserError(
             f"--ckpt-step {run.ckpt_step}: a requeued job would go back to that step each time; leave it out, and "
             f"write {run.ckpt_step} into {run.load}/latest_checkpointed_iteration.txt"
+        )
+    for name in run.begins_anew:
+        what = "at iteration 0" if name == "finetune" else "with a new optimizer"
+        raise UserError(
+            f"--{name.replace('_', '-')}: a requeued job would begin {what} each time; leave it out, and give where to "
+            f"begin as --pretrained-checkpoint, of which weights alone are taken, with {run.save} empty"
         )
 
 

@@ -196,7 +196,9 @@ class Adapter(torch.nn.Module):
         if self.is_row_parallel:
             return tracker.fork(get_expert_parallel_rng_tracker_name())
         if _SAME_ON_ALL_SHARDS not in tracker.get_states():
-            tracker.add(_SAME_ON_ALL_SHARDS, self.seed + 50_000 + self.groups.experts.rank())
+            seed = self.seed + 50_000 + self.groups.experts.rank()
+            tracker.seeds_.discard(seed)  # a layer recomputed in the first step goes back to before there were any
+            tracker.add(_SAME_ON_ALL_SHARDS, seed)
         return tracker.fork(_SAME_ON_ALL_SHARDS)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

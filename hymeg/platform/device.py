@@ -58,8 +58,10 @@ def name() -> str:
 
 
 def has_block_scaled_fp8() -> bool:
-    """Whether the GPU multiplies FP8 numbers with a scale for every block: from Hopper on. True where there is none."""
-    return platform.is_cpu() or torch.cuda.get_device_capability() >= (9, 0)
+    """Whether FP8 numbers are multiplied with a scale for every block: from Hopper and CUDA 12.9 on, as Transformer
+    Engine asserts (quantization.py:180). True where there is no GPU.
+    """
+    return platform.is_cpu() or (torch.cuda.get_device_capability() >= (9, 0) and float(torch.version.cuda) >= 12.9)
 
 
 def move(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,8 @@ _UNWRITABLE = "cannot be written: "
 _KEPT = "the checkpoint before it is kept: make room or mend the folder, and start the same command again"
 before_save: list[Callable[[], None]] = []
 """Called on every rank before it writes: may raise a UserError."""
-once_saved: list[Callable[[], None]] = []
-"""Called on rank 0 when a checkpoint is complete."""
+once_saved: list[Callable[[Path], None]] = []
+"""Called on rank 0 with the folder of a checkpoint that is complete."""
 _sums: dict[str, dict[str, FileSum]] = {}  # on rank 0: of a checkpoint's folder that is not marked as one yet
 
 
@@ -170,7 +170,7 @@ def _mark(save_config, config: Any, checkpoint_dir: str) -> None:
         write_manifest(folder / MANIFEST, beside | sums | {_MARKER: sum_of(data)})
     write_whole(folder / _MARKER, data)
     for call in once_saved:
-        call()
+        call(folder)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from hymeg.platform.patches import patched
 from hymeg.progress import Say
 from hymeg.training import weights
 from hymeg.training.adapter_log import AdapterLog
-from hymeg.training.checkpoints import is_distributed_checkpoint
+from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint
 from hymeg.training.freezing import trained_in_full
 
 
@@ -63,7 +63,7 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
         )
     with about("--lora-targets: "):
         shapes = adapter_shapes(config, args.lora_rank, args.lora_targets)
-    resumed = _resumed_folder(args)
+    resumed = _resumed_folder(args, say)
     if resumed is not None:
         args.lora_record = _check_resumed(args, config, resumed).base or {}
         base = _base_of(args)
@@ -72,6 +72,7 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
         raise UserError("--init-from-scratch with --lora-rank: adapters of chance's weights serve nothing; give --load")
     else:
         args.lora_record, base = {}, copy.copy(args)
+    base.fall_back_to_older_checkpoint = False  # done, of what --load names
     weights.check_weights(base, config, say, is_base=True)
     source = base.hf_weights or base.load or base.pretrained_checkpoint
     args.hf_weights, args.lora_source = base.hf_weights, os.path.abspath(source)
@@ -88,10 +89,12 @@ def check_adapters(args: argparse.Namespace, config: HyConfig, say: Say) -> None
     )
 
 
-def _resumed_folder(args: argparse.Namespace) -> Path | None:
-    """Of the iteration that `--load` names, where it is of adapters."""
+def _resumed_folder(args: argparse.Namespace, say: Say) -> Path | None:
+    """Of the iteration that `--load` names, or falls back to, where it is of adapters."""
     if args.load is None or not is_distributed_checkpoint(args.load):
         return None
+    if args.fall_back_to_older_checkpoint:
+        weights.fall_back(args, say)
     with about("--load "):
         folder, _ = iteration_folder(args.load, args.ckpt_step, "--ckpt-step")
     return folder if (folder / ADAPTER_FILE).is_file() else None
@@ -127,14 +130,16 @@ def _check_resumed(args: argparse.Namespace, config: HyConfig, folder: Path) -> 
 
 def _base_of(args: argparse.Namespace) -> argparse.Namespace:
     """The args as if the base of the resumed adapters alone were loaded."""
-    base, recorded = copy.copy(args), args.lora_record.get("source")
-    base.load, base.pretrained_checkpoint = args.pretrained_checkpoint or recorded, None
+    base, recorded = copy.copy(args), args.lora_record
+    base.load, base.pretrained_checkpoint = args.pretrained_checkpoint or recorded.get("source"), None
     if base.load is None or not os.path.isdir(base.load):
         where = f" in {base.load}" if base.load else ""
         raise UserError(
             f"--load {args.load} holds adapters, whose base is not found{where}; give it by --pretrained-checkpoint"
         )
     base.save, base.ckpt_step, base.finetune = None, None, True
+    if is_distributed_checkpoint(base.load) and recorded.get("iteration") in complete_steps(base.load):
+        base.ckpt_step = recorded["iteration"]  # its tracker may name another by now
     return base
 
 
@@ -173,7 +178,7 @@ def training_adapters(args: argparse.Namespace, config: HyConfig, model_config, 
 
 def _loaded_base(args: argparse.Namespace, config: HyConfig, models: list[torch.nn.Module]) -> dict[str, str]:
     """Fill `models` with the base's weights: what adapter.json says of them."""
-    folder, _ = iteration_folder(args.lora_base, args.lora_base_step)
+    folder, step = iteration_folder(args.lora_base, args.lora_base_step)
     wanted = {f"model{i}": model.weights_sharded_state_dict(metadata={}) for i, model in enumerate(models)}
     loaded = dist_checkpointing.load(wanted, str(folder))
     for i, model in enumerate(models):
@@ -182,11 +187,13 @@ def _loaded_base(args: argparse.Namespace, config: HyConfig, models: list[torch.
             raise RuntimeError(f"the base did not fit the model: {missing[:5]}, {unexpected[:5]}")
     base, found = args.lora_record, fingerprint(models, config.vocab_size)
     if base.get("fingerprint") not in (None, found):
+        of_step = f", of which it was iteration {base['iteration']}" if base.get("iteration") else ""
         raise UserError(
             f"--load {args.load}: its adapters were trained on other weights than {args.lora_source} holds (fingerprint"
             f" {base['fingerprint']}, found {found}); give their base, --pretrained-checkpoint {base.get('source')}"
+            f"{of_step}"
         )
-    return {"source": args.lora_source, "fingerprint": found}
+    return {"source": args.lora_source, "iteration": step, "fingerprint": found}
 
 
 def fingerprint(models: list[torch.nn.Module], vocab_size: int) -> str:

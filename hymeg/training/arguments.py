@@ -162,10 +162,12 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, A
     """What was said by destination, where, and as a command line: the recipe's words first, since the last wins."""
     finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     finder.error = _error
-    finder.add_argument("--config")
-    recipe = finder.parse_known_args(argv)[0].config
+    finder.add_argument("--config", action="append", default=[])
+    recipes = finder.parse_known_args(argv)[0].config
+    if len(recipes) > 1:
+        raise UserError(f"{' and '.join(f'--config {path}' for path in recipes)} are given, of which one would be read")
     said, sources, words = {}, {}, []
-    for where, line in [*(read_settings(recipe, parser) if recipe is not None else []), ("", argv)]:
+    for where, line in [*(setting for path in recipes for setting in read_settings(path, parser)), ("", argv)]:
         with about(f"{where}: " if where else ""):
             values, unknown = parser.parse_known_args(line, _Said())
             if unknown:

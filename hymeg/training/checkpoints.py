@@ -18,7 +18,12 @@ def is_distributed_checkpoint(folder: str) -> bool:
 
 def complete_steps(folder: str) -> list[int]:
     """The iterations that were saved to the end, in order."""
-    return [int(name.removeprefix("iter_")) for name in complete_iterations(Path(folder)) if name != RELEASE]
+    return [step_of(Path(name)) for name in complete_iterations(Path(folder)) if name != RELEASE]
+
+
+def step_of(folder: Path) -> int:
+    """Of `.../iter_0000100`."""
+    return int(folder.name.removeprefix("iter_"))
 
 
 def tracked_step(folder: str) -> int | None:
@@ -63,10 +68,13 @@ def surplus(complete: list[int], keep_last: int, keep_every: int | None, needed:
     return [step for step in sorted(complete) if step not in kept and not (keep_every and step % keep_every == 0)]
 
 
-def remove_older(save: str, keep_last: int, keep_every: int | None, loaded: int | None) -> None:
-    """In the background, of the iterations in `save`; never the one that the tracker names, nor the one loaded."""
+def remove_older(save: str, new: int, keep_last: int, keep_every: int | None, loaded: int | None) -> None:
+    """In the background, of the iterations in `save` up to the `new` one, which the tracker does not name yet: later
+    ones are of a life that this one went back behind. Never the one that the tracker names, nor the one loaded.
+    """
+    complete = [step for step in complete_steps(save) if step <= new]
     needed = {step for step in (tracked_step(save), loaded) if step is not None}
-    folders = [Path(save, f"iter_{step:07d}") for step in surplus(complete_steps(save), keep_last, keep_every, needed)]
+    folders = [Path(save, f"iter_{step:07d}") for step in surplus(complete, keep_last, keep_every, needed)]
     threading.Thread(target=lambda: [_remove(folder) for folder in folders]).start()
 
 

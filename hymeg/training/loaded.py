@@ -14,6 +14,7 @@ from hymeg.checkpoint.live import load_tensors
 from hymeg.checkpoint.sources import open_adapter, open_any
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
+from hymeg.platform.connections import set_connections
 from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
 from hymeg.training.run import megatron_refusals, model_config_from_args, stand_alone
@@ -43,6 +44,7 @@ def load_model(
     if not Path(checkpoint).is_dir():
         raise UserError(f"{checkpoint}: no such folder; give a Hugging Face folder or a distributed checkpoint")
     stand_alone()
+    set_connections(flags)  # which Megatron asserts
     hf_model = checkpoint if hf_model is None else hf_model
     if not (Path(hf_model) / "config.json").is_file():
         raise UserError(f"{hf_model}: no config.json in it; say with --hf-model where config.json and tokenizer are")

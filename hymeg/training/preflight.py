@@ -17,7 +17,7 @@ from hymeg.planning.settings import settings_of
 from hymeg.platform import device
 from hymeg.progress import Say
 from hymeg.training.arguments import naming_lines
-from hymeg.training.checkpoints import is_distributed_checkpoint
+from hymeg.training.checkpoints import is_distributed_checkpoint, tracked_step
 from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import check_freezing
@@ -173,6 +173,30 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise UserError(
             "--optimizer sgd: Megatron 0.19 saves its state, and cannot load it again; use adam, or add --no-save-optim"
         )
+    if args.ckpt_step is not None and args.non_persistent_ckpt_type is not None:
+        raise UserError(
+            f"--ckpt-step {args.ckpt_step} with --non-persistent-ckpt-type {args.non_persistent_ckpt_type}: Megatron "
+            "loads a newer non-persistent checkpoint instead; leave --non-persistent-ckpt-type out in this start"
+        )
+    removes = args.save is not None and args.save_retain_interval is not None and args.keep_last is None
+    if removes and is_distributed_checkpoint(args.save) and tracked_step(args.save) is None:
+        raise UserError(
+            f"--save-retain-interval {args.save_retain_interval}: --save {args.save} holds a release, and Megatron "
+            "fails in its first save there, where it looks for the iteration before; add --keep-last K, or give "
+            f"another --save, with --pretrained-checkpoint {args.save}"
+        )
+    gathers = args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
+    if gathers and args.distrib_optim_fully_reshardable_mem_efficient and not args.use_gloo_process_groups:
+        raise UserError(
+            "--disable-gloo-process-groups: saves gather the optimizer's state over gloo; leave it out, or give "
+            "--no-dist-ckpt-optim-fully-reshardable, or have each rank gather it in its GPU's memory: "
+            "--no-distrib-optim-fully-reshardable-mem-efficient"
+        )
+    if gathers and args.non_persistent_ckpt_type == "local":
+        raise UserError(
+            "--non-persistent-ckpt-type local: Megatron fails in its first save where the optimizer's state is saved "
+            "for any layout, hymeg's default; add --no-dist-ckpt-optim-fully-reshardable, or leave it out"
+        )
     on_gpu = args.transformer_impl == "transformer_engine"
     if on_gpu and args.context_parallel_size > 1 and not (args.bf16 or args.fp16):
         raise UserError(
@@ -209,6 +233,8 @@ def _check_places(args: argparse.Namespace) -> None:
             raise UserError(f"{flag(name)} {path}: no readable file; give one, or leave it out")
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir)
+    if args.wandb_project and not args.wandb_exp_name:  # Megatron finds it out on the last rank alone
+        raise UserError(f"--wandb-project {args.wandb_project} needs a name for the run: add --wandb-exp-name NAME")
     if args.wandb_project and args.wandb_save_dir is None and args.save is None:
         raise UserError(f"--wandb-project {args.wandb_project} needs a folder to write to: --wandb-save-dir or --save")
     if args.save is not None and shutil.disk_usage(check_writable("--save", args.save)).free == 0:
@@ -224,6 +250,12 @@ def _correct(args: argparse.Namespace, say: Say) -> None:
         args.override_opt_param_scheduler = True
         if args.explicit.keys() & {"train_iters", "train_epochs"} and is_distributed_checkpoint(args.load):
             say("--override-opt-param-scheduler set: the learning-rate schedule is the command's, not the checkpoint's")
+    if args.wandb_project and args.tensorboard_dir is None:
+        args.tensorboard_dir = os.path.join(args.wandb_save_dir or args.save, "tensorboard")
+        say(
+            f"--tensorboard-dir {args.tensorboard_dir} set: Megatron gives Weights & Biases losses, learning rate and "
+            "gradient norm only when it writes them for TensorBoard too"
+        )
     if args.save is None and args.save_interval is not None:
         say(f"--save-interval {args.save_interval} has no effect: without --save nothing is saved")
     if args.save is not None and args.save_interval is None and args.train_epochs is not None:

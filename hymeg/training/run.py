@@ -23,7 +23,7 @@ from hymeg.training import metrics, once, save_lock
 from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import naming_lines, parse
 from hymeg.training.batch import is_reader, takes_data
-from hymeg.training.checkpoints import remove_older
+from hymeg.training.checkpoints import remove_older, step_of
 from hymeg.training.data_record import compare_and_keep, contents_record, text_record
 from hymeg.training.freezing import trained_keys
 from hymeg.training.hf_folders import saving_hf
@@ -121,7 +121,9 @@ def train(args, config: HyConfig) -> None:
     once_saved.clear()
     if args.keep_last is not None:
         keep_every, args.save_retain_interval = args.save_retain_interval, None  # whose own removal knows no number
-        once_saved[:] = [lambda: remove_older(args.save, args.keep_last, keep_every, get_loaded_iteration())]
+        once_saved[:] = [
+            lambda new: remove_older(args.save, step_of(new), args.keep_last, keep_every, get_loaded_iteration())
+        ]
     if args.freeze is not None or args.train_only is not None:
         model_config.pre_wrap_hooks = [functools.partial(freeze, trained_keys(args, config))]
     with (

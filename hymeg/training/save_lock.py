@@ -18,6 +18,7 @@ from typing import Any
 from hymeg.errors import UserError
 from hymeg.files import shown, write_whole
 from hymeg.progress import Say
+from hymeg.training.once import rank
 
 LOCK = "run.lock"
 _SECONDS_BETWEEN_TOUCHES = 5.0
@@ -30,15 +31,13 @@ def lock(save: str, say: Say) -> None:
     """Take `save`, which exists, for this run, on rank 0. Raises UserError: another run writes to it."""
     path = Path(save, LOCK)
     found = _read(path)
-    if found.get("run") not in (None, run_name()):
+    if not _is_ours(found):
         if _is_alive(path, found):
             raise UserError(
                 f"--save {save}: another run writes to it, {_described(found)}; wait, end it, or give another folder"
             )
         say(f"--save {save}: taken over from a run that is gone, {_described(found)}")
-    pid = os.getpid()
-    record = {"run": run_name(), "host": socket.gethostname(), "pid": pid, "parent": os.getppid()}
-    record |= {"born": _stat(pid)[_BORN], "job": os.environ.get("SLURM_JOB_ID")}
+    record = {"run": run_name(), **_process(), "parent": os.getppid(), "job": os.environ.get("SLURM_JOB_ID")}
     record |= {"since": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_whole(path, json.dumps(record).encode())
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -55,24 +54,34 @@ def lock(save: str, say: Say) -> None:
 def unlock(save: str) -> None:
     """At a run's end. For rank 0."""
     path = Path(save, LOCK)
-    if _read(path).get("run") == run_name():
+    if _is_ours(_read(path)):
         path.unlink(missing_ok=True)
 
 
 def check_still_ours(save: str) -> None:
     """Before a save, on every rank. Raises UserError: another run has taken the folder over."""
     found = _read(Path(save, LOCK))
-    if found.get("run") not in (None, run_name()):
+    if not _is_ours(found):
         raise UserError(
             f"--save {save}: {_described(found)} has taken it over from this run, whose launcher is gone; this one ends"
         )
 
 
 def run_name() -> str:
-    """The same on all ranks of a launch, and of no other."""
+    """The same on all ranks of a launch; of another one too, where both were given the same port."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
-    own = [str(os.getpid())] if os.environ.get("WORLD_SIZE", "1") == "1" else []
-    return " ".join([*(os.environ.get(name, "-") for name in names), *own])
+    return " ".join(os.environ.get(name, "-") for name in names)
+
+
+def _process() -> dict[str, Any]:
+    """This one and no other, whatever the launch is called."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _stat(os.getpid())[_BORN]}
+
+
+def _is_ours(found: dict[str, Any]) -> bool:
+    """Whether the lock names this run, or none: rank 0, which wrote it, looks for itself, others for their launch."""
+    own = {"run": run_name()} | (_process() if rank() == 0 else {})
+    return found.get("run") is None or own.items() <= found.items()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def _stat(pid: Any) -> list[str]:
 
 
 def _touch(path: Path) -> None:
-    while _read(path).get("run") == run_name():
+    while _is_ours(_read(path)):
         try:
             os.utime(path)
         except OSError:

@@ -117,10 +117,11 @@ def _check_length(args: argparse.Namespace) -> None:
         setattr(args, dest, None)
     if len(typed or given) > 1:
         raise UserError(f"{' and '.join(map(flag, typed or given))} are given; keep one")
-    if args.train_epochs is not None and args.step_batch_size_schedule is not None:
+    if args.train_samples is None and args.step_batch_size_schedule is not None:
+        length = next(dest for dest in ("train_iters", "train_epochs") if getattr(args, dest) is not None)
         raise UserError(
-            f"--train-epochs {args.train_epochs}: iterations are counted for one batch size, which "
-            f"--step-batch-size-schedule {args.step_batch_size_schedule} changes; give --train-samples"
+            f"{flag(length)} {getattr(args, length)}: iterations, data and learning rate are counted for one batch "
+            f"size, which --step-batch-size-schedule {args.step_batch_size_schedule} changes; give --train-samples"
         )
 
 
@@ -147,5 +148,13 @@ def _check_warmup(args: argparse.Namespace) -> None:
         raise UserError(
             f"--lr-warmup-{unit} {warmup} is not below {until}: the learning rate would never reach its peak; lower it"
         )
-    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+    if args.lr_decay_style != "WSD":
+        return
+    last = getattr(args, f"lr_wsd_decay_{unit}")
+    if last is None:
         raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}: how long the decay at the end takes")
+    if end is not None and last > end - (warmup or 0):
+        raise UserError(
+            f"--lr-wsd-decay-{unit} {last}, the decay at the end, is longer than what follows the warmup of "
+            f"--lr-warmup-{unit} {warmup or 0} in {end} {unit}: the learning rate would never be at its peak; lower it"
+        )

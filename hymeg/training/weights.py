@@ -20,7 +20,7 @@ from hymeg.errors import UserError, about
 from hymeg.files import read_json, shown
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.progress import Say
-from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint, newest_undamaged
+from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint, newest_undamaged, tracked_step
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import trained_keys
 
@@ -46,7 +46,7 @@ def check_weights(args: Namespace, config: HyConfig, say: Say, is_base: bool = F
     """
     args.hf_weights = None
     chosen = _choose(args)
-    check_not_overwriting(args, chosen)
+    check_not_overwriting(args, chosen, is_base)
     if chosen is None:
         if not args.init_from_scratch:
             raise UserError("no weights: give --load FOLDER (checkpoint or Hugging Face model), or --init-from-scratch")
@@ -87,6 +87,11 @@ def _choose(args: Namespace) -> tuple[str, str] | None:
                 f"--load {folder} is this run's own --save folder and holds no checkpoint yet: say with "
                 "--pretrained-checkpoint where to start"
             )
+        if own and args.ckpt_step is not None:
+            raise UserError(
+                f"--ckpt-step {args.ckpt_step}: --load {folder} holds no checkpoint yet, of which to take an iteration;"
+                " leave it out"
+            )
         if not own:
             raise UserError(f"{flag(dest)} {folder}: {_nothing_in(folder)}")
         args.load = None
@@ -115,21 +120,34 @@ def _nothing_in(folder: str) -> str:
     return f"no checkpoint in it; {needed}, or --init-from-scratch for random weights"
 
 
-def check_not_overwriting(args: Namespace, chosen: tuple[str, str] | None) -> None:
-    holds = args.save is not None and is_distributed_checkpoint(args.save)
-    if holds and (chosen is None or not _same_folder(chosen[1], args.save)):
+def check_not_overwriting(args: Namespace, chosen: tuple[str, str] | None, is_base: bool = False) -> None:
+    """`chosen`: what is loaded; `is_base`: beside adapters, which alone are saved."""
+    if args.save is None or not is_distributed_checkpoint(args.save):
+        return
+    if chosen is None or not _same_folder(chosen[1], args.save):
         start = f"{flag(chosen[0])} {chosen[1]}" if chosen else "--init-from-scratch"
         keep = f"--pretrained-checkpoint {chosen[1]}" if chosen else start
         raise UserError(
             f"--save {args.save} holds a checkpoint already, which {start} would overwrite; to go on from it give "
             f"--load {args.save} {keep}, to start anew another --save"
         )
+    if is_base:
+        raise UserError(
+            f"--save {args.save} holds the base, {flag(chosen[0])}, which the adapters' checkpoints would overwrite; "
+            "give them a folder of their own"
+        )
+    begins = "--finetune" if args.finetune else flag(chosen[0])
+    if begins != "--load" and tracked_step(args.save) is not None:
+        raise UserError(
+            f"--save {args.save} holds a checkpoint already, and {begins} would begin at iteration 0 and overwrite it; "
+            f"to go on from it give --load {args.save} without {begins}, to start anew another --save"
+        )
 
 
 def _check_distributed(args: Namespace, dest: str, folder: str, config: HyConfig, say: Say, is_base: bool) -> None:
     label, resumes = f"{flag(dest)} {folder}", dest == "load"
     if resumes and args.fall_back_to_older_checkpoint:
-        _fall_back(args, say)
+        fall_back(args, say)
     with about(f"{flag(dest)} "):
         path, step = iteration_folder(folder, args.ckpt_step if resumes else None, "--ckpt-step")
     if (path / ADAPTER_FILE).is_file():
@@ -154,8 +172,10 @@ def _check_distributed(args: Namespace, dest: str, folder: str, config: HyConfig
         say(note)
 
 
-def _fall_back(args: Namespace, say: Say) -> None:
-    """Where the checkpoint asked for is damaged or incomplete, let `args.ckpt_step` name the newest older good one."""
+def fall_back(args: Namespace, say: Say) -> None:
+    """Where the checkpoint that `args.load` is asked for is damaged or incomplete, let `args.ckpt_step` name the newest
+    older good one. All ranks call it.
+    """
     folder, content, wanted = args.load, tracker_content(Path(args.load)), args.ckpt_step
     if wanted is None:
         if content == "release":

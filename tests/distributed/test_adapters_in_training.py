@@ -173,6 +173,26 @@ def test_a_save_holds_the_adapters_alone(worlds, command, folder, tmp_path):
         AdapterSettings.from_folder(tmp_path / "flipped")
 
 
+def test_damaged_adapters_are_fallen_back_from(worlds, command, tmp_path):
+    save = tmp_path / "saved"
+    worlds.run(2, lora(command, f"{DISTRIBUTED} --save {save} --save-interval 1", steps=2))
+    damaged = sorted((save / "iter_0000002").glob("*.distcp"))[0]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 16
+    damaged.write_bytes(data)
+    found = worlds.run(2, lora(command, f"{DISTRIBUTED} --fall-back-to-older-checkpoint", load=str(save), steps=3))
+    assert len(found["steps"]) == 2
+    assert any(f"{damaged}: damaged: falling back to iteration 1" in note for note in found["notes"])
+
+
+def test_the_base_is_found_again_at_the_iteration_that_it_was_loaded_from(worlds, command, tmp_path):
+    """Where it is a run's folder, whose tracker names a later one."""
+    base, save = tmp_path / "base", tmp_path / "saved"
+    worlds.run(1, command(f"{DISTRIBUTED} --save {base} --save-interval 1", steps=2))
+    worlds.run(1, lora(command, f"{DISTRIBUTED} --save {save} --ckpt-step 1", load=str(base), steps=1))
+    assert len(worlds.run(1, lora(command, DISTRIBUTED, load=str(save), steps=2))["steps"]) == 1
+
+
 def test_another_base_is_refused(worlds, command, folder, tmp_path):
     """Whose weights differ in one number; the same weights from a distributed checkpoint are taken. In a resume and in
     a merge.
@@ -255,6 +275,16 @@ def test_ranks_that_hold_the_same_tokens_drop_the_same(worlds, command):
             assert (mask == other[3]) == (of_experts and not is_row), (of_experts, is_row, shape)
             kinds.add((of_experts, is_row))
     assert len(kinds) == 4
+
+
+def test_layers_that_are_recomputed_drop_what_they_dropped(worlds, command):
+    """The first one of a run, too, before which the experts' random numbers were not there."""
+    recomputed = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    found, expected = (
+        worlds.run(1, lora(command, f"--lora-dropout 0.5 {flags}", steps=2)) for flags in (recomputed, "")
+    )
+    assert_same_training(found["steps"], expected["steps"])
+    assert_same_adapters(found["adapters"], expected["adapters"])
 
 
 def test_the_update_is_told_by_its_size_against_the_weights(worlds, command, alone, folder):

@@ -301,6 +301,21 @@ def test_a_requeued_job_must_not_go_back_to_the_same_step_in_each_life(recipe, w
 
 
 @pytest.mark.parametrize(
+    ("recipe_says", "words", "flag"),
+    [
+        ("", ["--bf16", "--finetune", "--lr", "1"], "--finetune"),
+        ("no-load-optim: true\n", [], "--no-load-optim"),
+        ("finetune: true\n", ["--no-finetune"], None),
+        ("finetune: false\n", [], None),
+    ],
+)
+def test_a_requeued_job_must_not_begin_anew_in_each_life(recipe, recipe_says, words, flag):
+    recipe.write_text(f"save: out\nload: out\n{recipe_says}")
+    with contextlib.nullcontext() if flag is None else pytest.raises(UserError, match=f"{flag}: a requeued job would"):
+        check_run(read_run(str(recipe), words))
+
+
+@pytest.mark.parametrize(
     ("comment", "variables", "gib"),
     [
         ("", {}, 16),

@@ -568,6 +568,16 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{LOAD} --load {{ckpt}} --ckpt-step 15",
         ("--ckpt-step 15", "iter_0000015 is missing", "complete in it: 10, 20"),
     ),
+    "step of a folder that is empty yet": (
+        1,
+        f"{LOAD} --save {{empty}} --load {{empty}} --pretrained-checkpoint {{ckpt}} --ckpt-step 10",
+        ("--ckpt-step 10: --load {empty} holds no checkpoint yet", "leave it out"),
+    ),
+    "step, and newer non-persistent ones": (
+        1,
+        f"{LOAD} --load {{ckpt}} --ckpt-step 10 --non-persistent-ckpt-type global",
+        ("--ckpt-step 10 with --non-persistent-ckpt-type global", "leave --non-persistent-ckpt-type out"),
+    ),
     "step of a model": (
         1,
         f"{LOAD} --load {{hf}} --ckpt-step 15",
@@ -679,6 +689,21 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "--valid-generate 5",
         ("--valid-generate 5", "without --valid-translations", "add that"),
     ),
+    "adapters over their base": (
+        1,
+        f"{LOAD} --load {{ckpt}} --save {{ckpt}} --lora-rank 8",
+        ("--save {ckpt} holds the base, --load", "a folder of their own"),
+    ),
+    "begin anew over a run": (
+        1,
+        f"{LOAD} --load {{ckpt}} --save {{ckpt}} --finetune",
+        ("--save {ckpt} holds a checkpoint", "--finetune would begin at iteration 0", "another --save"),
+    ),
+    "begin over the run itself": (
+        1,
+        f"{LOAD} --pretrained-checkpoint {{ckpt}} --save {{ckpt}}",
+        ("--save {ckpt} holds", "--pretrained-checkpoint would begin at iteration 0", "give --load {ckpt} without"),
+    ),
     "save over a run": (1, "--save {ckpt}", ("--save {ckpt}", "--init-from-scratch would overwrite", "another --save")),
     "save over a run again": (
         1,
@@ -783,6 +808,36 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         1,
         "--save {tmp}/new --save-interval 2 --save-retain-interval 3",
         ("--save-retain-interval 3", "--save-interval 2", "with 4 every"),
+    ),
+    "retained in a release's folder": (
+        1,
+        f"{LOAD} --load {{ckpt_release}} --save {{ckpt_release}} --save-interval 2 --save-retain-interval 4",
+        ("--save-retain-interval 4: --save {ckpt_release} holds a release", "add --keep-last K"),
+    ),
+    "two recipes": (
+        1,
+        "--config {interval} --config {tmp}/other.yaml",
+        ("--config {interval} and --config {tmp}/other.yaml are given, of which one would be read",),
+    ),
+    "decay from before the start": (
+        1,
+        "--lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 3",
+        ("--lr-wsd-decay-iters 8", "--lr-warmup-iters 3 in 10 iters", "lower it"),
+    ),
+    "another batch size later": (
+        1,
+        "--step-batch-size-schedule 0:4",
+        ("--train-iters 10", "--step-batch-size-schedule 0:4 changes", "give --train-samples"),
+    ),
+    "no gloo": (
+        1,
+        "--use-distributed-optimizer --disable-gloo-process-groups",
+        ("--disable-gloo-process-groups", "leave it out", "--no-dist-ckpt-optim-fully-reshardable"),
+    ),
+    "local checkpoints for any layout": (
+        1,
+        "--use-distributed-optimizer --non-persistent-ckpt-type local",
+        ("--non-persistent-ckpt-type local: Megatron fails", "add --no-dist-ckpt-optim-fully-reshardable"),
     ),
     "wandb": (1, "--wandb-project x", ("--wandb-project x", "not installed", "pip install 'hymeg[wandb]'")),
 }

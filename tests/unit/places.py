@@ -77,6 +77,7 @@ def make_places(folder: Path) -> dict[str, str]:
     _write_checkpoint(folder / "ckpt_unfinished", config, (10,), "20")
     _write_checkpoint(folder / "ckpt_empty_tracker", config, (10,), "")
     _write_checkpoint(folder / "ckpt_bad_tracker", config, (10,), "latest")
+    _write_checkpoint(folder / "ckpt_release", config, (10,), "release")
     _write_checkpoint(folder / "ckpt_other", other, (10,), "10")
     _write_checkpoint(folder / "ckpt_unreadable", config, (10,), "10")
     (folder / "ckpt_unreadable/iter_0000010/.metadata").write_bytes(b"cut off")

@@ -9,7 +9,7 @@ from hymeg.checkpoint.dist_files import FORMAT
 from hymeg.checksums import MANIFEST, sum_of, write_manifest
 from hymeg.errors import UserError
 from hymeg.training.checkpoints import newest_undamaged
-from hymeg.training.weights import _fall_back
+from hymeg.training.weights import fall_back
 
 FILES = ("__0_0.distcp", "__1_0.distcp", "metadata.json")
 
@@ -37,7 +37,7 @@ def flip(path) -> None:
 
 def fallen_back(folder, step: int | None = None) -> tuple[int | None, list[str]]:
     said, args = [], argparse.Namespace(load=str(folder), ckpt_step=step)
-    _fall_back(args, said.append)
+    fall_back(args, said.append)
     return args.ckpt_step, said
 
 

@@ -15,6 +15,8 @@ from hymeg.errors import UserError
 from hymeg.generation.prompts import chat_prompt, published_sampling, text_prompt, translation_request
 from hymeg.generation.sampling import Sampling
 from hymeg.hf.tokenizer import load_tokenizer
+from hymeg.platform import connections
+from hymeg.training.loaded import load_model
 
 GENERATE = Path(__file__).parents[2] / "tools" / "generate.py"
 TOOL = runpy.run_path(str(GENERATE))
@@ -25,6 +27,16 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     write_tiny_checkpoint(folder)
     return folder
+
+
+def test_tensor_parallelism_has_the_connections_that_megatron_asserts_on_gpus(folder, monkeypatch):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(connections, "were_set", False)
+    with pytest.raises(UserError, match="--tensor-model-parallel-size 2"):
+        load_model(folder, ["--tensor-model-parallel-size", "2"])
+    assert os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
 
 
 @pytest.fixture(scope="module")

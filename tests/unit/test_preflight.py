@@ -108,6 +108,7 @@ def on_gpus(monkeypatch):
     monkeypatch.setattr(platform, "is_cpu", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
 
 
 @pytest.mark.parametrize("added", WRONG_ON_GPU)
@@ -146,12 +147,18 @@ def validate_quietly(args) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "said", "recipe"),
-    [((9, 0), "", "blockwise"), ((8, 9), "", "tensorwise"), ((8, 9), " --fp8-recipe mxfp8", "mxfp8")],
+    ("capability", "cuda", "said", "recipe"),
+    [
+        ((9, 0), "13.0", "", "blockwise"),
+        ((9, 0), "12.6", "", "tensorwise"),
+        ((8, 9), "13.0", "", "tensorwise"),
+        ((8, 9), "13.0", " --fp8-recipe mxfp8", "mxfp8"),
+    ],
 )
-def test_fp8_has_a_recipe_that_can_be_resumed(checked, on_gpus, monkeypatch, capability, said, recipe):
+def test_fp8_has_a_recipe_that_runs_and_can_be_resumed(checked, on_gpus, monkeypatch, capability, cuda, said, recipe):
     """Megatron's own default, delayed, keeps a state that Transformer Engine refuses to load."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.version.cuda", cuda)
     assert checked(f"--bf16 --fp8-format hybrid{said}")[0].fp8_recipe == recipe
 
 
@@ -352,7 +359,7 @@ def test_a_length_on_the_command_line_wins_over_another_kind_in_the_recipe(check
     said = told(checked, f"{data} --train-epochs 2 --lr-warmup-samples 3", 1, needed)
     assert "--lr-warmup-samples 3 does not go with --train-epochs: give --lr-warmup-iters" in said
     said = told(checked, f"{data} --train-epochs 2 --step-batch-size-schedule 0:4", 1, needed)
-    assert "--train-epochs 2: iterations are counted for one batch size" in said
+    assert "--train-epochs 2: iterations, data and learning rate are counted for one batch size" in said
 
 
 def test_samples_instead_of_iterations(checked):
@@ -432,6 +439,16 @@ def test_what_is_corrected_is_said(checked, places, world_size, added, dest, val
     assert getattr(args, dest) == value
     assert [note for note in notes if note.startswith(word.format(**places))], notes
     assert all("\n" not in note for note in notes)
+
+
+def test_weights_and_biases_is_given_the_losses(checked, places, monkeypatch):
+    """Megatron logs there only what it writes for TensorBoard."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or find_spec(name))
+    args, notes = checked("--wandb-project x --wandb-exp-name y --save {tmp}/new")
+    assert args.tensorboard_dir == f"{places['tmp']}/new/tensorboard"
+    assert any(note.startswith(f"--tensorboard-dir {args.tensorboard_dir} set: ") for note in notes)
+    assert told(checked, "--wandb-project x --save {tmp}/new").endswith("name for the run: add --wandb-exp-name NAME")
 
 
 def test_nothing_is_said_of_what_needs_no_correction(checked):

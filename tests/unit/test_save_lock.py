@@ -59,6 +59,23 @@ def test_a_run_in_another_container_of_this_machine_lives_as_long_as_it_holds_th
     save_lock.unlock(str(tmp_path))
 
 
+def test_a_launch_on_the_same_port_is_another_run(tmp_path, monkeypatch):
+    """torchrun --master-port gives every launch the same name."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    process, pid = held_by(tmp_path)
+    try:
+        with pytest.raises(UserError, match=f"another run writes to it, process {pid}"):
+            save_lock.lock(str(tmp_path), print)
+        with pytest.raises(UserError, match="has taken it over from this run"):
+            save_lock.check_still_ours(str(tmp_path))
+        monkeypatch.setenv("RANK", "1")  # of the run that holds it, or of this one, for all it knows
+        save_lock.check_still_ours(str(tmp_path))
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_an_orphan_loses_its_folder_and_writes_no_more(tmp_path):
     launcher, orphan = held_by(tmp_path, launcher=True)
     try:
@@ -97,16 +114,31 @@ def test_the_newest_the_multiples_and_the_needed_stay():
     assert surplus([10], 1, None, set()) == []
 
 
-def test_older_checkpoints_are_removed_but_not_what_the_tracker_names(tmp_path):
-    for step in (2, 4, 6, 8):
-        (tmp_path / f"iter_{step:07d}").mkdir()
-        (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("6")
-    remove_older(str(tmp_path), keep_last=1, keep_every=None, loaded=2)
-    deadline = time.monotonic() + 10
-    while (tmp_path / "iter_0000004").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002", "iter_0000006", "iter_0000008"]
+@pytest.fixture
+def left_by_removal(tmp_path):
+    """Of complete iterations 2, 4, 6 and 8, of which the tracker names one, those that are kept; 4 never is."""
+
+    def left(tracked: int, **what) -> list[int]:
+        for step in (2, 4, 6, 8):
+            (tmp_path / f"iter_{step:07d}").mkdir()
+            (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(tracked))
+        remove_older(str(tmp_path), keep_every=None, **what)
+        deadline = time.monotonic() + 10
+        while (tmp_path / "iter_0000004").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return sorted(int(path.name.removeprefix("iter_")) for path in tmp_path.glob("iter_*"))
+
+    return left
+
+
+def test_older_checkpoints_are_removed_but_not_what_the_tracker_names(left_by_removal):
+    assert left_by_removal(6, new=8, keep_last=1, loaded=2) == [2, 6, 8]
+
+
+def test_of_a_run_that_went_back_the_newest_is_kept_and_not_those_after_it(left_by_removal):
+    """As by --ckpt-step 2, --fall-back-to-older-checkpoint or --finetune: the tracker names 8 until 6 is saved."""
+    assert left_by_removal(8, new=6, keep_last=1, loaded=2) == [2, 6, 8]
 
 
 def test_the_heartbeat_says_how_the_run_is(tmp_path):
