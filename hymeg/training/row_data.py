@@ -111,6 +111,8 @@ class RowData:
             if source.index.digest in trained:
                 say(f"--valid-data-path {source.index.path} is trained on too: its loss says nothing about new data")
         set_evaluation(args, self.sources[1], say)
+        if self.sources[2] and not self.sources[1]:
+            say("the test data are not used, since there are no data for validation: give some of these too")
 
     @property
     def num_training_sequences(self) -> int:
@@ -130,22 +132,29 @@ class RowData:
         }
 
     def datasets(self, args: argparse.Namespace, num_samples: tuple[int, int | None, int]) -> tuple:
-        """What Megatron's loop is given for training, validation (a list of several) and test; None without rows."""
+        """What Megatron's loop is given for training, validation (a list of several) and test; None without rows. Where
+        the command line does not say how much to evaluate on, `args.test_iters` become those of all test data.
+        """
         from megatron.core.datasets.utils import Split
 
         train, valid, test = self.sources
         if args.eval_iters == 0 and not args.full_validation:  # of no samples Megatron makes no loader: it asserts
             valid = test = []
-        batch = args.eval_global_batch_size
+        batch, is_asked = args.eval_global_batch_size, "eval_iters" in args.explicit
         if args.full_validation:
             validation = [ConversationDataset([source], None, Split.valid, multiple_of=batch) for source in valid]
         else:
-            weights = self.weights[1] if "eval_iters" in args.explicit else None
+            weights = self.weights[1] if is_asked else None
             validation = valid and ConversationDataset(valid, num_samples[1], Split.valid, None, weights, batch)
+        tested = None
+        if test:
+            weights, size = (self.weights[2], num_samples[2]) if is_asked else (None, None)
+            tested = ConversationDataset(test, size, Split.test, None, weights, batch)
+            args.test_iters = len(tested) // batch
         return (
             ConversationDataset(train, num_samples[0], Split.train, args.seed, self.weights[0]),
             validation or None,
-            ConversationDataset(test, num_samples[2], Split.test, None, self.weights[2]) if test else None,
+            tested,
         )
 
 

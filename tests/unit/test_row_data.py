@@ -165,6 +165,28 @@ def test_without_evaluation_there_is_no_data_set_for_it(arguments, files):
     assert len(train) == 4 and validation is None and test is None
 
 
+def test_all_test_data_are_used_once(arguments, files):
+    """However much there is for validation; what --eval-iters says is said of both."""
+    given = {"valid_data_path": [files[1]], "test_data_path": [files[0]], "packed": False}
+    for more, num_samples in (({}, 20), ({"eval_iters": 3}, 6)):
+        args = arguments(data_path=[files[0]], **given, **more)
+        args.full_validation = False
+        *_, test = made(args)[0].datasets(args, (4, 2 * args.eval_iters, 2 * args.eval_iters))
+        assert len(test) == num_samples == args.test_iters * args.eval_global_batch_size
+        assert [test.sequence(number)[1] for number in range(num_samples)] == list(range(num_samples))
+
+
+@pytest.mark.parametrize("given", [{"split": "80,0,20"}, {"test_data_path": True}])
+def test_test_data_that_are_not_used_are_spoken_of(arguments, files, given):
+    """Megatron tests where it validates, and there alone."""
+    given = {dest: [files[1]] if value is True else value for dest, value in given.items()}
+    args = arguments(data_path=[files[0]], **given)
+    args.eval_iters, args.full_validation = 100, False
+    data, said = made(args)
+    assert said[-1] == "the test data are not used, since there are no data for validation: give some of these too"
+    assert data.datasets(args, (4, 0, 0))[1:] == (None, None)
+
+
 EPOCHS = "--train-iters {} set: --train-epochs {} of {} sequences, 4 an iteration"
 
 
