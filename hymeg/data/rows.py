@@ -74,16 +74,20 @@ class RowReader:
         """
         where = place(path, line)
         with located(where):
-            row = _read(row)
-            form = _form(row)
-            others = row.keys() - form.keys
-            _check_names(others, form)
-            self.ignored.update(others)
-            _check_nothing_else_is_asked(row)
-            messages = _with_system(row, form.messages(row))
-            tools = read_functions(*one_of(row, _TOOLS), are_calls=False)
-            weights = _weights(weight_of(row, _WEIGHT), messages)
-            return Conversation(messages, _effort(row), tools, where, weights)
+            return self.read(row)._replace(where=where)
+
+    def read(self, row: bytes | dict) -> Conversation:
+        """`parse`, of a row from anywhere."""
+        row = _read(row)
+        form = _form(row)
+        others = row.keys() - form.keys
+        _check_names(others, form)
+        self.ignored.update(others)
+        _check_nothing_else_is_asked(row)
+        messages = _with_system(row, form.messages(row))
+        tools = read_functions(*one_of(row, _TOOLS), are_calls=False)
+        weights = _weights(weight_of(row, _WEIGHT), messages)
+        return Conversation(messages, _effort(row), tools, weights=weights)
 
 
 def _read(row: bytes | dict) -> dict:

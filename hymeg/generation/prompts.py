@@ -57,11 +57,12 @@ def translation_request(text: str, target: str, source: str | None = None) -> st
     Raises:
         UserError: there is no such language.
     """
-    if source is None:
-        source = "zh" if _HAN.search(text) and not _KANA_HANGUL.search(text) else "en"
-    for language in (target, source):
-        translation.language_names(language)
-    return translation.request({"source": text, "source_lang": source, "target_lang": target})
+    return translation.request({"source": text, "source_lang": source or source_language(text), "target_lang": target})
+
+
+def source_language(text: str) -> str:
+    """As far as the prompt's language depends on it."""
+    return "zh" if _HAN.search(text) and not _KANA_HANGUL.search(text) else "en"
 
 
 def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.data import translation
 from hymeg.data.translation import PROMPTS
 from hymeg.errors import UserError
 from hymeg.generation.prompts import chat_prompt, published_sampling, text_prompt, translation_request
@@ -88,13 +89,71 @@ def test_rows_of_a_file(tokenizer, tmp_path):
     assert asked(tokenizer, "--file", str(tmp_path / "lines.txt")) == found[:2]
 
 
+SAY, BRIEF = {"role": "user", "content": "Hi"}, ("system", "Brief.")
+TERMS = {
+    "source": "Hi",
+    "source_lang": "en",
+    "target_lang": "de",
+    "prompt": "terminology",
+    "terminology": {"Hi": "Hei"},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "argv", "expected", "given"),
+    [
+        ({"prompt": "Hi", "reasoning_effort": "high"}, "", [("user", "Hi")], {"reasoning_effort": "high"}),
+        ({"prompt": "Hi", "system": "Brief."}, "", [BRIEF, ("user", "Hi")], {}),
+        ({"messages": [SAY], "system": "Brief."}, "", [BRIEF, ("user", "Hi")], {}),
+        ({"messages": [SAY]}, "--system Brief.", [BRIEF, ("user", "Hi")], {}),
+        ({"messages": [SAY], "system": "S"}, "--system Brief.", [("system", "S"), ("user", "Hi")], {}),
+        (
+            {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "the reference"}]},
+            "",
+            [("user", "Hi")],
+            {},
+        ),
+        ({"messages": [SAY], "thinking": "low"}, "--effort high", [("user", "Hi")], {"reasoning_effort": "low"}),
+        ({"messages": [SAY], "reasoning_effort": None}, "--effort low", [("user", "Hi")], {"reasoning_effort": "low"}),
+        (TERMS, "", [("user", translation.request(TERMS))], {}),
+        (TERMS | {"prompt_lang": "zh"}, "", [("user", translation.request(TERMS | {"prompt_lang": "zh"}))], {}),
+        ({"prompt": "Hi"}, "--to de", [("user", translation_request("Hi", "de"))], {}),
+    ],
+)
+def test_nothing_that_a_row_or_a_flag_says_is_lost(tokenizer, tmp_path, row, argv, expected, given):
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + json.dumps(row))
+    assert asked(tokenizer, "--file", str(tmp_path / "rows.jsonl"), *argv.split()) == [
+        ("Hi", templated(tokenizer, *expected, **given))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "argv", "said"),
+    [
+        ({"messages": [SAY]}, ["--raw"], "line 1: --raw continues what is under 'prompt', and the row has .*messages"),
+        ({"source": "Hi", "target_lang": "de"}, ["--raw"], "line 1: --raw continues what is under 'prompt'"),
+        (
+            {"messages": [SAY]},
+            ["--to", "de"],
+            "line 1: --to translates 'prompt' or 'source', and the row has 'messages'",
+        ),
+        ({"source": "Hi", "target_lang": "de", "terminology": {"a": "b"}}, [], "'terminology' has no place in"),
+    ],
+)
+def test_rows_that_a_flag_does_not_go_with(tokenizer, tmp_path, row, argv, said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=said):
+        asked(tokenizer, "--file", str(tmp_path / "rows.jsonl"), *argv)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         ("[1]", "line 1: an object is needed"),
+        ('{"prompt": "a\\ud800"}', "line 1: holds .*half of a surrogate pair"),
         ("{", "line 1"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "holds no question"),
-        ('{"messages": [{"role": "nobody", "content": "a"}]}', "line 1: the chat template cannot render it"),
+        ('{"messages": [{"role": "nobody", "content": "a"}]}', "line 1: message 1: 'role' is 'nobody'"),
         ('{"source": "a"}', "'source' and 'target_lang' are needed"),
         ('{"prompt": " "}', "is empty"),
         ('{"prompt": "a<｜hy_User｜>b"}', "special token"),
