@@ -110,7 +110,9 @@ class HeldOut:
                 raise UserError("ends without an answer in words, with which to compare; leave it out")
             prompt = chat_prompt(self.tokenizer, before, conversation.tools, conversation.reasoning_effort)
         row = row if isinstance(row, dict) else json.loads(row)
-        translation = {key: row[key] for key in NEEDED if key != "target"} if row.keys() >= set(NEEDED) else {}
+        translation = {}
+        if all(row.get(key) is not None for key in NEEDED):
+            translation = {"source": row["source"]} | {key: row[key].strip() for key in ("source_lang", "target_lang")}
         texts = [last.get("reasoning_content") or "", last["content"]]
         num_tokens = sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         asked = translation.get("source", str(before[-1].get("content")))

@@ -9,6 +9,7 @@ import sacrebleu
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import UserError
 from hymeg.generation.held_out import HeldOut, figures, line, rows
+from hymeg.generation.judging import bleu_tokenizer
 from hymeg.generation.replies import Answer
 from hymeg.hf.config import HyConfig
 from hymeg.hf.tokenizer import train_tiny_tokenizer
@@ -49,6 +50,18 @@ def test_a_prompt_is_what_the_template_makes_for_serving(held_out, tokenizer):
     longest = len(tokenizer.encode("two and two")) + len(tokenizer.encode("Four."))
     assert found.sampling([3]).max_new_tokens == 16 + 2 * max(longest, len(tokenizer.encode("Guten Tag")))
     assert found.sampling([3]).temperature == 0 and found.sampling([3]).stop_ids == (3,)
+
+
+def test_blanks_around_a_language_make_no_other_pair_nor_tokenizer(held_out):
+    found = held_out(TRANSLATION | {"target": "早上好", "source_lang": "en ", "target_lang": " Chinese"})
+    [example] = found.examples([Answer([], True)])
+    assert (example.pair, bleu_tokenizer(example.target_lang)) == ("en-zh", "zh")
+
+
+def test_a_conversation_is_none_where_the_keys_of_a_translation_are_null(held_out):
+    """As parquet has them, where a file holds both."""
+    [question] = held_out(CHAT | dict.fromkeys(TRANSLATION)).questions
+    assert (question.asked, question.translation) == ("2 + 2?", {})
 
 
 def test_rows_are_spread_evenly_over_the_file(held_out):
