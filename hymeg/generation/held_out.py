@@ -35,6 +35,7 @@ class Question(NamedTuple):
         asked: the source of a translation, the last message before the answer of a conversation.
         reference: what the row answers, without its reasoning.
         num_reference_tokens: with it.
+        effort: of reasoning, that the row asks for and its reference shows.
         translation: source and languages of one, by the row's keys.
         row: as it stands in the file.
         number: its line there.
@@ -117,6 +118,8 @@ class HeldOut:
         num_tokens = sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         asked = translation.get("source", str(before[-1].get("content")))
         effort = conversation.reasoning_effort
+        if effort != "no_think" and not last.get("reasoning_content"):
+            effort = None  # where the reference does not think either
         return Question(prompt, asked, last["content"], num_tokens, effort, translation, row, number)
 
     def _example(self, question: Question, answer: Answer) -> Example:

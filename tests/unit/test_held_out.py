@@ -25,6 +25,10 @@ CHAT = {
     "reasoning_effort": "high",
 }
 
+UNREASONED = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "4"}]} | {
+    "reasoning_effort": "low"
+}
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -78,6 +82,7 @@ def test_rows_are_spread_evenly_over_the_file(held_out):
         (CHAT, "two and two</think>Four.", ("Four.", (), "two and two"), []),
         (CHAT, "</think>Four.", ("Four.", (), ""), ["thinking"]),
         (CHAT, "Four.", ("Four.", (), None), ["thinking"]),
+        (UNREASONED, "</think>Four.", ("Four.", (), ""), []),
         (CHAT | {"reasoning_effort": "no_think"}, "so</think>Four.", ("Four.", (), "so"), ["thinking"]),
     ],
 )
