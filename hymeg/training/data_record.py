@@ -33,7 +33,7 @@ def text_record(args: argparse.Namespace) -> dict[str, Any]:
     _build_document_sample_shuffle_indices).
     """
     num_samples = args.train_samples or args.train_iters * args.global_batch_size
-    return {dest: getattr(args, dest) for dest in _OF_TEXT.split()} | {"train_samples": num_samples}
+    return {dest: getattr(args, dest) for dest in _OF_TEXT.split()} | {"train_samples": num_samples, "sft": False}
 
 
 def contents_record(args: argparse.Namespace) -> dict[str, str]:

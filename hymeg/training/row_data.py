@@ -123,6 +123,7 @@ class RowData:
         """What decides the order of the samples (hymeg.training.data_record)."""
         train = self.sources[0]
         return self.batches | {
+            "sft": True,
             "train_data": [
                 [os.path.basename(source.index.path), source.index.digest, int(source.index.starts[-1]), *source.rows]
                 for source in train

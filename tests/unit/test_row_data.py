@@ -8,6 +8,7 @@ import pytest
 from hymeg.data.index_building import RowEncoder, build_indices
 from hymeg.data.row_index import index_folder
 from hymeg.errors import UserError
+from hymeg.training.data_record import text_record
 from hymeg.training.row_data import RowData, settle_rows
 from hymeg.training.schedule import set_iterations
 from hymeg.training.step import training_sets
@@ -148,6 +149,15 @@ def test_what_changes_the_order_is_in_the_record(arguments, files, changes):
     before, again, after = (made(arguments(**given | more))[0].record() for more in ({}, {}, changed))
     assert before == again == json.loads(json.dumps(before))
     assert before != after
+
+
+def test_text_that_was_trained_on_before_is_in_the_record(arguments, files):
+    """Whose samples are counted on: so many of the rows would never come."""
+    args = arguments(data_path=[files[0]])
+    args.data_args_path = args.per_split_data_args_path = None
+    args.train_iters = 10
+    text, rows = text_record(args), made(args)[0].record()
+    assert [key for key in text.keys() & rows.keys() if text[key] != rows[key]] == ["sft"]
 
 
 def test_other_bytes_of_a_file_are_in_the_record(arguments, files, tmp_path):
