@@ -63,7 +63,7 @@ class RowReader:
         ignored: of the rows read so far, how many had each of the keys that were left alone.
     """
 
-    fingerprint = f"3-{translation.FINGERPRINT}"
+    fingerprint = f"4-{translation.FINGERPRINT}"
 
     def __init__(self):
         self.ignored: Counter[str] = Counter()
