@@ -248,10 +248,17 @@ def _sampling(args: argparse.Namespace, published):
     if args.greedy:
         given["temperature"] = 0.0
     try:
-        return dataclasses.replace(published, **given)
+        sampling = dataclasses.replace(published, **given)
     except ValueError as error:
         name, rest = str(error).split(" ", 1)
         raise UserError(f"--{name.replace('_', '-')} {rest}") from None
+    for name in ("top_p", "top_k"):
+        if name in given and "temperature" not in given and sampling.temperature == 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} {given[name]}: nothing is drawn, since generation_config.json is missing "
+                "or gives no temperature; give --temperature, or leave it out"
+            )
+    return sampling
 
 
 def _check_lengths(prompts: list[tuple[str, list[int]]], max_new_tokens: int, config) -> None:

@@ -209,8 +209,12 @@ def test_the_publishers_sampling_holds_where_no_flag_says_otherwise(folder, tmp_
             published(**wrong)
     chosen = TOOL["_sampling"](parsed("--greedy", "--top-k", "3", "--seed", "9"), hy)
     assert (chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed) == (0, 3, 0.6, 9)
-    with pytest.raises(UserError, match="--top-p is 2"):
-        TOOL["_sampling"](parsed("--top-p", "2"), hy)
+    for argv, said in (("--top-p 2", "--top-p is 2"), ("--seed -1", "--seed is -1; 0 or more is needed")):
+        with pytest.raises(UserError, match=said):
+            TOOL["_sampling"](parsed(*argv.split()), hy)
+    with pytest.raises(UserError, match=r"--top-p 0.5: nothing is drawn, .*; give --temperature"):
+        TOOL["_sampling"](parsed("--top-p", "0.5"), published())
+    assert TOOL["_sampling"](parsed("--top-p", "0.5", "--temperature", "1"), published()).top_p == 0.5
 
 
 def test_a_prompt_longer_than_the_context_is_refused(folder):
