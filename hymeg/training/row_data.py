@@ -107,9 +107,10 @@ class RowData:
             for source in sources:
                 say(f"{name} data {described(source)}")
         trained = {source.index.digest for source in self.sources[0]}
-        for source in self.sources[1] if blends[1] else ():
-            if source.index.digest in trained:
-                say(f"--valid-data-path {source.index.path} is trained on too: its loss says nothing about new data")
+        for label, sources in (("--valid-data-path", self.sources[1]), ("--test-data-path", self.sources[2])):
+            for source in sources if any(blends[1:]) else ():
+                if source.index.digest in trained:
+                    say(f"{label} {source.index.path} is trained on too: its loss says nothing about new data")
         set_evaluation(args, self.sources[1], say)
         if self.sources[2] and not self.sources[1]:
             say("the test data are not used, since there are no data for validation: give some of these too")

@@ -77,13 +77,15 @@ def made(args):
     return RowData(args, CONFIG, said.append), said
 
 
-def test_validation_on_what_is_trained_on_is_said(arguments, files, tmp_path):
+def test_evaluation_on_what_is_trained_on_is_said(arguments, files, tmp_path):
     """Under whatever name it lies there."""
     (tmp_path / "copy").mkdir()
     copy = write(tmp_path / "copy/a.jsonl", *range(20))
-    _, said = made(arguments(data_path=[files[0]], valid_data_path=[files[1], copy], eval_iters=1))
+    given = {"valid_data_path": [files[1], copy], "test_data_path": [files[0]]}
+    _, said = made(arguments(data_path=[files[0]], **given, eval_iters=1))
     assert [line for line in said if "trained on too" in line] == [
-        f"--valid-data-path {copy} is trained on too: its loss says nothing about new data"
+        f"{path} is trained on too: its loss says nothing about new data"
+        for path in (f"--valid-data-path {copy}", f"--test-data-path {files[0]}")
     ]
 
 
