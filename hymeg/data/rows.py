@@ -39,6 +39,10 @@ _FOREIGN = {  # key, where a value asks for something: the remedy
         f"{_LEARNED}: make the better one a message",
     ),
     **dict.fromkeys(
+        ("reasoning", "reasoning_content"),
+        "write reasoning into the assistant's message, and how much is asked for under 'reasoning_effort'",
+    ),
+    **dict.fromkeys(
         ("image", "images", "video", "videos", "audio", "audios"),
         "these models read text only: leave the row out",
     ),
@@ -63,7 +67,7 @@ class RowReader:
         ignored: of the rows read so far, how many had each of the keys that were left alone.
     """
 
-    fingerprint = f"4-{translation.FINGERPRINT}"
+    fingerprint = f"5-{translation.FINGERPRINT}"
 
     def __init__(self):
         self.ignored: Counter[str] = Counter()
