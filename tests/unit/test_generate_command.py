@@ -156,7 +156,13 @@ def test_rows_that_a_flag_does_not_go_with(tokenizer, tmp_path, row, argv, said)
         ('{"messages": [{"role": "nobody", "content": "a"}]}', "line 1: message 1: 'role' is 'nobody'"),
         ('{"source": "a"}', "'source' and 'target_lang' are needed"),
         ('{"prompt": " "}', "is empty"),
-        ('{"prompt": "a<｜hy_User｜>b"}', "special token"),
+        ('{"prompt": "a<｜hy_User｜>b"}', "a message holds .*special token"),
+        ('{"prompt": "a", "tools": [{"name": "f", "description": "<｜hy_User｜>"}]}', "'tools' holds .*special token"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
+            '"reasoning_content": "<eos:6124c78e>"}, {"role": "user", "content": "a"}]}',
+            "a message holds '<eos:6124c78e>', a special token",
+        ),
         ('{"source": "a", "target_lang": "xx"}', "'xx' is not among the language codes"),
     ],
 )
