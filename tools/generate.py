@@ -231,15 +231,16 @@ def _speak(args: argparse.Namespace, flags: list[str]) -> None:
     if device.current().type == "cuda" and not {"--bf16", "--fp16"} & set(flags):
         flags = ["--bf16", *flags]
     model, config = load_model(args.checkpoint, flags, hf_model=args.hf_model, adapter=args.adapter)
+    answered: list[dict] = []
     if prompts:
-        _answer(args, model, sampling, tokenizer, prompts)
+        _answer(args, model, sampling, tokenizer, prompts, answered)
     elif args.file:
         raise UserError(f"--file {args.file}: holds no prompt")
     else:
         for line in _lines():
             prompts = [(line, asked.tokens(line))]
             _check_lengths(prompts, sampling.max_new_tokens, config)
-            _answer(args, model, sampling, tokenizer, prompts)
+            _answer(args, model, sampling, tokenizer, prompts, answered)
 
 
 def _sampling(args: argparse.Namespace, published):
@@ -283,8 +284,12 @@ def _lines() -> Iterator[str]:
             yield line[0].strip()
 
 
-def _answer(args: argparse.Namespace, model, sampling, tokenizer, prompts: list[tuple[str, list[int]]]) -> None:
-    """Generate on all ranks, print on the first: one answer as it is made, several as they end."""
+def _answer(
+    args: argparse.Namespace, model, sampling, tokenizer, prompts: list[tuple[str, list[int]]], answered: list[dict]
+) -> None:
+    """Generate on all ranks, print on the first: one answer as it is made, several as they end. `answered` are the rows
+    of --out, of earlier prompts too.
+    """
     from hymeg.generation import Drafting, generate_dealt
 
     drafting = Drafting(args.draft) if args.draft else None
@@ -311,11 +316,11 @@ def _answer(args: argparse.Namespace, model, sampling, tokenizer, prompts: list[
         by_depth = ", ".join(f"{rate:.1%} at depth {depth}" for depth, rate in enumerate(drafting.rates, start=1))
         print(f"hymeg: {drafting.rate:.1%} of {sum(drafting.proposed):,} drafts accepted: {by_depth}", file=sys.stderr)
     if args.out:
-        rows = [
+        answered += [
             {"prompt": asked, "response": text, "ended": answer.ended}
             for (asked, _), text, answer in zip(prompts, texts, answers, strict=True)
         ]
-        write_whole(Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        write_whole(Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered).encode())
 
 
 class Printed:

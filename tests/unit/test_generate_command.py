@@ -249,9 +249,21 @@ def test_chats_need_a_template(folder):
         chat_prompt(tokenizer, [{"role": "user", "content": "a"}])
 
 
+def run(folder, *argv, **options):
+    command = [sys.executable, GENERATE, folder, "--raw", "--greedy", "--max-new-tokens", "2", *argv]
+    env = os.environ | {"HYMEG_PLATFORM": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_screen_has_the_answer_alone(folder):
     """Megatron's log goes to standard output."""
-    command = [sys.executable, GENERATE, folder, "--raw", "--prompt", "a", "--greedy", "--max-new-tokens", "2"]
-    done = subprocess.run(command, env=os.environ | {"HYMEG_PLATFORM": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "megatron" not in done.stdout and done.stdout.count("\n") <= 2, done.stdout
+    said = run(folder, "--prompt", "a")
+    assert "megatron" not in said and said.count("\n") <= 2, said
+
+
+def test_of_prompts_that_are_typed_all_answers_are_kept(folder, tmp_path):
+    run(folder, "--out", tmp_path / "answers.jsonl", input="a\n\nb\n")
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["a", "b"]
