@@ -48,6 +48,8 @@ def chat_prompt(
         if found := [token for token in tokenizer.all_special_tokens if token in text]:
             raise UserError(f"{what} holds {shown(found[0])}, a special token: it would open or end a turn; reword it")
     text = rendered(tokenizer, messages, tools, effort, add_generation_prompt=True)
+    if unnamed := [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in text]:
+        raise UserError(f"the chat template leaves out the tool {shown(unnamed[0])}; leave 'tools' out")
     return tokenizer.encode(text, add_special_tokens=False)
 
 

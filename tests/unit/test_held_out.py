@@ -68,6 +68,12 @@ def test_a_conversation_is_none_where_the_keys_of_a_translation_are_null(held_ou
     assert (question.asked, question.translation) == ("2 + 2?", {})
 
 
+def test_tools_that_the_template_leaves_out_are_refused(held_out):
+    """In training too."""
+    with pytest.raises(UserError, match="line 1: the chat template leaves out the tool 'weather'; leave 'tools' out"):
+        held_out(CHAT | {"tools": [{"name": "weather"}]})
+
+
 def test_rows_are_spread_evenly_over_the_file(held_out):
     given = [TRANSLATION | {"source": str(number)} for number in range(10)]
     assert [one.asked for one in held_out(*given, num_rows=4).questions] == ["0", "2", "5", "7"]
