@@ -85,9 +85,9 @@ class HeldOut:
                 f"{self.max_new_tokens:,}, twice the longest reference: more than the model's context of "
                 f"{config.max_position_embeddings:,} (max_position_embeddings); leave the longest rows out"
             )
-        self._closing = _closing(tokenizer)
-        literals = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
+        self._special = control_tokens(tokenizer)  # by id: a text may spell one
+        closing = _closing(tokenizer) or ""
+        self._closing = next((number for number, token in self._special.items() if closing.startswith(token)), None)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -123,19 +123,22 @@ class HeldOut:
         return Question(prompt, asked, last["content"], num_tokens, effort, translation, row, number)
 
     def _example(self, question: Question, answer: Answer) -> Example:
-        text, thinking = self.tokenizer.decode(answer.tokens), None
-        if self._closing and self._closing in text:
-            thinking, _, text = text.partition(self._closing)
-            thinking = self._special.sub("", thinking)
+        tokens, thinking = answer.tokens, None
+        if self._closing in tokens:
+            at = tokens.index(self._closing)
+            thinking, tokens = self._text(tokens[:at]), tokens[at + 1 :]
         return Example(
             question.reference,
-            self._special.sub("", text).strip(),
+            self._text(tokens).strip(),
             answer.ended,
-            tuple(self._special.findall(text)),
+            tuple(self._special[token] for token in tokens if token in self._special),
             **question.translation,
             thinking=thinking,
             effort=question.effort,
         )
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode([token for token in tokens if token not in self._special])
 
 
 def _closing(tokenizer: PreTrainedTokenizerBase) -> str | None:

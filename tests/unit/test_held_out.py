@@ -12,7 +12,7 @@ from hymeg.generation.held_out import HeldOut, figures, line, rows
 from hymeg.generation.judging import bleu_tokenizer
 from hymeg.generation.replies import Answer
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tokenizer import train_tiny_tokenizer
+from hymeg.hf.tokenizer import text_tokenizer, train_tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 CONFIG = HyConfig.from_dict(TINY_CONFIG)
@@ -98,6 +98,13 @@ def test_an_answer_is_taken_apart(held_out, tokenizer, row, text, expected, alar
     assert (example.hypothesis, example.special_tokens, example.thinking) == expected
     [said] = rows(found.questions, [example])
     assert (said["alarms"], said["pair"]) == (alarms, "en-de" if row is TRANSLATION else "chats")
+
+
+@pytest.mark.parametrize("text", ["Write <｜hy_User｜> there.", "Then </think> ends it."])
+def test_what_an_answer_spells_is_no_special_token(held_out, tokenizer, text):
+    found = held_out({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]})
+    [example] = found.examples([Answer(text_tokenizer(tokenizer).encode(text).ids, True)])
+    assert (example.hypothesis, example.special_tokens, example.thinking) == (text, (), None)
 
 
 def test_figures_are_those_of_sacrebleu_on_the_lines_of_the_file(held_out, tokenizer):
