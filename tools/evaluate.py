@@ -19,8 +19,18 @@ import torch.distributed as dist
 
 from hymeg import platform
 from hymeg.errors import UserError, exit_on_user_error
-from hymeg.files import write_whole
+from hymeg.files import shown, write_whole
 from hymeg.hf.hub import is_hub_id, local_folder
+
+_DECISIVE = (
+    "num_experts_per_tok",
+    "router_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "rms_norm_eps",
+    "rope_theta",
+    "eos_token_id",
+)
+"""Of what config.json says that weights do not show."""
 
 
 def main() -> None:
@@ -84,6 +94,8 @@ def _evaluate(args: argparse.Namespace, flags: list[str]) -> None:
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no config.json in it; say with --hf-model where config.json and tokenizer are")
     config = HyConfig.from_file(Path(folder) / "config.json")
+    if hf_model is None:
+        _check_one_model(Path(folder), [Path(folders[checkpoint]) for checkpoint in others])
     held_out = HeldOut(args.file, load_tokenizer(folder, config), config, args.rows)
     sampling = held_out.sampling(published_sampling(folder, config).stop_ids)
     if device.current().type == "cuda" and not {"--bf16", "--fp16"} & set(flags):
@@ -102,6 +114,24 @@ def _evaluate(args: argparse.Namespace, flags: list[str]) -> None:
                 _write(Path(args.out), table, checkpoint, said, held_out.questions)
     if dist.get_rank() == 0:
         print(table)
+
+
+def _check_one_model(folder: Path, others: list[Path]) -> None:
+    """Raises UserError where a folder's config.json says otherwise how its weights compute or end than that of
+    `folder`, by which all are judged.
+    """
+    from hymeg.hf.config import HyConfig
+
+    expected = HyConfig.from_dir(folder)
+    for other in (other for other in others if (other / "config.json").is_file()):
+        config = HyConfig.from_dir(other)
+        for name in _DECISIVE:
+            if getattr(config, name) != getattr(expected, name):
+                raise UserError(
+                    f"{other / 'config.json'}: {name} is {shown(getattr(config, name))}, and "
+                    f"{shown(getattr(expected, name))} in {folder}: these are not checkpoints of one model; judge each "
+                    "alone, or say with --hf-model which config.json holds for all"
+                )
 
 
 class _Table:

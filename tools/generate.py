@@ -20,12 +20,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from hymeg import platform
+from hymeg.data.fields import decoded
 from hymeg.errors import UserError, exit_on_user_error, located
-from hymeg.files import parse_row, write_whole
+from hymeg.files import write_whole
 
 EFFORTS = ("no_think", "low", "high")
 
@@ -56,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--file",
         metavar="FILE",
-        help="prompts: a line each (.txt), or a row each (.jsonl): {'messages': [...]}, {'prompt': ...} or {'source', "
-        "'target_lang', 'source_lang'?}",
+        help="prompts: a line each (.txt), or a row each (.jsonl): {'prompt': ...}, {'messages': [...]} or {'source', "
+        "'target_lang', 'source_lang'?}, with further keys as for training (docs/data.md)",
     )
     asked.add_argument("--to", metavar="LANGUAGE", help="translate into it: a code or a name, such as de or German")
     asked.add_argument("--from", dest="source", metavar="LANGUAGE", help="of the text to be translated")
@@ -135,24 +137,29 @@ class Asked:
         return [*asked, *self._of_file()] if self.args.file else asked
 
     def tokens(self, text: str) -> list[int]:
-        from hymeg.generation.prompts import chat_prompt, text_prompt, translation_request
+        from hymeg.generation.prompts import text_prompt
 
         if not text.strip():
             raise UserError("a prompt: is empty; give a text")
-        if self.args.raw:
-            return text_prompt(self.tokenizer, text)
-        if self.args.to:
-            text = translation_request(text, self.args.to, self.args.source)
-        return chat_prompt(self.tokenizer, self._chat(text), effort=self.args.effort)
+        return text_prompt(self.tokenizer, text) if self.args.raw else self._chat([self._question(text)])
 
-    def _chat(self, text: str) -> list[dict]:
-        system = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
-        return [*system, {"role": "user", "content": text}]
+    def _question(self, text: str) -> dict:
+        from hymeg.generation.prompts import translation_request
+
+        asked = translation_request(text, self.args.to, self.args.source) if self.args.to else text
+        return {"role": "user", "content": asked}
+
+    def _chat(self, messages: list[dict], tools: list[dict] | None = None, effort: str | None = None) -> list[int]:
+        from hymeg.generation.prompts import chat_prompt
+
+        if self.args.system is not None and not any(message["role"] == "system" for message in messages):
+            messages = [{"role": "system", "content": self.args.system}, *messages]
+        return chat_prompt(self.tokenizer, messages, tools, effort or self.args.effort)
 
     def _of_file(self) -> Iterator[tuple[str, list[int]]]:
         path = Path(self.args.file)
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file {path}: cannot be read: {error}") from error
         for number, line in enumerate(lines, start=1):
@@ -162,26 +169,44 @@ class Asked:
                 yield asked
 
     def _of_row(self, line: str) -> tuple[str, list[int]]:
-        from hymeg.generation.prompts import chat_prompt, translation_request
+        """A row as for training, whose answer may be missing; a prompt is a conversation of one message."""
+        from hymeg.data.rows import RowReader
+        from hymeg.generation.prompts import source_language
 
-        row = parse_row(line)
+        row = decoded(line)
         if not isinstance(row, dict):
             raise UserError("an object is needed, such as {'prompt': ...}")
-        effort = row.get("reasoning_effort", self.args.effort)
-        if isinstance(messages := row.get("messages"), list) and messages:
-            while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        row = {key: value for key, value in row.items() if value is not None}
+        messages, source, target = row.get("messages"), row.get("source"), row.get("target_lang", self.args.to)
+        if isinstance(prompt := row.get("prompt"), str) and not row.keys() & {"messages", "source"}:
+            if self.args.raw or not prompt.strip():
+                return prompt, self.tokens(prompt)
+            asked, messages = prompt, [self._question(row.pop("prompt"))]
+        elif self.args.raw:
+            raise UserError(f"--raw continues what is under 'prompt', and the row has {list(row)}; leave --raw out")
+        elif isinstance(messages, list) and messages:
+            if self.args.to:
+                raise UserError("--to translates 'prompt' or 'source', and the row has 'messages'; leave --to out")
+            while messages and isinstance(last := messages[-1], dict) and _role(last) in ("assistant", "gpt"):
                 messages = messages[:-1]
-            if not messages or not all(isinstance(message, dict) for message in messages):
+            if not messages:
                 raise UserError("'messages' holds no question; a list of {'role', 'content'} is needed")
-            tokens = chat_prompt(self.tokenizer, messages, tools=row.get("tools"), effort=effort)
-            return str(messages[-1].get("content")), tokens
-        if isinstance(prompt := row.get("prompt"), str) and "source" not in row:
-            return prompt, self.tokens(prompt)
-        source, target = row.get("source"), row.get("target_lang", self.args.to)
-        if isinstance(source, str) and isinstance(target, str):
-            request = translation_request(source, target, row.get("source_lang", self.args.source))
-            return source, chat_prompt(self.tokenizer, self._chat(request), effort=effort)
-        raise UserError(f"'messages', 'prompt', or 'source' and 'target_lang' are needed; it has {list(row)}")
+            asked = None
+        elif isinstance(source, str) and isinstance(target, str):
+            asked, language = source, row.get("source_lang", self.args.source) or source_language(source)
+            row |= {"source_lang": language, "target_lang": target, "target": "?"}
+        else:
+            raise UserError(f"'messages', 'prompt', or 'source' and 'target_lang' are needed; it has {list(row)}")
+        if messages:
+            row["messages"] = [*messages, {"role": "assistant", "content": "?"}]
+        conversation = RowReader().read(row)
+        messages = conversation.messages[:-1]
+        asked = messages[-1]["content"] if asked is None else asked
+        return asked, self._chat(messages, conversation.tools, conversation.reasoning_effort)
+
+
+def _role(message: dict) -> Any:
+    return message.get("role", message.get("from"))
 
 
 def _speak(args: argparse.Namespace, flags: list[str]) -> None:
@@ -206,15 +231,16 @@ def _speak(args: argparse.Namespace, flags: list[str]) -> None:
     if device.current().type == "cuda" and not {"--bf16", "--fp16"} & set(flags):
         flags = ["--bf16", *flags]
     model, config = load_model(args.checkpoint, flags, hf_model=args.hf_model, adapter=args.adapter)
+    answered: list[dict] = []
     if prompts:
-        _answer(args, model, sampling, tokenizer, prompts)
+        _answer(args, model, sampling, tokenizer, prompts, answered)
     elif args.file:
         raise UserError(f"--file {args.file}: holds no prompt")
     else:
         for line in _lines():
             prompts = [(line, asked.tokens(line))]
             _check_lengths(prompts, sampling.max_new_tokens, config)
-            _answer(args, model, sampling, tokenizer, prompts)
+            _answer(args, model, sampling, tokenizer, prompts, answered)
 
 
 def _sampling(args: argparse.Namespace, published):
@@ -223,10 +249,17 @@ def _sampling(args: argparse.Namespace, published):
     if args.greedy:
         given["temperature"] = 0.0
     try:
-        return dataclasses.replace(published, **given)
+        sampling = dataclasses.replace(published, **given)
     except ValueError as error:
         name, rest = str(error).split(" ", 1)
         raise UserError(f"--{name.replace('_', '-')} {rest}") from None
+    for name in ("top_p", "top_k"):
+        if name in given and "temperature" not in given and sampling.temperature == 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} {given[name]}: nothing is drawn, since generation_config.json is missing "
+                "or gives no temperature; give --temperature, or leave it out"
+            )
+    return sampling
 
 
 def _check_lengths(prompts: list[tuple[str, list[int]]], max_new_tokens: int, config) -> None:
@@ -251,8 +284,12 @@ def _lines() -> Iterator[str]:
             yield line[0].strip()
 
 
-def _answer(args: argparse.Namespace, model, sampling, tokenizer, prompts: list[tuple[str, list[int]]]) -> None:
-    """Generate on all ranks, print on the first: one answer as it is made, several as they end."""
+def _answer(
+    args: argparse.Namespace, model, sampling, tokenizer, prompts: list[tuple[str, list[int]]], answered: list[dict]
+) -> None:
+    """Generate on all ranks, print on the first: one answer as it is made, several as they end. `answered` are the rows
+    of --out, of earlier prompts too.
+    """
     from hymeg.generation import Drafting, generate_dealt
 
     drafting = Drafting(args.draft) if args.draft else None
@@ -279,11 +316,11 @@ def _answer(args: argparse.Namespace, model, sampling, tokenizer, prompts: list[
         by_depth = ", ".join(f"{rate:.1%} at depth {depth}" for depth, rate in enumerate(drafting.rates, start=1))
         print(f"hymeg: {drafting.rate:.1%} of {sum(drafting.proposed):,} drafts accepted: {by_depth}", file=sys.stderr)
     if args.out:
-        rows = [
+        answered += [
             {"prompt": asked, "response": text, "ended": answer.ended}
             for (asked, _), text, answer in zip(prompts, texts, answers, strict=True)
         ]
-        write_whole(Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        write_whole(Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered).encode())
 
 
 class Printed:

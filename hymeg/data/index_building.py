@@ -133,7 +133,17 @@ def build_missing(folders: Mapping[str, Path], settings: tuple, stream: TextIO, 
 
     Args:
         num_workers: None: as many as this machine has cores and are worth starting.
+
+    Raises:
+        UserError: as `build_indices` does; two files of other content would have one folder.
     """
+    first = {folder: path for path, folder in reversed(folders.items())}
+    for path, folder in folders.items():
+        other = first[folder]
+        if other != path and row_index.content_digest(other) != row_index.content_digest(path):
+            raise UserError(
+                f"{path}: has the name, length, beginning and end of {other}, and would have its index too; rename one"
+            )
     missing = {path: folder for path, folder in folders.items() if not row_index.is_built(folder, path)}
     if not missing:
         return

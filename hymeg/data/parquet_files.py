@@ -47,6 +47,9 @@ def read_rows(
             raise UserError(
                 f"{path}: no column {shown(missing[0])} among {shown(names)}; --json-keys names the columns to read"
             )
+        if twice := [name for name in columns or names if names.count(name) > 1]:
+            found = f"two columns are called {shown(twice[0])}, of which only one would be read"
+            raise UserError(f"{path}: {found}; rename one")
         for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns and list(columns), use_threads=False):
             for row in (batch.slice(index, 1) for index in range(len(batch))):
                 number += 1

@@ -2,13 +2,29 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
+from hymeg.checksums import MANIFEST, read_manifest
 from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer
+
+
+def contents(prefix: Path) -> str:
+    """What is in a data set, by its checksums where it has some. The checksum of files of another length is not
+    theirs.
+    """
+    files = [prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("bin", "idx")]
+    manifest = read_manifest(prefix.with_name(f"{prefix.name}.{MANIFEST}")) or {}
+    sums = [manifest.get(file.name) for file in files]
+    return " and ".join(
+        f"{size} bytes" + (f" of CRC-32 {known.crc:08X}" if known and known.size == size else "")
+        for size, known in zip((file.stat().st_size for file in files), sums, strict=True)
+    )
 
 
 class _FreshMasks:
@@ -22,7 +38,15 @@ class _FreshMasks:
 
 
 class TextDataset(_FreshMasks, GPTDataset):
-    """Samples of `seq_length` tokens cut from concatenated documents."""
+    """Samples of `seq_length` tokens cut from concatenated documents.
+
+    Megatron keeps where they are cut in a cache that knows the data set by its path alone: written anew under that,
+    with other documents, it would be cut as the old one was. Here its contents are part of what it is known by.
+    """
+
+    def __init__(self, dataset: IndexedDataset, path: str, *args, **kwargs):
+        known_by = path if "://" in path else f"{path}, {contents(Path(path))}"
+        super().__init__(dataset, known_by, *args, **kwargs)
 
 
 class RandomDataset(_FreshMasks, MockGPTDataset):

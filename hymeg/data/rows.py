@@ -39,6 +39,10 @@ _FOREIGN = {  # key, where a value asks for something: the remedy
         f"{_LEARNED}: make the better one a message",
     ),
     **dict.fromkeys(
+        ("reasoning", "reasoning_content"),
+        "write reasoning into the assistant's message, and how much is asked for under 'reasoning_effort'",
+    ),
+    **dict.fromkeys(
         ("image", "images", "video", "videos", "audio", "audios"),
         "these models read text only: leave the row out",
     ),
@@ -63,7 +67,7 @@ class RowReader:
         ignored: of the rows read so far, how many had each of the keys that were left alone.
     """
 
-    fingerprint = f"3-{translation.FINGERPRINT}"
+    fingerprint = f"5-{translation.FINGERPRINT}"
 
     def __init__(self):
         self.ignored: Counter[str] = Counter()
@@ -74,16 +78,20 @@ class RowReader:
         """
         where = place(path, line)
         with located(where):
-            row = _read(row)
-            form = _form(row)
-            others = row.keys() - form.keys
-            _check_names(others, form)
-            self.ignored.update(others)
-            _check_nothing_else_is_asked(row)
-            messages = _with_system(row, form.messages(row))
-            tools = read_functions(*one_of(row, _TOOLS), are_calls=False)
-            weights = _weights(weight_of(row, _WEIGHT), messages)
-            return Conversation(messages, _effort(row), tools, where, weights)
+            return self.read(row)._replace(where=where)
+
+    def read(self, row: bytes | dict) -> Conversation:
+        """`parse`, of a row from anywhere."""
+        row = _read(row)
+        form = _form(row)
+        others = row.keys() - form.keys
+        _check_names(others, form)
+        self.ignored.update(others)
+        _check_nothing_else_is_asked(row)
+        messages = _with_system(row, form.messages(row))
+        tools = read_functions(*one_of(row, _TOOLS), are_calls=False)
+        weights = _weights(weight_of(row, _WEIGHT), messages)
+        return Conversation(messages, _effort(row), tools, weights=weights)
 
 
 def _read(row: bytes | dict) -> dict:

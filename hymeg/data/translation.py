@@ -76,12 +76,13 @@ _OTHER_NAMES = {
     "zh-tw": "zh-Hant",
     "zh-hk": "zh-Hant",
     "zh-mo": "zh-Hant",
+    "zh-yue": "yue",
     "simplified chinese": "zh",
     "简体中文": "zh",
     "汉语": "zh",
 }
 _CODES = {name.casefold(): code for code, names in LANGUAGES.items() for name in (code, *names)} | _OTHER_NAMES
-_CODE_FORM = re.compile(r"([a-z]{2,3})(?:[-_][A-Za-z0-9]{2,8})*")
+_CODE_FORM = re.compile(r"(?:[a-z]{2,3}|[A-Z]{2,3})(?:[-_][A-Za-z0-9]{2,8})*")
 
 
 class LanguageNames(NamedTuple):
@@ -107,8 +108,10 @@ def language_names(language: str) -> LanguageNames:
 
 def language_code(language: str) -> str | None:
     """The code in `LANGUAGES` of a code or name; None for a language that is not there."""
-    form = _CODE_FORM.fullmatch(language)
-    return _CODES.get(language.replace("_", "-").casefold()) or (_CODES.get(form[1]) if form else None)
+    name = language.replace("_", "-").casefold()
+    while name not in _CODES and "-" in name and _CODE_FORM.fullmatch(language):
+        name = name.rpartition("-")[0]  # zh-Hant-TW is zh-Hant
+    return _CODES.get(name)
 
 
 class Prompt:

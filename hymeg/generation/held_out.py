@@ -35,6 +35,7 @@ class Question(NamedTuple):
         asked: the source of a translation, the last message before the answer of a conversation.
         reference: what the row answers, without its reasoning.
         num_reference_tokens: with it.
+        effort: of reasoning, that the row asks for and its reference shows.
         translation: source and languages of one, by the row's keys.
         row: as it stands in the file.
         number: its line there.
@@ -84,9 +85,9 @@ class HeldOut:
                 f"{self.max_new_tokens:,}, twice the longest reference: more than the model's context of "
                 f"{config.max_position_embeddings:,} (max_position_embeddings); leave the longest rows out"
             )
-        self._closing = _closing(tokenizer)
-        literals = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
+        self._special = control_tokens(tokenizer)  # by id: a text may spell one
+        closing = _closing(tokenizer) or ""
+        self._closing = next((number for number, token in self._special.items() if closing.startswith(token)), None)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -110,27 +111,34 @@ class HeldOut:
                 raise UserError("ends without an answer in words, with which to compare; leave it out")
             prompt = chat_prompt(self.tokenizer, before, conversation.tools, conversation.reasoning_effort)
         row = row if isinstance(row, dict) else json.loads(row)
-        translation = {key: row[key] for key in NEEDED if key != "target"} if row.keys() >= set(NEEDED) else {}
+        translation = {}
+        if all(row.get(key) is not None for key in NEEDED):
+            translation = {"source": row["source"]} | {key: row[key].strip() for key in ("source_lang", "target_lang")}
         texts = [last.get("reasoning_content") or "", last["content"]]
         num_tokens = sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         asked = translation.get("source", str(before[-1].get("content")))
         effort = conversation.reasoning_effort
+        if effort != "no_think" and not last.get("reasoning_content"):
+            effort = None  # where the reference does not think either
         return Question(prompt, asked, last["content"], num_tokens, effort, translation, row, number)
 
     def _example(self, question: Question, answer: Answer) -> Example:
-        text, thinking = self.tokenizer.decode(answer.tokens), None
-        if self._closing and self._closing in text:
-            thinking, _, text = text.partition(self._closing)
-            thinking = self._special.sub("", thinking)
+        tokens, thinking = answer.tokens, None
+        if self._closing in tokens:
+            at = tokens.index(self._closing)
+            thinking, tokens = self._text(tokens[:at]), tokens[at + 1 :]
         return Example(
             question.reference,
-            self._special.sub("", text).strip(),
+            self._text(tokens).strip(),
             answer.ended,
-            tuple(self._special.findall(text)),
+            tuple(self._special[token] for token in tokens if token in self._special),
             **question.translation,
             thinking=thinking,
             effort=question.effort,
         )
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode([token for token in tokens if token not in self._special])
 
 
 def _closing(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -1,6 +1,7 @@
 """What a person asks, as tokens: plain text, a chat, a translation; and how the publisher would have answers drawn."""
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -37,14 +38,18 @@ def chat_prompt(
         effort: of reasoning: no_think, low, high; None leaves it to the template.
 
     Raises:
-        UserError: there is no template, it refuses them, or a message holds one of the tokenizer's special tokens.
+        UserError: there is no template, it refuses them, or a message or tool holds one of the tokenizer's special
+            tokens.
     """
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template; continue plain text with --raw instead")
-    for token in tokenizer.all_special_tokens:
-        if any(token in str(message.get("content")) for message in messages):
-            raise UserError(f"a message holds {shown(token)}, a special token: it would open or end a turn; reword it")
+    for what, said in (("a message", messages), ("'tools'", tools)):
+        text = json.dumps(said, ensure_ascii=False)
+        if found := [token for token in tokenizer.all_special_tokens if token in text]:
+            raise UserError(f"{what} holds {shown(found[0])}, a special token: it would open or end a turn; reword it")
     text = rendered(tokenizer, messages, tools, effort, add_generation_prompt=True)
+    if unnamed := [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in text]:
+        raise UserError(f"the chat template leaves out the tool {shown(unnamed[0])}; leave 'tools' out")
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -57,11 +62,12 @@ def translation_request(text: str, target: str, source: str | None = None) -> st
     Raises:
         UserError: there is no such language.
     """
-    if source is None:
-        source = "zh" if _HAN.search(text) and not _KANA_HANGUL.search(text) else "en"
-    for language in (target, source):
-        translation.language_names(language)
-    return translation.request({"source": text, "source_lang": source, "target_lang": target})
+    return translation.request({"source": text, "source_lang": source or source_language(text), "target_lang": target})
+
+
+def source_language(text: str) -> str:
+    """As far as the prompt's language depends on it."""
+    return "zh" if _HAN.search(text) and not _KANA_HANGUL.search(text) else "en"
 
 
 def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:

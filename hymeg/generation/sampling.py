@@ -41,6 +41,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+            ("seed", self.seed >= 0, "0 or more"),
         ):
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}; {allowed} is needed")

@@ -12,6 +12,8 @@ from megatron.training import get_args, get_timers, training
 
 from hymeg.platform.patches import patched, replaced, replaces
 
+_OF_VALIDATION = ("eval_iters", "full_validation", "multiple_validation_sets", "validation_set_names")
+
 
 @replaces(utils, "compile_helpers", "initialize.py:178")
 def _import_helpers(compile_helpers) -> None:
@@ -29,6 +31,21 @@ def _without_empty_optimizers(get_megatron_optimizer, *args, **kwargs):
     if real := [one for one in chained if not getattr(one, "is_stub_optimizer", False)]:
         made.chained_optimizers = real
     return made
+
+
+@replaces(training, "evaluate_and_print_results", "training.py:1494")
+def _test_data_apart(evaluate_and_print, title, *args, **kwargs):
+    """Test data are one set, of `args.test_iters` iterations. Megatron takes what it was told of validation for it: as
+    many iterations, whatever there is to test on; and fails where that has several sets.
+    """
+    of_run = get_args()
+    kept = {name: getattr(of_run, name) for name in _OF_VALIDATION}
+    if title.endswith("test set"):
+        vars(of_run).update(dict.fromkeys(_OF_VALIDATION) | {"eval_iters": of_run.test_iters})
+    try:
+        evaluate_and_print(title, *args, **kwargs)
+    finally:
+        vars(of_run).update(kept)
 
 
 def flops_formula(flops: Callable[[int, float | None, float | None], float]) -> contextlib.AbstractContextManager:

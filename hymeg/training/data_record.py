@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hymeg.checkpoint.dist_files import named_iteration
-from hymeg.checksums import MANIFEST, read_manifest, sum_of_file
+from hymeg.checksums import sum_of_file
+from hymeg.data.pretraining import contents
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown, write_whole
 from hymeg.progress import Say
@@ -32,24 +33,13 @@ def text_record(args: argparse.Namespace) -> dict[str, Any]:
     _build_document_sample_shuffle_indices).
     """
     num_samples = args.train_samples or args.train_iters * args.global_batch_size
-    return {dest: getattr(args, dest) for dest in _OF_TEXT.split()} | {"train_samples": num_samples}
+    return {dest: getattr(args, dest) for dest in _OF_TEXT.split()} | {"train_samples": num_samples, "sft": False}
 
 
 def contents_record(args: argparse.Namespace) -> dict[str, str]:
     """What is in the data sets of text, by their checksums where they have some, and how the tokenizer makes tokens."""
-    found = {f"{_CONTENTS}{prefix}": _contents(Path(prefix)) for prefix in getattr(args, "text_prefixes", ())}
+    found = {f"{_CONTENTS}{prefix}": contents(Path(prefix)) for prefix in getattr(args, "text_prefixes", ())}
     return found | {_TOKENIZER: f"{sum_of_file(Path(args.hf_model, _TOKENIZER)).crc:08X}"}
-
-
-def _contents(prefix: Path) -> str:
-    """The checksum of files of another length is not theirs."""
-    files = [prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("bin", "idx")]
-    manifest = read_manifest(prefix.with_name(f"{prefix.name}.{MANIFEST}")) or {}
-    sums = [manifest.get(file.name) for file in files]
-    return " and ".join(
-        f"{size} bytes" + (f" of CRC-32 {known.crc:08X}" if known and known.size == size else "")
-        for size, known in zip((file.stat().st_size for file in files), sums, strict=True)
-    )
 
 
 def compare_and_keep(args: argparse.Namespace, record: dict[str, Any], say: Say) -> None:

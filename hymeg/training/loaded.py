@@ -19,7 +19,7 @@ from hymeg.training.arguments import parse
 from hymeg.training.preflight import preflight
 from hymeg.training.run import megatron_refusals, model_config_from_args, stand_alone
 
-_NO_TRAINING = "--mock-data --train-iters 1 --lr 0 --eval-iters 0 --seq-length 1024 --no-initialization"
+_NO_TRAINING = "--mock-data --train-iters 1 --lr 0 --eval-iters 0 --seq-length 1024 --no-initialization --no-load-optim"
 
 
 def load_model(

@@ -107,10 +107,13 @@ class RowData:
             for source in sources:
                 say(f"{name} data {described(source)}")
         trained = {source.index.digest for source in self.sources[0]}
-        for source in self.sources[1] if blends[1] else ():
-            if source.index.digest in trained:
-                say(f"--valid-data-path {source.index.path} is trained on too: its loss says nothing about new data")
+        for label, sources in (("--valid-data-path", self.sources[1]), ("--test-data-path", self.sources[2])):
+            for source in sources if any(blends[1:]) else ():
+                if source.index.digest in trained:
+                    say(f"{label} {source.index.path} is trained on too: its loss says nothing about new data")
         set_evaluation(args, self.sources[1], say)
+        if self.sources[2] and not self.sources[1]:
+            say("the test data are not used, since there are no data for validation: give some of these too")
 
     @property
     def num_training_sequences(self) -> int:
@@ -121,6 +124,7 @@ class RowData:
         """What decides the order of the samples (hymeg.training.data_record)."""
         train = self.sources[0]
         return self.batches | {
+            "sft": True,
             "train_data": [
                 [os.path.basename(source.index.path), source.index.digest, int(source.index.starts[-1]), *source.rows]
                 for source in train
@@ -130,22 +134,29 @@ class RowData:
         }
 
     def datasets(self, args: argparse.Namespace, num_samples: tuple[int, int | None, int]) -> tuple:
-        """What Megatron's loop is given for training, validation (a list of several) and test; None without rows."""
+        """What Megatron's loop is given for training, validation (a list of several) and test; None without rows. Where
+        the command line does not say how much to evaluate on, `args.test_iters` become those of all test data.
+        """
         from megatron.core.datasets.utils import Split
 
         train, valid, test = self.sources
         if args.eval_iters == 0 and not args.full_validation:  # of no samples Megatron makes no loader: it asserts
             valid = test = []
-        batch = args.eval_global_batch_size
+        batch, is_asked = args.eval_global_batch_size, "eval_iters" in args.explicit
         if args.full_validation:
             validation = [ConversationDataset([source], None, Split.valid, multiple_of=batch) for source in valid]
         else:
-            weights = self.weights[1] if "eval_iters" in args.explicit else None
+            weights = self.weights[1] if is_asked else None
             validation = valid and ConversationDataset(valid, num_samples[1], Split.valid, None, weights, batch)
+        tested = None
+        if test:
+            weights, size = (self.weights[2], num_samples[2]) if is_asked else (None, None)
+            tested = ConversationDataset(test, size, Split.test, None, weights, batch)
+            args.test_iters = len(tested) // batch
         return (
             ConversationDataset(train, num_samples[0], Split.train, args.seed, self.weights[0]),
             validation or None,
-            ConversationDataset(test, num_samples[2], Split.test, None, self.weights[2]) if test else None,
+            tested,
         )
 
 

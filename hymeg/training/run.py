@@ -109,6 +109,7 @@ def train(args, config: HyConfig) -> None:
         once.by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
 
     def datasets(num_samples, vp_stage=None):
+        args.test_iters = num_samples[2] // args.eval_global_batch_size
         if rows is not None:
             return rows.datasets(args, num_samples)
         layout = model_config.transformer.pipeline_model_parallel_layout

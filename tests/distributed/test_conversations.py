@@ -151,7 +151,8 @@ def tuned(worlds, folder, tuning, num_packs):
     """world size -> name -> what the training recorded."""
     started = {}
 
-    sets = f"{EVALUATION} --valid-data-path {folder}/rows2.jsonl {folder}/rows3.jsonl"
+    sets = " ".join(f"--{name}-data-path {folder}/rows2.jsonl" for name in ("test", "valid"))
+    sets = f"{EVALUATION} {sets} {folder}/rows3.jsonl"
 
     def batch(flags: str) -> int:
         return NUM_ROWS if "--no-sft-packing" in flags else num_packs[4 if CP2 in flags else 1]
@@ -233,11 +234,12 @@ def test_a_resumed_run_goes_on_with_the_very_next_sample(tuned, kind, cut):
 
 @pytest.mark.parametrize("name", ["DP2", "TP2", "PP2"])
 def test_evaluation_goes_over_all_data_with_a_loss_for_each_set(tuned, name):
-    """In between and at the end; the model of rate 0 stays as it is, and so does its loss."""
+    """In between and at the end, and of test data then; the model of rate 0 stays as it is, and so does its loss."""
     alone, found = tuned(1)["several sets"]["evaluations"], tuned(2)[f"several sets {name}"]["evaluations"]
     assert found == pytest.approx(alone, rel=1e-5)
-    assert len(alone) == 4
-    assert alone[:2] == pytest.approx(alone[2:], rel=1e-6) and abs(alone[0] - alone[1]) > 1e-4
+    assert len(alone) == 5
+    assert alone[:2] == pytest.approx(alone[2:4], rel=1e-6) and alone[4] == pytest.approx(alone[0], rel=1e-6)
+    assert abs(alone[0] - alone[1]) > 1e-4
 
 
 def test_a_split_is_evaluated_whole_each_time(tuned):

@@ -66,6 +66,15 @@ def test_the_command_says_the_same_of_a_hugging_face_folder_and_of_a_distributed
     assert worlds.run(2, [*place, *asked], "spoken")["said"] == said
 
 
+def test_the_command_takes_what_a_run_has_saved(worlds, command, folder, tmp_path):
+    """Whatever its optimizer, which is not read."""
+    asked = ["--hf-model", str(folder / "trunk"), "--raw", "--prompt", "Good day", "--max-new-tokens", "3", "--greedy"]
+    for name, flags in (("distributed", "--use-distributed-optimizer"), ("none", "--no-save-optim")):
+        worlds.run(1, command(flags, "--save", str(tmp_path / name), steps=1))
+    said = [worlds.run(1, [str(tmp_path / name), *asked], "spoken")["said"] for name in ("distributed", "none")]
+    assert said[0] == said[1] != ""
+
+
 def test_an_adapter_beside_its_base_says_what_the_merged_weights_say(worlds, folder, tmp_path):
     config = HyConfig.from_dir(folder / "trunk")
     settings = AdapterSettings(4, 8.0, "lora", 0.0, ("q_proj", "o_proj", "experts.gate_proj", "shared_mlp.down_proj"))

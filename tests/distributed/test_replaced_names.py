@@ -21,6 +21,7 @@ BY_FLAGS = {
     "get_async_strategy": "--save",
     "save": "--save",
     "save_config": "--save",
+    "evaluate_and_print_results": "--eval-iters",
 }
 """Called under flags that no test here gives, or elsewhere."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
+from hymeg.data import translation
 from hymeg.data.translation import PROMPTS
 from hymeg.errors import UserError
 from hymeg.generation.prompts import chat_prompt, published_sampling, text_prompt, translation_request
@@ -100,16 +101,80 @@ def test_rows_of_a_file(tokenizer, tmp_path):
     assert asked(tokenizer, "--file", str(tmp_path / "lines.txt")) == found[:2]
 
 
+SAY, BRIEF = {"role": "user", "content": "Hi"}, ("system", "Brief.")
+TERMS = {
+    "source": "Hi",
+    "source_lang": "en",
+    "target_lang": "de",
+    "prompt": "terminology",
+    "terminology": {"Hi": "Hei"},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "argv", "expected", "given"),
+    [
+        ({"prompt": "Hi", "reasoning_effort": "high"}, "", [("user", "Hi")], {"reasoning_effort": "high"}),
+        ({"prompt": "Hi", "system": "Brief."}, "", [BRIEF, ("user", "Hi")], {}),
+        ({"messages": [SAY], "system": "Brief."}, "", [BRIEF, ("user", "Hi")], {}),
+        ({"messages": [SAY]}, "--system Brief.", [BRIEF, ("user", "Hi")], {}),
+        ({"messages": [SAY], "system": "S"}, "--system Brief.", [("system", "S"), ("user", "Hi")], {}),
+        (
+            {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "the reference"}]},
+            "",
+            [("user", "Hi")],
+            {},
+        ),
+        ({"messages": [SAY], "thinking": "low"}, "--effort high", [("user", "Hi")], {"reasoning_effort": "low"}),
+        ({"messages": [SAY], "reasoning_effort": None}, "--effort low", [("user", "Hi")], {"reasoning_effort": "low"}),
+        (TERMS, "", [("user", translation.request(TERMS))], {}),
+        (TERMS | {"prompt_lang": "zh"}, "", [("user", translation.request(TERMS | {"prompt_lang": "zh"}))], {}),
+        ({"prompt": "Hi"}, "--to de", [("user", translation_request("Hi", "de"))], {}),
+    ],
+)
+def test_nothing_that_a_row_or_a_flag_says_is_lost(tokenizer, tmp_path, row, argv, expected, given):
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + json.dumps(row))
+    assert asked(tokenizer, "--file", str(tmp_path / "rows.jsonl"), *argv.split()) == [
+        ("Hi", templated(tokenizer, *expected, **given))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "argv", "said"),
+    [
+        ({"messages": [SAY]}, ["--raw"], "line 1: --raw continues what is under 'prompt', and the row has .*messages"),
+        ({"source": "Hi", "target_lang": "de"}, ["--raw"], "line 1: --raw continues what is under 'prompt'"),
+        (
+            {"messages": [SAY]},
+            ["--to", "de"],
+            "line 1: --to translates 'prompt' or 'source', and the row has 'messages'",
+        ),
+        ({"source": "Hi", "target_lang": "de", "terminology": {"a": "b"}}, [], "'terminology' has no place in"),
+    ],
+)
+def test_rows_that_a_flag_does_not_go_with(tokenizer, tmp_path, row, argv, said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=said):
+        asked(tokenizer, "--file", str(tmp_path / "rows.jsonl"), *argv)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         ("[1]", "line 1: an object is needed"),
+        ('{"prompt": "a\\ud800"}', "line 1: holds .*half of a surrogate pair"),
         ("{", "line 1"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "holds no question"),
-        ('{"messages": [{"role": "nobody", "content": "a"}]}', "line 1: the chat template cannot render it"),
+        ('{"messages": [{"role": "nobody", "content": "a"}]}', "line 1: message 1: 'role' is 'nobody'"),
         ('{"source": "a"}', "'source' and 'target_lang' are needed"),
         ('{"prompt": " "}', "is empty"),
-        ('{"prompt": "a<｜hy_User｜>b"}', "special token"),
+        ('{"prompt": "a<｜hy_User｜>b"}', "a message holds .*special token"),
+        ('{"prompt": "a", "tools": [{"name": "f", "description": "<｜hy_User｜>"}]}', "'tools' holds .*special token"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
+            '"reasoning_content": "<eos:6124c78e>"}, {"role": "user", "content": "a"}]}',
+            "a message holds '<eos:6124c78e>', a special token",
+        ),
         ('{"source": "a", "target_lang": "xx"}', "'xx' is not among the language codes"),
     ],
 )
@@ -162,8 +227,12 @@ def test_the_publishers_sampling_holds_where_no_flag_says_otherwise(folder, tmp_
             published(**wrong)
     chosen = TOOL["_sampling"](parsed("--greedy", "--top-k", "3", "--seed", "9"), hy)
     assert (chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed) == (0, 3, 0.6, 9)
-    with pytest.raises(UserError, match="--top-p is 2"):
-        TOOL["_sampling"](parsed("--top-p", "2"), hy)
+    for argv, said in (("--top-p 2", "--top-p is 2"), ("--seed -1", "--seed is -1; 0 or more is needed")):
+        with pytest.raises(UserError, match=said):
+            TOOL["_sampling"](parsed(*argv.split()), hy)
+    with pytest.raises(UserError, match=r"--top-p 0.5: nothing is drawn, .*; give --temperature"):
+        TOOL["_sampling"](parsed("--top-p", "0.5"), published())
+    assert TOOL["_sampling"](parsed("--top-p", "0.5", "--temperature", "1"), published()).top_p == 0.5
 
 
 def test_a_prompt_longer_than_the_context_is_refused(folder):
@@ -192,9 +261,21 @@ def test_chats_need_a_template(folder):
         chat_prompt(tokenizer, [{"role": "user", "content": "a"}])
 
 
+def run(folder, *argv, **options):
+    command = [sys.executable, GENERATE, folder, "--raw", "--greedy", "--max-new-tokens", "2", *argv]
+    env = os.environ | {"HYMEG_PLATFORM": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_screen_has_the_answer_alone(folder):
     """Megatron's log goes to standard output."""
-    command = [sys.executable, GENERATE, folder, "--raw", "--prompt", "a", "--greedy", "--max-new-tokens", "2"]
-    done = subprocess.run(command, env=os.environ | {"HYMEG_PLATFORM": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "megatron" not in done.stdout and done.stdout.count("\n") <= 2, done.stdout
+    said = run(folder, "--prompt", "a")
+    assert "megatron" not in said and said.count("\n") <= 2, said
+
+
+def test_of_prompts_that_are_typed_all_answers_are_kept(folder, tmp_path):
+    run(folder, "--out", tmp_path / "answers.jsonl", input="a\n\nb\n")
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["a", "b"]

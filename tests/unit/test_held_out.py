@@ -9,9 +9,10 @@ import sacrebleu
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.errors import UserError
 from hymeg.generation.held_out import HeldOut, figures, line, rows
+from hymeg.generation.judging import bleu_tokenizer
 from hymeg.generation.replies import Answer
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tokenizer import train_tiny_tokenizer
+from hymeg.hf.tokenizer import text_tokenizer, train_tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 CONFIG = HyConfig.from_dict(TINY_CONFIG)
@@ -22,6 +23,10 @@ CHAT = {
         {"role": "assistant", "reasoning_content": "two and two", "content": "Four."},
     ],
     "reasoning_effort": "high",
+}
+
+UNREASONED = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "4"}]} | {
+    "reasoning_effort": "low"
 }
 
 
@@ -51,6 +56,24 @@ def test_a_prompt_is_what_the_template_makes_for_serving(held_out, tokenizer):
     assert found.sampling([3]).temperature == 0 and found.sampling([3]).stop_ids == (3,)
 
 
+def test_blanks_around_a_language_make_no_other_pair_nor_tokenizer(held_out):
+    found = held_out(TRANSLATION | {"target": "早上好", "source_lang": "en ", "target_lang": " Chinese"})
+    [example] = found.examples([Answer([], True)])
+    assert (example.pair, bleu_tokenizer(example.target_lang)) == ("en-zh", "zh")
+
+
+def test_a_conversation_is_none_where_the_keys_of_a_translation_are_null(held_out):
+    """As parquet has them, where a file holds both."""
+    [question] = held_out(CHAT | dict.fromkeys(TRANSLATION)).questions
+    assert (question.asked, question.translation) == ("2 + 2?", {})
+
+
+def test_tools_that_the_template_leaves_out_are_refused(held_out):
+    """In training too."""
+    with pytest.raises(UserError, match="line 1: the chat template leaves out the tool 'weather'; leave 'tools' out"):
+        held_out(CHAT | {"tools": [{"name": "weather"}]})
+
+
 def test_rows_are_spread_evenly_over_the_file(held_out):
     given = [TRANSLATION | {"source": str(number)} for number in range(10)]
     assert [one.asked for one in held_out(*given, num_rows=4).questions] == ["0", "2", "5", "7"]
@@ -65,6 +88,7 @@ def test_rows_are_spread_evenly_over_the_file(held_out):
         (CHAT, "two and two</think>Four.", ("Four.", (), "two and two"), []),
         (CHAT, "</think>Four.", ("Four.", (), ""), ["thinking"]),
         (CHAT, "Four.", ("Four.", (), None), ["thinking"]),
+        (UNREASONED, "</think>Four.", ("Four.", (), ""), []),
         (CHAT | {"reasoning_effort": "no_think"}, "so</think>Four.", ("Four.", (), "so"), ["thinking"]),
     ],
 )
@@ -74,6 +98,13 @@ def test_an_answer_is_taken_apart(held_out, tokenizer, row, text, expected, alar
     assert (example.hypothesis, example.special_tokens, example.thinking) == expected
     [said] = rows(found.questions, [example])
     assert (said["alarms"], said["pair"]) == (alarms, "en-de" if row is TRANSLATION else "chats")
+
+
+@pytest.mark.parametrize("text", ["Write <｜hy_User｜> there.", "Then </think> ends it."])
+def test_what_an_answer_spells_is_no_special_token(held_out, tokenizer, text):
+    found = held_out({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]})
+    [example] = found.examples([Answer(text_tokenizer(tokenizer).encode(text).ids, True)])
+    assert (example.hypothesis, example.special_tokens, example.thinking) == (text, (), None)
 
 
 def test_figures_are_those_of_sacrebleu_on_the_lines_of_the_file(held_out, tokenizer):

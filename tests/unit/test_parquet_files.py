@@ -110,6 +110,13 @@ def test_a_missing_column_is_named(tmp_path, tokenizer_dir):
         preprocess([path], tmp_path / "corpus", tokenizer_dir)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"^.*a.parquet: two columns are called 'text', of which"):
+        list(read_batches(str(path)))
+
+
 def test_a_cut_parquet_file_is_named(tmp_path, tokenizer_dir):
     path = write_parquet(tmp_path / "a.parquet", text=[str(number) for number in range(1000)])
     whole = path.read_bytes()

@@ -20,18 +20,18 @@ def dataset(tmp_path):
     return make_dataset(tmp_path, SimpleNamespace(vocab_size=1000, eod=0, pad=PAD, unique_identifiers={}))
 
 
-def make_dataset(tmp_path, tokenizer, eod_mask_loss=False):
+def make_dataset(tmp_path, tokenizer, eod_mask_loss=False, length=40, cache=None):
     """Sequences of 8 tokens from documents, the first sample with the padding token in it."""
     ensure_world()
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.utils import Split
 
+    tmp_path.mkdir(exist_ok=True)
     builder = IndexedDatasetBuilder(str(tmp_path / "text.bin"), dtype=np.uint16)
-    for start in range(0, 400, 40):
-        builder.add_document(
-            np.where(np.arange(start, start + 40) % 3 == 0, PAD, np.arange(start, start + 40) + 10), [40]
-        )
+    for start in range(0, 10 * length, length):
+        tokens = np.arange(start, start + length)
+        builder.add_document(np.where(tokens % 3 == 0, PAD, tokens + 10), [length])
     builder.finalize(str(tmp_path / "text.idx"))
     config = GPTDatasetConfig(
         random_seed=1,
@@ -41,6 +41,7 @@ def make_dataset(tmp_path, tokenizer, eod_mask_loss=False):
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=eod_mask_loss,
+        path_to_cache=cache,
     )
     low_level = IndexedDataset(str(tmp_path / "text"))
     return TextDataset(low_level, str(tmp_path / "text"), np.arange(10), 40, Split.train, config)
@@ -54,6 +55,17 @@ def test_masked_tokens_of_one_sample_do_not_mask_another(dataset):
         assert torch.equal(sample["loss_mask"] == 0, sample["labels"] == 0)
     for index, sample in alone.items():
         assert torch.equal(dataset[index]["loss_mask"], sample["loss_mask"])
+
+
+def test_a_data_set_that_is_written_anew_is_not_cut_as_the_old_one_was(tmp_path):
+    """In the cache lies where that was cut, under the path of both."""
+    tokenizer = SimpleNamespace(vocab_size=1000, eod=0, pad=PAD, unique_identifiers={})
+    first, again, anew = (
+        make_dataset(tmp_path / name, tokenizer, length=length, cache=str(tmp_path / "cache"))
+        for name, length in (("a", 32), ("a", 48), ("b", 48))
+    )
+    assert len(first) != len(again) == len(anew)
+    assert all(torch.equal(again[index]["tokens"], anew[index]["tokens"]) for index in range(len(anew)))
 
 
 def test_the_loss_is_masked_at_the_token_that_ends_documents(tmp_path, tokenizer_dir):

@@ -8,6 +8,7 @@ import pytest
 from hymeg.data.index_building import RowEncoder, build_indices
 from hymeg.data.row_index import index_folder
 from hymeg.errors import UserError
+from hymeg.training.data_record import text_record
 from hymeg.training.row_data import RowData, settle_rows
 from hymeg.training.schedule import set_iterations
 from hymeg.training.step import training_sets
@@ -76,13 +77,15 @@ def made(args):
     return RowData(args, CONFIG, said.append), said
 
 
-def test_validation_on_what_is_trained_on_is_said(arguments, files, tmp_path):
+def test_evaluation_on_what_is_trained_on_is_said(arguments, files, tmp_path):
     """Under whatever name it lies there."""
     (tmp_path / "copy").mkdir()
     copy = write(tmp_path / "copy/a.jsonl", *range(20))
-    _, said = made(arguments(data_path=[files[0]], valid_data_path=[files[1], copy], eval_iters=1))
+    given = {"valid_data_path": [files[1], copy], "test_data_path": [files[0]]}
+    _, said = made(arguments(data_path=[files[0]], **given, eval_iters=1))
     assert [line for line in said if "trained on too" in line] == [
-        f"--valid-data-path {copy} is trained on too: its loss says nothing about new data"
+        f"{path} is trained on too: its loss says nothing about new data"
+        for path in (f"--valid-data-path {copy}", f"--test-data-path {files[0]}")
     ]
 
 
@@ -150,6 +153,15 @@ def test_what_changes_the_order_is_in_the_record(arguments, files, changes):
     assert before != after
 
 
+def test_text_that_was_trained_on_before_is_in_the_record(arguments, files):
+    """Whose samples are counted on: so many of the rows would never come."""
+    args = arguments(data_path=[files[0]])
+    args.data_args_path = args.per_split_data_args_path = None
+    args.train_iters = 10
+    text, rows = text_record(args), made(args)[0].record()
+    assert [key for key in text.keys() & rows.keys() if text[key] != rows[key]] == ["sft"]
+
+
 def test_other_bytes_of_a_file_are_in_the_record(arguments, files, tmp_path):
     before = made(arguments(data_path=[files[0]]))[0].record()
     write(tmp_path / "a.jsonl", *range(1, 21))
@@ -163,6 +175,28 @@ def test_without_evaluation_there_is_no_data_set_for_it(arguments, files):
     data, _ = made(args)
     train, validation, test = data.datasets(args, (4, 0, 0))
     assert len(train) == 4 and validation is None and test is None
+
+
+def test_all_test_data_are_used_once(arguments, files):
+    """However much there is for validation; what --eval-iters says is said of both."""
+    given = {"valid_data_path": [files[1]], "test_data_path": [files[0]], "packed": False}
+    for more, num_samples in (({}, 20), ({"eval_iters": 3}, 6)):
+        args = arguments(data_path=[files[0]], **given, **more)
+        args.full_validation = False
+        *_, test = made(args)[0].datasets(args, (4, 2 * args.eval_iters, 2 * args.eval_iters))
+        assert len(test) == num_samples == args.test_iters * args.eval_global_batch_size
+        assert [test.sequence(number)[1] for number in range(num_samples)] == list(range(num_samples))
+
+
+@pytest.mark.parametrize("given", [{"split": "80,0,20"}, {"test_data_path": True}])
+def test_test_data_that_are_not_used_are_spoken_of(arguments, files, given):
+    """Megatron tests where it validates, and there alone."""
+    given = {dest: [files[1]] if value is True else value for dest, value in given.items()}
+    args = arguments(data_path=[files[0]], **given)
+    args.eval_iters, args.full_validation = 100, False
+    data, said = made(args)
+    assert said[-1] == "the test data are not used, since there are no data for validation: give some of these too"
+    assert data.datasets(args, (4, 0, 0))[1:] == (None, None)
 
 
 EPOCHS = "--train-iters {} set: --train-epochs {} of {} sequences, 4 an iteration"

@@ -218,6 +218,21 @@ def test_a_copy_shares_the_index_under_its_own_name(rows, settings, tmp_path):
     assert RowIndex(folder, str(copy)).path == str(copy) != RowIndex(folder, str(rows)).path
 
 
+def test_two_files_that_differ_in_the_middle_alone_do_not_share_an_index(rows, settings, tmp_path, monkeypatch):
+    """In a common folder, under one name: the rows of one would stand for those of both."""
+    monkeypatch.setattr(row_index, "_END_BYTES", 64)
+    other = tmp_path / "other" / rows.name
+    other.parent.mkdir()
+    other.write_text(rows.read_text().replace("mot mot ", "non non "))
+    fingerprint = RowEncoder(*settings).fingerprint
+    folders = {str(path): index_folder(str(path), str(tmp_path / "cache"), fingerprint) for path in (rows, other)}
+    assert len(set(folders.values())) == 1
+    with pytest.raises(UserError, match=f"^{other}: has the name, length, beginning and end of {rows}, and .* rename"):
+        build_missing(folders, settings, io.StringIO())
+    other.write_text(rows.read_text())
+    build_missing(folders, settings, io.StringIO())
+
+
 def test_older_indices_are_named_when_another_is_made(rows, settings):
     old, output = build(rows, settings), io.StringIO()
     (old.parent / f"another-{'0' * 16}").mkdir()

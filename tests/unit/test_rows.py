@@ -603,6 +603,7 @@ SWITCHES = ("loss", "train", "training", "trainable")
 def test_what_other_trainers_read_in_a_row_is_not_passed_over(reader, row):
     foreign = dict.fromkeys(("label", "kto_tag"), False)
     foreign |= {key: [USER] for key in ("chosen", "rejected", "rejected_response", "rejected_messages")}
+    foreign |= {"reasoning": "on", "reasoning_content": "first"}
     foreign |= {key: ["a"] for key in ("image", "images", "video", "videos", "audio", "audios")}
     for key, value in foreign.items():
         with pytest.raises(UserError, match=f"^data/a.jsonl: line 12: '{key}' is .*, which hymeg does not do"):
