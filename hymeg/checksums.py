@@ -201,7 +201,7 @@ def _parsed(path: str, changed: int, size: int) -> Mapping[str, FileSum]:
     above, _, below = text.rpartition(_LAST.encode())
     if not re.fullmatch(rb"[0-9A-F]{8}\n", below) or int(below, 16) != isal_zlib.crc32(above):
         raise Damaged(path, "its lines do not have the checksum that its last line names; copy it again")
-    lines = above.decode().splitlines()
+    lines = above.decode().split("\n")[:-1]
     if lines[0] != _VERSION_LINE:
         raise UserError(f"{path}: another version of hymeg wrote these checksums; {_VERSION_LINE!r} is needed")
     files = {}

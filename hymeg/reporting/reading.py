@@ -112,7 +112,7 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
 def _lines(text: str) -> tuple[list[dict[str, Any]], int]:
     """Those that count, without what a later life made anew; and how many were cut off."""
     kept, unread = [], 0
-    for written in text.splitlines():
+    for written in filter(None, text.split("\n")):  # not splitlines(), which also cuts at U+2028 inside a text
         try:
             line = json.loads(written)
             line |= {"iteration": int(line["iteration"]), "kind": line["kind"]}
@@ -163,7 +163,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """Those of a file of translations, up to where it was cut off; none where it was lost."""
     rows = []
     with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text(errors="replace").splitlines():
+        for line in filter(None, path.read_text(errors="replace").split("\n")):
             rows.append(json.loads(line))
     return rows
 

@@ -106,6 +106,12 @@ def test_an_empty_file_has_a_sum(tmp_path):
 # ---- reading
 
 
+def test_a_name_may_hold_what_looks_like_the_end_of_a_line(tmp_path):
+    files = {"a\u2028b": checksums.sum_of(b"1"), "c\u0085": checksums.sum_of(b"2")}
+    checksums.write_manifest(tmp_path / MANIFEST, files)
+    assert checksums.read_manifest(tmp_path / MANIFEST) == files
+
+
 def test_whatever_is_read_of_a_damaged_block_is_refused(small_blocks, tmp_path):
     data, chance = random.Random(2).randbytes(30_000), random.Random(3)
     path = tmp_path / "file"

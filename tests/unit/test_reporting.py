@@ -95,6 +95,15 @@ def test_counts_that_were_cut_off_are_left_out(folder):
     assert read_run(folder).load_iterations == list(range(1, 8))
 
 
+def test_line_separators_inside_a_text_end_no_line(tmp_path):
+    """U+2028 and U+0085, which JSON leaves as they are and str.splitlines() takes for ends of lines."""
+    record = life(tmp_path, 0, 2, 8.0, FACTS | {"command": "pretrain_hy.py \u2028"})
+    translated(record, 2, "one\u0085two\u2028three", 10.0)
+    run = read_run(tmp_path)
+    assert run.unread == 0 and run.starts[0]["command"] == "pretrain_hy.py \u2028"
+    assert [row["hypothesis"] for row in run.examples[2]] == ["one\u0085two\u2028three"]
+
+
 def test_a_record_that_cannot_be_written_is_said_once(tmp_path):
     said = []
     (tmp_path / "records").write_text("a file")
