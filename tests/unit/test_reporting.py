@@ -155,6 +155,11 @@ def test_runs_lie_over_each_other_with_names_of_their_own(folder, tmp_path_facto
     assert [run["name"] for run in json.loads(numbers.read_text())] == [folder.name, other.name]
 
 
+def test_dollars_in_a_name_are_no_mathematics(folder):
+    text = page([read_run(folder, "lr$_$"), read_run(folder, "other")])
+    assert ">lr$_$: lm loss<" in text
+
+
 def test_ranks_of_the_picture_are_megatrons():
     """By its own generator of groups."""
     from megatron.core.parallel_state import RankGenerator
