@@ -157,6 +157,8 @@ def into_shards(tensors: Iterable[TensorSpec], sharding: int | Mapping[str, str]
                     f"{tensor.name}: is in no file of the folder whose files were asked for; leave that out"
                 )
             named.setdefault(sharding[tensor.name], []).append(tensor)
+        if len(named) == 1:
+            return [one_shard(SINGLE_FILE, *named.values())]
         return [one_shard(name, named[name]) for name in sorted(named)]
     groups: list[list[TensorSpec]] = [[]]
     group_bytes = 0
