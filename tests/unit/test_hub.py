@@ -65,6 +65,22 @@ def test_what_is_in_the_cache_is_used_without_a_network(cache, hf_checkpoint, tm
         local_folder("tiny/other@x")
 
 
+def test_a_tokenizer_that_the_cache_lacks_is_fetched(cache, hf_checkpoint, monkeypatch):
+    """As transformers leaves the cache that loaded config.json and the model there."""
+    snapshot = put_into(cache, hf_checkpoint)
+    for path in snapshot.glob("tokenizer*"):
+        path.unlink()
+    assert local_folder("tiny/Hy-MT2") == snapshot  # there is no network: what is there will do
+
+    def fetch(*_, local_files_only, **__):
+        if not local_files_only:
+            shutil.copytree(hf_checkpoint, snapshot, dirs_exist_ok=True)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert local_folder("tiny/Hy-MT2") == snapshot and (snapshot / "tokenizer.json").is_file()
+
+
 def called(tool: str, *words: object) -> None:
     """A tool's `main`, in this process."""
     path = Path(__file__).parents[2] / "tools" / f"{tool}.py"
