@@ -7,7 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hymeg.checkpoint.companions import carried_files, companions, config_folder, has_tokenizer
+from hymeg.checkpoint.companions import (
+    carried_files,
+    companions,
+    config_folder,
+    has_tokenizer,
+    notes_of_tokenizer,
+)
 from hymeg.checkpoint.compare import config_differences
 from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, check_distributed_tensors, is_mtp
@@ -35,9 +41,10 @@ class Read(NamedTuple):
 def read_hf(hf: Path, how: Options) -> Read:
     """A Hugging Face folder. Raises UserError as `open_hf` does."""
     source = open_hf(hf, base_hf=how.base, drop_mtp=how.drop_mtp, dtype=how.rounded_to)
-    source = source._replace(notes=(*source.notes, *_unused(how.base, source)))
+    carried = carried_files(hf)
+    notes = (*source.notes, *_unused(how.base, source), *notes_of_tokenizer(carried, hf))
     record = {"from": str(hf.resolve()), "base_hf": how.base and str(how.base)}
-    return Read(source, carried_files(hf), [hf, how.base], [], record)
+    return Read(source._replace(notes=notes), carried, [hf, how.base], [], record)
 
 
 def read_dist(dist: Path, how: Options) -> Read:

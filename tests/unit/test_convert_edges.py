@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from hymeg.checkpoint import companions, conversion, workers
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.compare import compare_checkpoints
-from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS
@@ -345,6 +345,26 @@ def test_tokenizers_are_not_mixed_and_a_base_that_gives_nothing_is_told(dist, hf
     (dist / "config.json").unlink()
     dist_to_hf(dist, tmp_path / "configured", base_hf=hf, say=said.append)
     assert said == [] and (tmp_path / "configured" / "config.json").is_file()
+
+
+def test_a_chat_template_is_no_tokenizer(dist, hf_checkpoint, tmp_path, said):
+    """One that was put beside a run's checkpoint is taken, and the tokenizer from the base as if it were not there."""
+    for path in carried_files(dist).values():
+        path.unlink()
+    (dist / "chat_template.jinja").write_text("another")
+    dist_to_hf(dist, tmp_path / "out", base_hf=hf_checkpoint, say=said.append)
+    assert carried_files(tmp_path / "out").keys() == carried_files(hf_checkpoint).keys()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "another"
+    dist_to_hf(dist, tmp_path / "bare", say=said.append)
+    assert said[-1].startswith(f"no tokenizer in {dist}")
+
+
+def test_a_hugging_face_folder_without_a_tokenizer_is_told(hf, tmp_path, said):
+    for path in carried_files(hf).values():
+        path.unlink()
+    for number, convert in enumerate((hf_to_dist, hf_to_hf)):
+        convert(hf, tmp_path / str(number), say=said.append)
+    assert sum(line.startswith(f"no tokenizer in {hf}") for line in said) == 2
 
 
 CARRIED = [
