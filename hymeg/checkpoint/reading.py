@@ -98,8 +98,11 @@ def read_mean(folders: Sequence[tuple[Path, int | None]], how: Options) -> Read:
 
 
 def _differing(one: Source, other: Source) -> list[str]:
+    """In configs and shapes, but for padding rows of the vocabulary, of which each layout has its own."""
     found = config_differences(one.config, other.config)
-    shapes, of_other = ({key: t.shape for key, t in source.tensors.items()} for source in (one, other))
+    shapes, of_other = (
+        {key: t.shape for key, t in source.tensors.items() if key not in VOCABULARY_KEYS} for source in (one, other)
+    )
     found |= {
         key: (shapes.get(key), of_other.get(key)) for key in shapes | of_other if shapes.get(key) != of_other.get(key)
     }

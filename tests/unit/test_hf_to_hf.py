@@ -97,6 +97,23 @@ def test_a_mean_is_that_of_fp32_rounded_once(models, tmp_path):
     assert record["from"] == [str(model) for model in models] and record["base_hf"] is None
 
 
+def test_a_mean_does_not_mind_padding(models, tmp_path):
+    """Rows of zeros, as a layout with tensor parallelism has them; wherever they come from, they are cut off."""
+    shutil.copytree(models[1], tmp_path / "long")
+    longer = weights(models[1])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        longer[name] = torch.cat([longer[name], torch.zeros(128, longer[name].shape[1], dtype=longer[name].dtype)])
+    save_file(longer, tmp_path / "long" / "model.safetensors", metadata={"format": "pt"})
+    hf_to_dist(tmp_path / "long", tmp_path / "padded")
+    shutil.copy(models[1] / "config.json", tmp_path / "padded")
+    average(models[:2], hf=tmp_path / "hf")
+    for number, folders in enumerate(([models[0], tmp_path / "padded"], [tmp_path / "padded", models[0]])):
+        average(folders, hf=tmp_path / str(number))
+        average(folders, dist=tmp_path / f"dist{number}")
+        assert compare_checkpoints(tmp_path / "hf", tmp_path / str(number)) == []
+        assert compare_checkpoints(tmp_path / "hf", tmp_path / f"dist{number}") == []
+
+
 def test_what_has_no_mean_is_refused(models, hf_checkpoint, tmp_path):
     run = models[0].parent / "run"
     for message, folders, options in (
