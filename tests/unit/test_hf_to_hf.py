@@ -128,6 +128,9 @@ def test_what_has_no_mean_is_refused(models, hf_checkpoint, tmp_path):
             average(folders, hf=tmp_path / "a", **options)
     with pytest.raises(UserError, match="is, holds or lies in"):
         average(models, hf=models[1], overwrite=True)
+    for of_hf in ({"layout": "fused"}, {"max_shard_bytes": 1000}):
+        with pytest.raises(UserError, match="--layout and --shard-size are of Hugging Face folders"):
+            average(models, dist=tmp_path / "a", **of_hf)
 
 
 @pytest.mark.parametrize(
