@@ -191,6 +191,19 @@ def test_a_run_may_load_it_and_name_it_as_its_model(fp8_folder, hf_checkpoint, t
         assert HyConfig.from_dir(tmp_path / "save").raw == HyConfig.from_dir(hf_checkpoint).raw
 
 
+def test_scales_that_only_serving_needs_are_compared_too(fp8_folder, tmp_path):
+    other, name = tmp_path / "other", "model.layers.0.self_attn.k_cache.scale"
+    shutil.copytree(fp8_folder, other)
+    scales = load_file(other / "kv_cache_scales.safetensors")
+    save_file(scales | {name: scales[name] * 3}, other / "kv_cache_scales.safetensors")
+    [found] = compare_checkpoints(fp8_folder, other)
+    assert found.name == name and found.what.startswith("1 of 1 elements")
+    (other / "kv_cache_scales.safetensors").unlink()
+    found = compare_checkpoints(fp8_folder, other)
+    assert {one.name for one in found} == set(scales)
+    assert all(one.what == f"only in {fp8_folder}" for one in found)
+
+
 def test_a_config_that_promises_fp8_and_has_none_is_told(hf_checkpoint, tmp_path):
     shutil.copytree(hf_checkpoint, tmp_path / "hf")
     config = HyConfig.from_dir(hf_checkpoint).to_dict() | {"quantization_config": {"quant_method": "fp8"}}

@@ -49,7 +49,8 @@ def open_hf(
     folder = Path(folder)
     own = HyConfig.from_dir(folder) if config is None or (folder / CONFIG_FILE).is_file() else config
     config = config or own
-    stored, scales, aside = told_apart(open_checkpoint(folder), own.fp8_block)
+    held = open_checkpoint(folder)
+    stored, scales, aside = told_apart(held, own.fp8_block)
     is_promised = own is not own.without_quantization()
     notes = [f"{CONFIG_FILE} speaks of FP8, but no tensor in {folder} is"] if is_promised and not scales else []
     if own is config:
@@ -75,7 +76,9 @@ def open_hf(
         notes.append(f"dequantised: {listed(scales)}, fp32(weight) * scale rounded to {dtype or DEQUANTISED}")
     if aside:
         notes.append(f"set aside, scales of inputs and of the KV cache: {listed(aside)}")
-    return Source(what, folder, mtp.written, tensors | mtp.of_base, tuple(notes))
+    others = {name: as_stored(name, held[name]) for name in (*aside, *match.dropped)}
+    of_aside = others if scales or others else None
+    return Source(what, folder, mtp.written, tensors | mtp.of_base, tuple(notes), aside=of_aside)
 
 
 def with_all_rows(config: HyConfig, shapes: Sequence[Shape]) -> tuple[HyConfig, list[str]]:
