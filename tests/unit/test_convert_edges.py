@@ -367,6 +367,12 @@ def test_a_hugging_face_folder_without_a_tokenizer_is_told(hf, tmp_path, said):
     assert sum(line.startswith(f"no tokenizer in {hf}") for line in said) == 2
 
 
+def test_files_that_the_index_does_not_name_are_told(hf, tmp_path, said):
+    shutil.copy(next(hf.glob("*-00001-of-*")), hf / "model-00001-of-00009.safetensors")
+    hf_to_dist(hf, tmp_path / "dist", say=said.append)
+    assert any(line.startswith("not read, as") and line.endswith("model-00001-of-00009.safetensors") for line in said)
+
+
 CARRIED = [
     *("LICENSE", "Notice.txt", "modeling_hy.py", "configuration_hy.py", "tokenization_hy.py", "hy.tiktoken"),
     *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),

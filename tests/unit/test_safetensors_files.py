@@ -282,6 +282,10 @@ BROKEN_FOLDERS = {
         ),
         "holds tensor",
     ),
+    "one file beside an index of others": (
+        lambda folder: (folder / "model.safetensors").write_bytes(next(folder.glob("*01-of*")).read_bytes()),
+        "which transformers would read, and model.safetensors.index.json, which names other files; remove one",
+    ),
     "two files, no index": (
         lambda folder: [
             (folder / INDEX_FILE).unlink(),
