@@ -158,7 +158,7 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
     chosen, unknown = found.fitting[number - 1], [_said(args, name) for name in unmodelled(args)]
     warnings = report.warnings(chosen, planner, own.host_memory)
     if own.json:
-        data = {"not_modelled": unknown, "warnings": warnings} | report.as_data(found, planner, own.top)
+        data = {"not_modelled": unknown, "warnings": warnings} | report.as_data(found, planner, max(own.top, number))
         if observations:
             data["measured"] = calibration._asdict()
         print(json.dumps(data, indent=2))
