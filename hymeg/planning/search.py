@@ -111,7 +111,11 @@ class Planner:
         structures = list(self._structures(fixed, free, settings))
         if not structures:
             # Says what is wrong, where the given sizes alone are, whatever the batch.
-            check(self.config, dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size))
+            check(
+                self.config,
+                dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size),
+                dataclasses.replace(settings, overlap_moe_expert_parallel_comm=False),
+            )
             overlap = ", --overlap-moe-expert-parallel-comm" if settings.overlap_moe_expert_parallel_comm else ""
             raise UserError(
                 f"--gpus {fixed.world_size}: no legal layout has the sizes given, with experts in nodes of "
@@ -185,7 +189,8 @@ class Planner:
             most = max(len(chunk.layers) for chunks in stages(self.config, layout) for chunk in chunks)
             found = _all_recomputations(settings, max(1, -(-most // 2)))
         for choice in found:
-            if not choice.overlap_moe_expert_parallel_comm or _is_legal(self.config, layout, choice):
+            is_certain = not (choice.overlap_moe_expert_parallel_comm or choice.moe_shared_expert_overlap)
+            if is_certain or _is_legal(self.config, layout, choice):
                 yield choice
 
     def _on_all_cores(
