@@ -621,11 +621,21 @@ def test_transformed_storage_is_refused(dist):
         open_dist(dist)
 
 
-@pytest.mark.parametrize("interleaved", [None, 32])
-def test_interleaved_gate_and_up_projections_are_not_exported_as_if_they_were_not(dist, interleaved):
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("moe_mlp_glu_interleave_size", None, None),
+        ("moe_mlp_glu_interleave_size", 32, r"--moe-mlp-glu-interleave-size \(32\): gate and up projections"),
+        ("moe_shared_expert_glu_interleave_size", 8, r"--moe-shared-expert-glu-interleave-size \(8\)"),
+        ("layernorm_zero_centered_gamma", False, None),
+        ("layernorm_zero_centered_gamma", True, "--apply-layernorm-1p .*norms are stored less 1"),
+        ("rotary_interleaved", True, "--rotary-interleaved"),
+    ],
+)
+def test_weights_that_mean_something_else_are_not_exported_as_if_they_did_not(dist, name, value, told):
     from types import SimpleNamespace
 
-    state = [{"args": SimpleNamespace(num_layers=4, moe_mlp_glu_interleave_size=interleaved, dtype=torch.bfloat16)}]
+    state = [{"args": SimpleNamespace(num_layers=4, dtype=torch.bfloat16, **{name: value})}]
     data = stored_object(state)
     with open(dist / "release" / "__0_0.distcp", "r+b") as file:
         position = file.seek(0, os.SEEK_END)
@@ -636,10 +646,10 @@ def test_interleaved_gate_and_up_projections_are_not_exported_as_if_they_were_no
         info.relative_path, info.offset, info.length = "__0_0.distcp", position, len(data)
 
     edit_metadata(dist, point)
-    if interleaved is None:
+    if told is None:
         assert open_dist(dist).iteration is None
     else:
-        with pytest.raises(UserError, match="--moe-mlp-glu-interleave-size 32"):
+        with pytest.raises(UserError, match=told):
             open_dist(dist)
 
 
