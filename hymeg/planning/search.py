@@ -125,6 +125,8 @@ class Planner:
         rejected = []
         for optimizers in OPTIMIZERS:
             allowed = [one for one in optimizers if not fixed_settings & one.keys()]
+            if not settings.use_distributed_optimizer:  # which those that are precision-aware need
+                allowed = [one for one in allowed if not one.get("use_precision_aware_optimizer")]
             choices = [dataclasses.replace(settings, **optimizer) for optimizer in allowed]
             found = self._on_all_cores(structures, choices, fixed_settings)
             rejected += itertools.chain.from_iterable(spurned for _, spurned in found)
@@ -273,6 +275,9 @@ def _is_legal(config: HyConfig, layout: Layout, settings: Settings) -> bool:
     try:
         check(config, layout, settings)
     except UserError:
+        return False
+    accounted = layout.account_for_embedding_in_pipeline_split or layout.account_for_loss_in_pipeline_split
+    if layout.pp == 1 and accounted:  # without effect, and so refused by the run
         return False
     return layout.num_microbatches >= layout.pp  # fewer leave stages idle for most of a step
 

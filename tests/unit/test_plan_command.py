@@ -341,6 +341,20 @@ def test_a_search_lists_legal_layouts_only_and_keeps_experts_in_a_node():
     assert any(plan.layout.expert_model_parallel_size > 8 for plan in across.fitting)
 
 
+def test_a_search_proposes_nothing_that_a_run_refuses_with_what_is_fixed():
+    """--moe-shared-expert-overlap, whose experts cannot be recomputed; what counts on stages, where there are none; no
+    precision-aware optimizer without the distributed one."""
+    accounted = {f"account_for_{end}_in_pipeline_split": True for end in ("embedding", "loss")}
+    fixed = Layout(64, 4096, 256, **accounted)
+    settings = Settings(moe_shared_expert_overlap=True, use_distributed_optimizer=False, overlap_param_gather=False)
+    found = searched(HY_MT2, fixed, "H200", 141, settings)
+    for plan in [*found.fitting, *found.rejected]:
+        check(HY_MT2, plan.layout, plan.settings)
+        assert plan.layout.pp > 1 and not plan.settings.use_precision_aware_optimizer
+        assert "shared_experts" not in plan.settings.recompute_modules
+    assert len(found.fitting) > 1
+
+
 @pytest.mark.parametrize("cores", [2, 3, 1000])
 def test_on_several_cores_the_answer_is_the_same(monkeypatch, cores):
     """Order included, and what was rejected."""
