@@ -386,14 +386,15 @@ class _WholeFile(FilePart):
         super().close()
 
 
-def open_verified(path: str | os.PathLike) -> BinaryIO:
-    """The file opened for reading; where its folder's manifest has its sums, verified as it is read.
+def open_verified(path: str | os.PathLike, expected: FileSum | None = None) -> BinaryIO:
+    """The file opened for reading; where its sums are `expected`, or its folder's manifest has them, verified as it is
+    read.
 
     Raises:
         Damaged: it has another length than it had when it was written; so do reads of damaged blocks.
         OSError: it cannot be read.
     """
-    expected = expected_sum(path)
+    expected = expected or expected_sum(path)
     if expected is None:
         return open(path, "rb")
     return io.BufferedReader(_WholeFile(ReadFile(path, expected), 0, expected.size))
