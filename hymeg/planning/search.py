@@ -125,9 +125,8 @@ class Planner:
         rejected = []
         for optimizers in OPTIMIZERS:
             allowed = [one for one in optimizers if not fixed_settings & one.keys()]
-            if not settings.use_distributed_optimizer:  # which those that are precision-aware need
-                allowed = [one for one in allowed if not one.get("use_precision_aware_optimizer")]
             choices = [dataclasses.replace(settings, **optimizer) for optimizer in allowed]
+            choices = [choice for choice in choices if _has_optimizer(choice)]
             found = self._on_all_cores(structures, choices, fixed_settings)
             rejected += itertools.chain.from_iterable(spurned for _, spurned in found)
             if fitting := sorted((plan for plan, _ in found if plan is not None), key=_rank):
@@ -280,6 +279,12 @@ def _is_legal(config: HyConfig, layout: Layout, settings: Settings) -> bool:
     if layout.pp == 1 and accounted:  # without effect, and so refused by the run
         return False
     return layout.num_microbatches >= layout.pp  # fewer leave stages idle for most of a step
+
+
+def _has_optimizer(settings: Settings) -> bool:
+    """Whether Megatron has it (optimizer_config.py:432, arguments.py:1804)."""
+    is_aware = settings.use_precision_aware_optimizer
+    return (settings.use_distributed_optimizer or not is_aware) and (is_aware or not settings.optimizer_cpu_offload)
 
 
 def describe(plan: Plan) -> str:

@@ -304,6 +304,10 @@ def test_explaining_writes_no_file(run, places):
             "--hf {mt} --gpus 8 --config {tmp}/unknown_key.yaml",
             ["line 1", "tensor-model-parallel-sizes", "tensor-model-parallel-size"],
         ),
+        (
+            "--hf {hy3} --gpus 128 --seq-length 4096 --global-batch-size 512 --num-layers-per-virtual-pipeline-stage 4",
+            ["--num-layers-per-virtual-pipeline-stage 4", "--pipeline-model-parallel-size", "give that as well"],
+        ),
         ("--hf {mt} --gpus 8 --config {tmp}/illegal.yaml", ["--tensor-model-parallel-size 3", "illegal.yaml, line 3"]),
         ("--hf {mt} --gpus 8 --config {tmp}/too_large.yaml", ["--gpu-memory 80", "needs", "stage 0"]),
     ],
@@ -353,6 +357,8 @@ def test_a_search_proposes_nothing_that_a_run_refuses_with_what_is_fixed():
         assert plan.layout.pp > 1 and not plan.settings.use_precision_aware_optimizer
         assert "shared_experts" not in plan.settings.recompute_modules
     assert len(found.fitting) > 1
+    found = searched(HY_MT2, Layout(16, 4096, 256), "H200", 141, Settings(optimizer_cpu_offload=True))
+    assert found.fitting and all(plan.settings.use_precision_aware_optimizer for plan in found.fitting)
 
 
 @pytest.mark.parametrize("cores", [2, 3, 1000])
