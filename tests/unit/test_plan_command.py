@@ -123,6 +123,8 @@ def test_short_rows_make_a_step_shorter(run):
         ("--optimizer sgd", "--optimizer sgd"),
         ("--attention-backend unfused", "--attention-backend"),
         ("--tp-comm-overlap", "--tp-comm-overlap"),
+        ("--no-bias-swiglu-fusion", "--no-bias-swiglu-fusion"),
+        ("--no-gradient-accumulation-fusion", "--no-gradient-accumulation-fusion"),
         ("--freeze *.experts.* *.router.*", "--freeze *.experts.* *.router.*"),
         ("--train-only *.router.*", "--train-only *.router.*"),
     ],
