@@ -198,6 +198,11 @@ def _local(given: str | list[str]) -> Any:
 
 def _verify(folder: Path, workers: int) -> None:
     found = verify_folder(folder, workers)
+    if not (found.num_files or found.damaged):
+        others = f"{len(found.unverified):,} files, but no" if found.unverified else "no"
+        raise UserError(
+            f"{folder}: {others} checksums in it: nothing to verify; give the folder of a checkpoint that has"
+        )
     print("\n".join([*map(str, found.damaged), f"{folder}: {found}"]))
     sys.exit(1 if found.damaged else 0)
 

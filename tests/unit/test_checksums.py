@@ -221,6 +221,13 @@ def test_inspect_names_damaged_files_and_their_tensors(dist, tmp_path):
     assert [finding.path.name for finding in verify_folder(tmp_path / "hf").damaged] == ["tokenizer_config.json"]
 
 
+def test_a_folder_without_checksums_does_not_pass_for_verified(hf_checkpoint, tmp_path):
+    for folder, told in ((tmp_path, "no checksums in it"), (hf_checkpoint, "4 files, but no checksums in it")):
+        words = [sys.executable, str(CONVERT), "inspect", "--verify", str(folder)]
+        found = subprocess.run(words, capture_output=True, text=True)
+        assert found.returncode == 2 and f"{folder}: {told}: nothing to verify" in found.stderr
+
+
 def test_tensors_of_older_checkpoints_are_verified_by_their_zips(dist):
     for manifest in dist.rglob(MANIFEST):
         manifest.unlink()
