@@ -73,7 +73,7 @@ def peft_to_adapter(peft: str | Path, dist: str | Path, *, base_hf: str | Path, 
     how, peft, dist, base = Options.taken(VERIFIED, options), Path(peft), Path(dist), Path(base_hf)
 
     def planned() -> Conversion:
-        adapter = open_peft(peft, HyConfig.from_dir(base))
+        adapter = open_peft(peft, HyConfig.from_dir(base).without_quantization())
         check_apart(dist, [peft, base])
         files = files_of_adapter(adapter.config, adapter.settings, adapter.tensors, how.rounded_to, how.workers)
         read = {"from": str(peft.resolve()), "base_hf": str(base)}

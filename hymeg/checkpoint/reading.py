@@ -115,7 +115,7 @@ def _completed(source: Source, dist: Path, how: Options) -> Source:
         raise UserError(
             f"{dist}: no {CONFIG_FILE} in it; give --base-hf, the Hugging Face folder that training began with"
         )
-    config = source.config or HyConfig.from_dir(how.base)
+    config = (source.config or HyConfig.from_dir(how.base)).without_quantization()
     if any(key.startswith(ADAPTER_KEYS) for key in source.tensors):
         raise UserError(f"{source.folder}: an adapter, no model; export it with adapter-to-peft, or merge it")
     if source.unknown:

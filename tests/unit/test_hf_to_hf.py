@@ -70,6 +70,14 @@ def test_fp8_is_written_anew_in_bf16(models, tmp_path):
     assert "quantization_config" not in config_of(tmp_path / "bf16")
 
 
+def test_a_base_in_fp8_lends_a_distributed_checkpoint_its_config_without_that(models, tmp_path):
+    quantised_folder(models[0], tmp_path / "fp8")
+    shutil.copytree(models[0].parent / "dist1", tmp_path / "dist")
+    (tmp_path / "dist" / "config.json").unlink()
+    dist_to_dist(tmp_path / "dist", tmp_path / "out", base_hf=tmp_path / "fp8", verify=True)
+    assert config_of(tmp_path / "out") == config_of(models[0])
+
+
 def test_the_files_of_the_original_are_kept(models, hf_checkpoint, dist_checkpoint, tmp_path):
     dist_to_hf(dist_checkpoint, tmp_path / "out", shards_like=hf_checkpoint)
     assert files_by_tensor(tmp_path / "out") == files_by_tensor(hf_checkpoint)
