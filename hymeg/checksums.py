@@ -201,7 +201,7 @@ def _parsed(path: str, changed: int, size: int) -> Mapping[str, FileSum]:
     above, _, below = text.rpartition(_LAST.encode())
     if not re.fullmatch(rb"[0-9A-F]{8}\n", below) or int(below, 16) != isal_zlib.crc32(above):
         raise Damaged(path, "its lines do not have the checksum that its last line names; copy it again")
-    lines = above.decode().splitlines()
+    lines = above.decode().split("\n")[:-1]
     if lines[0] != _VERSION_LINE:
         raise UserError(f"{path}: another version of hymeg wrote these checksums; {_VERSION_LINE!r} is needed")
     files = {}
@@ -386,14 +386,15 @@ class _WholeFile(FilePart):
         super().close()
 
 
-def open_verified(path: str | os.PathLike) -> BinaryIO:
-    """The file opened for reading; where its folder's manifest has its sums, verified as it is read.
+def open_verified(path: str | os.PathLike, expected: FileSum | None = None) -> BinaryIO:
+    """The file opened for reading; where its sums are `expected`, or its folder's manifest has them, verified as it is
+    read.
 
     Raises:
         Damaged: it has another length than it had when it was written; so do reads of damaged blocks.
         OSError: it cannot be read.
     """
-    expected = expected_sum(path)
+    expected = expected or expected_sum(path)
     if expected is None:
         return open(path, "rb")
     return io.BufferedReader(_WholeFile(ReadFile(path, expected), 0, expected.size))

@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hymeg.checkpoint.adapters import adapter_to_peft, merge, peft_to_adapter
@@ -195,8 +196,13 @@ def _local(given: str | list[str]) -> Any:
     return [local_folder(folder) for folder in given] if isinstance(given, list) else local_folder(given)
 
 
-def _verify(folder: str, workers: int) -> None:
+def _verify(folder: Path, workers: int) -> None:
     found = verify_folder(folder, workers)
+    if not (found.num_files or found.damaged):
+        others = f"{len(found.unverified):,} files, but no" if found.unverified else "no"
+        raise UserError(
+            f"{folder}: {others} checksums in it: nothing to verify; give the folder of a checkpoint that has"
+        )
     print("\n".join([*map(str, found.damaged), f"{folder}: {found}"]))
     sys.exit(1 if found.damaged else 0)
 
@@ -207,7 +213,9 @@ def main() -> None:
         name = args.pop("command")
         if name == "inspect":
             if args["verify"]:
-                _verify(args["folder"], args["workers"])
+                if others := [f"--{option}" for option in ("iteration", "tensors", "json") if args[option]]:
+                    raise UserError(f"--verify with {' '.join(others)}: it compares all there is; leave that out")
+                _verify(local_folder(args["folder"]), args["workers"])
             _inspect(args["folder"], args["iteration"], args["tensors"], args["json"])
             return
         command = COMMANDS[name]

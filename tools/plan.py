@@ -158,7 +158,7 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
     chosen, unknown = found.fitting[number - 1], [_said(args, name) for name in unmodelled(args)]
     warnings = report.warnings(chosen, planner, own.host_memory)
     if own.json:
-        data = {"not_modelled": unknown, "warnings": warnings} | report.as_data(found, planner, own.top)
+        data = {"not_modelled": unknown, "warnings": warnings} | report.as_data(found, planner, max(own.top, number))
         if observations:
             data["measured"] = calibration._asdict()
         print(json.dumps(data, indent=2))
@@ -213,10 +213,16 @@ def _found(own: argparse.Namespace, args: argparse.Namespace, planner):
     from hymeg.planning.settings import settings_of
     from hymeg.training.preflight import layout_of
 
-    if args.global_batch_size is None and (own.config is None or own.search):
+    is_search = own.config is None or own.search
+    if args.global_batch_size is None and is_search:
         raise UserError("--global-batch-size is missing: give the samples of a step, e.g. --global-batch-size 256")
     layout, settings = layout_of(args), settings_of(args)
-    if own.config is not None and not own.search:
+    if is_search and args.num_layers_per_virtual_pipeline_stage and "pipeline_model_parallel_size" in _free(args):
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {args.num_layers_per_virtual_pipeline_stage}: what that means "
+            "depends on --pipeline-model-parallel-size; give that as well, or --num-virtual-stages-per-pipeline-rank"
+        )
+    if not is_search:
         layouts.check(planner.config, layout, settings)
         plans = [planner.plan(layout, settings)]
         return Found(plans, [], 1, sum(map(planner.fits, plans)))

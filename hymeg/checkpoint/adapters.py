@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hymeg.checkpoint.adapter_table import FULL, PREFIX
-from hymeg.checkpoint.companions import carried_files
+from hymeg.checkpoint.companions import carried_files, notes_of_tokenizer
 from hymeg.checkpoint.conversion import Conversion, Summary, carry_out, check_apart, to_hf
 from hymeg.checkpoint.mapping import hf_entries, is_mtp, num_rows, with_first_rows
 from hymeg.checkpoint.options import ANY, TO_HF, VERIFIED, Options
@@ -73,12 +73,14 @@ def peft_to_adapter(peft: str | Path, dist: str | Path, *, base_hf: str | Path, 
     how, peft, dist, base = Options.taken(VERIFIED, options), Path(peft), Path(dist), Path(base_hf)
 
     def planned() -> Conversion:
-        adapter = open_peft(peft, HyConfig.from_dir(base))
+        adapter = open_peft(peft, HyConfig.from_dir(base).without_quantization())
         check_apart(dist, [peft, base])
         files = files_of_adapter(adapter.config, adapter.settings, adapter.tensors, how.rounded_to, how.workers)
         read = {"from": str(peft.resolve()), "base_hf": str(base)}
         record = {"command": "peft-to-adapter", **read, "dtype": how.dtype}
-        return Conversion(files, len(adapter.tensors), record, adapter.config, carried_files(base), [], is_dist=True)
+        carried = carried_files(base)
+        notes = notes_of_tokenizer(carried, base)
+        return Conversion(files, len(adapter.tensors), record, adapter.config, carried, notes, is_dist=True)
 
     return carry_out(planned, dist, "to distributed", how)
 
@@ -106,9 +108,11 @@ def merge(base_hf: str | Path, adapter: str | Path, hf: str | Path, **options: A
             base, rounded_to = open_hf(base_hf, dtype="F32"), rounded_to or DEQUANTISED
         found = open_adapter(adapter, base.config, how.iteration)
         note = f"adapters of {len(found.modules):,} modules, scale {found.settings.scale:g}"
-        source = base._replace(tensors=merged(base.config, base.tensors, found), notes=(*base.notes, note))
+        carried = carried_files(base_hf)
+        notes = (*base.notes, note, *notes_of_tokenizer(carried, base_hf))
+        source = base._replace(tensors=merged(base.config, base.tensors, found), notes=notes)
         record = {"base_hf": str(base_hf.resolve()), "from": str(found.folder.resolve()), "iteration": found.iteration}
-        read = Read(source, carried_files(base_hf), [base_hf, found.folder], [adapter], record)
+        read = Read(source, carried, [base_hf, found.folder], [adapter], record)
         return to_hf("merge", read, hf, how, rounded_to)
 
     check_base(base_hf, adapter, how)

@@ -14,6 +14,7 @@ _TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template.*"
     rf"|.*\.tiktoken|tokenization_.*\.py|{TEMPLATES}/.*\.jinja"
 )
+_VOCABULARY = re.compile(r"tokenizer\.(json|model)|vocab\.(json|txt)|.*\.tiktoken")  # without which there is none
 _OTHERS = re.compile(r"generation_config\.json|(configuration|modeling)_.*\.py|(LICENSE|NOTICE|Notice|License).*")
 _MAX_BYTES = 256 << 20
 
@@ -43,8 +44,8 @@ def carried_files(folder: Path) -> dict[str, Path]:
 
 
 def companions(folders: Iterable[Path]) -> dict[str, Path]:
-    """The carried files of several folders: each from the first that has it, but those of a tokenizer together, from
-    the first that has any.
+    """The carried files of several folders: each from the first that has it, but what belongs to a tokenizer from no
+    folder behind the first that has one.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -56,7 +57,12 @@ def companions(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def has_tokenizer(files: Iterable[str]) -> bool:
-    return any(_TOKENIZER.fullmatch(name) for name in files)
+    return any(_VOCABULARY.fullmatch(name) for name in files)
+
+
+def notes_of_tokenizer(files: Iterable[str], folder: Path) -> list[str]:
+    """What to say where a Hugging Face folder gives none along."""
+    return [] if has_tokenizer(files) else [f"no tokenizer in {folder}, nor in what is written; copy its files there"]
 
 
 def carry(files: Mapping[str, Path], folder: Path) -> None:

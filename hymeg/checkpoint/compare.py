@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hymeg.checkpoint.mapping import Entry, Range, fits, hf_entries, num_rows
+from hymeg.checkpoint.mapping import Entry, Range, fits, hf_entries
 from hymeg.checkpoint.rounding import as_fp32, converted
 from hymeg.checkpoint.row_tensors import RowTensor, TensorReader, block_height
 from hymeg.checkpoint.sinks.transfer import shares
@@ -90,7 +90,8 @@ def compare_checkpoints(
     names of the hub layout. Or between two adapters, each distributed or of peft in either layout: settings, and
     tensors by their distributed keys.
 
-    Padding rows of a vocabulary are left out. With a `tolerance` dtypes may differ and are compared as fp32.
+    Padding rows of a vocabulary are left out. With a `tolerance` dtypes may differ and are compared as fp32. What is
+    set aside of Hugging Face folders (scales of inputs, of the KV cache) is compared where both may have some.
 
     Args:
         base_hf: folder of the base of two adapters, where neither says of which model it is.
@@ -135,7 +136,16 @@ def _models(a: str | Path, b: str | Path) -> _Opened:
     for folder, side in ((a, left), (b, right)):
         unknown = [key for key in (*side.tensors, *side.unknown) if key not in known]
         differences += [Difference(key, f"only in {folder}, and unknown to config.json") for key in unknown]
-    return differences, left.tensors, right.tensors, entries
+    if left.aside is None or right.aside is None:
+        return differences, left.tensors, right.tensors, entries
+    # Such as scales of inputs, which mean nothing to weights and much to what serves them.
+    entries += _entries_of(left.aside | right.aside)
+    return differences, left.tensors | left.aside, right.tensors | right.aside, entries
+
+
+def _entries_of(tensors: dict[str, RowTensor]) -> list[Entry]:
+    """Each as it is."""
+    return [Entry(key, key, False, t.shape, t.shape, tuple(t.all_rows)) for key, t in tensors.items()]
 
 
 def config_differences(a: HyConfig, b: HyConfig) -> dict[str, tuple[Any, Any]]:
@@ -159,6 +169,4 @@ def _adapters(a: str | Path, b: str | Path, base_hf: str | Path | None) -> _Open
             differences.append(Difference(name, f"{of_a:g} and {of_b:g}"))
     if left.modules != right.modules:
         differences.append(Difference("targets", "not the same modules"))
-    shapes = {key: tensor.shape for key, tensor in (left.tensors | right.tensors).items()}
-    entries = [Entry(key, key, False, shape, shape, ((0, num_rows(shape)),)) for key, shape in shapes.items()]
-    return differences, left.tensors, right.tensors, entries
+    return differences, left.tensors, right.tensors, _entries_of(left.tensors | right.tensors)

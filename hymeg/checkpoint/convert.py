@@ -99,4 +99,8 @@ def average(
         raise UserError(f"--iterations are those of one folder; {len(folders)} are given")
     given = [(Path(folders[0]), number) for number in iterations] if iterations else [(Path(f), None) for f in folders]
     how, target, to_target = Options.taken((*OF_MODEL, *TO_HF), options), Path(hf or dist), to_hf if hf else to_dist
+    if dist is not None and (how.layout, how.max_shard_bytes) != (Options.layout, Options.max_shard_bytes):
+        raise UserError(
+            "--layout and --shard-size are of Hugging Face folders; leave them out, or give --hf for --dist"
+        )
     return carry_out(lambda: to_target("average", read_mean(given, how), target, how), target, "converting", how)

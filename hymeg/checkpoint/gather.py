@@ -16,7 +16,7 @@ from hymeg.checkpoint.metadata_file import stored_places
 from hymeg.checkpoint.options import Options, Say
 from hymeg.checkpoint.sinks.new_folder import new_folder
 from hymeg.checkpoint.sources.dist_folder import open_dist
-from hymeg.checksums import MANIFEST, open_verified
+from hymeg.checksums import MANIFEST, FileSum, Summer, open_verified, read_manifest, write_manifest
 from hymeg.errors import UserError
 from hymeg.files import some, write_whole
 from hymeg.hf.config import CONFIG_FILE
@@ -41,8 +41,8 @@ def gather(folders: Sequence[str | Path], dist: str | Path, **options: Any) -> G
         options: `iteration`, `overwrite`, as `options.Options` has them.
 
     Raises:
-        UserError: a file is missing in all folders, truncated, or differs in two of them; `dist` cannot be written.
-            Nothing is left behind.
+        UserError: a file is missing in all folders, truncated, damaged, or differs in two of them; `dist` cannot be
+            written. Nothing is left behind.
     """
     how = Options.taken(("iteration", "overwrite"), options)
     dist, folders = Path(dist), [Path(folder) for folder in folders]
@@ -56,11 +56,14 @@ def gather(folders: Sequence[str | Path], dist: str | Path, **options: Any) -> G
     record = {"command": "gather", "from": [str(part) for part in parts], "iteration": iteration}
     with new_folder(dist, num_bytes, how.overwrite, record, how.say) as partial:
         (partial / name).mkdir()
-        progress, done = Progress("gathering", num_bytes), 0
+        progress, done, sums = Progress("gathering", num_bytes), 0, {}
+        expected = read_manifest(described / MANIFEST) or {}  # rank 0 writes it of all ranks' files
         # FORMAT_FILE makes it valid, and comes last.
         for file_name, path in sorted(files.items(), key=lambda item: item[0] == FORMAT_FILE):
-            done = _copy(path, partial / name / file_name, progress, done)
+            sums[file_name] = _copy(path, expected.get(file_name), partial / name / file_name, progress, done)
+            done += sums[file_name].size
         progress.show(done, at_end=True)
+        write_manifest(partial / name / MANIFEST, sums)
         open_dist(partial / name)
         config = config_folder(*(folder for part in parts for folder in (part, part.parent)))
         carry(beside | ({CONFIG_FILE: config / CONFIG_FILE} if config else {}), partial)
@@ -139,17 +142,19 @@ def _rank(name: str) -> tuple[int | None, str]:
     return int(found[1]) if found else 0, name
 
 
-def _copy(source: Path, target: Path, progress: Progress, done: int) -> int:
-    """Copy a file to the disk; the bytes of all so far."""
+def _copy(source: Path, expected: FileSum | None, target: Path, progress: Progress, done: int) -> FileSum:
+    """Copy a file to the disk, after `done` bytes of others, and verify it as far as its sums are known; its sums."""
+    summer, position = Summer(), 0
     try:
-        with open_verified(source) as file, open(target, "wb") as copy:
+        with open_verified(source, expected) as file, open(target, "wb") as copy:
             while block := file.read(_BLOCK_BYTES):
                 copy.write(block)
-                done += len(block)
-                progress.show(done)
+                summer.add(position, block)
+                position += len(block)
+                progress.show(done + position)
             copy.flush()
             os.fsync(copy.fileno())
     except OSError as error:
         progress.close()
         raise UserError(f"{source}: cannot be copied to {target}: {error.strerror or error}") from error
-    return done
+    return summer.result()

@@ -29,10 +29,11 @@ def describe(folder: str | Path, iteration: int | None = None, tensors: bool = F
     if is_adapter(folder, iteration):
         return _describe_adapter(folder, iteration, tensors)
     found = open_any(folder, iteration)
-    elements = {key: math.prod(tensor.shape) for key, tensor in found.tensors.items()}
+    elements = sum(math.prod(tensor.shape) for tensor in found.tensors.values())
+    stored = open_checkpoint(folder) if is_hf(folder) else found.tensors  # FP8 is read as other dtypes
     dtypes: dict[str, int] = {}
-    for key, tensor in found.tensors.items():
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + elements[key]
+    for tensor in stored.values():
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     lines: dict[str, Any] = {"format": found.what}
     if found.what.startswith("distributed"):
         lines["iteration"] = "release (no training)" if found.iteration is None else str(found.iteration)
@@ -41,13 +42,12 @@ def describe(folder: str | Path, iteration: int | None = None, tensors: bool = F
         lines["optimizer state"] = "yes" if found.has_optimizer else "no"
     if found.config is not None:
         lines |= _model(found.config, found)
-    lines["tensors"] = f"{len(found.tensors):,} distributed tensors, {sum(elements.values()):,} elements"
+    lines["tensors"] = f"{len(found.tensors):,} distributed tensors, {elements:,} elements"
     if found.unknown:
         lines["not known"] = f"{len(found.unknown):,} tensors, such as {found.unknown[0]}"
     lines["bytes"] = f"{sum(count * ITEM_SIZES[dtype] for dtype, count in dtypes.items()):,}"
     lines["dtypes"] = ", ".join(f"{dtype}: {count:,}" for dtype, count in sorted(dtypes.items()))
     if tensors:
-        stored = open_checkpoint(folder) if is_hf(folder) else found.tensors
         lines["list of tensors"] = {name: [tensor.dtype, list(tensor.shape)] for name, tensor in stored.items()}
     return lines
 

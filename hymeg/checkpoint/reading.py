@@ -7,7 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hymeg.checkpoint.companions import carried_files, companions, config_folder, has_tokenizer
+from hymeg.checkpoint.companions import (
+    carried_files,
+    companions,
+    config_folder,
+    has_tokenizer,
+    notes_of_tokenizer,
+)
 from hymeg.checkpoint.compare import config_differences
 from hymeg.checkpoint.dist_files import ADAPTER_KEYS, MODEL_KEYS
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS, check_distributed_tensors, is_mtp
@@ -35,9 +41,10 @@ class Read(NamedTuple):
 def read_hf(hf: Path, how: Options) -> Read:
     """A Hugging Face folder. Raises UserError as `open_hf` does."""
     source = open_hf(hf, base_hf=how.base, drop_mtp=how.drop_mtp, dtype=how.rounded_to)
-    source = source._replace(notes=(*source.notes, *_unused(how.base, source)))
+    carried = carried_files(hf)
+    notes = (*source.notes, *_unused(how.base, source), *notes_of_tokenizer(carried, hf))
     record = {"from": str(hf.resolve()), "base_hf": how.base and str(how.base)}
-    return Read(source, carried_files(hf), [hf, how.base], [], record)
+    return Read(source._replace(notes=notes), carried, [hf, how.base], [], record)
 
 
 def read_dist(dist: Path, how: Options) -> Read:
@@ -91,8 +98,11 @@ def read_mean(folders: Sequence[tuple[Path, int | None]], how: Options) -> Read:
 
 
 def _differing(one: Source, other: Source) -> list[str]:
+    """In configs and shapes, but for padding rows of the vocabulary, of which each layout has its own."""
     found = config_differences(one.config, other.config)
-    shapes, of_other = ({key: t.shape for key, t in source.tensors.items()} for source in (one, other))
+    shapes, of_other = (
+        {key: t.shape for key, t in source.tensors.items() if key not in VOCABULARY_KEYS} for source in (one, other)
+    )
     found |= {
         key: (shapes.get(key), of_other.get(key)) for key in shapes | of_other if shapes.get(key) != of_other.get(key)
     }
@@ -105,7 +115,7 @@ def _completed(source: Source, dist: Path, how: Options) -> Source:
         raise UserError(
             f"{dist}: no {CONFIG_FILE} in it; give --base-hf, the Hugging Face folder that training began with"
         )
-    config = source.config or HyConfig.from_dir(how.base)
+    config = (source.config or HyConfig.from_dir(how.base)).without_quantization()
     if any(key.startswith(ADAPTER_KEYS) for key in source.tensors):
         raise UserError(f"{source.folder}: an adapter, no model; export it with adapter-to-peft, or merge it")
     if source.unknown:

@@ -163,6 +163,8 @@ class Source(NamedTuple):
     iteration: int | None = None  # None: no training made it
     has_optimizer: bool = False
     unknown: tuple[str, ...] = ()  # stored tensors whose names are neither a model's nor an optimizer's
+    # By their own names, tensors of a Hugging Face folder that are set aside; None: it is none that could have some.
+    aside: dict[str, RowTensor] | None = None
 
 
 class TensorReader:

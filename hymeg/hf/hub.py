@@ -13,6 +13,7 @@ from hymeg.hf.config import CONFIG_FILE
 from hymeg.hf.safetensors_files import open_checkpoint
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _UNUSED = ["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 
 
@@ -41,14 +42,19 @@ def local_folder(name: str | os.PathLike, weights: bool = True, flag: str = "") 
     wanted = {"revision": revision or "main", "ignore_patterns": _UNUSED + ([] if weights else ["*.safetensors"])}
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         disable_progress_bars()
+    cached = None
     for from_cache in (True, False):
         try:
             folder = Path(snapshot_download(repository, local_files_only=from_cache, **wanted))
             if _is_complete(folder, weights):
-                return folder
+                if not from_cache or all((folder / name).is_file() for name in _TOKENIZER):
+                    return folder
+                cached = folder  # as transformers leaves it that loaded the model alone
             reason = f"{folder} is incomplete"  # what the library falls back to where there is no network
         except Exception as error:  # whatever the library and the network raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if cached is not None:
+        return cached
     raise UserError(
         f"{f'{flag} {name}'.strip()}: no such folder, and a model of this name is neither in the Hugging Face cache "
         f"nor can be fetched ({reason}); give a folder, fetch it with hf download where there is a network, or check "

@@ -102,7 +102,8 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
     With an index its files are read, without one all *.safetensors of the folder.
 
     Raises:
-        UserError: a file is missing or broken, the index and the headers disagree, or two files hold the same tensor.
+        UserError: a file is missing or broken, the index and the headers disagree, two files hold the same tensor, or
+            there is SINGLE_FILE beside an index of others.
     """
     directory = local_directory(directory)
     index = directory / INDEX_FILE
@@ -112,6 +113,11 @@ def open_checkpoint(directory: str | os.PathLike) -> dict[str, TensorEntry]:
         raise UserError(
             f"{directory}: {len(missing)} of {len(file_names)} files in {INDEX_FILE} are missing: {shown(missing)}; "
             "fetch them again"
+        )
+    if SINGLE_FILE not in file_names and (directory / SINGLE_FILE).exists():
+        raise UserError(
+            f"{directory}: holds {SINGLE_FILE}, which transformers would read, and {INDEX_FILE}, which names other "
+            "files; remove one of the two"
         )
     tensors: dict[str, TensorEntry] = {}
     for file_name in file_names:
@@ -157,6 +163,8 @@ def into_shards(tensors: Iterable[TensorSpec], sharding: int | Mapping[str, str]
                     f"{tensor.name}: is in no file of the folder whose files were asked for; leave that out"
                 )
             named.setdefault(sharding[tensor.name], []).append(tensor)
+        if len(named) == 1:
+            return [one_shard(SINGLE_FILE, *named.values())]
         return [one_shard(name, named[name]) for name in sorted(named)]
     groups: list[list[TensorSpec]] = [[]]
     group_bytes = 0

@@ -98,6 +98,8 @@ def check(config: HyConfig, layout: Layout, settings: Settings | None = None) ->
     if layout.num_virtual_stages > 1:
         _check_interleaving(layout)
     _check_sequence(config, layout)
+    if settings is not None and settings.moe_shared_expert_overlap:
+        _check_shared_overlap(settings)
     if settings is not None and settings.overlap_moe_expert_parallel_comm:
         _check_overlap(config, layout, settings)
 
@@ -253,6 +255,16 @@ def unrolled(layout_string: str) -> tuple[str, ...]:
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         text = re.sub(pattern, lambda match: match[1] * int(match[2]), text)
     return tuple(text.split("|"))
+
+
+def _check_shared_overlap(settings: Settings) -> None:
+    """What Megatron asks for to compute shared experts beside the all-to-all (transformer_config.py:1648, 1817)."""
+    for what, is_wrong in {
+        "--moe-token-dispatcher-type allgather": settings.moe_token_dispatcher_type == "allgather",
+        "shared_experts in --recompute-modules": "shared_experts" in settings.recompute_modules,
+    }.items():
+        if is_wrong:
+            raise UserError(f"--moe-shared-expert-overlap cannot be combined with {what}; leave one out")
 
 
 def _check_overlap(config: HyConfig, layout: Layout, settings: Settings) -> None:

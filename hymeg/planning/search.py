@@ -111,7 +111,11 @@ class Planner:
         structures = list(self._structures(fixed, free, settings))
         if not structures:
             # Says what is wrong, where the given sizes alone are, whatever the batch.
-            check(self.config, dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size))
+            check(
+                self.config,
+                dataclasses.replace(fixed, global_batch_size=fixed.world_size * fixed.micro_batch_size),
+                dataclasses.replace(settings, overlap_moe_expert_parallel_comm=False),
+            )
             overlap = ", --overlap-moe-expert-parallel-comm" if settings.overlap_moe_expert_parallel_comm else ""
             raise UserError(
                 f"--gpus {fixed.world_size}: no legal layout has the sizes given, with experts in nodes of "
@@ -122,6 +126,7 @@ class Planner:
         for optimizers in OPTIMIZERS:
             allowed = [one for one in optimizers if not fixed_settings & one.keys()]
             choices = [dataclasses.replace(settings, **optimizer) for optimizer in allowed]
+            choices = [choice for choice in choices if _has_optimizer(choice)]
             found = self._on_all_cores(structures, choices, fixed_settings)
             rejected += itertools.chain.from_iterable(spurned for _, spurned in found)
             if fitting := sorted((plan for plan, _ in found if plan is not None), key=_rank):
@@ -185,7 +190,8 @@ class Planner:
             most = max(len(chunk.layers) for chunks in stages(self.config, layout) for chunk in chunks)
             found = _all_recomputations(settings, max(1, -(-most // 2)))
         for choice in found:
-            if not choice.overlap_moe_expert_parallel_comm or _is_legal(self.config, layout, choice):
+            is_certain = not (choice.overlap_moe_expert_parallel_comm or choice.moe_shared_expert_overlap)
+            if is_certain or _is_legal(self.config, layout, choice):
                 yield choice
 
     def _on_all_cores(
@@ -269,7 +275,16 @@ def _is_legal(config: HyConfig, layout: Layout, settings: Settings) -> bool:
         check(config, layout, settings)
     except UserError:
         return False
+    accounted = layout.account_for_embedding_in_pipeline_split or layout.account_for_loss_in_pipeline_split
+    if layout.pp == 1 and accounted:  # without effect, and so refused by the run
+        return False
     return layout.num_microbatches >= layout.pp  # fewer leave stages idle for most of a step
+
+
+def _has_optimizer(settings: Settings) -> bool:
+    """Whether Megatron has it (optimizer_config.py:432, arguments.py:1804)."""
+    is_aware = settings.use_precision_aware_optimizer
+    return (settings.use_distributed_optimizer or not is_aware) and (is_aware or not settings.optimizer_cpu_offload)
 
 
 def describe(plan: Plan) -> str:

@@ -102,9 +102,12 @@ _UNMODELLED_SWITCHES = """
     use_torch_fsdp2 use_tp_pp_dp_mapping use_transformer_engine_op_fuser
 """
 UNMODELLED: dict[str, tuple[Any, ...]] = {name: (False, None, 0, 0.0) for name in _UNMODELLED_SWITCHES.split()} | {
+    "apply_rope_fusion": (True,),
     "attention_backend": ("auto", "flash", "fused"),
+    "bias_swiglu_fusion": (True,),
     "cp_comm_type": (["p2p"], "p2p", None),
     "cuda_graph_impl": ("none",),
+    "gradient_accumulation_fusion": (True,),
     "moe_token_dispatcher_type": ("alltoall",),
     "optimizer": ("adam",),
 }

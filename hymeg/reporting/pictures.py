@@ -23,6 +23,7 @@ COLOURS = ("#3b82c4", "#e07b39", "#3fa34d", "#c2528b", "#8a6fd1", "#9a8a2f", "#2
 _INK = "#010203"  # that nothing else has: it becomes the page's
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ is one
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,

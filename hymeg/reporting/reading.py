@@ -45,7 +45,7 @@ class Run:
     examples: dict[int, list[dict[str, Any]]]  # iteration -> rows
     load_iterations: list[int]  # of the expert counts
     counts: np.ndarray  # [iterations, layers, experts], tokens
-    peak_bytes: list[int]  # of each pipeline stage's fullest GPU; none where it was not measured
+    peak_bytes: list[int]  # of each pipeline stage's fullest GPU, in the last life; none where it was not measured
     unread: int  # lines that were cut off
 
     @property
@@ -91,6 +91,8 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
     if not starts:
         raise UserError(f"{records / LINES}: no run has begun in it; give the --save of a training")
     steps = _of(lines, "step")
+    # A life before may have had other stages.
+    peaks = [step.get("peak_bytes") for step in steps if step["iteration"] > starts[-1]["iteration"]]
     iterations, counts = _counts(records / COUNTS, starts[-1], steps)
     translations = _of(lines, "translations")
     return Run(
@@ -104,7 +106,7 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
         {line["iteration"]: _rows(records / line["file"]) for line in translations},
         iterations,
         counts,
-        [max(of) for of in zip(*filter(None, (step.get("peak_bytes") for step in steps)), strict=True)],
+        [max(of) for of in zip(*filter(None, peaks), strict=True)],
         unread,
     )
 
@@ -112,7 +114,7 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
 def _lines(text: str) -> tuple[list[dict[str, Any]], int]:
     """Those that count, without what a later life made anew; and how many were cut off."""
     kept, unread = [], 0
-    for written in text.splitlines():
+    for written in filter(None, text.split("\n")):  # not splitlines(), which also cuts at U+2028 inside a text
         try:
             line = json.loads(written)
             line |= {"iteration": int(line["iteration"]), "kind": line["kind"]}
@@ -163,7 +165,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """Those of a file of translations, up to where it was cut off; none where it was lost."""
     rows = []
     with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text(errors="replace").splitlines():
+        for line in filter(None, path.read_text(errors="replace").split("\n")):
             rows.append(json.loads(line))
     return rows
 

@@ -34,17 +34,24 @@ def observe(folder: str, hf: str | None, machine: Machine, attended: float | Non
     """
     with about("--measured "):
         run = read_run(folder)
-    seconds = [value for _, value in run.curves.get(_SECONDS, [])][_FIRST:]
-    if not seconds:
-        raise UserError(f"--measured {folder}: fewer than {_FIRST + 1} steps are logged; let it go on, or give another")
     start = run.starts[-1]
+    # Of its last life: those before may have had other layouts.
+    seconds, loads = (
+        [value for iteration, value in run.curves.get(name, []) if iteration > start["iteration"]]
+        for name in (_SECONDS, _LOAD)
+    )
+    seconds = seconds[_FIRST:]
+    if not seconds:
+        raise UserError(
+            f"--measured {folder}: fewer than {_FIRST + 1} steps are logged since it started last; let it go on, or "
+            "give another"
+        )
     words = shlex.split(start["command"])[1:] + ([] if hf is None else ["--hf-model", hf])
     where = contextlib.nullcontext() if start["device"] == "cpu" else for_gpus()
     with about(f"--measured {folder}, its command line: "), where:
         args, config = parse(words)
         args.world_size = start["world_size"]
         layout, settings = layout_of(args), settings_of(args)
-    loads = [value for _, value in run.curves.get(_LOAD, [])]
     imbalance = statistics.median(loads) if loads and layout.expert_model_parallel_size > 1 else None
     planner = Planner(config, machine, imbalance or 1.0, attended=attended if args.packed else None)
     plan = planner.plan(layout, settings)

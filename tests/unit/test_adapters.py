@@ -278,6 +278,12 @@ def changed(folders: Path, tmp_path: Path, layout: str, config=None, tensors=Non
     return copy
 
 
+def test_a_base_in_fp8_leaves_no_promise_of_it_in_the_adapter_s_config(folders, base, tmp_path):
+    quantised_folder(base, tmp_path / "fp8")
+    peft_to_adapter(folders / "peft", tmp_path / "out", base_hf=tmp_path / "fp8", verify=True, workers=1)
+    assert HyConfig.from_dir(tmp_path / "out").raw == HyConfig.from_dir(base).raw
+
+
 def test_comparison_sees_one_bit_and_one_setting(folders, tmp_path, base):
     assert compare_checkpoints(folders / "dist", folders / "peft") == []
     assert compare_checkpoints(folders / "served", folders / "peft", base_hf=base) == []

@@ -106,6 +106,12 @@ def test_an_empty_file_has_a_sum(tmp_path):
 # ---- reading
 
 
+def test_a_name_may_hold_what_looks_like_the_end_of_a_line(tmp_path):
+    files = {"a\u2028b": checksums.sum_of(b"1"), "c\u0085": checksums.sum_of(b"2")}
+    checksums.write_manifest(tmp_path / MANIFEST, files)
+    assert checksums.read_manifest(tmp_path / MANIFEST) == files
+
+
 def test_whatever_is_read_of_a_damaged_block_is_refused(small_blocks, tmp_path):
     data, chance = random.Random(2).randbytes(30_000), random.Random(3)
     path = tmp_path / "file"
@@ -213,6 +219,13 @@ def test_inspect_names_damaged_files_and_their_tensors(dist, tmp_path):
     assert "__0_0.distcp: bytes 0 to" in first and first.endswith("there lie: embedding.word_embeddings.weight")
     assert second == f"{dist / 'tokenizer.json'}: missing" and "verified: 2 damaged" in last
     assert [finding.path.name for finding in verify_folder(tmp_path / "hf").damaged] == ["tokenizer_config.json"]
+
+
+def test_a_folder_without_checksums_does_not_pass_for_verified(hf_checkpoint, tmp_path):
+    for folder, told in ((tmp_path, "no checksums in it"), (hf_checkpoint, "4 files, but no checksums in it")):
+        words = [sys.executable, str(CONVERT), "inspect", "--verify", str(folder)]
+        found = subprocess.run(words, capture_output=True, text=True)
+        assert found.returncode == 2 and f"{folder}: {told}: nothing to verify" in found.stderr
 
 
 def test_tensors_of_older_checkpoints_are_verified_by_their_zips(dist):

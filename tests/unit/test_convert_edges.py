@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from hymeg.checkpoint import companions, conversion, workers
 from hymeg.checkpoint.companions import carried_files
 from hymeg.checkpoint.compare import compare_checkpoints
-from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.inspection import describe
 from hymeg.checkpoint.mapping import VOCABULARY_KEYS
@@ -347,6 +347,32 @@ def test_tokenizers_are_not_mixed_and_a_base_that_gives_nothing_is_told(dist, hf
     assert said == [] and (tmp_path / "configured" / "config.json").is_file()
 
 
+def test_a_chat_template_is_no_tokenizer(dist, hf_checkpoint, tmp_path, said):
+    """One that was put beside a run's checkpoint is taken, and the tokenizer from the base as if it were not there."""
+    for path in carried_files(dist).values():
+        path.unlink()
+    (dist / "chat_template.jinja").write_text("another")
+    dist_to_hf(dist, tmp_path / "out", base_hf=hf_checkpoint, say=said.append)
+    assert carried_files(tmp_path / "out").keys() == carried_files(hf_checkpoint).keys()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "another"
+    dist_to_hf(dist, tmp_path / "bare", say=said.append)
+    assert said[-1].startswith(f"no tokenizer in {dist}")
+
+
+def test_a_hugging_face_folder_without_a_tokenizer_is_told(hf, tmp_path, said):
+    for path in carried_files(hf).values():
+        path.unlink()
+    for number, convert in enumerate((hf_to_dist, hf_to_hf)):
+        convert(hf, tmp_path / str(number), say=said.append)
+    assert sum(line.startswith(f"no tokenizer in {hf}") for line in said) == 2
+
+
+def test_files_that_the_index_does_not_name_are_told(hf, tmp_path, said):
+    shutil.copy(next(hf.glob("*-00001-of-*")), hf / "model-00001-of-00009.safetensors")
+    hf_to_dist(hf, tmp_path / "dist", say=said.append)
+    assert any(line.startswith("not read, as") and line.endswith("model-00001-of-00009.safetensors") for line in said)
+
+
 CARRIED = [
     *("LICENSE", "Notice.txt", "modeling_hy.py", "configuration_hy.py", "tokenization_hy.py", "hy.tiktoken"),
     *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -595,11 +621,21 @@ def test_transformed_storage_is_refused(dist):
         open_dist(dist)
 
 
-@pytest.mark.parametrize("interleaved", [None, 32])
-def test_interleaved_gate_and_up_projections_are_not_exported_as_if_they_were_not(dist, interleaved):
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("moe_mlp_glu_interleave_size", None, None),
+        ("moe_mlp_glu_interleave_size", 32, r"--moe-mlp-glu-interleave-size \(32\): gate and up projections"),
+        ("moe_shared_expert_glu_interleave_size", 8, r"--moe-shared-expert-glu-interleave-size \(8\)"),
+        ("layernorm_zero_centered_gamma", False, None),
+        ("layernorm_zero_centered_gamma", True, "--apply-layernorm-1p .*norms are stored less 1"),
+        ("rotary_interleaved", True, "--rotary-interleaved"),
+    ],
+)
+def test_weights_that_mean_something_else_are_not_exported_as_if_they_did_not(dist, name, value, told):
     from types import SimpleNamespace
 
-    state = [{"args": SimpleNamespace(num_layers=4, moe_mlp_glu_interleave_size=interleaved, dtype=torch.bfloat16)}]
+    state = [{"args": SimpleNamespace(num_layers=4, dtype=torch.bfloat16, **{name: value})}]
     data = stored_object(state)
     with open(dist / "release" / "__0_0.distcp", "r+b") as file:
         position = file.seek(0, os.SEEK_END)
@@ -610,10 +646,10 @@ def test_interleaved_gate_and_up_projections_are_not_exported_as_if_they_were_no
         info.relative_path, info.offset, info.length = "__0_0.distcp", position, len(data)
 
     edit_metadata(dist, point)
-    if interleaved is None:
+    if told is None:
         assert open_dist(dist).iteration is None
     else:
-        with pytest.raises(UserError, match="--moe-mlp-glu-interleave-size 32"):
+        with pytest.raises(UserError, match=told):
             open_dist(dist)
 
 

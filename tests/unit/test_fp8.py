@@ -20,6 +20,7 @@ from hymeg.checkpoint.sources import open_hf
 from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from hymeg.errors import UserError
 from hymeg.hf.config import HyConfig
+from hymeg.hf.safetensors_files import open_checkpoint
 from hymeg.training import hf_weights
 from hymeg.training.run import _carry_companions
 
@@ -50,7 +51,10 @@ def test_what_is_read_is_the_weight_times_its_scale_to_the_one_rounding(tmp_path
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert "quantization_config" not in config and "attn_quant_config" not in config
     assert compare_checkpoints(tmp_path / "fp8", tmp_path / "dist") == []
-    assert describe(tmp_path / "fp8")["format"] == f"Hugging Face, {layout} layout, {num} weights in FP8"
+    described = describe(tmp_path / "fp8")
+    assert described["format"] == f"Hugging Face, {layout} layout, {num} weights in FP8"
+    stored = open_checkpoint(tmp_path / "fp8").values()
+    assert described["bytes"] == f"{sum(entry.nbytes for entry in stored):,}" and "F8_E4M3: " in described["dtypes"]
     hf_to_dist(tmp_path / "fp8", tmp_path / "fp32", dtype="fp32", workers=1)
     dist_to_hf(tmp_path / "fp32", tmp_path / "out-fp32", layout=layout, workers=1)
     found = weights(tmp_path / "out-fp32")
@@ -185,6 +189,19 @@ def test_a_run_may_load_it_and_name_it_as_its_model(fp8_folder, hf_checkpoint, t
         assert compare_checkpoints(made, folder) == []
         _carry_companions(folder, tmp_path / "save", HyConfig.from_dir(folder))
         assert HyConfig.from_dir(tmp_path / "save").raw == HyConfig.from_dir(hf_checkpoint).raw
+
+
+def test_scales_that_only_serving_needs_are_compared_too(fp8_folder, tmp_path):
+    other, name = tmp_path / "other", "model.layers.0.self_attn.k_cache.scale"
+    shutil.copytree(fp8_folder, other)
+    scales = load_file(other / "kv_cache_scales.safetensors")
+    save_file(scales | {name: scales[name] * 3}, other / "kv_cache_scales.safetensors")
+    [found] = compare_checkpoints(fp8_folder, other)
+    assert found.name == name and found.what.startswith("1 of 1 elements")
+    (other / "kv_cache_scales.safetensors").unlink()
+    found = compare_checkpoints(fp8_folder, other)
+    assert {one.name for one in found} == set(scales)
+    assert all(one.what == f"only in {fp8_folder}" for one in found)
 
 
 def test_a_config_that_promises_fp8_and_has_none_is_told(hf_checkpoint, tmp_path):

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from hymeg.checkpoint.compare import compare_checkpoints
-from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist
 from hymeg.checkpoint.dist_files import TRACKER
 from hymeg.checkpoint.gather import gather
+from hymeg.checkpoint.sinks import new_folder
+from hymeg.checkpoint.verification import verify_folder
 from hymeg.checksums import MANIFEST
 from hymeg.errors import UserError
 
@@ -69,6 +71,28 @@ def refused(nodes, tmp_path, message, **options):
     with pytest.raises(UserError, match=message):
         gather(nodes, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_all_nodes_files_are_held_against_what_rank_0_kept_of_them(whole, nodes, tmp_path, monkeypatch):
+    """And again wherever they are read; none of them is read into memory as a whole."""
+    sum_of_file = new_folder.sum_of_file
+    monkeypatch.setattr(
+        new_folder, "sum_of_file", lambda path: pytest.fail("read") if path.suffix == ".distcp" else sum_of_file(path)
+    )
+    gather(nodes, tmp_path / "out")
+    verified = verify_folder(tmp_path / "out")
+    assert not verified.damaged and not verified.unverified
+    assert verified.num_bytes == sum(
+        len(data) for name, data in files(tmp_path / "out").items() if MANIFEST not in name
+    )
+    said = []
+    dist_to_hf(tmp_path / "out", tmp_path / "hf", say=said.append)
+    assert not any("without checksums" in line for line in said)
+    with open(nodes[1] / "iter_0000040" / "__2_0.distcp", "r+b") as file:
+        file.seek(5000)
+        file.write(b"no")
+    with pytest.raises(UserError, match=r"node1/iter_0000040/__2_0.distcp: damaged: bytes 0 to"):
+        gather(nodes, tmp_path / "damaged")
 
 
 def test_a_missing_node_is_named_by_its_files_and_ranks(nodes, tmp_path):

@@ -70,6 +70,14 @@ def test_fp8_is_written_anew_in_bf16(models, tmp_path):
     assert "quantization_config" not in config_of(tmp_path / "bf16")
 
 
+def test_a_base_in_fp8_lends_a_distributed_checkpoint_its_config_without_that(models, tmp_path):
+    quantised_folder(models[0], tmp_path / "fp8")
+    shutil.copytree(models[0].parent / "dist1", tmp_path / "dist")
+    (tmp_path / "dist" / "config.json").unlink()
+    dist_to_dist(tmp_path / "dist", tmp_path / "out", base_hf=tmp_path / "fp8", verify=True)
+    assert config_of(tmp_path / "out") == config_of(models[0])
+
+
 def test_the_files_of_the_original_are_kept(models, hf_checkpoint, dist_checkpoint, tmp_path):
     dist_to_hf(dist_checkpoint, tmp_path / "out", shards_like=hf_checkpoint)
     assert files_by_tensor(tmp_path / "out") == files_by_tensor(hf_checkpoint)
@@ -97,6 +105,23 @@ def test_a_mean_is_that_of_fp32_rounded_once(models, tmp_path):
     assert record["from"] == [str(model) for model in models] and record["base_hf"] is None
 
 
+def test_a_mean_does_not_mind_padding(models, tmp_path):
+    """Rows of zeros, as a layout with tensor parallelism has them; wherever they come from, they are cut off."""
+    shutil.copytree(models[1], tmp_path / "long")
+    longer = weights(models[1])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        longer[name] = torch.cat([longer[name], torch.zeros(128, longer[name].shape[1], dtype=longer[name].dtype)])
+    save_file(longer, tmp_path / "long" / "model.safetensors", metadata={"format": "pt"})
+    hf_to_dist(tmp_path / "long", tmp_path / "padded")
+    shutil.copy(models[1] / "config.json", tmp_path / "padded")
+    average(models[:2], hf=tmp_path / "hf")
+    for number, folders in enumerate(([models[0], tmp_path / "padded"], [tmp_path / "padded", models[0]])):
+        average(folders, hf=tmp_path / str(number))
+        average(folders, dist=tmp_path / f"dist{number}")
+        assert compare_checkpoints(tmp_path / "hf", tmp_path / str(number)) == []
+        assert compare_checkpoints(tmp_path / "hf", tmp_path / f"dist{number}") == []
+
+
 def test_what_has_no_mean_is_refused(models, hf_checkpoint, tmp_path):
     run = models[0].parent / "run"
     for message, folders, options in (
@@ -111,6 +136,9 @@ def test_what_has_no_mean_is_refused(models, hf_checkpoint, tmp_path):
             average(folders, hf=tmp_path / "a", **options)
     with pytest.raises(UserError, match="is, holds or lies in"):
         average(models, hf=models[1], overwrite=True)
+    for of_hf in ({"layout": "fused"}, {"max_shard_bytes": 1000}):
+        with pytest.raises(UserError, match="--layout and --shard-size are of Hugging Face folders"):
+            average(models, dist=tmp_path / "a", **of_hf)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,22 @@ def test_what_is_in_the_cache_is_used_without_a_network(cache, hf_checkpoint, tm
         local_folder("tiny/other@x")
 
 
+def test_a_tokenizer_that_the_cache_lacks_is_fetched(cache, hf_checkpoint, monkeypatch):
+    """As transformers leaves the cache that loaded config.json and the model there."""
+    snapshot = put_into(cache, hf_checkpoint)
+    for path in snapshot.glob("tokenizer*"):
+        path.unlink()
+    assert local_folder("tiny/Hy-MT2") == snapshot  # there is no network: what is there will do
+
+    def fetch(*_, local_files_only, **__):
+        if not local_files_only:
+            shutil.copytree(hf_checkpoint, snapshot, dirs_exist_ok=True)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert local_folder("tiny/Hy-MT2") == snapshot and (snapshot / "tokenizer.json").is_file()
+
+
 def called(tool: str, *words: object) -> None:
     """A tool's `main`, in this process."""
     path = Path(__file__).parents[2] / "tools" / f"{tool}.py"
@@ -100,6 +116,10 @@ def test_every_tool_takes_an_id_where_a_folder_is_read(cache, hf_checkpoint, tmp
     called("preprocess_data", "--input", rows, "--output", tmp_path / "text", "--tokenizer", "tiny/Hy-MT2")
     assert (tmp_path / "text_text_document.bin").exists()
     called("inspect_data", rows, "--tokenizer", "tiny/Hy-MT2", "--row", 1)
+    with pytest.raises(UserError, match=rf"^{snapshot}: 4 files, but no checksums in it"):
+        called("convert_checkpoint", "inspect", "--verify", "tiny/Hy-MT2")
+    with pytest.raises(UserError, match=r"--verify with --tensors --json: .*leave that out"):
+        called("convert_checkpoint", "inspect", "--verify", "tiny/Hy-MT2", "--json", "--tensors")
     called("plan", "--hf", "tiny/Hy-MT2", "--gpus", 1, "--global-batch-size", 1, "--seq-length", 64)
     assert "H100" in capsys.readouterr().out
 

@@ -123,6 +123,8 @@ def test_short_rows_make_a_step_shorter(run):
         ("--optimizer sgd", "--optimizer sgd"),
         ("--attention-backend unfused", "--attention-backend"),
         ("--tp-comm-overlap", "--tp-comm-overlap"),
+        ("--no-bias-swiglu-fusion", "--no-bias-swiglu-fusion"),
+        ("--no-gradient-accumulation-fusion", "--no-gradient-accumulation-fusion"),
         ("--freeze *.experts.* *.router.*", "--freeze *.experts.* *.router.*"),
         ("--train-only *.router.*", "--train-only *.router.*"),
     ],
@@ -142,7 +144,7 @@ def test_without_such_flags_nothing_is_said_and_the_table_names_flags_that_exist
 
 def test_json_has_what_the_tables_have(run):
     _, out, _ = run(f"{MT} --top 2 --explain 2")
-    code, printed, _ = run(f"{MT} --top 2 --json")
+    code, printed, _ = run(f"{MT} --top 1 --explain 2 --json")  # what is explained is there, however few are listed
     data = json.loads(printed)
     assert code == 0 and len(data["plans"]) == 2 and data["num_fitting"] > 2 and data["machine"]["num_gpus"] == 16
     second = data["plans"][1]
@@ -304,6 +306,10 @@ def test_explaining_writes_no_file(run, places):
             "--hf {mt} --gpus 8 --config {tmp}/unknown_key.yaml",
             ["line 1", "tensor-model-parallel-sizes", "tensor-model-parallel-size"],
         ),
+        (
+            "--hf {hy3} --gpus 128 --seq-length 4096 --global-batch-size 512 --num-layers-per-virtual-pipeline-stage 4",
+            ["--num-layers-per-virtual-pipeline-stage 4", "--pipeline-model-parallel-size", "give that as well"],
+        ),
         ("--hf {mt} --gpus 8 --config {tmp}/illegal.yaml", ["--tensor-model-parallel-size 3", "illegal.yaml, line 3"]),
         ("--hf {mt} --gpus 8 --config {tmp}/too_large.yaml", ["--gpu-memory 80", "needs", "stage 0"]),
     ],
@@ -339,6 +345,22 @@ def test_a_search_lists_legal_layouts_only_and_keeps_experts_in_a_node():
     assert len(found.fitting) == found.num_fitting > 20
     across = searched(HY3, Layout(64, 4096, 256), "H200", 141, experts_across_nodes=True)
     assert any(plan.layout.expert_model_parallel_size > 8 for plan in across.fitting)
+
+
+def test_a_search_proposes_nothing_that_a_run_refuses_with_what_is_fixed():
+    """--moe-shared-expert-overlap, whose experts cannot be recomputed; what counts on stages, where there are none; no
+    precision-aware optimizer without the distributed one."""
+    accounted = {f"account_for_{end}_in_pipeline_split": True for end in ("embedding", "loss")}
+    fixed = Layout(64, 4096, 256, **accounted)
+    settings = Settings(moe_shared_expert_overlap=True, use_distributed_optimizer=False, overlap_param_gather=False)
+    found = searched(HY_MT2, fixed, "H200", 141, settings)
+    for plan in [*found.fitting, *found.rejected]:
+        check(HY_MT2, plan.layout, plan.settings)
+        assert plan.layout.pp > 1 and not plan.settings.use_precision_aware_optimizer
+        assert "shared_experts" not in plan.settings.recompute_modules
+    assert len(found.fitting) > 1
+    found = searched(HY_MT2, Layout(16, 4096, 256), "H200", 141, Settings(optimizer_cpu_offload=True))
+    assert found.fitting and all(plan.settings.use_precision_aware_optimizer for plan in found.fitting)
 
 
 @pytest.mark.parametrize("cores", [2, 3, 1000])

@@ -122,6 +122,19 @@ def test_a_run_is_compared_with_the_estimate_of_its_own_layout(run):
     assert line.startswith("Measured, run: ") and "1.50 x the mean" in line and "+5.0 GiB" in line
 
 
+def test_of_a_run_that_went_on_in_another_layout_only_its_last_life_is_compared(run):
+    first = json.loads((run / "run" / "records" / "run.jsonl").read_text().splitlines()[0])
+    facts = {name: first[name] for name in ("device", "world_size", "expert_counts")}
+    facts["command"] = first["command"].replace("--pipeline-model-parallel-size 2", "")
+    record = RunRecord(run / "run" / "records", facts, print)
+    memory = memory_by_stage(CONFIG, layout(expert_model_parallel_size=8), Settings(overlap_param_gather=False), 1.25)
+    for number in range(8, 12):
+        figures = {"losses": {}, "seconds": 7.0, "expert_parallel_load": 1.25, "peak_bytes": [memory[0].total + GIB]}
+        record.add_step(number, np.ones((1, 1)), **figures)
+    found = observe(run / "run", str(run / "model"), MACHINE, None)
+    assert (found.seconds, found.imbalance, found.excess) == (7.0, 1.25, GIB)
+
+
 def test_the_command_plans_with_what_was_measured(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")

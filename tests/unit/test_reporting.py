@@ -95,6 +95,15 @@ def test_counts_that_were_cut_off_are_left_out(folder):
     assert read_run(folder).load_iterations == list(range(1, 8))
 
 
+def test_line_separators_inside_a_text_end_no_line(tmp_path):
+    """U+2028 and U+0085, which JSON leaves as they are and str.splitlines() takes for ends of lines."""
+    record = life(tmp_path, 0, 2, 8.0, FACTS | {"command": "pretrain_hy.py \u2028"})
+    translated(record, 2, "one\u0085two\u2028three", 10.0)
+    run = read_run(tmp_path)
+    assert run.unread == 0 and run.starts[0]["command"] == "pretrain_hy.py \u2028"
+    assert [row["hypothesis"] for row in run.examples[2]] == ["one\u0085two\u2028three"]
+
+
 def test_a_record_that_cannot_be_written_is_said_once(tmp_path):
     said = []
     (tmp_path / "records").write_text("a file")
@@ -144,6 +153,16 @@ def test_runs_lie_over_each_other_with_names_of_their_own(folder, tmp_path_facto
     for name in (folder.name, other.name):
         assert f"■ {name}" in text and f"{name}: lm loss, validation" in text
     assert [run["name"] for run in json.loads(numbers.read_text())] == [folder.name, other.name]
+
+
+def test_a_run_whose_length_is_in_samples_has_a_page(tmp_path):
+    life(tmp_path, 0, 3, 9.0, FACTS | {"train_iters": None})
+    assert "step 3, loss 3.0000" in page([read_run(tmp_path)])
+
+
+def test_dollars_in_a_name_are_no_mathematics(folder):
+    text = page([read_run(folder, "lr$_$"), read_run(folder, "other")])
+    assert ">lr$_$: lm loss<" in text
 
 
 def test_ranks_of_the_picture_are_megatrons():

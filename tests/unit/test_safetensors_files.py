@@ -126,6 +126,12 @@ def test_shards_hold_at_most_what_they_may():
     assert into_shards([], 100)[0].tensors == ()
 
 
+def test_one_file_alone_has_the_name_by_which_it_is_found():
+    """By that of two it would be half a checkpoint: it has no index."""
+    [shard] = into_shards([TensorSpec("t", "BF16", (3,))], {"t": "model-00001-of-00002.safetensors", "mtp": "other"})
+    assert shard.file_name == "model.safetensors"
+
+
 def test_wrong_amounts_of_bytes_leave_nothing_behind(tmp_path):
     for data in (b"123", b"12345"):
         with pytest.raises(ValueError, match="tensor t"):
@@ -275,6 +281,10 @@ BROKEN_FOLDERS = {
             (folder / "model-00002-of-00004.safetensors").read_bytes()
         ),
         "holds tensor",
+    ),
+    "one file beside an index of others": (
+        lambda folder: (folder / "model.safetensors").write_bytes(next(folder.glob("*01-of*")).read_bytes()),
+        "which transformers would read, and model.safetensors.index.json, which names other files; remove one",
     ),
     "two files, no index": (
         lambda folder: [

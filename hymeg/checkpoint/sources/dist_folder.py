@@ -34,6 +34,18 @@ from hymeg.hf.dtypes import WEIGHTS
 
 _MAX_FLAGS_BYTES = 64 << 20
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\..*")
+_OTHER_FORMS = {  # Megatron's flags under which the same bytes mean something else
+    "moe_mlp_glu_interleave_size": (
+        "--moe-mlp-glu-interleave-size",
+        "gate and up projections of the experts are interleaved",
+    ),
+    "moe_shared_expert_glu_interleave_size": (
+        "--moe-shared-expert-glu-interleave-size",
+        "gate and up projections of the shared experts are interleaved",
+    ),
+    "layernorm_zero_centered_gamma": ("--apply-layernorm-1p", "the weights of norms are stored less 1"),
+    "rotary_interleaved": ("--rotary-interleaved", "rows of q and k are in another order"),
+}
 _STATE = re.compile(rf"{_OPTIMIZER.pattern}|(rng_state|rerun_state_machine_state|common_state)\b.*")
 
 
@@ -43,8 +55,8 @@ def open_dist(directory: str | os.PathLike, iteration: int | None = None) -> Sou
 
     Raises:
         UserError: as `iteration_folder`; the metadata are broken, hostile or of another format; a file is missing or
-            too short; a tensor's chunks leave a gap or overlap; a dtype is none of BF16, F16, F32; the gate and up
-            projections are interleaved.
+            too short; a tensor's chunks leave a gap or overlap; a dtype is none of BF16, F16, F32; under the flags of
+            the run, weights mean something else.
     """
     folder, iteration = iteration_folder(directory, iteration)
     found = read_json(folder / FORMAT_FILE, open_verified)
@@ -91,17 +103,18 @@ def _check_flags(folder: Path, location: tuple[str, int, int] | None) -> None:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         with archive.open(name) as pickled:
             flags = flags_of(pickled.read(_MAX_FLAGS_BYTES))
-        interleaved = flags.get("moe_mlp_glu_interleave_size")
+        given = {name: flags.get(name) for name in _OTHER_FORMS}
     except Damaged:
         raise
     except Exception:  # whatever a broken, foreign or missing object raises: it is not needed for anything else
         return
-    if interleaved is not None:
-        found = f"trained with --moe-mlp-glu-interleave-size {shown(interleaved)}"
-        raise UserError(
-            f"{folder / METADATA}: {found}: gate and up projections of the experts are interleaved, which cannot be "
-            "exported; save it without"
-        )
+    for name, value in given.items():
+        if value:
+            flag, what = _OTHER_FORMS[name]
+            raise UserError(
+                f"{folder / METADATA}: trained with {flag} ({shown(value)}): {what}, which cannot be exported; save "
+                "it without"
+            )
 
 
 Locations = dict[tuple[str, Shape | None], tuple[str, int, int]]

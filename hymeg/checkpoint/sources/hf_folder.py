@@ -18,9 +18,10 @@ from hymeg.checkpoint.mapping import (
 from hymeg.checkpoint.row_tensors import Band, Piece, RowTensor, Scales, Source
 from hymeg.checkpoint.verification import verification_notes
 from hymeg.errors import UserError, located
+from hymeg.files import some
 from hymeg.hf.config import CONFIG_FILE, HyConfig
 from hymeg.hf.fp8 import WeightScale, listed, told_apart
-from hymeg.hf.safetensors_files import TensorEntry, open_checkpoint
+from hymeg.hf.safetensors_files import INDEX_FILE, TensorEntry, open_checkpoint
 
 DEQUANTISED = "BF16"  # what FP8 becomes unless asked
 _VOCABULARY = [row.hf for row in TABLE["model"] if row.dist in VOCABULARY_KEYS]
@@ -49,9 +50,12 @@ def open_hf(
     folder = Path(folder)
     own = HyConfig.from_dir(folder) if config is None or (folder / CONFIG_FILE).is_file() else config
     config = config or own
-    stored, scales, aside = told_apart(open_checkpoint(folder), own.fp8_block)
+    held = open_checkpoint(folder)
+    stored, scales, aside = told_apart(held, own.fp8_block)
     is_promised = own is not own.without_quantization()
     notes = [f"{CONFIG_FILE} speaks of FP8, but no tensor in {folder} is"] if is_promised and not scales else []
+    if unread := sorted({path.name for path in folder.glob("*.safetensors")} - {e.file.name for e in held.values()}):
+        notes.append(f"not read, as {INDEX_FILE} in {folder} does not name them: {some(unread, 5)}")
     if own is config:
         config, more = with_all_rows(config, [stored[name].shape for name in _VOCABULARY if name in stored])
         notes += more
@@ -75,7 +79,9 @@ def open_hf(
         notes.append(f"dequantised: {listed(scales)}, fp32(weight) * scale rounded to {dtype or DEQUANTISED}")
     if aside:
         notes.append(f"set aside, scales of inputs and of the KV cache: {listed(aside)}")
-    return Source(what, folder, mtp.written, tensors | mtp.of_base, tuple(notes))
+    others = {name: as_stored(name, held[name]) for name in (*aside, *match.dropped)}
+    of_aside = others if scales or others else None
+    return Source(what, folder, mtp.written, tensors | mtp.of_base, tuple(notes), aside=of_aside)
 
 
 def with_all_rows(config: HyConfig, shapes: Sequence[Shape]) -> tuple[HyConfig, list[str]]:
