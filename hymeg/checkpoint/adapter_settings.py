@@ -30,7 +30,7 @@ class AdapterSettings(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """As adapter.json holds it."""
-        written = {**self._asdict(), "targets": list(self.targets), "hymeg_version": __version__}
+        written = {**self._asdict(), "hymeg_version": __version__}
         return (json.dumps(written, indent=1) + "\n").encode()
 
     def save(self, folder: str | Path) -> None:

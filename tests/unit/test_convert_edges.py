@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hymeg.checkpoint import companions, conversion, workers
-from hymeg.checkpoint.companions import carried_files
+from hymeg.checkpoint.companions import carried_files, carry
 from hymeg.checkpoint.compare import compare_checkpoints
 from hymeg.checkpoint.convert import dist_to_hf, hf_to_dist, hf_to_hf
 from hymeg.checkpoint.dist_files import TRACKER
@@ -321,6 +321,12 @@ def test_every_file_is_flushed_to_disk_before_the_folder_appears(dist_checkpoint
 
 
 # ---- what is carried
+
+
+def test_a_companion_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/gone.json: cannot be read or copied: No such file"):
+        carry({"tokenizer.json": tmp_path / "gone.json"}, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_a_tokenizer_that_the_checkpoint_lacks_comes_from_the_base_and_is_told(dist, hf_checkpoint, tmp_path, said):
