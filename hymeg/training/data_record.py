@@ -25,6 +25,10 @@ _ANOTHER_ORDER = ("the data are not in the order", "samples may come twice or ne
 _MEANINGS = {
     _CONTENTS: ("the data are not those", "from here on others are trained on"),
     _TOKENIZER: ("the tokenizer is not the one", "token ids may stand for other text"),
+    "global_batch_size": (
+        "the batches, in which --train-epochs is counted, are not those",
+        "it would end before or after so many epochs; give --train-samples, a sample a sequence, in its place",
+    ),
 }
 
 

@@ -92,6 +92,14 @@ def test_a_model_that_was_converted_or_has_no_record_is_not_compared(folder):
     assert start(folder, {"data": "C"}, save=None) == []
 
 
+def test_epochs_counted_in_other_batches_are_said(folder):
+    start(folder, {"global_batch_size": 8})
+    save(folder, 20)
+    [said] = start(folder, {"global_batch_size": 16})
+    assert "--train-epochs is counted, are not those that" in said and "global_batch_size was 8 and is 16" in said
+    assert said.endswith("before or after so many epochs; give --train-samples, a sample a sequence, in its place")
+
+
 @pytest.mark.parametrize(
     ("changes", "differs"),
     [
