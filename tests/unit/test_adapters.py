@@ -329,6 +329,13 @@ GATE_UP = r"mlp\.experts\.gate_up_proj"
         ("peft", {"use_dora": True}, None, "use_dora is true, which hymeg does not honour"),
         ("peft", {"peft_type": "LOHA"}, None, "peft_type is 'LOHA'; LORA is needed"),
         ("peft", {"bias": "lora_only"}, None, "bias is 'lora_only'"),
+        (
+            "peft",
+            {"init_lora_weights": "pissa_niter_4"},
+            None,
+            "'pissa_niter_4', .* of other weights",
+        ),
+        ("served", {"init_lora_weights": "olora"}, None, "init_lora_weights is 'olora'"),
         ("peft", {"r": 0}, None, "r is 0; a positive number"),
         ("peft", {"r": 3}, None, r"6 rows are needed|3 rows are needed"),
         ("peft", {"rank_pattern": {}}, None, r"16 rows are needed for rank 2"),
