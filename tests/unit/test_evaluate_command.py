@@ -32,3 +32,10 @@ def test_checkpoints_of_another_model_are_not_judged_by_the_first_ones_config(tm
         return TOOL["_check_one_model"](folders[0], folders[1:])
     with pytest.raises(UserError, match=f"^{folders[1]}/config.json: {said}"):
         TOOL["_check_one_model"](folders[0], folders[1:])
+
+
+def test_an_iteration_is_that_of_one_checkpoint(tmp_path):
+    alone, several = ([*[str(tmp_path)] * number, "rows.jsonl"] for number in (1, 2))
+    TOOL["_check"](TOOL["_parser"]().parse_args(alone), ["--ckpt-step", "5"])
+    with pytest.raises(UserError, match=r"--ckpt-step: of which of several .* as RUN/iter_0000100"):
+        TOOL["_check"](TOOL["_parser"]().parse_args(several), ["--ckpt-step=5"])
