@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from hymeg.hf.config import HyConfig
 from hymeg.hf.tokenizer import rendered
 
 GENERATION_CONFIG = "generation_config.json"
+_UNAPPLIED = {  # what would change answers, and the value that does not
+    **dict.fromkeys(
+        ("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "min_length", "min_new_tokens"), 0
+    ),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), 0),
+    **dict.fromkeys(("typical_p", "num_beams", "guidance_scale"), 1),
+    **dict.fromkeys(("stop_strings", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
+    **dict.fromkeys(("penalty_alpha", "top_h", "exponential_decay_length_penalty", "forced_eos_token_id")),
+}
 _HAN, _KANA_HANGUL = re.compile("[\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff\uac00-\ud7af]")
 
 
@@ -68,6 +78,14 @@ def translation_request(text: str, target: str, source: str | None = None) -> st
 def source_language(text: str) -> str:
     """As far as the prompt's language depends on it."""
     return "zh" if _HAN.search(text) and not _KANA_HANGUL.search(text) else "en"
+
+
+def unapplied(folder: str | os.PathLike) -> Iterator[str]:
+    """What to say of generation_config.json in `folder`, where it asks for more than `Sampling` has."""
+    path = Path(folder) / GENERATION_CONFIG
+    for name, value in (read_json(path) if path.is_file() else {}).items():
+        if value is not None and name in _UNAPPLIED and value != _UNAPPLIED[name]:
+            yield f"{path}: {name} {shown(value)} is not applied: answers are drawn without it"
 
 
 def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:
