@@ -18,7 +18,7 @@ TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "evaluate.py"))
         ({}, None),
         ({"num_nextn_predict_layers": 0, "torch_dtype": "float32"}, None),
         ({"rope_theta": 1.0}, "rope_theta is 1.0, and 11158840.0 in .*first: these are not checkpoints of one model"),
-        ({"num_experts_per_tok": 1}, "num_experts_per_tok is 1, and .* judge each alone"),
+        ({"num_experts_per_tok": 3}, "num_experts_per_tok is 3, and .* judge each alone"),
         ({"eos_token_id": 5}, "eos_token_id is 5, and .* --hf-model"),
     ],
 )
