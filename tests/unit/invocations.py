@@ -681,6 +681,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("--valid-translations {tmp}/none.jsonl", "no such file"),
     ),
     "translations that are empty": (1, "--valid-translations {tmp}/empty.jsonl", ("--valid-translations", "is empty")),
+    "translations of tokens that are dropped": (
+        1,
+        "--valid-translations {rows} --moe-expert-capacity-factor 1.5",
+        ("--valid-translations {rows}", "--moe-expert-capacity-factor 1.5", "leave one out"),
+    ),
     "translations without an evaluation": (
         1,
         "--valid-translations {rows} --eval-iters 0",
