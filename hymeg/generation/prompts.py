@@ -14,7 +14,7 @@ from hymeg.data import translation
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown
 from hymeg.generation.sampling import Sampling
-from hymeg.hf.config import HyConfig
+from hymeg.hf.config import TOKEN_IDS, HyConfig
 from hymeg.hf.tokenizer import rendered
 
 GENERATION_CONFIG = "generation_config.json"
@@ -96,6 +96,14 @@ def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:
     """
     path = Path(folder) / GENERATION_CONFIG
     given: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if type(given) is not dict:
+        raise UserError(f"{path}: holds {shown(given)}; an object is needed")
+    if (found := given.get("eos_token_id")) is not None and not (
+        TOKEN_IDS.accepts(found) and max(found if type(found) is list else [found]) < config.vocab_size
+    ):
+        raise UserError(
+            f"{path}: eos_token_id is {shown(found)}; {TOKEN_IDS.needed} below {config.vocab_size} is needed"
+        )
     fields = {field.name for field in dataclasses.fields(Sampling)} - {"seed", "stop_ids"}
     chosen = {name: given[name] for name in fields if given.get(name) is not None}
     for name, value in chosen.items():

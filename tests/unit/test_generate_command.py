@@ -222,9 +222,13 @@ def test_the_publishers_sampling_holds_where_no_flag_says_otherwise(folder, tmp_
     assert published(do_sample=True).temperature == 1 and published(temperature=0.5).temperature == 0.5
     assert published(do_sample=False, temperature=0.7).temperature == 0 == published().temperature
     assert published().stop_ids == (config.eos_token_id,)
-    for wrong in ({"top_p": "x"}, {"top_k": True}, {"top_p": 0}):
+    no_tokens = ({"eos_token_id": wrong} for wrong in ("5", [5, 1.0], [], -1, config.vocab_size, True))
+    for wrong in ({"top_p": "x"}, {"top_k": True}, {"top_p": 0}, *no_tokens):
         with pytest.raises(UserError, match=rf"generation_config.json: '?{next(iter(wrong))}"):
             published(**wrong)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config.json: holds \[\]; an object is needed"):
+        published_sampling(tmp_path, config)
     chosen = TOOL["_sampling"](parsed("--greedy", "--top-k", "3", "--seed", "9"), hy)
     assert (chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed) == (0, 3, 0.6, 9)
     for argv, said in (("--top-p 2", "--top-p is 2"), ("--seed -1", "--seed is -1; 0 or more is needed")):
