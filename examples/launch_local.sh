@@ -13,7 +13,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 venv=${HYMEG_VENV:-$root/.venv}
 # shellcheck disable=SC1091
 [ ! -r "$venv/bin/activate" ] || . "$venv/bin/activate"
-processes=${HYMEG_PROCESSES_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+processes=${HYMEG_PROCESSES_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}
 [ "$processes" != 0 ] || refuse "no GPU is visible; check the driver (nvidia-smi), or set HYMEG_PROCESSES_PER_NODE=2 HYMEG_PLATFORM=cpu for the CPU"
 [[ $processes =~ ^[1-9][0-9]*$ ]] || refuse "HYMEG_PROCESSES_PER_NODE '$processes': how many processes to start is needed, one for each GPU: 8"
 python=$(command -v python || echo "no python on PATH, which")

@@ -64,6 +64,7 @@ _REFUSED = {
             hybrid_layer_pattern hybrid_override_pattern is_hybrid_model kv_lora_rank layernorm_zero_centered_gamma
             linear_* mamba_* mla_down_proj_fusion moe_apply_probs_on_input moe_latent_size
             moe_mlp_glu_interleave_size moe_router_group_topk moe_router_num_groups moe_router_pre_softmax
+            moe_router_quantile_balancing_ema
             moe_shared_expert_gate moe_shared_expert_glu_interleave_size moe_single_grouped_bias
             moe_upcycling_granularity moe_use_upcycling mrope_section mscale* mtp_hybrid_override_pattern
             mtp_use_repeated_layer multi_latent_attention mup_* no_rope_freq openai_gelu q_lora_rank qk_clip*
@@ -209,6 +210,12 @@ _ROWS = (
         values=("delayed",),
         instead="use blockwise, or tensorwise before Hopper",
     ),
+    Row(
+        "moe_router_load_balancing_type",
+        "it routes as another model does, without the expert bias, and sinkhorn with other weights too",
+        values=("sinkhorn", "quantile_balancing"),
+        instead="balance by --moe-router-bias-update-rate, or by a loss such as seq_aux_loss",
+    ),
     Row("lora_rank", "adapters have a rank of at least 1", values=(0,), instead="give one"),
     Row("attention_backend", "it needs a --spec of Megatron's", values=("local",), instead="use auto"),
     Row(
@@ -247,13 +254,6 @@ _ROWS = (
     ),
     Row("dataloader_type", "the order is hymeg's own, seeded by epoch", WITH_SFT, values=("cyclic",)),
     Row(
-        "moe_router_load_balancing_type",
-        "its quantile is taken over padding too",
-        WITH_SFT,
-        values=("quantile_balancing",),
-        instead="balance by --moe-router-bias-update-rate, or by a loss such as seq_aux_loss",
-    ),
-    Row(
         "freeze train_only",
         "adapters are trained alone, beside frozen weights",
         WITH_LORA,
@@ -289,8 +289,7 @@ _NO_EFFECT_WITHOUT = {
     "cross_entropy_loss_fusion": "cross_entropy_fusion_impl",
     "mtp_num_layers": "mtp_detach_heads mtp_loss_scaling_factor",
     "moe_router_enable_expert_bias": "moe_router_bias_update_rate",
-    "moe_router_load_balancing_type=aux_loss,seq_aux_loss,global_aux_loss,sinkhorn": "moe_aux_loss_coeff",
-    "moe_router_load_balancing_type=quantile_balancing": "moe_router_quantile_balancing_ema",
+    "moe_router_load_balancing_type=aux_loss,seq_aux_loss,global_aux_loss": "moe_aux_loss_coeff",
     "moe_expert_capacity_factor": "moe_pad_expert_input_to_capacity moe_token_drop_policy",
     "moe_token_dispatcher_type=flex": """moe_flex_dispatcher_* moe_hybridep_* moe_ncclep_*
     moe_permute_fusion_into_hybridep""",

@@ -38,7 +38,7 @@ def main() -> None:
     with exit_on_user_error():
         platform.install()
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        _check(args)
+        _check(args, flags)
         _evaluate(args, flags)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -62,8 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, flags: list[str]) -> None:
     """What can be seen to be wrong before a model is loaded."""
+    if len(args.checkpoints) > 1 and any(word.partition("=")[0] == "--ckpt-step" for word in flags):
+        raise UserError(
+            "--ckpt-step: of which of several checkpoints is not said; judge that iteration alone, or give it behind "
+            "the first one as RUN/iter_0000100"
+        )
     for name in ("rows", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: 1 or more is needed")

@@ -210,7 +210,7 @@ def _role(message: dict) -> Any:
 
 
 def _speak(args: argparse.Namespace, flags: list[str]) -> None:
-    from hymeg.generation.prompts import published_sampling
+    from hymeg.generation.prompts import published_sampling, unapplied
     from hymeg.hf.config import HyConfig
     from hymeg.hf.hub import local_folder
     from hymeg.hf.tokenizer import load_tokenizer
@@ -231,6 +231,9 @@ def _speak(args: argparse.Namespace, flags: list[str]) -> None:
     if device.current().type == "cuda" and not {"--bf16", "--fp16"} & set(flags):
         flags = ["--bf16", *flags]
     model, config = load_model(args.checkpoint, flags, hf_model=args.hf_model, adapter=args.adapter)
+    if dist.get_rank() == 0:
+        for note in unapplied(folder):
+            print(f"hymeg: {note}", file=sys.stderr)
     answered: list[dict] = []
     if prompts:
         _answer(args, model, sampling, tokenizer, prompts, answered)

@@ -73,7 +73,8 @@ def _describe_adapter(folder: Path, iteration: int | None, tensors: bool) -> dic
         found, held = peft_contents(folder)
         lines = {"format": "adapter, peft folder", "rank": found["r"], "alpha": found["lora_alpha"]}
         lines["scaling"] = "rslora" if found.get("use_rslora") else "lora"
-        targets = [*(found.get("target_modules") or []), *(found.get("target_parameters") or [])]
+        modules = found.get("target_modules") or []  # a list, or one regular expression
+        targets = [*([modules] if isinstance(modules, str) else modules), *(found.get("target_parameters") or [])]
         lines |= {"targets": ", ".join(sorted(targets)), "base": found.get("base_model_name_or_path")}
     else:
         source = open_dist(folder, iteration)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,19 @@ from hymeg.data import translation
 from hymeg.errors import UserError
 from hymeg.files import read_json, shown
 from hymeg.generation.sampling import Sampling
-from hymeg.hf.config import HyConfig
+from hymeg.hf.config import TOKEN_IDS, HyConfig
 from hymeg.hf.tokenizer import rendered
 
 GENERATION_CONFIG = "generation_config.json"
+_UNAPPLIED = {  # what would change answers, and the value that does not
+    **dict.fromkeys(
+        ("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "min_length", "min_new_tokens"), 0
+    ),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), 0),
+    **dict.fromkeys(("typical_p", "num_beams", "guidance_scale"), 1),
+    **dict.fromkeys(("stop_strings", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
+    **dict.fromkeys(("penalty_alpha", "top_h", "exponential_decay_length_penalty", "forced_eos_token_id")),
+}
 _HAN, _KANA_HANGUL = re.compile("[\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff\uac00-\ud7af]")
 
 
@@ -70,6 +80,14 @@ def source_language(text: str) -> str:
     return "zh" if _HAN.search(text) and not _KANA_HANGUL.search(text) else "en"
 
 
+def unapplied(folder: str | os.PathLike) -> Iterator[str]:
+    """What to say of generation_config.json in `folder`, where it asks for more than `Sampling` has."""
+    path = Path(folder) / GENERATION_CONFIG
+    for name, value in (read_json(path) if path.is_file() else {}).items():
+        if value is not None and name in _UNAPPLIED and value != _UNAPPLIED[name]:
+            yield f"{path}: {name} {shown(value)} is not applied: answers are drawn without it"
+
+
 def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:
     """As generation_config.json in `folder` has it; greedy, up to EOS, where it says nothing.
 
@@ -78,6 +96,14 @@ def published_sampling(folder: str | os.PathLike, config: HyConfig) -> Sampling:
     """
     path = Path(folder) / GENERATION_CONFIG
     given: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if type(given) is not dict:
+        raise UserError(f"{path}: holds {shown(given)}; an object is needed")
+    if (found := given.get("eos_token_id")) is not None and not (
+        TOKEN_IDS.accepts(found) and max(found if type(found) is list else [found]) < config.vocab_size
+    ):
+        raise UserError(
+            f"{path}: eos_token_id is {shown(found)}; {TOKEN_IDS.needed} below {config.vocab_size} is needed"
+        )
     fields = {field.name for field in dataclasses.fields(Sampling)} - {"seed", "stop_ids"}
     chosen = {name: given[name] for name in fields if given.get(name) is not None}
     for name, value in chosen.items():

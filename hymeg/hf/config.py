@@ -307,6 +307,8 @@ def _check_together(values: dict[str, Any]) -> None:
     chosen, experts = values["num_experts_per_tok"], values["num_experts"]
     if chosen > experts:
         raise UserError(f"num_experts_per_tok is {chosen}; at most num_experts ({experts}) is possible")
+    if chosen == 1:
+        raise UserError("num_experts_per_tok is 1; at least 2 are needed: Megatron does not normalise a single weight")
     size = values["vocab_size"]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for token in values[name] if isinstance(values[name], tuple) else [values[name]]:

@@ -29,6 +29,10 @@ class Router(TopKRouter):
         if self.local_tokens_per_expert is not None and self.local_tokens_per_expert.dtype != torch.float32:
             self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
 
+    def apply_input_jitter(self, input: torch.Tensor) -> torch.Tensor:
+        """In training; Megatron's own makes losses of an evaluation and generated texts random, too (router.py:706)."""
+        return super().apply_input_jitter(input) if self.training else input
+
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None):
         """Count `routing_map` (bool `[tokens, experts]`) without the padding (bool `[tokens]`), once for the bias and
         the log. Megatron's own takes no mask of that shape (router.py:738).

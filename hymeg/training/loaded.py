@@ -34,7 +34,7 @@ def load_model(
 
     Args:
         checkpoint: a Hugging Face folder or a distributed checkpoint.
-        flags: pretrain_hy.py's, of layout and precision.
+        flags: pretrain_hy.py's, of layout and precision; and --ckpt-step, which iteration of a distributed one.
         hf_model: the folder with config.json and tokenizer, if it is another.
         adapter: whose delta is added to the weights: a distributed checkpoint of adapters or a peft folder.
 
@@ -53,7 +53,7 @@ def load_model(
     logging.getLogger("megatron").setLevel(logging.ERROR)  # standard output is the answers'
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         model = build_model(args)
-    base = open_any(checkpoint)
+    base = open_any(checkpoint, args.ckpt_step)
     tensors = base.tensors if adapter is None else merged(config, base.tensors, open_adapter(Path(adapter), config))
     load_tensors(model, config, tensors, base.folder)
     return [chunk.eval() for chunk in model], config

@@ -66,7 +66,7 @@ def logging(args, config: HyConfig, model_config, record: RunRecord, say: Say) -
     def step_flops(batch_size: int, squared_lengths: float | None, num_tokens: float | None) -> float:
         num_tokens = batch_size * args.seq_length if num_tokens is None else num_tokens
         squared_lengths = batch_size * args.seq_length**2 if squared_lengths is None else squared_lengths
-        return packed_training_flops(config, num_tokens, squared_lengths)
+        return packed_training_flops(config, num_tokens, squared_lengths, is_frozen=args.lora_rank is not None)
 
     names = training_sets(args)
     line = LogLine(args, config, device.name(), record, say, SetLosses(names) if len(names) > 1 else None)
@@ -145,7 +145,8 @@ class LogLine:
             full = num_tokens / num_positions
             self.packed.clear()
         tokens = num_tokens / self.seconds
-        flops = packed_training_flops(self.config, num_tokens, squared_lengths)
+        is_frozen = self.args.lora_rank is not None
+        flops = packed_training_flops(self.config, num_tokens, squared_lengths, is_frozen=is_frozen)
         tflops = flops / self.seconds / self.args.world_size / 1e12
         mfu = None if self.peak is None else tflops / self.peak
         loads, parallel_load = {}, None

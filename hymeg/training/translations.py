@@ -25,6 +25,12 @@ def held_out_rows(args: argparse.Namespace, config: HyConfig) -> HeldOut:
             f"--valid-translations {args.valid_translations}: nothing is evaluated, since --eval-iters is 0 or there "
             "is no validation data; give some, or leave --valid-translations out"
         )
+    if args.moe_expert_capacity_factor is not None:
+        raise UserError(
+            f"--valid-translations {args.valid_translations} with --moe-expert-capacity-factor "
+            f"{args.moe_expert_capacity_factor}: of answers made together, experts would drop tokens; leave one out, "
+            "and judge what is saved with tools/evaluate.py"
+        )
     with about("--valid-translations "):
         return HeldOut(args.valid_translations, load_tokenizer(args.hf_model), config, args.valid_generate)
 

@@ -12,6 +12,7 @@ from test_layouts import CP2, EP2, PP2, TP2, VPP2
 from hymeg.checkpoint.adapter_settings import AdapterSettings
 from hymeg.checkpoint.adapters import merge
 from hymeg.checkpoint.convert import hf_to_dist
+from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.hf.config import HyConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
@@ -73,6 +74,19 @@ def test_the_command_takes_what_a_run_has_saved(worlds, command, folder, tmp_pat
         worlds.run(1, command(flags, "--save", str(tmp_path / name), steps=1))
     said = [worlds.run(1, [str(tmp_path / name), *asked], "spoken")["said"] for name in ("distributed", "none")]
     assert said[0] == said[1] != ""
+
+
+def test_ckpt_step_says_which_iteration_speaks(worlds, folder, tmp_path):
+    write_tiny_checkpoint(tmp_path / "other", HyConfig.from_dir(folder / "trunk"), seed=5)
+    (tmp_path / "run").mkdir()
+    for iteration, source in ((5, folder / "trunk"), (10, tmp_path / "other")):
+        hf_to_dist(source, tmp_path / f"{iteration}")
+        (tmp_path / f"{iteration}/release").rename(tmp_path / f"run/iter_{iteration:07d}")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("10")
+    asked = ["--raw", "--prompt", "Good day", "--max-new-tokens", "8", "--greedy"]
+    of_run = [str(tmp_path / "run"), "--hf-model", str(folder / "trunk"), *asked]
+    old, new = worlds.run(1, [*of_run, "--ckpt-step", "5"], "spoken"), worlds.run(1, of_run, "spoken")
+    assert old == worlds.run(1, [str(folder / "trunk"), *asked], "spoken") != new
 
 
 def test_an_adapter_beside_its_base_says_what_the_merged_weights_say(worlds, folder, tmp_path):

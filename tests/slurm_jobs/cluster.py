@@ -137,6 +137,7 @@ class Cluster:
 class Job:
     def __init__(self, cluster: Cluster, number: str, folder: Path):
         self.cluster, self.number, self.folder = cluster, number, folder
+        self.logs = folder / "logs" / f"slurm-{number}"
 
     @property
     def output(self) -> str:
@@ -145,11 +146,11 @@ class Job:
 
     @property
     def history(self) -> list[str]:
-        path = self.folder / "logs" / "history"
+        path = self.logs / "history"
         return path.read_text().splitlines() if path.exists() else []
 
     def log(self, start: int) -> str:
-        return "".join(path.read_text() for path in sorted((self.folder / "logs" / f"start-{start}").glob("*.log")))
+        return "".join(path.read_text() for path in sorted((self.logs / f"start-{start}").glob("*.log")))
 
     def shown(self, field: str) -> str:
         return re.search(
@@ -158,7 +159,7 @@ class Job:
 
     def step(self, start: int) -> int:
         try:
-            return int((self.folder / "logs" / f"start-{start}" / "step").read_text())
+            return int((self.logs / f"start-{start}" / "step").read_text())
         except (FileNotFoundError, ValueError):
             return 0
 
@@ -176,7 +177,7 @@ class Job:
             ended = self.state() in FINAL
             if (ended and not condition()) or time.monotonic() > end:
                 logs = "\n".join(
-                    f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("logs/start-*/*.log"))
+                    f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.logs.glob("start-*/*.log"))
                 )
                 raise AssertionError(
                     f"{what}: {'the job has ended' if ended else 'time is up'}\n{self.history}\n{self.output}\n{logs}"

@@ -1,5 +1,6 @@
 """The same without Slurm: examples/launch_local.sh, with the losses of the plain torchrun line of docs/slurm.md."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,10 +87,14 @@ def test_the_allocator_of_gpu_memory(tmp_path, given):
     assert done.stdout.startswith(f"{expected}|-m hymeg.launch.node -- --standalone --nproc-per-node 2 "), done.stderr
 
 
-def test_no_gpu_is_said_in_one_line(tmp_path):
-    """With a driver that has lost them all."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
+@pytest.mark.parametrize("driver", ["", "echo NVIDIA-SMI has failed; exit 9", None])
+def test_no_gpu_is_said_in_one_line(tmp_path, driver):
+    """With a driver that has lost them all, one that does not run, and none."""
+    if driver is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{driver}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    elif shutil.which("nvidia-smi"):
+        pytest.skip("this machine has nvidia-smi")
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "HYMEG_PROCESSES_PER_NODE"}
     environment |= {"PATH": f"{tmp_path}:{environment['PATH']}", "HYMEG_VENV": "/nowhere"}
     command = ["examples/launch_local.sh", "examples/tiny_cpu/pretrain_fp32.yaml"]

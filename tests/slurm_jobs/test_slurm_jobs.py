@@ -37,7 +37,7 @@ WRONG = {
     "no log folder": (
         "{folder}/recipe.yaml",
         {"HYMEG_LOG_DIR": "/proc/logs"},
-        "HYMEG_LOG_DIR /proc/logs cannot be written to (No such file",
+        "HYMEG_LOG_DIR: /proc/logs/slurm-",
     ),
     "no pyxis": (
         "{folder}/recipe.yaml",
@@ -62,6 +62,34 @@ def test_what_the_script_refuses_is_one_line_and_exit_code_2(name):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and line in done.stderr
+
+
+def test_jobs_of_one_log_folder_leave_each_other_s_logs_alone(tmp_path):
+    """HYMEG_LOG_DIR is exported once, and jobs run at the same time. Slurm's programs are stand-ins, whose nodes are
+    never fit.
+    """
+    for name, text in {"scontrol": 'echo " NodeAddr=localhost"', "srun": "exit 1", "squeue": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HYMEG_LOG_DIR": str(tmp_path / "logs"),
+        "HYMEG_PROCESSES_PER_NODE": "1",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_ON_NODE": "1",
+    }
+    for job in "12":
+        command = ["bash", JOB, RECIPE]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment | {"SLURM_JOB_ID": job}, capture_output=True, text=True
+        )
+        assert done.returncode == 1 and "not started" in done.stderr, done.stderr
+        (tmp_path / f"logs/slurm-{job}/start-1/n0.log").write_text("what the ranks said")
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("n0.log")} == {
+        f"logs/slurm-{job}/start-1/n0.log" for job in "12"
+    }
 
 
 @pytest.fixture(scope="module")

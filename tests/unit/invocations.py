@@ -425,11 +425,18 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{SFT} --data-path {{rows}} --eval-micro-batch-size 2 --eval-global-batch-size 2",
         ("--eval-micro-batch-size 2", "need 1", "--no-sft-packing"),
     ),
-    "quantiles over padding": (
-        1,
-        f"{SFT} --data-path {{rows}} --moe-router-load-balancing-type quantile_balancing",
-        ("--moe-router-load-balancing-type quantile_balancing", "--sft", "--moe-router-bias-update-rate"),
-    ),
+    **{
+        f"routing by {kind}": (
+            1,
+            f"--moe-router-load-balancing-type {kind}",
+            (
+                f"--moe-router-load-balancing-type {kind} is not supported",
+                "another model",
+                "a loss such as seq_aux_loss",
+            ),
+        )
+        for kind in ("sinkhorn", "quantile_balancing")
+    },
     "conversations by micro-batch": (
         1,
         f"{SFT} --data-path {{rows}} --no-calculate-per-token-loss",
@@ -674,6 +681,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("--valid-translations {tmp}/none.jsonl", "no such file"),
     ),
     "translations that are empty": (1, "--valid-translations {tmp}/empty.jsonl", ("--valid-translations", "is empty")),
+    "translations of tokens that are dropped": (
+        1,
+        "--valid-translations {rows} --moe-expert-capacity-factor 1.5",
+        ("--valid-translations {rows}", "--moe-expert-capacity-factor 1.5", "leave one out"),
+    ),
     "translations without an evaluation": (
         1,
         "--valid-translations {rows} --eval-iters 0",

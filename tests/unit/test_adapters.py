@@ -309,10 +309,12 @@ def test_comparison_sees_one_bit_and_one_setting(folders, tmp_path, base):
         compare_checkpoints(folders / "dist", base)
 
 
-def test_inspection_says_what_an_adapter_is(folders):
+def test_inspection_says_what_an_adapter_is(folders, tmp_path):
     said = {name: [f"{a}: {b}" for a, b in describe(folders / name).items()] for name in ("dist", "peft", "served")}
     assert {"format: adapter, distributed (torch_dist)", "iteration: 5", "optimizer state: yes"} <= set(said["dist"])
     assert any(line.startswith("targets: ") and "mlp.experts.gate_up_proj" in line for line in said["peft"])
+    regex = changed(folders, tmp_path, "peft", {"target_modules": r".*\.q_proj"}, None)
+    assert describe(regex)["targets"] == r".*\.q_proj, mlp.experts.down_proj, mlp.experts.gate_up_proj"
     for lines in said.values():
         assert {"rank: 2", "scaling: lora"} <= set(lines) and any(line.startswith("alpha: 8") for line in lines)
     count = sum(t.numel() for t in load_file(folders / "served" / "adapter_model.safetensors").values())
@@ -329,6 +331,13 @@ GATE_UP = r"mlp\.experts\.gate_up_proj"
         ("peft", {"use_dora": True}, None, "use_dora is true, which hymeg does not honour"),
         ("peft", {"peft_type": "LOHA"}, None, "peft_type is 'LOHA'; LORA is needed"),
         ("peft", {"bias": "lora_only"}, None, "bias is 'lora_only'"),
+        (
+            "peft",
+            {"init_lora_weights": "pissa_niter_4"},
+            None,
+            "'pissa_niter_4', .* of other weights",
+        ),
+        ("served", {"init_lora_weights": "olora"}, None, "init_lora_weights is 'olora'"),
         ("peft", {"r": 0}, None, "r is 0; a positive number"),
         ("peft", {"r": 3}, None, r"6 rows are needed|3 rows are needed"),
         ("peft", {"rank_pattern": {}}, None, r"16 rows are needed for rank 2"),

@@ -13,7 +13,7 @@ from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.data import translation
 from hymeg.data.translation import PROMPTS
 from hymeg.errors import UserError
-from hymeg.generation.prompts import chat_prompt, published_sampling, text_prompt, translation_request
+from hymeg.generation.prompts import chat_prompt, published_sampling, text_prompt, translation_request, unapplied
 from hymeg.generation.sampling import Sampling
 from hymeg.hf.tokenizer import load_tokenizer
 from hymeg.platform import connections
@@ -222,9 +222,13 @@ def test_the_publishers_sampling_holds_where_no_flag_says_otherwise(folder, tmp_
     assert published(do_sample=True).temperature == 1 and published(temperature=0.5).temperature == 0.5
     assert published(do_sample=False, temperature=0.7).temperature == 0 == published().temperature
     assert published().stop_ids == (config.eos_token_id,)
-    for wrong in ({"top_p": "x"}, {"top_k": True}, {"top_p": 0}):
+    no_tokens = ({"eos_token_id": wrong} for wrong in ("5", [5, 1.0], [], -1, config.vocab_size, True))
+    for wrong in ({"top_p": "x"}, {"top_k": True}, {"top_p": 0}, *no_tokens):
         with pytest.raises(UserError, match=rf"generation_config.json: '?{next(iter(wrong))}"):
             published(**wrong)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config.json: holds \[\]; an object is needed"):
+        published_sampling(tmp_path, config)
     chosen = TOOL["_sampling"](parsed("--greedy", "--top-k", "3", "--seed", "9"), hy)
     assert (chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed) == (0, 3, 0.6, 9)
     for argv, said in (("--top-p 2", "--top-p is 2"), ("--seed -1", "--seed is -1; 0 or more is needed")):
@@ -233,6 +237,17 @@ def test_the_publishers_sampling_holds_where_no_flag_says_otherwise(folder, tmp_
     with pytest.raises(UserError, match=r"--top-p 0.5: nothing is drawn, .*; give --temperature"):
         TOOL["_sampling"](parsed("--top-p", "0.5"), published())
     assert TOOL["_sampling"](parsed("--top-p", "0.5", "--temperature", "1"), published()).top_p == 0.5
+
+
+def test_what_the_publisher_s_sampling_has_and_ours_has_not_is_told(tmp_path):
+    assert list(unapplied(tmp_path)) == []
+    neutral = {"num_beams": 1, "typical_p": 1.0, "min_p": None, "no_repeat_ngram_size": 0, "guidance_scale": 1.0}
+    given = {"top_k": 20, "pad_token_id": 1, "transformers_version": "5.0", **neutral}
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    assert list(unapplied(tmp_path)) == []
+    (tmp_path / "generation_config.json").write_text(json.dumps(given | {"min_p": 0.05, "stop_strings": ["."]}))
+    told = f"{tmp_path}/generation_config.json: %s is not applied: answers are drawn without it"
+    assert list(unapplied(tmp_path)) == [told % "min_p 0.05", told % "stop_strings ['.']"]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(folder):

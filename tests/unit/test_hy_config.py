@@ -176,6 +176,7 @@ BAD = [
     (changed(HY_MT2, head_dim=127), "head_dim"),
     (changed(HY_MT2, num_attention_heads=30), "num_attention_heads"),
     (changed(HY_MT2, num_experts_per_tok=129), "num_experts_per_tok"),
+    (changed(HY_MT2, num_experts_per_tok=1), "num_experts_per_tok is 1; at least 2"),
     (changed(HY_MT2, enable_lm_head_fp32=1), "enable_lm_head_fp32"),
     (changed(HY_MT2, rope_theta=float("inf")), "rope_theta"),
     (changed(HY_MT2, rms_norm_eps=10**400), "rms_norm_eps"),

@@ -15,6 +15,11 @@ from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG
 from hymeg.hf.config import HyConfig
 from hymeg.models.router import Router
 from hymeg.planning.flops import packed_training_flops
+from hymeg.planning.layout import Layout
+from hymeg.planning.memory import Device
+from hymeg.planning.network import HARDWARE, Machine
+from hymeg.planning.settings import Settings
+from hymeg.planning.step_time import StepModel
 from hymeg.reporting.record import RunRecord
 from hymeg.training import metrics, run_record
 
@@ -27,6 +32,11 @@ class Counted(Router):
     def __init__(self, layer: int, counts: list[int]):
         torch.nn.Module.__init__(self)
         self.layer_number, self.is_mtp_layer, self.expert_load = layer, False, torch.tensor(counts)
+
+
+def arguments(world_size: int, log_interval: int, **changes) -> types.SimpleNamespace:
+    given = {"seq_length": 64, "rank": 0, "save": None, "expert_model_parallel_size": 1, "lora_rank": None} | changes
+    return types.SimpleNamespace(world_size=world_size, log_interval=log_interval, **given)
 
 
 def test_expert_load_is_busiest_over_mean_and_starts_again():
@@ -49,9 +59,7 @@ def test_tensorboard_and_weights_and_biases_get_what_the_line_says(monkeypatch):
     monkeypatch.setattr(run_record, "get_tensorboard_writer", lambda: tensorboard)
     monkeypatch.setattr(run_record, "get_wandb_writer", lambda: wandb)
     monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
-    args = types.SimpleNamespace(
-        seq_length=64, world_size=2, rank=0, save=None, log_interval=1, expert_model_parallel_size=4
-    )
+    args = arguments(2, 1, expert_model_parallel_size=4)
     means = iter([{"0-a": 1.5, "1-b": 2.0}])
     by_set = types.SimpleNamespace(means=lambda forget: next(means) if forget else None)
     line = metrics.LogLine(args, CONFIG, "NVIDIA H100 80GB HBM3", RunRecord(None, {}, print), print, by_set)
@@ -99,18 +107,36 @@ def test_a_step_counts_full_samples_where_no_lengths_are_known(monkeypatch):
     monkeypatch.setattr(metrics.megatron, "log_line", contextlib.nullcontext)
     monkeypatch.setattr(metrics, "training_sets", lambda args: [])
     model = types.SimpleNamespace(post_wrap_hooks=None)
-    with metrics.logging(types.SimpleNamespace(seq_length=64), CONFIG, model, None, print) as set_losses:
+    with metrics.logging(arguments(1, 1), CONFIG, model, None, print) as set_losses:
         assert set_losses is None and len(model.post_wrap_hooks) == 1
     [flops] = given
     assert flops(4, None, None) == packed_training_flops(CONFIG, 4 * 64, 4 * 64**2)
     assert flops(4, 5000.0, 200.0) == packed_training_flops(CONFIG, 200.0, 5000.0)
 
 
+@pytest.mark.parametrize("lora_rank", [None, 8])
+def test_the_line_counts_as_the_planner_does(monkeypatch, lora_rank):
+    """Beside adapters the frozen weights' products are two, not three."""
+    planned = StepModel(
+        CONFIG, Layout(1, 64, 4), Settings(lora_rank=lora_rank), Machine(1, 8, Device(80), HARDWARE["H100"]), 1.0
+    ).step()
+    given = []
+    monkeypatch.setattr(metrics.megatron, "flops_formula", lambda flops: contextlib.nullcontext(given.append(flops)))
+    monkeypatch.setattr(metrics.megatron, "log_line", lambda line: contextlib.nullcontext(given.append(line)))
+    monkeypatch.setattr(metrics, "training_sets", lambda args: [])
+    monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
+    args, model = arguments(1, 1, lora_rank=lora_rank), types.SimpleNamespace(post_wrap_hooks=None)
+    with metrics.logging(args, CONFIG, model, RunRecord(None, {}, print), print):
+        flops, line = given
+    assert flops(4, None, None) / planned.total / 1e12 == pytest.approx(planned.tflops_per_gpu)
+    line.seconds = planned.total
+    said = line.extended("| throughput per GPU (TFLOP/s/GPU): 0.0 |")
+    assert float(said.split("GPU): ")[1].split()[0]) == pytest.approx(planned.tflops_per_gpu, rel=1e-3)
+
+
 def test_every_line_is_of_its_own_iterations(monkeypatch):
     monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
-    args = types.SimpleNamespace(
-        seq_length=64, world_size=1, rank=0, save=None, log_interval=2, expert_model_parallel_size=1
-    )
+    args = arguments(1, 2)
     ensure_world()
     line = metrics.LogLine(args, CONFIG, "", RunRecord(None, {}, print), print)
     line.watch([])
@@ -134,9 +160,7 @@ def test_the_heat_map_is_drawn_at_every_tenth_line_with_the_mean_a_third_of_whit
     drawn = []
     monkeypatch.setattr(metrics, "write_heat_map", lambda counts, iteration: drawn.append(iteration))
     monkeypatch.setattr(metrics, "get_current_global_batch_size", lambda: 4)
-    args = types.SimpleNamespace(
-        seq_length=64, world_size=1, rank=0, save=None, log_interval=1, expert_model_parallel_size=1
-    )
+    args = arguments(1, 1)
     ensure_world()
     line = metrics.LogLine(args, CONFIG, "", RunRecord(None, {}, print), print)
     line.seconds = 1.0

@@ -152,6 +152,14 @@ class TestRouter:
         )
 
 
+def test_jitter_is_for_training(folder, tokens):
+    """Megatron's is not: losses of an evaluation, and texts, would be drawn anew each time."""
+    model, plain = (build(folder / "trunk", *flags) for flags in (["--moe-input-jitter-eps", "0.1"], []))
+    expected = plain(tokens, positions(tokens), None)
+    assert not torch.equal(model.train()(tokens, positions(tokens), None), expected)
+    assert torch.equal(model.eval()(tokens, positions(tokens), None), expected)
+
+
 def test_frozen_multi_token_prediction(folder):
     model = build(folder / "mtp", "--mtp-loss-scaling-factor", "0")
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

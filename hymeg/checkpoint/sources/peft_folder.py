@@ -51,6 +51,8 @@ _WITHOUT_EFFECT = {
     *("layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"),
 }
+# The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights too, as peft does again on loading.
+_INITS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class _Adapted(NamedTuple):
@@ -110,6 +112,11 @@ def peft_contents(folder: str | Path) -> tuple[dict[str, Any], dict[str, TensorE
         raise UserError(f"{path}: peft_type is {shown(kind)}; LORA is needed")
     if raw.get("bias") not in (None, "none"):
         raise UserError(f"{path}: bias is {shown(raw['bias'])}; it must be none: these models have no biases")
+    if (init := raw.get("init_lora_weights")) not in _INITS_BESIDE_THE_BASE:
+        raise UserError(
+            f"{path}: init_lora_weights is {shown(init)}, which makes it an adapter of other weights than its base's; "
+            "have peft convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     for name, value in raw.items():
         if value and name not in _READ | _WITHOUT_EFFECT | {"bias"}:
             raise UserError(f"{path}: {name} is {shown(value)}, which hymeg does not honour; train without it")
