@@ -42,6 +42,7 @@ MpiDefault=none
 ReturnToService=2
 MessageTimeout=20
 KillWait=300
+MinJobAge=7200
 GresTypes=gpu
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
