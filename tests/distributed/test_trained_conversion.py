@@ -28,7 +28,7 @@ SAVED = {
     "PP2 EP2 saved": (f"{PP2} {EP2}", "mtp"),
     # Experts cut otherwise than the rest: whole in each of TP's ranks, or in two where the rest is whole.
     "TP2 EP2 ETP1 saved": (f"{TP2} {EP2} {ETP.format(1)}", "mtp"),
-    "EP2 ETP2 saved": (f"{EP2} {ETP.format(2)} {DISTRIBUTED}", "trunk"),
+    "EP2 ETP2 saved": (f"{EP2} {ETP.format(2)} {DISTRIBUTED} --global-batch-size 4", "trunk"),
     # From the second save on every rank's plan is in .metadata.
     "TP2 PP2 saved twice": (f"{TP2} {PP2} --ckpt-assume-constant-structure --save-interval 1", "trunk"),
 }
@@ -63,7 +63,7 @@ def world(worlds, converted, command):
         cases[name] = command(layout, checkpoint=checkpoint, load=str(converted / f"dist-{checkpoint}"), steps=2)
     for name, (layout, checkpoint) in SAVED.items():
         cases[name] = command(
-            layout,
+            f"--global-batch-size 2 {layout}",
             f"--lr 0 --save {converted / 'exports' / name.replace(' ', '-')}",
             checkpoint=checkpoint,
             steps=2 if name.endswith("twice") else 1,
