@@ -75,8 +75,10 @@ def build_index(args: argparse.Namespace, tokenizer) -> None:
     """
     # Of a phase of training it is known only with the checkpoint how many samples it has.
     if not (args.mock_data or args.dataloader_fast_cache_load or args.phase_transition_iterations):
+        iterations = args.train_iters  # by which Megatron knows a schedule of iterations from one of samples
         update_train_iters(args)
         build_datasets(args, tokenizer, get_train_valid_test_num_samples(), lambda: True)
+        args.train_iters = iterations
 
 
 def build_datasets(

@@ -60,7 +60,10 @@ def test_nothing_is_left_to_write_for_the_run(text, monkeypatch, words):
         validate_args(args)
         args.iteration = 0
         monkeypatch.setattr(training, "get_args", lambda: args)
+        iterations = args.train_iters
         without_world(lambda: build_index(args, Tokenizer()))
+        assert args.train_iters == iterations  # Megatron's schedule goes by it; a rank that builds nothing has its own
+        training.update_train_iters(args)
         before = {path: path.stat().st_mtime_ns for path in (text / "cache").iterdir()}
         train, valid, _ = build_datasets(args, Tokenizer(), training.get_train_valid_test_num_samples(), lambda: True)
     assert sum("sample_index" in path.name for path in before) >= 1 + (valid is not None)
