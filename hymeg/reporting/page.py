@@ -32,7 +32,9 @@ def _header(runs: Sequence[Run]) -> str:
     lines = []
     for run, colour in pictures.coloured(runs):
         loss = run.losses.get("lm loss")
-        last = f"step {loss[-1][0]:,} of {run.starts[-1]['train_iters']:,}, loss {loss[-1][1]:.4f}" if loss else ""
+        length = run.starts[-1]["train_iters"]  # None under --train-samples
+        of = f" of {length:,}" if length is not None else ""
+        last = f"step {loss[-1][0]:,}{of}, loss {loss[-1][1]:.4f}" if loss else ""
         parts = [
             last,
             f"held out {held[-1][1]:.4f}" if (held := run.losses.get("lm loss, validation")) else "",
