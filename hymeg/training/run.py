@@ -30,7 +30,7 @@ from hymeg.training.hf_folders import saving_hf
 from hymeg.training.hf_weights import convert_hf_weights
 from hymeg.training.preflight import preflight
 from hymeg.training.run_record import recording
-from hymeg.training.schedule import set_iterations
+from hymeg.training.schedule import samples_to_the_end, set_iterations
 from hymeg.training.step import forward_step
 from hymeg.training.weights import naming_undamaged
 
@@ -109,6 +109,7 @@ def train(args, config: HyConfig) -> None:
         once.by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
 
     def datasets(num_samples, vp_stage=None):
+        num_samples = samples_to_the_end(args, num_samples)
         args.test_iters = num_samples[2] // args.eval_global_batch_size
         if rows is not None:
             return rows.datasets(args, num_samples)

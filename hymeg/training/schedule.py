@@ -99,6 +99,23 @@ def set_iterations(args: argparse.Namespace, num_sequences: int, say: Say) -> No
     _check_warmup(args)
 
 
+def samples_to_the_end(args: argparse.Namespace, num_samples: tuple) -> tuple:
+    """How many samples of training, validation and test data a run needs that goes on from what `args` hold of its
+    checkpoint. Megatron's `num_samples` are those of one that was under these flags from its first iteration. Where
+    more was evaluated than these flags ask for, or nothing is left to train, it asserts, or evaluation runs dry.
+    """
+    train, valid, test = num_samples
+    if args.skip_train:
+        return num_samples
+    if not args.phase_transition_iterations:
+        train = max(train, args.consumed_train_samples + 1)
+    if valid is not None:
+        done, end = max(args.iteration, args.start_eval_at_iter or 0), args.train_iters
+        evaluations = max(0, end // args.eval_interval - done // args.eval_interval) + 1
+        valid = max(valid, args.consumed_valid_samples + evaluations * args.eval_iters * args.eval_global_batch_size)
+    return train, valid, test
+
+
 def _allowed(low: float, high: float, value: float) -> str:
     if high == math.inf:
         return f"{'a finite number, ' if isinstance(value, float) else ''}at least {low}"

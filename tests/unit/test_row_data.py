@@ -10,7 +10,7 @@ from hymeg.data.row_index import index_folder
 from hymeg.errors import UserError
 from hymeg.training.data_record import text_record
 from hymeg.training.row_data import RowData, settle_rows
-from hymeg.training.schedule import set_iterations
+from hymeg.training.schedule import samples_to_the_end, set_iterations
 from hymeg.training.step import training_sets
 
 CONFIG = SimpleNamespace(vocab_size=600, pad_token_id=0)
@@ -246,3 +246,34 @@ def test_another_batch_is_in_the_record_where_epochs_are_counted_in_it(arguments
         for epochs, batch in ((2, 4), (3, 4), (2, 8), (None, 4), (None, 8))
     ]
     assert records[0] == records[1] != records[2] and records[3] == records[4]
+
+
+LIFE = {"eval_interval": 3, "eval_iters": 5, "eval_global_batch_size": 2, "train_iters": 10, "skip_train": False}
+LIFE |= {"phase_transition_iterations": None, "start_eval_at_iter": None}
+
+
+def resumed(iteration, consumed_valid_samples, **given):
+    progress = {"iteration": iteration, "consumed_train_samples": 4 * iteration}
+    return SimpleNamespace(**LIFE | progress | {"consumed_valid_samples": consumed_valid_samples} | given)
+
+
+@pytest.mark.parametrize("first", [None, 5])
+def test_a_resume_under_the_same_flags_draws_what_the_run_drew(first):
+    skipped = (first or 0) // 3
+    num_samples = (40, (10 // 3 + 1 - skipped) * 10, 10)
+    for iteration in range(10):
+        args = resumed(iteration, max(0, iteration // 3 - skipped) * 10, start_eval_at_iter=first)
+        assert samples_to_the_end(args, num_samples) == num_samples
+
+
+def test_a_resume_with_fewer_evaluations_has_samples_for_all_that_come():
+    """6 evaluations lie behind it, two and that at the end before it; Megatron counts 4 in all."""
+    assert samples_to_the_end(resumed(6, 60), (40, 40, 10)) == (40, 60 + 2 * 10, 10)
+    assert samples_to_the_end(resumed(6, 60, skip_train=True), (40, 10, 10)) == (40, 10, 10)
+    assert samples_to_the_end(resumed(6, 60), (40, None, 10)) == (40, None, 10)  # --full-validation
+
+
+def test_a_run_with_nothing_left_to_train_has_a_sample_left():
+    """Megatron's sampler asserts that there is one. The evaluation at the end is made again."""
+    assert samples_to_the_end(resumed(10, 30), (40, 40, 10)) == (41, 40, 10)
+    assert samples_to_the_end(resumed(20, 60), (40, 40, 10)) == (81, 70, 10)
