@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -11,6 +12,7 @@ from megatron.training.training import get_train_valid_test_num_samples, update_
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 from hymeg.checksums import MANIFEST, read_manifest
+from hymeg.errors import UserError
 from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer
 
 
@@ -90,6 +92,9 @@ def build_datasets(
         tokenizer: Megatron's wrapper around the tokenizer.
         num_samples: how many samples of each split the run will draw at least.
         is_reader: whether this rank reads samples.
+
+    Raises:
+        UserError: several data sets without weights, of which Megatron takes each once, have not as many samples.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -119,6 +124,16 @@ def build_datasets(
     )
 
     print_rank_0("> building datasets ...")
-    return BlendedMegatronDatasetBuilder(
+    built = BlendedMegatronDatasetBuilder(
         RandomDataset if args.mock_data else TextDataset, num_samples, is_reader, config
     ).build()
+    for split, dataset, needed in zip(("training", "validation", "test"), built, num_samples, strict=True):
+        is_taken = isinstance(dataset, BlendedDataset) and not (args.skip_train and split == "training")
+        if is_taken and needed is not None and len(dataset) < needed:
+            weighted = (f"{len(part)} {part.dataset.path_prefix}" for part in dataset.datasets)
+            raise UserError(
+                f"data sets without weights are taken once each, which gives {len(dataset):,} samples for {split}, and "
+                f"the run takes {needed:,}; write a weight before each, as in {' '.join(weighted)}, or ask for less "
+                "(--train-iters, --eval-iters)"
+            )
+    return built
