@@ -30,7 +30,7 @@ from hymeg.training.hf_folders import saving_hf
 from hymeg.training.hf_weights import convert_hf_weights
 from hymeg.training.preflight import preflight
 from hymeg.training.run_record import recording
-from hymeg.training.schedule import samples_to_the_end, set_iterations
+from hymeg.training.schedule import check_last_batch, samples_to_the_end, set_iterations
 from hymeg.training.step import forward_step
 from hymeg.training.weights import naming_undamaged
 
@@ -94,6 +94,7 @@ def train(args, config: HyConfig) -> None:
     with megatron_refusals():
         validate_args(args)
         set_global_variables(args)
+        check_last_batch(args)
         model_config = model_config_from_args(args)
         rows = RowData(args, config, _say) if args.sft_rows else None
         if args.train_epochs is not None:

@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
+
 from hymeg.errors import UserError
 from hymeg.progress import Say
 from hymeg.training.flag_names import flag
@@ -97,6 +99,25 @@ def set_iterations(args: argparse.Namespace, num_sequences: int, say: Say) -> No
         f"{batch:,} an iteration{filled}"
     )
     _check_warmup(args)
+
+
+def check_last_batch(args: argparse.Namespace) -> None:
+    """Raises UserError where batches of several sizes end beyond `--train-samples`: there would be no samples for the
+    last one. Megatron's calculator of batches must be there.
+    """
+    if args.step_batch_size_schedule is None:
+        return
+    consumed, last = 0, 0
+    while consumed < args.train_samples:
+        update_num_microbatches(consumed, consistency_check=False)
+        last = get_current_global_batch_size()
+        consumed += last
+    update_num_microbatches(0, consistency_check=False)
+    if consumed > args.train_samples:
+        raise UserError(
+            f"--train-samples {args.train_samples}: the batches of --step-batch-size-schedule "
+            f"{args.step_batch_size_schedule} end at {consumed - last} or {consumed} samples; give one of these"
+        )
 
 
 def samples_to_the_end(args: argparse.Namespace, num_samples: tuple) -> tuple:

@@ -4,13 +4,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from megatron.core import num_microbatches_calculator as batches
 
 from hymeg.data.index_building import RowEncoder, build_indices
 from hymeg.data.row_index import index_folder
 from hymeg.errors import UserError
 from hymeg.training.data_record import text_record
 from hymeg.training.row_data import RowData, settle_rows
-from hymeg.training.schedule import samples_to_the_end, set_iterations
+from hymeg.training.schedule import check_last_batch, samples_to_the_end, set_iterations
 from hymeg.training.step import training_sets
 
 CONFIG = SimpleNamespace(vocab_size=600, pad_token_id=0)
@@ -277,3 +278,14 @@ def test_a_run_with_nothing_left_to_train_has_a_sample_left():
     """Megatron's sampler asserts that there is one. The evaluation at the end is made again."""
     assert samples_to_the_end(resumed(10, 30), (40, 40, 10)) == (41, 40, 10)
     assert samples_to_the_end(resumed(20, 60), (40, 40, 10)) == (81, 70, 10)
+
+
+def test_batches_of_several_sizes_that_end_beyond_the_samples_are_refused(monkeypatch):
+    """4, 4, 8 and 8 samples: Megatron counts the last batch, for which the data end."""
+    sizes = "0:4 512:8"  # from 512 tokens on
+    calculator = batches.StepBatchsizeNumMicroBatchesCalculator(1, 1, False, 1, sizes, seq_length=64)
+    monkeypatch.setattr(batches, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", calculator)
+    check_last_batch(SimpleNamespace(train_samples=24, step_batch_size_schedule=sizes))
+    assert batches.get_current_global_batch_size() == 4
+    with pytest.raises(UserError, match=r"^--train-samples 23: .* 0:4 512:8 end at 16 or 24 samples; give one of th"):
+        check_last_batch(SimpleNamespace(train_samples=23, step_batch_size_schedule=sizes))
