@@ -4,10 +4,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
@@ -53,6 +55,25 @@ class TextDataset(_FreshMasks, GPTDataset):
 
 class RandomDataset(_FreshMasks, MockGPTDataset):
     """Made-up samples (`--mock-data`)."""
+
+
+class Filled(torch.utils.data.Dataset):
+    """All of a data set, filled up to a multiple of the ranks that draw from it with samples without a loss. Else some
+    of Megatron's would begin anew before the others end, and count samples twice, others in each evaluation.
+    """
+
+    def __init__(self, dataset: GPTDataset | BlendedDataset, num_ranks: int):
+        self.dataset, self._num_samples = dataset, -(-len(dataset) // num_ranks) * num_ranks
+        self.index_split = Split.valid
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> dict:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        sample = self.dataset[0]
+        return sample | {"loss_mask": torch.zeros_like(sample["loss_mask"])}
 
 
 class WithEnd:
@@ -136,4 +157,10 @@ def build_datasets(
                 f"the run takes {needed:,}; write a weight before each, as in {' '.join(weighted)}, or ask for less "
                 "(--train-iters, --eval-iters)"
             )
-    return built
+    train, valid, test = built
+    if args.full_validation:
+        valid = [
+            None if dataset is None else Filled(dataset, args.data_parallel_size)
+            for dataset in (valid if isinstance(valid, list) else [valid])
+        ]
+    return train, valid, test

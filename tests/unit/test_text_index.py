@@ -98,6 +98,18 @@ def test_data_sets_without_weights_that_a_run_would_use_up_are_refused_at_its_st
         without_world(lambda: build_index(args, Tokenizer()))
 
 
+def test_ranks_draw_as_much_of_all_validation_data_each_sample_counted_once(text, monkeypatch):
+    """374 samples for four ranks."""
+    words = "--train-data-path {0}/a --valid-data-path {0}/a {0}/b --multiple-validation-sets --full-validation"
+    args = arguments(text, monkeypatch, f"{words} --train-iters 20")
+    args.data_parallel_size = 4
+    ensure_world()
+    for dataset in build_datasets(args, Tokenizer(), (80, None, 8), lambda: True)[1]:
+        assert len(dataset) == 376 and len(dataset.dataset) == 374
+        assert all(dataset[index]["loss_mask"].any() for index in (0, 373))
+        assert not any(dataset[index]["loss_mask"].any() for index in (374, 375))
+
+
 @pytest.mark.parametrize("words", ["--mock-data", "--data-path {0}/a --dataloader-fast-cache-load"])
 def test_what_has_no_index_to_write_writes_none(text, monkeypatch, words):
     args, _ = parse(["--hf-model", str(text / "model"), *words.format(text).split()])
