@@ -24,6 +24,7 @@ from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import naming_lines, parse
 from hymeg.training.batch import is_reader, takes_data
 from hymeg.training.checkpoints import remove_older, step_of
+from hymeg.training.data_paths import settle_full_validation
 from hymeg.training.data_record import compare_and_keep, contents_record, text_record
 from hymeg.training.freezing import trained_keys
 from hymeg.training.hf_folders import saving_hf
@@ -97,6 +98,8 @@ def train(args, config: HyConfig) -> None:
         check_last_batch(args)
         model_config = model_config_from_args(args)
         rows = RowData(args, config, _say) if args.sft_rows else None
+        if rows is None:
+            settle_full_validation(args)
         if args.train_epochs is not None:
             with naming_lines(args.explicit):
                 set_iterations(args, rows.num_training_sequences, _say)

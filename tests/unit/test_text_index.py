@@ -15,6 +15,7 @@ from hymeg.checkpoint.tiny_checkpoint import write_tiny_checkpoint
 from hymeg.data.pretraining import build_datasets, build_index
 from hymeg.errors import UserError
 from hymeg.training.arguments import parse
+from hymeg.training.data_paths import settle_full_validation
 from hymeg.training.preflight import preflight
 
 
@@ -108,6 +109,18 @@ def test_ranks_draw_as_much_of_all_validation_data_each_sample_counted_once(text
         assert len(dataset) == 376 and len(dataset.dataset) == 374
         assert all(dataset[index]["loss_mask"].any() for index in (0, 373))
         assert not any(dataset[index]["loss_mask"].any() for index in (374, 375))
+
+
+def test_all_validation_data_are_evaluated_as_megatron_draws_them(text, monkeypatch):
+    words = "--train-data-path {0}/a --valid-data-path {0}/a {0}/b --multiple-validation-sets --full-validation"
+    args = arguments(text, monkeypatch, f"{words} --train-iters 20 --global-batch-size 16 --micro-batch-size 4")
+    args.eval_iters, args.data_parallel_size = 1, 2
+    settle_full_validation(args)
+    assert (args.eval_micro_batch_size, args.eval_global_batch_size, args.eval_iters) == (1, 2, 8)
+    assert training.get_train_valid_test_num_samples() == (320, None, 16)
+    args.virtual_pipeline_model_parallel_size = 2
+    with pytest.raises(UserError, match=r"^--full-validation fails in .* with virtual pipeline stages; leave it"):
+        settle_full_validation(args)
 
 
 @pytest.mark.parametrize("words", ["--mock-data", "--data-path {0}/a --dataloader-fast-cache-load"])
