@@ -4,13 +4,17 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 from hymeg.checksums import MANIFEST, read_manifest
+from hymeg.errors import UserError
 from hymeg.hf.tokenizer import end_of_document_id, load_tokenizer
 
 
@@ -53,6 +57,25 @@ class RandomDataset(_FreshMasks, MockGPTDataset):
     """Made-up samples (`--mock-data`)."""
 
 
+class Filled(torch.utils.data.Dataset):
+    """All of a data set, filled up to a multiple of the ranks that draw from it with samples without a loss. Else some
+    of Megatron's would begin anew before the others end, and count samples twice, others in each evaluation.
+    """
+
+    def __init__(self, dataset: GPTDataset | BlendedDataset, num_ranks: int):
+        self.dataset, self._num_samples = dataset, -(-len(dataset) // num_ranks) * num_ranks
+        self.index_split = Split.valid
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> dict:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        sample = self.dataset[0]
+        return sample | {"loss_mask": torch.zeros_like(sample["loss_mask"])}
+
+
 class WithEnd:
     """Megatron's wrapper of a tokenizer, with the token that tools/preprocess_data.py ends documents with as `eod`. The
     wrapper's own is EOS, which `--eod-mask-loss` would look for in vain.
@@ -75,8 +98,10 @@ def build_index(args: argparse.Namespace, tokenizer) -> None:
     """
     # Of a phase of training it is known only with the checkpoint how many samples it has.
     if not (args.mock_data or args.dataloader_fast_cache_load or args.phase_transition_iterations):
+        iterations = args.train_iters  # by which Megatron knows a schedule of iterations from one of samples
         update_train_iters(args)
         build_datasets(args, tokenizer, get_train_valid_test_num_samples(), lambda: True)
+        args.train_iters = iterations
 
 
 def build_datasets(
@@ -88,6 +113,9 @@ def build_datasets(
         tokenizer: Megatron's wrapper around the tokenizer.
         num_samples: how many samples of each split the run will draw at least.
         is_reader: whether this rank reads samples.
+
+    Raises:
+        UserError: several data sets without weights, of which Megatron takes each once, have not as many samples.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -117,6 +145,22 @@ def build_datasets(
     )
 
     print_rank_0("> building datasets ...")
-    return BlendedMegatronDatasetBuilder(
+    built = BlendedMegatronDatasetBuilder(
         RandomDataset if args.mock_data else TextDataset, num_samples, is_reader, config
     ).build()
+    for split, dataset, needed in zip(("training", "validation", "test"), built, num_samples, strict=True):
+        is_taken = isinstance(dataset, BlendedDataset) and not (args.skip_train and split == "training")
+        if is_taken and needed is not None and len(dataset) < needed:
+            weighted = (f"{len(part)} {part.dataset.path_prefix}" for part in dataset.datasets)
+            raise UserError(
+                f"data sets without weights are taken once each, which gives {len(dataset):,} samples for {split}, and "
+                f"the run takes {needed:,}; write a weight before each, as in {' '.join(weighted)}, or ask for less "
+                "(--train-iters, --eval-iters)"
+            )
+    train, valid, test = built
+    if args.full_validation:
+        valid = [
+            None if dataset is None else Filled(dataset, args.data_parallel_size)
+            for dataset in (valid if isinstance(valid, list) else [valid])
+        ]
+    return train, valid, test

@@ -38,10 +38,11 @@ def _test_data_apart(evaluate_and_print, title, *args, **kwargs):
     """Test data are one set, of `args.test_iters` iterations. Megatron takes what it was told of validation for it: as
     many iterations, whatever there is to test on; and fails where that has several sets.
     """
+    if not title.endswith("test set"):  # where it learns of all ranks' iterations
+        return evaluate_and_print(title, *args, **kwargs)
     of_run = get_args()
     kept = {name: getattr(of_run, name) for name in _OF_VALIDATION}
-    if title.endswith("test set"):
-        vars(of_run).update(dict.fromkeys(_OF_VALIDATION) | {"eval_iters": of_run.test_iters})
+    vars(of_run).update(dict.fromkeys(_OF_VALIDATION) | {"eval_iters": of_run.test_iters})
     try:
         evaluate_and_print(title, *args, **kwargs)
     finally:

@@ -91,6 +91,27 @@ def settle_data(args: argparse.Namespace, config: HyConfig, say: Say) -> None:
         say(f"--eval-iters 0 set: {turn_evaluation_off(args)}")
 
 
+def settle_full_validation(args: argparse.Namespace) -> None:
+    """Of text. Megatron draws all validation data in micro-batches of one, and as many batches as a rank has samples:
+    other ranks of a tensor or pipeline group would wait for `--micro-batch-size`, and each sample come many times.
+
+    Args:
+        args: validated by Megatron.
+
+    Raises:
+        UserError: virtual pipeline stages; what Megatron made of --eval-iters for one fails at the next.
+    """
+    if not args.full_validation:
+        return
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise UserError(
+            "--full-validation fails in Megatron 0.19 with virtual pipeline stages; leave it and "
+            "--multiple-validation-sets out, or --num-layers-per-virtual-pipeline-stage (or what else makes them)"
+        )
+    args.eval_iters *= args.eval_global_batch_size // args.data_parallel_size  # of test data
+    args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
+
+
 def turn_evaluation_off(args: argparse.Namespace) -> str:
     """Of no data for validation; why. Raises UserError where the command line asks for it."""
     why = "there is no data for validation"

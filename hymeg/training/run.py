@@ -24,13 +24,14 @@ from hymeg.training.adapters import training_adapters
 from hymeg.training.arguments import naming_lines, parse
 from hymeg.training.batch import is_reader, takes_data
 from hymeg.training.checkpoints import remove_older, step_of
+from hymeg.training.data_paths import settle_full_validation
 from hymeg.training.data_record import compare_and_keep, contents_record, text_record
 from hymeg.training.freezing import trained_keys
 from hymeg.training.hf_folders import saving_hf
 from hymeg.training.hf_weights import convert_hf_weights
 from hymeg.training.preflight import preflight
 from hymeg.training.run_record import recording
-from hymeg.training.schedule import set_iterations
+from hymeg.training.schedule import check_last_batch, samples_to_the_end, set_iterations
 from hymeg.training.step import forward_step
 from hymeg.training.weights import naming_undamaged
 
@@ -94,8 +95,11 @@ def train(args, config: HyConfig) -> None:
     with megatron_refusals():
         validate_args(args)
         set_global_variables(args)
+        check_last_batch(args)
         model_config = model_config_from_args(args)
         rows = RowData(args, config, _say) if args.sft_rows else None
+        if rows is None:
+            settle_full_validation(args)
         if args.train_epochs is not None:
             with naming_lines(args.explicit):
                 set_iterations(args, rows.num_training_sequences, _say)
@@ -109,6 +113,7 @@ def train(args, config: HyConfig) -> None:
         once.by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
 
     def datasets(num_samples, vp_stage=None):
+        num_samples = samples_to_the_end(args, num_samples)
         args.test_iters = num_samples[2] // args.eval_global_batch_size
         if rows is not None:
             return rows.datasets(args, num_samples)

@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
+
 from hymeg.errors import UserError
 from hymeg.progress import Say
 from hymeg.training.flag_names import flag
@@ -97,6 +99,42 @@ def set_iterations(args: argparse.Namespace, num_sequences: int, say: Say) -> No
         f"{batch:,} an iteration{filled}"
     )
     _check_warmup(args)
+
+
+def check_last_batch(args: argparse.Namespace) -> None:
+    """Raises UserError where batches of several sizes end beyond `--train-samples`: there would be no samples for the
+    last one. Megatron's calculator of batches must be there.
+    """
+    if args.step_batch_size_schedule is None:
+        return
+    consumed, last = 0, 0
+    while consumed < args.train_samples:
+        update_num_microbatches(consumed, consistency_check=False)
+        last = get_current_global_batch_size()
+        consumed += last
+    update_num_microbatches(0, consistency_check=False)
+    if consumed > args.train_samples:
+        raise UserError(
+            f"--train-samples {args.train_samples}: the batches of --step-batch-size-schedule "
+            f"{args.step_batch_size_schedule} end at {consumed - last} or {consumed} samples; give one of these"
+        )
+
+
+def samples_to_the_end(args: argparse.Namespace, num_samples: tuple) -> tuple:
+    """How many samples of training, validation and test data a run needs that goes on from what `args` hold of its
+    checkpoint. Megatron's `num_samples` are those of one that was under these flags from its first iteration. Where
+    more was evaluated than these flags ask for, or nothing is left to train, it asserts, or evaluation runs dry.
+    """
+    train, valid, test = num_samples
+    if args.skip_train:
+        return num_samples
+    if not args.phase_transition_iterations:
+        train = max(train, args.consumed_train_samples + 1)
+    if valid is not None:
+        done, end = max(args.iteration, args.start_eval_at_iter or 0), args.train_iters
+        evaluations = max(0, end // args.eval_interval - done // args.eval_interval) + 1
+        valid = max(valid, args.consumed_valid_samples + evaluations * args.eval_iters * args.eval_global_batch_size)
+    return train, valid, test
 
 
 def _allowed(low: float, high: float, value: float) -> str:

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,25 @@ from hymeg.platform.patches import INSTALLED, patch, patched
 DOOR = Path(__file__).parents[2] / "pretrain_hy.py"
 
 requires_cpu = pytest.mark.skipif(not platform.is_cpu(), reason="the patches are installed on CPU only")
+
+
+def test_what_an_evaluation_learns_is_kept_and_of_the_test_data_forgotten(monkeypatch):
+    """A rank that reads no text learns in it how long validation data are; test data are another set."""
+    from hymeg.platform import megatron
+
+    args = SimpleNamespace(
+        eval_iters=[None], test_iters=7, full_validation=True, multiple_validation_sets=True, validation_set_names=None
+    )
+    monkeypatch.setattr(megatron, "get_args", lambda: args)
+    seen = []
+
+    def evaluate_and_print(title):
+        seen.append(args.eval_iters)
+        args.eval_iters = [51]
+
+    megatron._test_data_apart(evaluate_and_print, "iteration 2")
+    megatron._test_data_apart(evaluate_and_print, "iteration 2 on test set")
+    assert (seen, args.eval_iters, args.full_validation) == ([[None], 7], [51], True)
 
 
 @requires_cpu

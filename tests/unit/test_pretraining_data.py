@@ -95,9 +95,10 @@ def test_a_run_that_masks_the_ends_of_documents_looks_for_that_token(tmp_path, t
     monkeypatch.setattr(
         pretraining,
         "BlendedMegatronDatasetBuilder",
-        lambda kind, sizes, is_reader, config: SimpleNamespace(build=lambda: config),
+        lambda kind, sizes, is_reader, config: SimpleNamespace(build=lambda: (config, None, None)),
     )
     sizes = {"tensor_model_parallel_size": 1, "sequence_parallel": False}
     args = Mock(eod_mask_loss=masked, hf_model=str(tmp_path), **sizes)
-    config = pretraining.build_datasets(args, SimpleNamespace(eod=tokenizer.eos_token_id), (1, 0, 0), lambda: True)
+    wrapper = SimpleNamespace(eod=tokenizer.eos_token_id)
+    config, _, _ = pretraining.build_datasets(args, wrapper, (1, 0, 0), lambda: True)
     assert config.tokenizer.eod == (50 if masked else tokenizer.eos_token_id)

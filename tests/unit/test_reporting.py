@@ -69,6 +69,11 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_run_whose_length_is_in_samples_has_a_page(tmp_path):
+    life(tmp_path, 0, 4, 8.0, FACTS | {"train_iters": None})
+    assert "step 4, loss 2.0000" in page([read_run(tmp_path)])
+
+
 def test_what_was_told_is_read_and_of_steps_made_twice_the_later(folder):
     run = read_run(folder)
     assert run.losses["lm loss"] == [(i, (8.0 if i <= 4 else 4.0) / i) for i in range(1, 9)]

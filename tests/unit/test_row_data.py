@@ -4,13 +4,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from megatron.core import num_microbatches_calculator as batches
 
 from hymeg.data.index_building import RowEncoder, build_indices
 from hymeg.data.row_index import index_folder
 from hymeg.errors import UserError
 from hymeg.training.data_record import text_record
 from hymeg.training.row_data import RowData, settle_rows
-from hymeg.training.schedule import set_iterations
+from hymeg.training.schedule import check_last_batch, samples_to_the_end, set_iterations
 from hymeg.training.step import training_sets
 
 CONFIG = SimpleNamespace(vocab_size=600, pad_token_id=0)
@@ -246,3 +247,45 @@ def test_another_batch_is_in_the_record_where_epochs_are_counted_in_it(arguments
         for epochs, batch in ((2, 4), (3, 4), (2, 8), (None, 4), (None, 8))
     ]
     assert records[0] == records[1] != records[2] and records[3] == records[4]
+
+
+LIFE = {"eval_interval": 3, "eval_iters": 5, "eval_global_batch_size": 2, "train_iters": 10, "skip_train": False}
+LIFE |= {"phase_transition_iterations": None, "start_eval_at_iter": None}
+
+
+def resumed(iteration, consumed_valid_samples, **given):
+    progress = {"iteration": iteration, "consumed_train_samples": 4 * iteration}
+    return SimpleNamespace(**LIFE | progress | {"consumed_valid_samples": consumed_valid_samples} | given)
+
+
+@pytest.mark.parametrize("first", [None, 5])
+def test_a_resume_under_the_same_flags_draws_what_the_run_drew(first):
+    skipped = (first or 0) // 3
+    num_samples = (40, (10 // 3 + 1 - skipped) * 10, 10)
+    for iteration in range(10):
+        args = resumed(iteration, max(0, iteration // 3 - skipped) * 10, start_eval_at_iter=first)
+        assert samples_to_the_end(args, num_samples) == num_samples
+
+
+def test_a_resume_with_fewer_evaluations_has_samples_for_all_that_come():
+    """6 evaluations lie behind it, two and that at the end before it; Megatron counts 4 in all."""
+    assert samples_to_the_end(resumed(6, 60), (40, 40, 10)) == (40, 60 + 2 * 10, 10)
+    assert samples_to_the_end(resumed(6, 60, skip_train=True), (40, 10, 10)) == (40, 10, 10)
+    assert samples_to_the_end(resumed(6, 60), (40, None, 10)) == (40, None, 10)  # --full-validation
+
+
+def test_a_run_with_nothing_left_to_train_has_a_sample_left():
+    """Megatron's sampler asserts that there is one. The evaluation at the end is made again."""
+    assert samples_to_the_end(resumed(10, 30), (40, 40, 10)) == (41, 40, 10)
+    assert samples_to_the_end(resumed(20, 60), (40, 40, 10)) == (81, 70, 10)
+
+
+def test_batches_of_several_sizes_that_end_beyond_the_samples_are_refused(monkeypatch):
+    """4, 4, 8 and 8 samples: Megatron counts the last batch, for which the data end."""
+    sizes = "0:4 512:8"  # from 512 tokens on
+    calculator = batches.StepBatchsizeNumMicroBatchesCalculator(1, 1, False, 1, sizes, seq_length=64)
+    monkeypatch.setattr(batches, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", calculator)
+    check_last_batch(SimpleNamespace(train_samples=24, step_batch_size_schedule=sizes))
+    assert batches.get_current_global_batch_size() == 4
+    with pytest.raises(UserError, match=r"^--train-samples 23: .* 0:4 512:8 end at 16 or 24 samples; give one of th"):
+        check_last_batch(SimpleNamespace(train_samples=23, step_batch_size_schedule=sizes))
