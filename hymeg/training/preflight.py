@@ -22,7 +22,7 @@ from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import check_freezing
 from hymeg.training.hf_folders import check_save_hf
-from hymeg.training.refusals import is_set, shown_flag
+from hymeg.training.refusals import is_set, named, shown_flag
 from hymeg.training.schedule import check_schedule
 from hymeg.training.weights import check_weights
 
@@ -197,11 +197,46 @@ def _check_combinations(args: argparse.Namespace) -> None:
             "--non-persistent-ckpt-type local: Megatron fails in its first save where the optimizer's state is saved "
             "for any layout, hymeg's default; add --no-dist-ckpt-optim-fully-reshardable, or leave it out"
         )
+    if args.ddp_average_in_collective and args.calculate_per_token_loss:
+        raise UserError(
+            "--ddp-average-in-collective takes a mean over ranks, and the loss is the mean over the tokens of a step; "
+            "leave it out, or give --no-calculate-per-token-loss"
+        )
+    if args.hy_recompute_logits and args.cross_entropy_loss_fusion:
+        raise UserError("--recompute-logits has no effect with --cross-entropy-loss-fusion, which keeps them; keep one")
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        raise UserError(
+            f"--profile-step-end {args.profile_step_end}: it must be above --profile-step-start "
+            f"{args.profile_step_start}"
+        )
+    if args.use_pytorch_profiler and args.tensorboard_dir is None and not args.wandb_project:
+        raise UserError("--use-pytorch-profiler writes to a folder beside --tensorboard-dir; add that")
     on_gpu = args.transformer_impl == "transformer_engine"
+    if args.profile and not args.use_pytorch_profiler and not on_gpu:
+        raise UserError("--profile cannot work on CPU: it starts CUDA's profiler; add --use-pytorch-profiler")
+    _check_graphs_of_rows(args)
     if on_gpu and args.context_parallel_size > 1 and not (args.bf16 or args.fp16):
         raise UserError(
             f"--context-parallel-size {args.context_parallel_size} in fp32: Transformer Engine's attention has context "
             "parallelism in 16 bits only; add --bf16"
+        )
+
+
+def _check_graphs_of_rows(args: argparse.Namespace) -> None:
+    """CUDA graphs hold what is the same in each step: where conversations begin and end is not."""
+    graphs = {dest for dest in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, dest)}
+    graphs |= {"cuda_graph_impl"} if args.cuda_graph_impl != "none" else set()
+    if not args.sft_rows or not graphs:
+        return
+    [dest] = graphs
+    said = shown_flag(flag(dest), getattr(args, dest))
+    if args.cuda_graph_impl == "full_iteration":
+        raise UserError(f"{said} with --sft: conversations are read on the CPU in each step; leave {flag(dest)} out")
+    modules = named(args.cuda_graph_modules or args.cuda_graph_scope_deprecated or ["attn"])
+    if args.packed and "attn" in modules:
+        raise UserError(
+            f"{said} with --sft: packed conversations begin and end elsewhere in each step, and a graph of attention "
+            "does not; give --no-sft-packing, or --cuda-graph-modules without attn"
         )
 
 

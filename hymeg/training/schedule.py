@@ -12,7 +12,10 @@ _AT_LEAST_1 = """train_iters train_samples train_epochs lr_decay_iters lr_decay_
     lr_wsd_decay_samples eval_interval log_interval tensorboard_log_interval save_interval save_hf_interval
     save_retain_interval exit_interval valid_generate keep_last eval_global_batch_size eval_micro_batch_size
     num_dataset_builder_threads dist_ckpt_workers make_vocab_size_divisible_by distributed_timeout_minutes
-    exit_duration_in_mins recompute_num_layers fault_injector_num_ranks lora_rank"""
+    exit_duration_in_mins recompute_num_layers fault_injector_num_ranks lora_rank ckpt_step log_memory_interval
+    check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval non_persistent_save_interval
+    save_activations_interval save_dgrads_interval save_params_interval save_tokens_per_expert_interval
+    save_wgrads_interval mlp_chunks_for_training"""
 _AT_LEAST_0 = """lr min_lr lr_warmup_init decoupled_lr decoupled_min_lr lr_warmup_iters lr_warmup_samples clip_grad
     adam_eps weight_decay start_weight_decay end_weight_decay eval_iters num_workers init_method_std
     mtp_loss_scaling_factor moe_router_bias_update_rate"""
