@@ -6,6 +6,7 @@ Every check raises a `UserError` that names the flag, what was found, and what t
 
 import argparse
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -42,6 +43,8 @@ _PACKAGES = (
     ("enable_ft_package", *_NVRX),
     ("fault_injector_ranks", *_NVRX),
     ("fault_injector_num_ranks", *_NVRX),
+    ("log_straggler", "pynvml", "pip install nvidia-ml-py"),
+    ("log_energy", "pynvml", "pip install nvidia-ml-py"),
     ("wandb_project", "wandb", "pip install 'hymeg[wandb]'"),
 )
 """What asks for a package, in words as of `hymeg.flag_table.Row.needs`, which must all hold; its name; where it is."""
@@ -291,6 +294,9 @@ def _correct(args: argparse.Namespace, say: Say) -> None:
             f"--tensorboard-dir {args.tensorboard_dir} set: Megatron gives Weights & Biases losses, learning rate and "
             "gradient norm only when it writes them for TensorBoard too"
         )
+    if args.log_straggler and "logging_level" not in args.explicit:
+        args.logging_level = logging.INFO
+        say(f"--logging-level {logging.INFO} set: Megatron tells the slowest ranks at that level")
     if args.save is None and args.save_interval is not None:
         say(f"--save-interval {args.save_interval} has no effect: without --save nothing is saved")
     if args.save is not None and args.save_interval is None and args.train_epochs is not None:

@@ -921,6 +921,8 @@ WRONG_ON_GPU: dict[str, tuple[str, ...]] = {
     "--moe-token-dispatcher-type flex": ("--moe-token-dispatcher-type flex", "needs deep_ep", "deepseek-ai/DeepEP"),
     "--moe-enable-deepep": ("--moe-enable-deepep", "needs deep_ep", "leave --moe-enable-deepep out"),
     "--enable-ft-package": ("--enable-ft-package", "not installed", "pip install 'hymeg[resiliency]'"),
+    "--log-straggler": ("--log-straggler needs pynvml", "pip install nvidia-ml-py"),
+    "--log-energy": ("--log-energy needs pynvml", "pip install nvidia-ml-py"),
     "--fp8-format hybrid --fp8-recipe delayed": ("--fp8-recipe delayed", "no run could be resumed", "use blockwise"),
     "--fp8-amax-history-len 1024": ("--fp8-amax-history-len 1024", "--fp8-recipe delayed, which is not supported"),
     "--context-parallel-size 2": ("--context-parallel-size 2 in fp32", "16 bits only", "add --bf16"),

@@ -40,7 +40,7 @@ from hymeg.training.arguments import parse  # noqa: E402
 from hymeg.training.preflight import _check_build_tools, preflight  # noqa: E402
 from hymeg.training.run import megatron_refusals  # noqa: E402
 
-OPTIONAL = ("deep_ep", "einops", "emerging_optimizers", "nvidia_resiliency_ext", "wandb")
+OPTIONAL = ("deep_ep", "einops", "emerging_optimizers", "nvidia_resiliency_ext", "pynvml", "wandb")
 """Packages that a test must not find, whether they are installed or not."""
 
 on_cpu = pytest.mark.skipif(not platform.is_cpu(), reason="the CPU's own refusals")
@@ -160,6 +160,14 @@ def test_fp8_has_a_recipe_that_runs_and_can_be_resumed(checked, on_gpus, monkeyp
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     monkeypatch.setattr("torch.version.cuda", cuda)
     assert checked(f"--bf16 --fp8-format hybrid{said}")[0].fp8_recipe == recipe
+
+
+def test_the_slowest_ranks_are_told(checked, on_gpus, monkeypatch):
+    """In lines of a level that hymeg's default leaves out."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for said, level in (("", 20), (" --logging-level 30", 30)):
+        args, notes = checked(f"--log-straggler{said}", 2)
+        assert args.logging_level == level and ("--logging-level 20 set" in str(notes)) == (level == 20)
 
 
 def test_muon_with_overlaps_is_right(checked, monkeypatch):
