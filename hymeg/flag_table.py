@@ -150,7 +150,6 @@ _REFUSED = {
     },
     WITH_SFT: {
         "exactly the assistant's tokens are trained": "eod_mask_loss",
-        "experts would be told no padding, which would count for their load": "mlp_chunks_for_training",
         "without --eval-iters all validation data is used": "full_validation",
         "several --valid-data-path have a loss each": "multiple_validation_sets",
         "it is about Megatron's indexed text": """
@@ -199,6 +198,11 @@ _ROWS = (
         "adlr_autoresume*",
         "it is for NVIDIA's own clusters",
         instead="--exit-duration-in-mins and --exit-signal-handler end a run with a checkpoint",
+    ),
+    Row(
+        "exit_signal_handler_for_training",
+        "it leaves in the midst of a step, without a checkpoint",
+        instead="use --exit-signal-handler, which ends a run with one",
     ),
     Row("inprocess_*", "hymeg has no restart inside a process", instead="let its launcher restart (docs/slurm.md)"),
     Row(
@@ -283,8 +287,9 @@ _ROWS = (
 _NO_EFFECT_WITHOUT = {
     "lora_rank": "lora_alpha lora_targets lora_dropout lora_scaling train_also",
     "sft": "train_epochs sft_packing sft_truncation sft_bad_rows",
-    "save": """async_save keep_last no_save_optim no_save_rng save_activations_interval save_dgrads_interval
-    save_params_interval save_retain_interval save_tokens_per_expert_interval save_wgrads_interval""",
+    "save": """async_save keep_last log_progress no_save_optim no_save_rng save_activations_interval
+    save_dgrads_interval save_params_interval save_retain_interval save_tokens_per_expert_interval
+    save_wgrads_interval""",
     "load": "fall_back_to_older_checkpoint ckpt_step",
     "load pretrained_checkpoint": """finetune load_main_params_from_ckpt no_load_optim no_load_rng
     override_ckpt_iteration""",

@@ -34,7 +34,7 @@ _NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
 _EMERGING = "pip install 'emerging-optimizers @ git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0'"
 _PACKAGES = (
     ("transformer_impl=transformer_engine", "transformer_engine", "pip install 'hymeg[gpu]'"),
-    ("moe_token_dispatcher_type=flex", *_DEEP_EP),
+    ("moe_token_dispatcher_type=flex moe_flex_dispatcher_backend=deepep,hybridep", *_DEEP_EP),
     ("moe_enable_deepep", *_DEEP_EP),
     ("num_distributed_optimizer_instances>1", "einops", "pip install einops"),
     ("optimizer=muon,dist_muon,lion,soap,adaptive_muon", "emerging_optimizers", _EMERGING),
@@ -217,7 +217,9 @@ def _check_combinations(args: argparse.Namespace) -> None:
     on_gpu = args.transformer_impl == "transformer_engine"
     if args.profile and not args.use_pytorch_profiler and not on_gpu:
         raise UserError("--profile cannot work on CPU: it starts CUDA's profiler; add --use-pytorch-profiler")
-    _check_graphs_of_rows(args)
+    if args.sft_rows:
+        _check_padding(args)
+        _check_graphs(args)
     if on_gpu and args.context_parallel_size > 1 and not (args.bf16 or args.fp16):
         raise UserError(
             f"--context-parallel-size {args.context_parallel_size} in fp32: Transformer Engine's attention has context "
@@ -225,11 +227,27 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
 
 
-def _check_graphs_of_rows(args: argparse.Namespace) -> None:
+def _check_padding(args: argparse.Namespace) -> None:
+    """Where Megatron calls the experts without the mask of padding (gpt/fine_grained_callables.py:130,
+    transformer_layer.py:915).
+    """
+    unmasked = {"overlap_moe_expert_parallel_comm": args.overlap_moe_expert_parallel_comm}
+    unmasked |= {"mlp_chunks_for_training": args.mlp_chunks_for_training > 1}
+    for dest in filter(unmasked.get, unmasked):
+        for cause in ("moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff"):
+            if getattr(args, cause):
+                with_what = shown_flag(flag(cause), getattr(args, cause))
+                raise UserError(
+                    f"{shown_flag(flag(dest), getattr(args, dest))} with --sft and {with_what}: padding would count "
+                    "there, which Megatron does not tell the experts; leave one out"
+                )
+
+
+def _check_graphs(args: argparse.Namespace) -> None:
     """CUDA graphs hold what is the same in each step: where conversations begin and end is not."""
     graphs = {dest for dest in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, dest)}
     graphs |= {"cuda_graph_impl"} if args.cuda_graph_impl != "none" else set()
-    if not args.sft_rows or not graphs:
+    if not graphs:
         return
     [dest] = graphs
     said = shown_flag(flag(dest), getattr(args, dest))

@@ -442,8 +442,8 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     ),
     "the dense layers in chunks": (
         1,
-        f"{SFT} --data-path {{rows}} --mlp-chunks-for-training 2",
-        ("--mlp-chunks-for-training 2 has no place with --sft", "padding", "leave --mlp-chunks-for-training out"),
+        f"{SFT} --data-path {{rows}} --mlp-chunks-for-training 2 --moe-router-bias-update-rate 1e-3",
+        ("--mlp-chunks-for-training 2 with --sft and --moe-router-bias-update-rate 0.001", "padding", "leave one out"),
     ),
     "configurations to files": (
         1,
@@ -474,6 +474,16 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         1,
         "--load {ckpt} --save {ckpt} --ckpt-step 0",
         ("--ckpt-step 0: it must be at least 1",),
+    ),
+    "a log of no progress": (
+        1,
+        "--log-progress",
+        ("--log-progress has no effect without --save; add that",),
+    ),
+    "left in the midst of a step": (
+        1,
+        "--exit-signal-handler-for-training",
+        ("--exit-signal-handler-for-training is not supported", "without a checkpoint", "use --exit-signal-handler,"),
     ),
     "hashes every 0 iterations": (
         1,
@@ -930,6 +940,12 @@ WRONG_ON_GPU: dict[str, tuple[str, ...]] = {
         "--te-precision-config-file",
         "no readable file",
         "give",
+    ),
+    f"{SFT} --data-path {{rows}} --expert-model-parallel-size 2 --bf16 --overlap-moe-expert-parallel-comm"
+    " --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3": (
+        "--overlap-moe-expert-parallel-comm with --sft and --moe-aux-loss-coeff 0.001",
+        "padding",
+        "leave one out",
     ),
     f"{SFT} --data-path {{rows}} --cuda-graph-impl transformer_engine": (
         "--cuda-graph-impl transformer_engine",

@@ -162,6 +162,18 @@ def test_fp8_has_a_recipe_that_runs_and_can_be_resumed(checked, on_gpus, monkeyp
     assert checked(f"--bf16 --fp8-format hybrid{said}")[0].fp8_recipe == recipe
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "--sft --no-mock-data --data-path {rows} --overlap-moe-expert-parallel-comm",
+        "--overlap-moe-expert-parallel-comm --moe-router-bias-update-rate 1e-3",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+    ],
+)
+def test_what_works_on_gpus_is_let_through(checked, on_gpus, said):
+    checked(f"--bf16 --expert-model-parallel-size 2 {said}", 2)
+
+
 def test_the_slowest_ranks_are_told(checked, on_gpus, monkeypatch):
     """In lines of a level that hymeg's default leaves out."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
