@@ -244,7 +244,7 @@ _ROWS = (
         "dist_ckpt_strictness",
         "Megatron 0.19 takes what it returns for the checkpoint, and fails",
         values=("return_unexpected", "return_all"),
-        instead="use log_all or raise_all",
+        instead="use log_all",
     ),
     Row("transformer_impl", "Transformer Engine needs a GPU, and the CPU takes local", ON_CPU, only="local"),
     Row("distributed_backend", "the CPU's backend is gloo", ON_CPU, only="gloo"),

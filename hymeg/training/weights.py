@@ -24,6 +24,11 @@ from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import trained_keys
 
+_NO_HASHES = (
+    "has no integrity.json, which Megatron writes in saves under this flag only, and then demands; leave it out: "
+    "checksums are verified in any case"
+)
+
 
 def is_hf_folder(folder: str) -> bool:
     """config.json and weights: a run's own `--save` folder holds config.json from its start."""
@@ -65,6 +70,8 @@ def check_weights(args: Namespace, config: HyConfig, say: Say, is_base: bool = F
             f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no iterations; "
             "leave it out"
         )
+    if args.verify_integrity and not is_base:
+        raise UserError(f"--verify-integrity: {flag(dest)} {folder} {_NO_HASHES}")
     if args.local_rank == 0:  # one look a node: every rank's would be thousands of opened files
         with about(f"{flag(dest)} {folder}: "):
             open_hf(folder, config)
@@ -155,6 +162,8 @@ def _check_distributed(args: Namespace, dest: str, folder: str, config: HyConfig
             f"{label}: holds adapters, not a model; give --lora-rank to go on training them with --load, or merge them "
             "into their base first (tools/convert_checkpoint.py merge)"
         )
+    if args.verify_integrity and not is_base and not (path / "integrity.json").is_file():
+        raise UserError(f"--verify-integrity: {path} {_NO_HASHES}")
     if args.rank > 0:  # Megatron unpickles the same file on every rank, but not before all of them have met
         return
     with about(f"{label}: ", ", or give --ckpt-step or --fall-back-to-older-checkpoint"):

@@ -458,7 +458,7 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "keys returned by a load": (
         1,
         "--dist-ckpt-strictness return_all",
-        ("--dist-ckpt-strictness return_all is not supported", "use log_all or raise_all"),
+        ("--dist-ckpt-strictness return_all is not supported", "use log_all"),
     ),
     "registered without buffers": (
         1,
@@ -484,6 +484,16 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         1,
         "--exit-signal-handler-for-training",
         ("--exit-signal-handler-for-training is not supported", "without a checkpoint", "use --exit-signal-handler,"),
+    ),
+    "hashes of published weights": (
+        1,
+        f"{LOAD} --load {{hf}} --verify-integrity",
+        ("--verify-integrity: --load {hf} has no integrity.json", "leave it out", "verified in any case"),
+    ),
+    "hashes of a checkpoint without": (
+        1,
+        f"{LOAD} --load {{ckpt}} --verify-integrity",
+        ("--verify-integrity: {ckpt}/iter_0000020 has no integrity.json", "leave it out"),
     ),
     "hashes every 0 iterations": (
         1,
