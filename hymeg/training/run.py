@@ -109,7 +109,11 @@ def train(args, config: HyConfig) -> None:
         once.by_rank_0("index of the text", functools.partial(build_index, args, get_tokenizer()))
 
     def datasets(num_samples, vp_stage=None):
-        args.test_iters = num_samples[2] // args.eval_global_batch_size
+        train, valid, test = num_samples
+        args.test_iters = test // args.eval_global_batch_size
+        if args.start_eval_at_iter is not None and valid is not None:
+            # Megatron counts one too few where that is an iteration of --eval-interval (training.py:4483).
+            num_samples = (train, valid + args.eval_iters * args.eval_global_batch_size, test)
         if rows is not None:
             return rows.datasets(args, num_samples)
         layout = model_config.transformer.pipeline_model_parallel_layout

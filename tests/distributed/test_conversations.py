@@ -168,6 +168,7 @@ def tuned(worlds, folder, tuning, num_packs):
                 )
                 cases["several sets"] = tuning(sets, batch=2, split=None)
                 cases["split"] = tuning(EVALUATION, batch=2, split="60,40,0")
+                cases["split, later"] = tuning(EVALUATION, "--start-eval-at-iter 2", batch=2, split="60,40,0")
                 cases["skipping"] = tuning(SKIPPING, batch=2, steps=3)
                 for kind, files in FILES.items():
                     save = f"--save {folder}/saved-{kind} --save-interval 1"
@@ -263,6 +264,7 @@ def test_a_split_is_evaluated_whole_each_time(tuned):
     assert len(alone) == 2
     assert alone[1] == pytest.approx(alone[0], rel=1e-6)
     assert two == pytest.approx(alone, rel=1e-5)
+    assert tuned(1)["split, later"]["evaluations"] == pytest.approx(alone, rel=1e-6)
 
 
 def test_epochs_draw_every_sequence_as_often_and_are_a_number_of_iterations(worlds, tuning, num_packs, tmp_path):
