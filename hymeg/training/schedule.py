@@ -120,8 +120,15 @@ def _check_length(args: argparse.Namespace) -> None:
         setattr(args, dest, None)
     if len(typed or given) > 1:
         raise UserError(f"{' and '.join(map(flag, typed or given))} are given; keep one")
-    if args.train_samples is None and args.step_batch_size_schedule is not None:
-        length = next(dest for dest in ("train_iters", "train_epochs") if getattr(args, dest) is not None)
+    if args.train_samples is not None:
+        return
+    length = next(dest for dest in ("train_iters", "train_epochs") if getattr(args, dest) is not None)
+    if args.phase_transition_iterations is not None:
+        raise UserError(
+            f"{flag(length)} {getattr(args, length)}: Megatron counts the last phase of "
+            f"--phase-transition-iterations {args.phase_transition_iterations} in samples; give --train-samples"
+        )
+    if args.step_batch_size_schedule is not None:
         raise UserError(
             f"{flag(length)} {getattr(args, length)}: iterations, data and learning rate are counted for one batch "
             f"size, which --step-batch-size-schedule {args.step_batch_size_schedule} changes; give --train-samples"

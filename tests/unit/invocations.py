@@ -495,6 +495,11 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{LOAD} --load {{ckpt}} --verify-integrity",
         ("--verify-integrity: {ckpt}/iter_0000020 has no integrity.json", "leave it out"),
     ),
+    "phases of iterations": (
+        1,
+        "--phase-transition-iterations 5",
+        ("--train-iters 10", "--phase-transition-iterations 5", "give --train-samples"),
+    ),
     "hashes every 0 iterations": (
         1,
         "--check-weight-hash-across-dp-replicas-interval 0",

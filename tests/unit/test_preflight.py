@@ -92,6 +92,14 @@ def test_a_wrong_invocation_is_told_flag_value_and_remedy(checked, places, case)
         assert word.format(**places) in said, said
 
 
+def test_phases_begin_with_weights_of_a_run(checked, places):
+    in_samples = NEEDED.replace("--train-iters 10", "--train-samples 10 --phase-transition-iterations 5")
+    said = told(checked, f"{LOAD} --load {{hf}}", 1, in_samples)
+    assert f"--phase-transition-iterations 5: --load {places['hf']} does not say with what batch size" in said
+    checked(f"{LOAD} --load {{ckpt}}", 1, in_samples)
+    checked("", 1, in_samples)
+
+
 @on_cpu
 @pytest.mark.parametrize("added", WRONG_ON_CPU)
 def test_what_the_cpu_cannot_do_is_refused_by_name(checked, added):
