@@ -64,7 +64,6 @@ _REFUSED = {
             hybrid_layer_pattern hybrid_override_pattern is_hybrid_model kv_lora_rank layernorm_zero_centered_gamma
             linear_* mamba_* mla_down_proj_fusion moe_apply_probs_on_input moe_latent_size
             moe_mlp_glu_interleave_size moe_router_group_topk moe_router_num_groups moe_router_pre_softmax
-            moe_router_quantile_balancing_ema
             moe_shared_expert_gate moe_shared_expert_glu_interleave_size moe_single_grouped_bias
             moe_upcycling_granularity moe_use_upcycling mrope_section mscale* mtp_hybrid_override_pattern
             mtp_use_repeated_layer multi_latent_attention mup_* no_rope_freq openai_gelu q_lora_rank qk_clip*
@@ -115,6 +114,9 @@ _REFUSED = {
             use_checkpoint_args use_mp_args_from_checkpoint_args""",
         "--pipeline-model-parallel-layout says where those layers lie": "mtp_standalone",
         _FORMAT: "auto_detect_ckpt_format ckpt_format",
+        "Megatron 0.19 cannot copy process groups, which are in what it would write": "config_logger_dir",
+        "tensor parallelism comes with sequence parallelism here, which reduce-scatters what it would all-reduce": """
+            symmetric_ar_type""",
         "it needs software of NVIDIA's own": "lazy_mpu_init use_ring_exchange_p2p use_kitchen* kitchen_*",
         "it is for Megatron's own developers": "run_workload_inspector_server test_mode",
         "it is for --fp8-recipe delayed, which is not supported": "fp8_margin fp8_interval fp8_amax_*",
@@ -124,14 +126,13 @@ _REFUSED = {
             cpu_offloading_num_layers delay_wgrad_compute fine_grained_activation_offloading flash_attention_version
             fp4 fp4_param_gather fp8 fp8_param_gather fused_residual_rmsnorm log_max_attention_logit
             moe_permute_fusion moe_router_fusion moe_router_padding_for_fp8 moe_router_padding_for_quantization
-            moe_single_grouped_weight overlap_dispatch_backward_with_experts_wgrad te_rng_tracker tp_comm_overlap
-            use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_precision_aware_optimizer
-            use_te_activation_func use_transformer_engine_op_fuser""",
+            moe_single_grouped_weight overlap_dispatch_backward_with_experts_wgrad te_precision_config_file
+            te_rng_tracker tp_comm_overlap use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert
+            use_precision_aware_optimizer use_te_activation_func use_transformer_engine_op_fuser""",
         _NEEDS_CUDA: """
             batch_invariant_mode cuda_graph_impl cuda_graph_modules cuda_graph_scope_deprecated enable_cuda_graph
             empty_unused_memory_level external_cuda_graph gpu_sniff_test_interval moe_enable_deepep moe_paged_stash
-            moe_shared_expert_overlap nvtx_ranges optimizer_cuda_graph overlap_moe_expert_parallel_comm
-            symmetric_ar_type""",
+            moe_shared_expert_overlap nvtx_ranges optimizer_cuda_graph overlap_moe_expert_parallel_comm""",
         "it is NCCL's, and the CPU's backend is gloo": """
             flight_recorder_dump_path high_priority_stream_groups nccl_communicator_config_path nccl_ub
             pipeline_model_parallel_comm_backend sharp_enabled_group use_sharp""",
@@ -144,6 +145,8 @@ _REFUSED = {
         "it is CUDA's memory that it records": "record_memory_history",
         "its worker asks for the number of a GPU, and training would wait for ever": "async_save",
         "the local experts do not count for it": "save_tokens_per_expert_interval",
+        "Megatron looks for Transformer Engine's layers among the model's": """
+            save_activations_interval save_dgrads_interval""",
     },
     WITH_SFT: {
         "exactly the assistant's tokens are trained": "eod_mask_loss",
@@ -196,6 +199,11 @@ _ROWS = (
         "it is for NVIDIA's own clusters",
         instead="--exit-duration-in-mins and --exit-signal-handler end a run with a checkpoint",
     ),
+    Row(
+        "exit_signal_handler_for_training",
+        "it leaves in the midst of a step, without a checkpoint",
+        instead="use --exit-signal-handler, which ends a run with one",
+    ),
     Row("inprocess_*", "hymeg has no restart inside a process", instead="let its launcher restart (docs/slurm.md)"),
     Row(
         """use_megatron_fsdp use_torch_fsdp2 data_parallel_sharding_strategy enable_full_sharding_in_hsdp
@@ -210,12 +218,6 @@ _ROWS = (
         values=("delayed",),
         instead="use blockwise, or tensorwise before Hopper",
     ),
-    Row(
-        "moe_router_load_balancing_type",
-        "it routes as another model does, without the expert bias, and sinkhorn with other weights too",
-        values=("sinkhorn", "quantile_balancing"),
-        instead="balance by --moe-router-bias-update-rate, or by a loss such as seq_aux_loss",
-    ),
     Row("lora_rank", "adapters have a rank of at least 1", values=(0,), instead="give one"),
     Row("attention_backend", "it needs a --spec of Megatron's", values=("local",), instead="use auto"),
     Row(
@@ -223,6 +225,26 @@ _ROWS = (
         "hymeg gives Megatron datasets, not data loaders",
         values=("external",),
         instead="use single or cyclic",
+    ),
+    Row(
+        "moe_router_load_balancing_type",
+        "it chooses experts without the checkpoint's expert bias, and so makes another model than Hy-MT2 or Hy3",
+        values=("sinkhorn", "quantile_balancing"),
+        instead="balance by --moe-router-bias-update-rate, or by a loss such as seq_aux_loss",
+    ),
+    Row("moe_router_quantile_balancing_ema", "it is for quantile_balancing, which is not supported"),
+    Row(
+        "moe_router_load_balancing_type",
+        "",
+        WITHOUT,
+        values=("aux_loss", "seq_aux_loss", "global_aux_loss"),
+        needs="moe_aux_loss_coeff",
+    ),
+    Row(
+        "dist_ckpt_strictness",
+        "Megatron 0.19 takes what it returns for the checkpoint, and fails",
+        values=("return_unexpected", "return_all"),
+        instead="use log_all",
     ),
     Row("transformer_impl", "Transformer Engine needs a GPU, and the CPU takes local", ON_CPU, only="local"),
     Row("distributed_backend", "the CPU's backend is gloo", ON_CPU, only="gloo"),
@@ -265,8 +287,9 @@ _ROWS = (
 _NO_EFFECT_WITHOUT = {
     "lora_rank": "lora_alpha lora_targets lora_dropout lora_scaling train_also",
     "sft": "train_epochs sft_packing sft_truncation sft_bad_rows",
-    "save": """async_save keep_last no_save_optim no_save_rng save_activations_interval save_dgrads_interval
-    save_params_interval save_retain_interval save_tokens_per_expert_interval save_wgrads_interval""",
+    "save": """async_save keep_last log_progress no_save_optim no_save_rng save_activations_interval
+    save_dgrads_interval save_params_interval save_retain_interval save_tokens_per_expert_interval
+    save_wgrads_interval""",
     "load": "fall_back_to_older_checkpoint ckpt_step",
     "load pretrained_checkpoint": """finetune load_main_params_from_ckpt no_load_optim no_load_rng
     override_ckpt_iteration""",
@@ -278,6 +301,8 @@ _NO_EFFECT_WITHOUT = {
     "overlap_moe_expert_parallel_comm": """ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream
     overlap_dispatch_backward_with_experts_wgrad""",
     "pipeline_model_parallel_size>1": "account_for_*_in_pipeline_split",
+    "num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage pipeline_model_parallel_layout": """
+    microbatch_group_size_per_vp_stage""",
     "context_parallel_size>1": "cp_comm_type hierarchical_context_parallel_sizes",
     "fp8": "fp8_param_gather fp8_recipe fp8_wgrad",
     "fp8_recipe=custom": "fp8_quantizer_factory",
@@ -317,6 +342,7 @@ _NO_EFFECT_WITHOUT = {
     "ckpt_fully_parallel_save": "ckpt_fully_parallel_save_process_group",
     "dist_ckpt_optim_fully_reshardable": "distrib_optim_fully_reshardable_mem_efficient",
     "use_sharp": "sharp_enabled_group",
+    "nccl_ub": "disable_symmetric_registration",
     "flight_recorder_dump_path": "flight_recorder_[!d]* flight_recorder_dump_on_timeout",
     "profile record_memory_history": "profile_ranks",
     "profile": "nvtx_ranges profile_step_* pytorch_profiler_* record_shapes use_pytorch_profiler",

@@ -97,7 +97,7 @@ _UNMODELLED_SWITCHES = """
     moe_pad_expert_input_to_capacity moe_paged_stash moe_permute_fusion moe_router_fusion
     moe_router_padding_for_quantization moe_shared_expert_overlap mtp_detach_heads nccl_ub
     overlap_dispatch_backward_with_experts_wgrad overlap_param_gather_with_optimizer_step
-    reuse_grad_buf_for_mxfp8_param_ag step_batch_size_schedule symmetric_ar_type tp_comm_overlap train_also train_only
+    reuse_grad_buf_for_mxfp8_param_ag step_batch_size_schedule tp_comm_overlap train_also train_only
     use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_megatron_fsdp use_sharp use_te_activation_func
     use_torch_fsdp2 use_tp_pp_dp_mapping use_transformer_engine_op_fuser
 """

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.core.datasets import utils
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args, get_timers, training
 
 from hymeg.platform.patches import patched, replaced, replaces
@@ -19,6 +21,18 @@ _OF_VALIDATION = ("eval_iters", "full_validation", "multiple_validation_sets", "
 def _import_helpers(compile_helpers) -> None:
     """It runs `make`, and the wheel ships the compiled helper but no Makefile, so that rank 0 would exit with 1."""
     import megatron.core.datasets.helpers_cpp  # noqa: F401
+
+
+@replaces(training, "dummy_train_step", "training.py:3800")
+def _skipped_step(dummy_train_step, data_iterator) -> None:
+    """What `--iterations-to-skip` leaves out is read by every rank that would read it in a step: Megatron reads on the
+    first of each tensor-parallel group alone, after which the ranks would train on different conversations, and fails
+    on a list of iterators, of virtual stages.
+    """
+    while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+        for iterator in data_iterator if isinstance(data_iterator, list) else [data_iterator]:
+            for _ in range(0 if iterator is None else get_num_microbatches()):
+                next(iterator)
 
 
 @replaces(training, "get_megatron_optimizer", "training.py:2132")

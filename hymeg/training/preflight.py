@@ -6,6 +6,7 @@ Every check raises a `UserError` that names the flag, what was found, and what t
 
 import argparse
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from hymeg.training.data_paths import check_writable, settle_data
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import check_freezing
 from hymeg.training.hf_folders import check_save_hf
-from hymeg.training.refusals import is_set, shown_flag
+from hymeg.training.refusals import is_set, named, shown_flag
 from hymeg.training.schedule import check_schedule
 from hymeg.training.weights import check_weights
 
@@ -33,7 +34,7 @@ _NVRX = ("nvidia_resiliency_ext", "pip install 'hymeg[resiliency]'")
 _EMERGING = "pip install 'emerging-optimizers @ git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0'"
 _PACKAGES = (
     ("transformer_impl=transformer_engine", "transformer_engine", "pip install 'hymeg[gpu]'"),
-    ("moe_token_dispatcher_type=flex", *_DEEP_EP),
+    ("moe_token_dispatcher_type=flex moe_flex_dispatcher_backend=deepep,hybridep", *_DEEP_EP),
     ("moe_enable_deepep", *_DEEP_EP),
     ("num_distributed_optimizer_instances>1", "einops", "pip install einops"),
     ("optimizer=muon,dist_muon,lion,soap,adaptive_muon", "emerging_optimizers", _EMERGING),
@@ -42,6 +43,8 @@ _PACKAGES = (
     ("enable_ft_package", *_NVRX),
     ("fault_injector_ranks", *_NVRX),
     ("fault_injector_num_ranks", *_NVRX),
+    ("log_straggler", "pynvml", "pip install nvidia-ml-py"),
+    ("log_energy", "pynvml", "pip install nvidia-ml-py"),
     ("wandb_project", "wandb", "pip install 'hymeg[wandb]'"),
 )
 """What asks for a package, in words as of `hymeg.flag_table.Row.needs`, which must all hold; its name; where it is."""
@@ -197,11 +200,64 @@ def _check_combinations(args: argparse.Namespace) -> None:
             "--non-persistent-ckpt-type local: Megatron fails in its first save where the optimizer's state is saved "
             "for any layout, hymeg's default; add --no-dist-ckpt-optim-fully-reshardable, or leave it out"
         )
+    if args.ddp_average_in_collective and args.calculate_per_token_loss:
+        raise UserError(
+            "--ddp-average-in-collective takes a mean over ranks, and the loss is the mean over the tokens of a step; "
+            "leave it out, or give --no-calculate-per-token-loss"
+        )
+    if args.hy_recompute_logits and args.cross_entropy_loss_fusion:
+        raise UserError("--recompute-logits has no effect with --cross-entropy-loss-fusion, which keeps them; keep one")
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        raise UserError(
+            f"--profile-step-end {args.profile_step_end}: it must be above --profile-step-start "
+            f"{args.profile_step_start}"
+        )
+    if args.use_pytorch_profiler and args.tensorboard_dir is None and not args.wandb_project:
+        raise UserError("--use-pytorch-profiler writes to a folder beside --tensorboard-dir; add that")
     on_gpu = args.transformer_impl == "transformer_engine"
+    if args.profile and not args.use_pytorch_profiler and not on_gpu:
+        raise UserError("--profile cannot work on CPU: it starts CUDA's profiler; add --use-pytorch-profiler")
+    if args.sft_rows:
+        _check_padding(args)
+        _check_graphs(args)
     if on_gpu and args.context_parallel_size > 1 and not (args.bf16 or args.fp16):
         raise UserError(
             f"--context-parallel-size {args.context_parallel_size} in fp32: Transformer Engine's attention has context "
             "parallelism in 16 bits only; add --bf16"
+        )
+
+
+def _check_padding(args: argparse.Namespace) -> None:
+    """Where Megatron calls the experts without the mask of padding (gpt/fine_grained_callables.py:130,
+    transformer_layer.py:915).
+    """
+    unmasked = {"overlap_moe_expert_parallel_comm": args.overlap_moe_expert_parallel_comm}
+    unmasked |= {"mlp_chunks_for_training": args.mlp_chunks_for_training > 1}
+    for dest in filter(unmasked.get, unmasked):
+        for cause in ("moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff"):
+            if getattr(args, cause):
+                with_what = shown_flag(flag(cause), getattr(args, cause))
+                raise UserError(
+                    f"{shown_flag(flag(dest), getattr(args, dest))} with --sft and {with_what}: padding would count "
+                    "there, which Megatron does not tell the experts; leave one out"
+                )
+
+
+def _check_graphs(args: argparse.Namespace) -> None:
+    """CUDA graphs hold what is the same in each step: where conversations begin and end is not."""
+    graphs = {dest for dest in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, dest)}
+    graphs |= {"cuda_graph_impl"} if args.cuda_graph_impl != "none" else set()
+    if not graphs:
+        return
+    [dest] = graphs
+    said = shown_flag(flag(dest), getattr(args, dest))
+    if args.cuda_graph_impl == "full_iteration":
+        raise UserError(f"{said} with --sft: conversations are read on the CPU in each step; leave {flag(dest)} out")
+    modules = named(args.cuda_graph_modules or args.cuda_graph_scope_deprecated or ["attn"])
+    if args.packed and "attn" in modules:
+        raise UserError(
+            f"{said} with --sft: packed conversations begin and end elsewhere in each step, and a graph of attention "
+            "does not; give --no-sft-packing, or --cuda-graph-modules without attn"
         )
 
 
@@ -256,6 +312,9 @@ def _correct(args: argparse.Namespace, say: Say) -> None:
             f"--tensorboard-dir {args.tensorboard_dir} set: Megatron gives Weights & Biases losses, learning rate and "
             "gradient norm only when it writes them for TensorBoard too"
         )
+    if args.log_straggler and "logging_level" not in args.explicit:
+        args.logging_level = logging.INFO
+        say(f"--logging-level {logging.INFO} set: Megatron tells the slowest ranks at that level")
     if args.save is None and args.save_interval is not None:
         say(f"--save-interval {args.save_interval} has no effect: without --save nothing is saved")
     if args.save is not None and args.save_interval is None and args.train_epochs is not None:

@@ -14,7 +14,10 @@ _AT_LEAST_1 = """train_iters train_samples train_epochs lr_decay_iters lr_decay_
     lr_wsd_decay_samples eval_interval log_interval tensorboard_log_interval save_interval save_hf_interval
     save_retain_interval exit_interval valid_generate keep_last eval_global_batch_size eval_micro_batch_size
     num_dataset_builder_threads dist_ckpt_workers make_vocab_size_divisible_by distributed_timeout_minutes
-    exit_duration_in_mins recompute_num_layers fault_injector_num_ranks lora_rank"""
+    exit_duration_in_mins recompute_num_layers fault_injector_num_ranks lora_rank ckpt_step log_memory_interval
+    check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval non_persistent_save_interval
+    save_activations_interval save_dgrads_interval save_params_interval save_tokens_per_expert_interval
+    save_wgrads_interval mlp_chunks_for_training"""
 _AT_LEAST_0 = """lr min_lr lr_warmup_init decoupled_lr decoupled_min_lr lr_warmup_iters lr_warmup_samples clip_grad
     adam_eps weight_decay start_weight_decay end_weight_decay eval_iters num_workers init_method_std
     mtp_loss_scaling_factor moe_router_bias_update_rate"""
@@ -131,7 +134,7 @@ def samples_to_the_end(args: argparse.Namespace, num_samples: tuple) -> tuple:
     if not args.phase_transition_iterations:
         train = max(train, args.consumed_train_samples + 1)
     if valid is not None:
-        done, end = max(args.iteration, args.start_eval_at_iter or 0), args.train_iters
+        done, end = max(args.iteration, (args.start_eval_at_iter or 0) - 1), args.train_iters
         evaluations = max(0, end // args.eval_interval - done // args.eval_interval) + 1
         valid = max(valid, args.consumed_valid_samples + evaluations * args.eval_iters * args.eval_global_batch_size)
     return train, valid, test
@@ -155,8 +158,15 @@ def _check_length(args: argparse.Namespace) -> None:
         setattr(args, dest, None)
     if len(typed or given) > 1:
         raise UserError(f"{' and '.join(map(flag, typed or given))} are given; keep one")
-    if args.train_samples is None and args.step_batch_size_schedule is not None:
-        length = next(dest for dest in ("train_iters", "train_epochs") if getattr(args, dest) is not None)
+    if args.train_samples is not None:
+        return
+    length = next(dest for dest in ("train_iters", "train_epochs") if getattr(args, dest) is not None)
+    if args.phase_transition_iterations is not None:
+        raise UserError(
+            f"{flag(length)} {getattr(args, length)}: Megatron counts the last phase of "
+            f"--phase-transition-iterations {args.phase_transition_iterations} in samples; give --train-samples"
+        )
+    if args.step_batch_size_schedule is not None:
         raise UserError(
             f"{flag(length)} {getattr(args, length)}: iterations, data and learning rate are counted for one batch "
             f"size, which --step-batch-size-schedule {args.step_batch_size_schedule} changes; give --train-samples"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -17,6 +17,7 @@ from hymeg.platform import device
 from hymeg.training.batch import get_batch
 from hymeg.training.row_data import row_blends
 
+straggler_times = StragglerDetector()  # one a process, which Megatron sets up and reads under --log-straggler
 _SPIKE = 10  # Megatron's own threshold of gradients (param_and_grad_buffer.py, check_grads)
 
 
@@ -39,14 +40,16 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     config = get_attr_wrapped_model(model, "config")
     layout, vp_stage = config.pipeline_model_parallel_layout, get_attr_wrapped_model(model, "vp_stage")
-    batch = get_batch(data_iterator, args, layout, vp_stage)
+    with straggler_times(bdata=True):
+        batch = get_batch(data_iterator, args, layout, vp_stage)
     timers("batch-generator").stop()
     inputs = {key: batch[key] for key in ("labels", "loss_mask", "packed_seq_params", "padding_mask")}
     note = None
     if set_losses is not None and batch["dataset_id"] is not None and torch.is_grad_enabled():
         note = functools.partial(set_losses.add, batch["dataset_id"])
     run = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
-    output = run(batch["tokens"], batch["position_ids"], None, **inputs)
+    with straggler_times:
+        output = run(batch["tokens"], batch["position_ids"], None, **inputs)
     return output, functools.partial(loss_function, batch["loss_mask"], note=note)
 
 

@@ -24,6 +24,11 @@ from hymeg.training.checkpoints import complete_steps, is_distributed_checkpoint
 from hymeg.training.flag_names import flag
 from hymeg.training.freezing import trained_keys
 
+_NO_HASHES = (
+    "has no integrity.json, which Megatron writes in saves under this flag only, and then demands; leave it out: "
+    "checksums are verified in any case"
+)
+
 
 def is_hf_folder(folder: str) -> bool:
     """config.json and weights: a run's own `--save` folder holds config.json from its start."""
@@ -65,10 +70,22 @@ def check_weights(args: Namespace, config: HyConfig, say: Say, is_base: bool = F
             f"--ckpt-step {args.ckpt_step}: {flag(dest)} {folder} is a Hugging Face folder, which has no iterations; "
             "leave it out"
         )
+    _check_phases(args, dest, folder, is_base)
+    if args.verify_integrity and not is_base:
+        raise UserError(f"--verify-integrity: {flag(dest)} {folder} {_NO_HASHES}")
     if args.local_rank == 0:  # one look a node: every rank's would be thousands of opened files
         with about(f"{flag(dest)} {folder}: "):
             open_hf(folder, config)
     args.hf_weights, args.load, args.pretrained_checkpoint = folder, None, None
+
+
+def _check_phases(args: Namespace, dest: str, folder: str, is_base: bool) -> None:
+    """Of weights that no run has saved."""
+    if args.phase_transition_iterations and not is_base:
+        raise UserError(
+            f"--phase-transition-iterations {args.phase_transition_iterations}: {flag(dest)} {folder} does not say "
+            "with what batch size it was trained, which Megatron compares; train the phases as runs of their own"
+        )
 
 
 def _choose(args: Namespace) -> tuple[str, str] | None:
@@ -155,6 +172,10 @@ def _check_distributed(args: Namespace, dest: str, folder: str, config: HyConfig
             f"{label}: holds adapters, not a model; give --lora-rank to go on training them with --load, or merge them "
             "into their base first (tools/convert_checkpoint.py merge)"
         )
+    if step is None:
+        _check_phases(args, dest, folder, is_base)
+    if args.verify_integrity and not is_base and not (path / "integrity.json").is_file():
+        raise UserError(f"--verify-integrity: {path} {_NO_HASHES}")
     if args.rank > 0:  # Megatron unpickles the same file on every rank, but not before all of them have met
         return
     with about(f"{label}: ", ", or give --ckpt-step or --fall-back-to-older-checkpoint"):

@@ -33,6 +33,7 @@ WORDS = (
 FILES = {"packed": "rows", "weighted": "0.6 rows2 0.4 rows3"}
 STEPS = 12  # more than three epochs
 CUTS = {"packed": (1, 3, 4, 7, 10), "weighted": (3, 8)}
+SKIPPING, SKIPPED_IN = "--iterations-to-skip 2", ("TP2", "DP2", "PP2 VPP2")
 EVALUATION = "--lr 0 --eval-interval 2"  # stands after the rate of the other runs, and wins
 
 LAYOUTS = {  # world size -> name -> flags, checkpoint
@@ -167,6 +168,8 @@ def tuned(worlds, folder, tuning, num_packs):
                 )
                 cases["several sets"] = tuning(sets, batch=2, split=None)
                 cases["split"] = tuning(EVALUATION, batch=2, split="60,40,0")
+                cases["split, later"] = tuning(EVALUATION, "--start-eval-at-iter 2", batch=2, split="60,40,0")
+                cases["skipping"] = tuning(SKIPPING, batch=2, steps=3)
                 for kind, files in FILES.items():
                     save = f"--save {folder}/saved-{kind} --save-interval 1"
                     cases[f"{kind} whole"] = tuning(save, batch=2, steps=STEPS, files=files)
@@ -177,6 +180,9 @@ def tuned(worlds, folder, tuning, num_packs):
                 }
             if size == 2:
                 cases["split"] = tuning(EVALUATION, batch=2, split="60,40,0")
+                for name in SKIPPED_IN:
+                    flags, checkpoint = LAYOUTS[2][name]
+                    cases[f"skipping {name}"] = tuning(flags, SKIPPING, batch=2, steps=3, checkpoint=checkpoint)
                 for name, flags in (("DP2", ""), ("TP2", TP2), ("PP2", PP2)):
                     cases[f"several sets {name}"] = tuning(sets, flags, batch=2, split=None)
                 for kind, files in FILES.items():
@@ -232,6 +238,17 @@ def test_a_resumed_run_goes_on_with_the_very_next_sample(tuned, kind, cut):
     assert_same_training(resumed, whole[cut:])
 
 
+@pytest.mark.parametrize("name", SKIPPED_IN)
+def test_an_iteration_that_is_skipped_takes_its_samples_with_it(tuned, name):
+    """On every rank, so that all go on with the same ones: those of the run that skips none."""
+    whole, skipping, found = (
+        of["steps"] for of in (tuned(1)["packed whole"], tuned(1)["skipping"], tuned(2)[f"skipping {name}"])
+    )
+    drawn = [{tuple(one) for one in step["drawn"]} for step in found]  # each virtual stage of a rank draws them
+    assert drawn == [{tuple(one) for one in whole[number]["drawn"]} for number in (0, 2)]
+    assert_same_training(found, skipping)
+
+
 @pytest.mark.parametrize("name", ["DP2", "TP2", "PP2"])
 def test_evaluation_goes_over_all_data_with_a_loss_for_each_set(tuned, name):
     """In between and at the end, and of test data then; the model of rate 0 stays as it is, and so does its loss."""
@@ -247,6 +264,7 @@ def test_a_split_is_evaluated_whole_each_time(tuned):
     assert len(alone) == 2
     assert alone[1] == pytest.approx(alone[0], rel=1e-6)
     assert two == pytest.approx(alone, rel=1e-5)
+    assert tuned(1)["split, later"]["evaluations"] == pytest.approx(alone, rel=1e-6)
 
 
 def test_epochs_draw_every_sequence_as_often_and_are_a_number_of_iterations(worlds, tuning, num_packs, tmp_path):

@@ -22,6 +22,7 @@ BY_FLAGS = {
     "save": "--save",
     "save_config": "--save",
     "evaluate_and_print_results": "--eval-iters",
+    "dummy_train_step": "--iterations-to-skip",
 }
 """Called under flags that no test here gives, or elsewhere."""
 

@@ -425,18 +425,106 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         f"{SFT} --data-path {{rows}} --eval-micro-batch-size 2 --eval-global-batch-size 2",
         ("--eval-micro-batch-size 2", "need 1", "--no-sft-packing"),
     ),
-    **{
-        f"routing by {kind}": (
-            1,
-            f"--moe-router-load-balancing-type {kind}",
-            (
-                f"--moe-router-load-balancing-type {kind} is not supported",
-                "another model",
-                "a loss such as seq_aux_loss",
-            ),
-        )
-        for kind in ("sinkhorn", "quantile_balancing")
-    },
+    "routed by a softmax": (
+        1,
+        "--moe-router-load-balancing-type aux_loss sinkhorn --moe-aux-loss-coeff 1e-2 1e-2",
+        ("--moe-router-load-balancing-type sinkhorn", "another model", "--moe-router-bias-update-rate"),
+    ),
+    "routed by quantiles": (
+        1,
+        "--moe-router-load-balancing-type quantile_balancing",
+        ("--moe-router-load-balancing-type quantile_balancing", "another model", "--moe-router-bias-update-rate"),
+    ),
+    "balanced by a loss of no weight": (
+        1,
+        "--moe-router-load-balancing-type seq_aux_loss",
+        ("--moe-router-load-balancing-type seq_aux_loss has no effect without --moe-aux-loss-coeff; add that",),
+    ),
+    "the dense layers in chunks": (
+        1,
+        f"{SFT} --data-path {{rows}} --mlp-chunks-for-training 2 --moe-router-bias-update-rate 1e-3",
+        ("--mlp-chunks-for-training 2 with --sft and --moe-router-bias-update-rate 0.001", "padding", "leave one out"),
+    ),
+    "configurations to files": (
+        1,
+        "--config-logger-dir {tmp}/new",
+        ("--config-logger-dir /", "cannot copy process groups", "leave --config-logger-dir out"),
+    ),
+    "all-reduces that there are none of": (
+        2,
+        "--tensor-model-parallel-size 2 --symmetric-ar-type two_shot",
+        ("--symmetric-ar-type two_shot is not supported", "reduce-scatters", "leave --symmetric-ar-type out"),
+    ),
+    "keys returned by a load": (
+        1,
+        "--dist-ckpt-strictness return_all",
+        ("--dist-ckpt-strictness return_all is not supported", "use log_all"),
+    ),
+    "registered without buffers": (
+        1,
+        "--disable-symmetric-registration",
+        ("--disable-symmetric-registration has no effect without --use-nccl-ub", "add that"),
+    ),
+    "virtual stages in groups": (
+        2,
+        f"{PP2} --microbatch-group-size-per-virtual-pipeline-stage 2",
+        ("--microbatch-group-size-per-virtual-pipeline-stage 2 has no effect without", "--num-virtual-stages-per-"),
+    ),
+    "iteration 0": (
+        1,
+        "--load {ckpt} --save {ckpt} --ckpt-step 0",
+        ("--ckpt-step 0: it must be at least 1",),
+    ),
+    "a log of no progress": (
+        1,
+        "--log-progress",
+        ("--log-progress has no effect without --save; add that",),
+    ),
+    "left in the midst of a step": (
+        1,
+        "--exit-signal-handler-for-training",
+        ("--exit-signal-handler-for-training is not supported", "without a checkpoint", "use --exit-signal-handler,"),
+    ),
+    "hashes of published weights": (
+        1,
+        f"{LOAD} --load {{hf}} --verify-integrity",
+        ("--verify-integrity: --load {hf} has no integrity.json", "leave it out", "verified in any case"),
+    ),
+    "hashes of a checkpoint without": (
+        1,
+        f"{LOAD} --load {{ckpt}} --verify-integrity",
+        ("--verify-integrity: {ckpt}/iter_0000020 has no integrity.json", "leave it out"),
+    ),
+    "phases of iterations": (
+        1,
+        "--phase-transition-iterations 5",
+        ("--train-iters 10", "--phase-transition-iterations 5", "give --train-samples"),
+    ),
+    "hashes every 0 iterations": (
+        1,
+        "--check-weight-hash-across-dp-replicas-interval 0",
+        ("--check-weight-hash-across-dp-replicas-interval 0: it must be at least 1",),
+    ),
+    "mean over ranks and over tokens": (
+        2,
+        "--ddp-average-in-collective",
+        ("--ddp-average-in-collective", "mean over the tokens of a step", "--no-calculate-per-token-loss"),
+    ),
+    "logits that another loss keeps": (
+        1,
+        "--recompute-logits --cross-entropy-loss-fusion",
+        ("--recompute-logits has no effect with --cross-entropy-loss-fusion", "keep one"),
+    ),
+    "profile beside nothing": (
+        1,
+        "--profile --use-pytorch-profiler",
+        ("--use-pytorch-profiler", "beside --tensorboard-dir", "add that"),
+    ),
+    "profile of nothing": (
+        1,
+        "--profile --use-pytorch-profiler --tensorboard-dir {tmp}/new --profile-step-start 3 --profile-step-end 3",
+        ("--profile-step-end 3", "above --profile-step-start 3"),
+    ),
     "conversations by micro-batch": (
         1,
         f"{SFT} --data-path {{rows}} --no-calculate-per-token-loss",
@@ -791,11 +879,6 @@ WRONG: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("--rl-default-temperature 0.5", "not part of hymeg"),
     ),
     "other format": (1, "--ckpt-format torch", ("--ckpt-format torch", "torch_dist", "leave --ckpt-format out")),
-    "no configuration file": (
-        1,
-        "--te-precision-config-file {tmp}/no.yaml",
-        ("--te-precision-config-file {tmp}/no.yaml", "no readable file", "give one"),
-    ),
     "tensorboard in a file": (
         1,
         "--tensorboard-dir {file}",
@@ -868,9 +951,32 @@ WRONG_ON_GPU: dict[str, tuple[str, ...]] = {
     "--moe-token-dispatcher-type flex": ("--moe-token-dispatcher-type flex", "needs deep_ep", "deepseek-ai/DeepEP"),
     "--moe-enable-deepep": ("--moe-enable-deepep", "needs deep_ep", "leave --moe-enable-deepep out"),
     "--enable-ft-package": ("--enable-ft-package", "not installed", "pip install 'hymeg[resiliency]'"),
+    "--log-straggler": ("--log-straggler needs pynvml", "pip install nvidia-ml-py"),
+    "--log-energy": ("--log-energy needs pynvml", "pip install nvidia-ml-py"),
     "--fp8-format hybrid --fp8-recipe delayed": ("--fp8-recipe delayed", "no run could be resumed", "use blockwise"),
     "--fp8-amax-history-len 1024": ("--fp8-amax-history-len 1024", "--fp8-recipe delayed, which is not supported"),
     "--context-parallel-size 2": ("--context-parallel-size 2 in fp32", "16 bits only", "add --bf16"),
+    "--te-precision-config-file {tmp}/no.yaml": (
+        "--te-precision-config-file",
+        "no readable file",
+        "give",
+    ),
+    f"{SFT} --data-path {{rows}} --expert-model-parallel-size 2 --bf16 --overlap-moe-expert-parallel-comm"
+    " --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3": (
+        "--overlap-moe-expert-parallel-comm with --sft and --moe-aux-loss-coeff 0.001",
+        "padding",
+        "leave one out",
+    ),
+    f"{SFT} --data-path {{rows}} --cuda-graph-impl transformer_engine": (
+        "--cuda-graph-impl transformer_engine",
+        "packed conversations",
+        "--no-sft-packing",
+    ),
+    f"{SFT} --data-path {{rows}} --no-sft-packing --cuda-graph-impl full_iteration": (
+        "--cuda-graph-impl full_iteration",
+        "read on the CPU",
+        "leave --cuda-graph-impl out",
+    ),
 }
 
 WRONG_FOR_MEGATRON: dict[str, tuple[str, ...]] = {
@@ -933,4 +1039,8 @@ WRONG_ON_CPU: dict[str, tuple[str, ...]] = {
     "--cp-comm-type a2a --context-parallel-size 2": ("--cp-comm-type a2a", "gathers", "leave --cp-comm-type out"),
     "--save-tokens-per-expert-interval 2 --save {tmp}/new": ("--save-tokens-per-expert-interval 2", "do not count"),
     "--log-energy": ("--log-energy", "a GPU's power", "leave --log-energy out"),
+    "--te-precision-config-file {file}": ("--te-precision-config-file", "Transformer Engine", "out"),
+    "--save-activations-interval 2 --save {tmp}/new": ("--save-activations-interval 2", "Transformer Engine's layers"),
+    "--save-dgrads-interval 2 --save {tmp}/new": ("--save-dgrads-interval 2", "Transformer Engine's layers"),
+    "--profile": ("--profile", "CUDA", "add --use-pytorch-profiler"),
 }

@@ -19,7 +19,7 @@ from hymeg.checkpoint.tiny_checkpoint import TINY_CONFIG  # noqa: E402
 from hymeg.errors import UserError  # noqa: E402
 from hymeg.flag_table import _DEFAULT, ALWAYS, ON_CPU, TABLE, WITHOUT, Row, cpu_values  # noqa: E402
 from hymeg.hf.config import HyConfig  # noqa: E402
-from hymeg.models.flags import architecture_flags  # noqa: E402
+from hymeg.models.flags import architecture_flags, default_flags  # noqa: E402
 from hymeg.platform import for_gpus  # noqa: E402
 from hymeg.training import flag_names, schedule  # noqa: E402
 from hymeg.training.arguments import _parser, parse  # noqa: E402
@@ -185,6 +185,7 @@ def test_every_row_refuses_each_of_its_flags():
 
 def test_no_row_refuses_a_default():
     defaults = {dest: action.default for dest, action in ACTIONS.items()} | DEFAULTS
+    defaults |= default_flags(HyConfig.from_dict(TINY_CONFIG))
     for row, dest in ROWS:
         if row.when != ON_CPU:  # whose values are given where nothing is said
             assert row.refused(named(defaults[dest]), named(defaults[dest])) is None or row.only is False, dest

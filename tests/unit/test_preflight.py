@@ -40,7 +40,7 @@ from hymeg.training.arguments import parse  # noqa: E402
 from hymeg.training.preflight import _check_build_tools, preflight  # noqa: E402
 from hymeg.training.run import megatron_refusals  # noqa: E402
 
-OPTIONAL = ("deep_ep", "einops", "emerging_optimizers", "nvidia_resiliency_ext", "wandb")
+OPTIONAL = ("deep_ep", "einops", "emerging_optimizers", "nvidia_resiliency_ext", "pynvml", "wandb")
 """Packages that a test must not find, whether they are installed or not."""
 
 on_cpu = pytest.mark.skipif(not platform.is_cpu(), reason="the CPU's own refusals")
@@ -90,6 +90,14 @@ def test_a_wrong_invocation_is_told_flag_value_and_remedy(checked, places, case)
     said = told(checked, added, world_size)
     for word in words:
         assert word.format(**places) in said, said
+
+
+def test_phases_begin_with_weights_of_a_run(checked, places):
+    in_samples = NEEDED.replace("--train-iters 10", "--train-samples 10 --phase-transition-iterations 5")
+    said = told(checked, f"{LOAD} --load {{hf}}", 1, in_samples)
+    assert f"--phase-transition-iterations 5: --load {places['hf']} does not say with what batch size" in said
+    checked(f"{LOAD} --load {{ckpt}}", 1, in_samples)
+    checked("", 1, in_samples)
 
 
 @on_cpu
@@ -160,6 +168,26 @@ def test_fp8_has_a_recipe_that_runs_and_can_be_resumed(checked, on_gpus, monkeyp
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     monkeypatch.setattr("torch.version.cuda", cuda)
     assert checked(f"--bf16 --fp8-format hybrid{said}")[0].fp8_recipe == recipe
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "--sft --no-mock-data --data-path {rows} --overlap-moe-expert-parallel-comm",
+        "--overlap-moe-expert-parallel-comm --moe-router-bias-update-rate 1e-3",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+    ],
+)
+def test_what_works_on_gpus_is_let_through(checked, on_gpus, said):
+    checked(f"--bf16 --expert-model-parallel-size 2 {said}", 2)
+
+
+def test_the_slowest_ranks_are_told(checked, on_gpus, monkeypatch):
+    """In lines of a level that hymeg's default leaves out."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for said, level in (("", 20), (" --logging-level 30", 30)):
+        args, notes = checked(f"--log-straggler{said}", 2)
+        assert args.logging_level == level and ("--logging-level 20 set" in str(notes)) == (level == 20)
 
 
 def test_muon_with_overlaps_is_right(checked, monkeypatch):

@@ -160,11 +160,6 @@ def test_runs_lie_over_each_other_with_names_of_their_own(folder, tmp_path_facto
     assert [run["name"] for run in json.loads(numbers.read_text())] == [folder.name, other.name]
 
 
-def test_a_run_whose_length_is_in_samples_has_a_page(tmp_path):
-    life(tmp_path, 0, 3, 9.0, FACTS | {"train_iters": None})
-    assert "step 3, loss 3.0000" in page([read_run(tmp_path)])
-
-
 def test_dollars_in_a_name_are_no_mathematics(folder):
     text = page([read_run(folder, "lr$_$"), read_run(folder, "other")])
     assert ">lr$_$: lm loss<" in text

@@ -1,5 +1,6 @@
 """Losses that are looked at by Megatron's rerun machine."""
 
+import contextlib
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -42,6 +43,34 @@ def test_a_loss_that_is_ten_times_the_largest_is_named_and_ends_nothing(machine)
         (29.0, False, message, False),
         (30.0, True, message, False),
     ]
+
+
+def test_stragglers_are_found_by_the_times_of_batch_and_model(monkeypatch):
+    """Megatron's detector divides by what `--log-straggler` has measured."""
+    times = []
+
+    class Detector:
+        def __call__(self, bdata=False):
+            times.append("batch")
+            return contextlib.nullcontext()
+
+        def __enter__(self):
+            times.append("model")
+
+        def __exit__(self, *error):
+            times.append("end")
+
+    keys = ("tokens", "labels", "loss_mask", "position_ids", "packed_seq_params", "padding_mask", "dataset_id")
+    timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    monkeypatch.setattr(step, "straggler_times", Detector(), raising=False)
+    monkeypatch.setattr(step, "get_args", lambda: None)
+    monkeypatch.setattr(step, "get_timers", lambda: lambda *args, **kwargs: timer)
+    monkeypatch.setattr(step, "get_batch", lambda *args: times.append("read") or dict.fromkeys(keys))
+    model = torch.nn.Module()
+    model.config, model.vp_stage = SimpleNamespace(pipeline_model_parallel_layout=None), None
+    model.forward = lambda *args, **kwargs: times.append("forward")
+    step.forward_step(None, model)
+    assert times == ["batch", "read", "model", "forward", "end"]
 
 
 @pytest.mark.parametrize(
