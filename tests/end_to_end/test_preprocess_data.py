@@ -91,7 +91,7 @@ def test_a_bad_row_far_into_the_input_ends_in_one_line_and_no_files(tmp_path, to
     path = tmp_path / "bad.jsonl"
     path.write_bytes(large_input.read_bytes() + b'{"txt": "misspelt"}\n')
     done = preprocess_data(
-        "--input", path, "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir, "--workers", 2
+        "--input", path, "--output", tmp_path / "corpus", "--tokenizer", tokenizer_dir, "--workers", 1
     )
     assert done.returncode == 2
     assert done.stdout == ""

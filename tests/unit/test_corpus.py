@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,14 +47,21 @@ def test_megatron_reads_back_what_the_tokenizer_says_of_each_row(tmp_path, token
 
 
 def test_a_large_vocabulary_is_stored_as_int32(tmp_path, tokenizer):
-    large = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    large.add_tokens([f"<{number}>" for number in range(65500)])
-    large.save_pretrained(tmp_path / "tokenizer")
-    write_rows(tmp_path / "a.jsonl", ["<65499> good"])
+    shutil.copytree(tokenizer.name_or_path, tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab |= {f"<{number}>": number for number in range(len(vocab), 2**16 + 10)}
+    content["added_tokens"].append(
+        content["added_tokens"][0] | {"id": len(vocab), "content": "<last>", "special": False}
+    )
+    path.write_text(json.dumps(content))
+    large = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    write_rows(tmp_path / "a.jsonl", ["<last> good"])
     preprocess([tmp_path / "a.jsonl"], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=False)
     dtype, [document] = read_back(tmp_path / "corpus_text_document")
     assert dtype == np.int32
-    assert document == large.encode("<65499> good", add_special_tokens=False)
+    assert document == large.encode("<last> good", add_special_tokens=False)
     assert document[0] > 2**16
 
 

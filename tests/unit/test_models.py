@@ -2,6 +2,7 @@
 ones.
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -174,10 +175,10 @@ def test_experts_are_reduced_over_their_own_group(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_mtp_layers", "expected"),
-    [("Hy-MT2-30B-A3B", 0, 30_064_719_872), ("Hy3", 0, 295_033_528_320), ("Hy3", 1, 298_786_140_416)],
+    ("name", "num_mtp_layers", "expected", "without_mtp"),
+    [("Hy-MT2-30B-A3B", 0, 30_064_719_872, 30_064_719_872), ("Hy3", 1, 298_786_140_416, 295_033_528_320)],
 )
-def test_published_models_have_their_size(monkeypatch, name, num_mtp_layers, expected):
+def test_published_models_have_their_size(monkeypatch, name, num_mtp_layers, expected, without_mtp):
     """The whole model is built, on the meta device. Hy3's published 298,786,155,776 counts the 15,360 expert biases,
     which are buffers.
     """
@@ -199,7 +200,10 @@ def test_published_models_have_their_size(monkeypatch, name, num_mtp_layers, exp
     )
     with torch.device("meta"):
         model = construct(model_config, ProcessGroupCollection.use_mpu_process_groups())
-    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert sum(sizes.values()) == expected
+    assert sum(size for name, size in sizes.items() if not name.startswith("mtp.")) == without_mtp
+    assert num_parameters(dataclasses.replace(config, num_nextn_predict_layers=0)) == without_mtp
     biases = sum(router.expert_bias.numel() for router in routers(model))
     assert (
         num_parameters(config) == expected

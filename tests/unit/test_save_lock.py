@@ -1,10 +1,9 @@
 """Two runs do not write to one folder; older checkpoints go and the needed ones stay."""
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,17 +13,25 @@ from hymeg.training import save_lock
 from hymeg.training.checkpoints import remove_older, surplus
 from hymeg.training.run_record import beat
 
-HOLDER = "import os, sys, time; from hymeg.training import save_lock; save_lock.lock(sys.argv[1], print); "
+FORK = multiprocessing.get_context("fork")
 
 
-def held_by(folder, launcher: bool = False) -> tuple[subprocess.Popen, int]:
+def held_by(folder, launcher: bool = False) -> tuple[multiprocessing.Process, int]:
     """A process that holds the lock, and its id; with a `launcher`, which is what is returned, between."""
-    code = HOLDER + "print(os.getpid(), flush=True); time.sleep(100)"
-    words = [sys.executable, "-c", code, str(folder)]
-    if launcher:
-        words = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *words]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    return process, int(process.stdout.readline())
+    reading, writing = FORK.Pipe(duplex=False)
+
+    def hold() -> None:
+        save_lock.lock(str(folder), lambda line: None)
+        writing.send(os.getpid())
+        time.sleep(100)
+
+    def launch() -> None:
+        FORK.Process(target=hold).start()
+        time.sleep(100)
+
+    process = FORK.Process(target=launch if launcher else hold)
+    process.start()
+    return process, reading.recv()
 
 
 def test_a_second_run_is_refused_and_a_killed_one_s_lock_taken_over(tmp_path):
@@ -32,7 +39,7 @@ def test_a_second_run_is_refused_and_a_killed_one_s_lock_taken_over(tmp_path):
     with pytest.raises(UserError, match=rf"another run writes to it, process {pid} on '{socket.gethostname()}', since"):
         save_lock.lock(str(tmp_path), print)
     process.kill()
-    process.wait()
+    process.join()
     said: list[str] = []
     save_lock.lock(str(tmp_path), said.append)
     assert len(said) == 1 and f"taken over from a run that is gone, process {pid}" in said[0]
@@ -53,7 +60,7 @@ def test_a_run_in_another_container_of_this_machine_lives_as_long_as_it_holds_th
         with pytest.raises(UserError, match="another run writes to it, process"):
             save_lock.lock(str(tmp_path), print)
     process.kill()
-    process.wait()
+    process.join()
     save_lock.lock(str(tmp_path), lambda line: None)
     assert json.loads(path.read_text())["pid"] == os.getpid()
     save_lock.unlock(str(tmp_path))
@@ -73,14 +80,14 @@ def test_a_launch_on_the_same_port_is_another_run(tmp_path, monkeypatch):
         save_lock.check_still_ours(str(tmp_path))
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def test_an_orphan_loses_its_folder_and_writes_no_more(tmp_path):
     launcher, orphan = held_by(tmp_path, launcher=True)
     try:
         launcher.kill()
-        launcher.wait()
+        launcher.join()
         save_lock.lock(str(tmp_path), lambda line: None)
         found = json.loads((tmp_path / save_lock.LOCK).read_text())
         (tmp_path / save_lock.LOCK).write_text(json.dumps(found | {"run": "the next"}))
