@@ -51,12 +51,8 @@ def start(*words: str, num_processes: int | None = None) -> subprocess.Completed
             "error: unknown argument --tp; did you mean --tensor-model-parallel-size? (--help lists all flags)\n",
         ),
         (f"{NEEDED} --load {{model}}2", "error: --load {model}2: no such folder; did you mean {model}? "),
-        (
-            f"{NEEDED} --overlap-grad-reduce --log-params-norm --moe-router-fusion",
-            "error: --moe-router-fusion cannot work on CPU",
-        ),
     ],
-    ids=["before the model is known", "after everything else", "on the CPU"],
+    ids=["before the model is known", "after everything else"],
 )
 def test_one_process_says_one_line_and_exits_with_2(model, words, line):
     done = start("--hf-model", model, *words.format(model=model).split())
@@ -78,14 +74,3 @@ def test_of_two_processes_rank_0_speaks_for_both(model):
     assert done.stderr.splitlines()[-2].startswith(f"  traceback : {line}")
     assert "exitcode  : 2 " in done.stderr
     assert f'File "{ROOT}/hymeg' not in done.stderr and 'pretrain_hy.py", line' not in done.stderr
-
-
-def test_a_recipe_is_refused_with_its_line(model, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("# for two GPUs\nbf16: true\nlearning_rate: 1e-5\n")
-    done = start("--hf-model", model, "--config", str(recipe))
-    assert done.returncode == 2
-    assert (
-        done.stderr == f"error: {recipe}, line 3: unknown key 'learning_rate'; did you mean lr? "
-        "(keys are the flags of pretrain_hy.py, without --)\n"
-    )
