@@ -972,6 +972,10 @@ WRONG_ON_GPU: dict[str, tuple[str, ...]] = {
         "packed conversations",
         "--no-sft-packing",
     ),
+    f"{SFT} --data-path {{rows}} --cuda-graph-impl transformer_engine --enable-cuda-graph": (
+        "--cuda-graph-impl transformer_engine",
+        "packed conversations",
+    ),
     f"{SFT} --data-path {{rows}} --no-sft-packing --cuda-graph-impl full_iteration": (
         "--cuda-graph-impl full_iteration",
         "read on the CPU",
