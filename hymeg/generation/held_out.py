@@ -86,8 +86,9 @@ class HeldOut:
                 f"{config.max_position_embeddings:,} (max_position_embeddings); leave the longest rows out"
             )
         self._special = control_tokens(tokenizer)  # by id: a text may spell one
-        closing = _closing(tokenizer) or ""
-        self._closing = next((number for number, token in self._special.items() if closing.startswith(token)), None)
+        self._closing = _closing(tokenizer) or ""
+        begun_by = (number for number, token in self._special.items() if self._closing.startswith(token))
+        self._closing_token = next(begun_by, None)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -124,12 +125,15 @@ class HeldOut:
 
     def _example(self, question: Question, answer: Answer) -> Example:
         tokens, thinking = answer.tokens, None
-        if self._closing in tokens:
-            at = tokens.index(self._closing)
+        if self._closing_token in tokens:
+            at = tokens.index(self._closing_token)
             thinking, tokens = self._text(tokens[:at]), tokens[at + 1 :]
+        text = self._text(tokens)
+        if self._closing_token is None and self._closing and self._closing in text:  # a template that writes it as text
+            thinking, _, text = text.partition(self._closing)
         return Example(
             question.reference,
-            self._text(tokens).strip(),
+            text.strip(),
             answer.ended,
             tuple(self._special[token] for token in tokens if token in self._special),
             **question.translation,

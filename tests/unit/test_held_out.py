@@ -12,7 +12,7 @@ from hymeg.generation.held_out import HeldOut, figures, line, rows
 from hymeg.generation.judging import bleu_tokenizer
 from hymeg.generation.replies import Answer
 from hymeg.hf.config import HyConfig
-from hymeg.hf.tokenizer import text_tokenizer, train_tiny_tokenizer
+from hymeg.hf.tokenizer import END_OF_THINK, text_tokenizer, train_tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 CONFIG = HyConfig.from_dict(TINY_CONFIG)
@@ -151,3 +151,12 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         HeldOut(EXAMPLES / "translations.jsonl", tokenizer, CONFIG)
+
+
+def test_reasoning_that_the_template_ends_in_plain_text_is_taken_off(tmp_path):
+    tokenizer = train_tiny_tokenizer(["two and two is four"], 500)
+    tokenizer.chat_template = tokenizer.chat_template.replace(END_OF_THINK, "</reasoned>")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(CHAT) + "\n")
+    found = HeldOut(tmp_path / "rows.jsonl", tokenizer, CONFIG)
+    [example] = found.examples([Answer(tokenizer.encode("two and two</reasoned>Four."), True)])
+    assert (example.hypothesis, example.thinking) == ("Four.", "two and two")
